@@ -1,0 +1,72 @@
+"""A3PO's token weights (arXiv 2512.21625; authors' code txy77/Sample-Polarity-of-RLVR).
+
+    rho(s)  = max(rho - decay * (s - origin), 1)
+    w[i,t]  = rho+(s)  if rollout i is correct and t is among its  fraction  LOWEST-probability response tokens
+            = rho-(s)  if rollout i is wrong   and t is among its  fraction  HIGHEST-probability response tokens
+            = 1        for every other response token (no renormalisation)
+
+The count is max(1, floor(fraction * n)) of n response tokens. Ties go to the earlier token, for both polarities, so
+that the result depends on no rank count and no order. Tokens are ranked by log-prob rather than by exp(log-prob),
+which in float32 would tie everything above 1 - 6e-8. Ranking is one segmented sort on the device: no loop over rollouts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..config import ShapingOptions
+
+
+def rho(step: int, options: ShapingOptions) -> tuple[float, float]:
+    """The weights (of positives, of negatives) at RL step `step`, counted from 0."""
+    fallen = options.decay * max(step - options.origin, 0)
+    start_negative = options.rho if options.rho_negative is None else options.rho_negative
+    return max(options.rho - fallen, 1.0), max(start_negative - fallen, 1.0)
+
+
+@torch.no_grad()
+def token_weights(
+    old_logprobs: Tensor,  # [T] log pi_old of each response token
+    rollout_index: Tensor,  # [T] int64, which rollout a token belongs to, ascending
+    positive: Tensor,  # [B] bool, the verifier's verdict
+    step: int,
+    options: ShapingOptions,
+    *,
+    metric: Tensor | None = None,  # [T] rank by this instead: positives take the lowest, negatives the highest
+) -> Tensor:
+    """Token weights [T] float32, without gradient. Rollouts may have no tokens at all."""
+    tokens = old_logprobs.numel()
+    ranked = (old_logprobs if metric is None else metric).detach()
+    weights = torch.ones(tokens, dtype=torch.float32, device=old_logprobs.device)
+    up, down = rho(step, options)
+    if tokens == 0 or (up == 1.0 and down == 1.0):
+        return weights
+    if ranked.isnan().any():
+        raise ValueError("token_weights: cannot rank NaN")
+    is_positive = positive[rollout_index]
+    key = torch.where(is_positive, ranked, -ranked)
+    # Two stable sorts order by (rollout, key, position); the position of a token in its segment is its rank.
+    order = torch.argsort(key, stable=True)
+    order = order[torch.argsort(rollout_index[order], stable=True)]
+    length = torch.bincount(rollout_index, minlength=positive.numel())
+    start = length.cumsum(0) - length
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(tokens, device=order.device) - start[rollout_index]
+    share = options.fraction * length.to(torch.float64)
+    count = (share.ceil() if options.rounding == "ceil" else share.floor()).clamp(min=1)
+    chosen = rank < count[rollout_index]
+    weight = torch.where(is_positive, torch.tensor(up, device=key.device), torch.tensor(down, device=key.device))
+    return torch.where(chosen, weight.to(torch.float32), weights)
+
+
+def shape(batch: Batch, step: int, options: ShapingOptions) -> Batch:
+    """Adds the token weights of RL step `step` to a scored batch."""
+    assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
+    source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
+    # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
+    metric = -batch.entropy if options.metric == "entropy" else None
+    batch.token_weights = token_weights(source, batch.rollout_index, batch.positive, step, options, metric=metric)
+    batch.rho = rho(step, options)
+    return batch

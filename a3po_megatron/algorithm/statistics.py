@@ -1,0 +1,80 @@
+"""What a batch says about the sampler and about shaping, as sums that add over ranks.
+
+`batch_sums` gives one vector per replica; added over the replicas, `batch_metrics` turns it into metrics. A share whose
+denominator is 0 is undefined (None), except that shaping which is switched off shapes a share of exactly 0.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..batch import Batch
+from .objective import kl_k3
+
+INERT = 1e-4  # a shaped token whose 1 - p is below this has practically no gradient to scale
+
+_SIDES = ("positive", "negative")
+_NAMES = ("tokens", "shaped", "inert", "gradient", "gradient_shaped")
+KEYS = (
+    "tokens",
+    "entropy",
+    "old_logprob",
+    "fresh_tokens",
+    "mismatch_abs",
+    "mismatch_k3",
+    *(f"{name}_{side}" for side in _SIDES for name in _NAMES),
+)
+
+
+@torch.no_grad()
+def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
+    """[len(KEYS)] float64. Mismatch is summed over tokens that the current weights sampled: for carried-over rollouts
+    the difference would be the policy's own progress, not noise between two engines."""
+    assert batch.old_logprobs is not None and batch.entropy is not None and batch.token_weights is not None
+    old = batch.old_logprobs.double()
+    fresh = torch.tensor([r.weight_version == weight_version for r in batch.rollouts], dtype=torch.bool)
+    fresh = fresh[batch.rollout_index] if batch.rollouts else torch.zeros(0, dtype=torch.bool)
+    difference = (old - batch.rollout_logprobs.double())[fresh]
+    sums = {
+        "tokens": torch.tensor(float(old.numel())),
+        "entropy": batch.entropy.double().sum(),
+        "old_logprob": old.sum(),
+        "fresh_tokens": fresh.sum(),
+        "mismatch_abs": difference.abs().sum(),
+        "mismatch_k3": kl_k3(difference).sum(),
+    }
+    one_minus_p = -torch.expm1(old)
+    shaped = batch.token_weights != 1
+    pull = batch.token_weights.double() * batch.advantages[batch.rollout_index].double().abs() * one_minus_p
+    positive = batch.positive[batch.rollout_index]
+    for side, mask in zip(_SIDES, (positive, ~positive), strict=True):
+        sums[f"tokens_{side}"] = mask.sum()
+        sums[f"shaped_{side}"] = (mask & shaped).sum()
+        sums[f"inert_{side}"] = (mask & shaped & (one_minus_p < INERT)).sum()
+        sums[f"gradient_{side}"] = pull[mask].sum()
+        sums[f"gradient_shaped_{side}"] = pull[mask & shaped].sum()
+    return torch.stack([sums[key].double() for key in KEYS])
+
+
+def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, float | None]:
+    """Metrics of the summed vector; `shaping/rho` is the weight of positives."""
+    sums = dict(zip(KEYS, total.tolist(), strict=True))
+
+    def share(part: str, whole: str) -> float | None:
+        return sums[part] / sums[whole] if sums[whole] else None
+
+    metrics: dict[str, float | None] = {
+        "policy/entropy": share("entropy", "tokens"),
+        "policy/old_logprob_mean": share("old_logprob", "tokens"),
+        "mismatch/logprob_abs_mean": share("mismatch_abs", "fresh_tokens"),
+        "mismatch/kl_k3": share("mismatch_k3", "fresh_tokens"),
+        "shaping/rho": rho[0],
+    }
+    for side, weight in zip(_SIDES, rho, strict=True):
+        off = weight == 1.0
+        metrics[f"shaping/shaped_rate_{side}"] = 0.0 if off else share(f"shaped_{side}", f"tokens_{side}")
+        metrics[f"shaping/inert_rate_{side}"] = 0.0 if off else share(f"inert_{side}", f"shaped_{side}")
+        metrics[f"shaping/gradient_share_{side}"] = (
+            0.0 if off else share(f"gradient_shaped_{side}", f"gradient_{side}")
+        )
+    return metrics

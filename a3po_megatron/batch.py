@@ -1,0 +1,114 @@
+"""The data types that travel through the loop, with their shapes.
+
+    Prompt → Rollout (+ Verdict) → Group → Batch
+
+Nothing here imports torch at run time, so that grader processes and `a3po --help` stay light. A rollout carries its
+history token by token: the log-probs of the distribution it was sampled from and the version of the weights that
+sampled it. B is the number of rollouts, T the number of response tokens of all of them, laid end to end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Outcome = Literal["correct", "wrong", "invalid"]
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question and its gold answer. `index` is its position in the run's endless, seeded order of prompts."""
+
+    id: str
+    text: str
+    answer: str
+    tokens: tuple[int, ...] = ()
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a grader says of one response.
+
+    `invalid` is a failure of *grading* (worker killed, limit hit, unreadable gold), never a bad answer: a response
+    without an answer, or one cut off, is `wrong`.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+
+
+@dataclass
+class Rollout:
+    """One sampled response of n tokens. Arrays are over response tokens; the end-of-sequence token counts."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+    step: int
+    tokens: np.ndarray  # [n] int64
+    logprobs: np.ndarray  # [n] float32, log-probs of the sampling distribution (after temperature and truncation)
+    finish: Finish
+    text: str
+    weight_version: int
+    verdict: Verdict = field(default_factory=lambda: Verdict("invalid", "not graded"))
+    reward: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt.id}#{self.sample}"
+
+
+@dataclass
+class Group:
+    """The G rollouts of one prompt, in sample order."""
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+
+    @property
+    def valid(self) -> list[Rollout]:
+        return [r for r in self.rollouts if r.verdict.outcome != "invalid"]
+
+    @property
+    def has_spread(self) -> bool:
+        """True if at least two valid members differ in their *verdict*; a shaped score never counts as spread."""
+        return len({r.verdict.outcome for r in self.valid}) == 2
+
+
+@dataclass
+class Collected:
+    """What one step's collection gave: this replica's accepted groups and the facts that all ranks share."""
+
+    groups: list[Group]  # accepted, owned by this data-parallel replica, in prompt order
+    sampled: list[Group]  # all groups that this rank itself sampled and graded in this step
+    accepted: list[int]  # prompt indices accepted over *all* replicas, in prompt order
+    carried: int  # how many of `accepted` were sampled in an earlier step
+    rounds: int
+    correct_rate: float  # over every sampled rollout of this step, all ranks
+
+
+@dataclass
+class Batch:
+    """This replica's rollouts of one step. Per rollout [B], per response token [T]; tokens lie rollout after rollout."""
+
+    rollouts: list[Rollout]
+    group_index: Tensor  # [B] int64, ascending
+    mini_batch: Tensor  # [B] int64, ascending: which optimiser step of this RL step uses the rollout
+    mini_batches: int  # over all replicas; this replica may own no rollout of some
+    rewards: Tensor  # [B] float32
+    positive: Tensor  # [B] bool, the verifier's verdict
+    advantages: Tensor  # [B] float32
+    lengths: Tensor  # [B] int64, response tokens
+    rollout_index: Tensor  # [T] int64, ascending
+    rollout_logprobs: Tensor  # [T] float32, from the engine
+    old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score)
+    entropy: Tensor | None = None  # [T] float32, from the training engine (score)
+    token_weights: Tensor | None = None  # [T] float32 (shape)
+    rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)

@@ -1,0 +1,177 @@
+"""Who this rank is, who it shares the model with, what its device is like, and how all ranks decide together.
+
+Ranks are laid out as Megatron lays them out, tensor parallel fastest, then data, then pipeline:
+
+    rank = tensor + TP * (data + DP * pipeline)
+
+A *replica* is the set of ranks that hold one copy of the model together. An *engine* is a run of `rollout.tensor`
+neighbouring ranks; the first is its leader and samples for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .config import ClusterOptions, ParallelOptions
+from .errors import RequestError, RunFailed
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Everything that differs between a CPU and CUDA, in one record (docs/backends.md)."""
+
+    device: str
+    collectives: str  # of torch.distributed
+    spec: str  # naming scheme and modules of the Megatron model: local | te
+    receipt_strength: str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
+    engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
+
+
+CPU = Backend(
+    device="cpu",
+    collectives="gloo",
+    spec="local",
+    # vLLM's CPU backend packs linear weights into an opaque layout when it loads them: they cannot be read back.
+    receipt_strength="stream",
+    engine_args={
+        "enforce_eager": True,
+        # A seeded request whose prompt is split over steps dies with "CPU Generator does not use offset".
+        "enable_chunked_prefill": False,
+    },
+)
+
+
+def select_backend() -> Backend:
+    """The record for this machine."""
+    if torch.cuda.is_available():
+        raise RequestError(
+            "this version trains on the CPU path only, and CUDA is visible here: "
+            "set CUDA_VISIBLE_DEVICES= (empty) to run it on this machine"
+        )
+    return CPU
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    tensor: int = 0
+    pipeline: int = 0
+    data: int = 0
+
+
+class Cluster:
+    """One rank's view of all ranks. Built once per process by `connect`."""
+
+    def __init__(self, backend: Backend, parallel: ParallelOptions, engine_ranks: int, store: dist.Store) -> None:
+        from megatron.core import parallel_state
+
+        self.backend = backend
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.coordinates = Coordinates(
+            tensor=parallel_state.get_tensor_model_parallel_rank(),
+            pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+            data=parallel_state.get_data_parallel_rank(),
+        )
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        self.replica_group = parallel_state.get_model_parallel_group()
+        self.data_group = parallel_state.get_data_parallel_group()
+        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.data_group.size()
+        self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
+        self.engines = self.world // engine_ranks
+        self._store = dist.PrefixStore("agree", store)
+        self._round = 0
+
+    def agree(self, tag: str, value: Any, op: str | Callable[[list[Any]], Any]) -> Any:
+        """One decision of all ranks: every rank gives a JSON value and gets the same result.
+
+        `op`: any, all, min, max, sum, list (by rank), same (error unless equal), or a function of the list that runs on
+        rank 0. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a hang) or one does
+        not come within the cluster's time limit. Goes through the store: no rank opens connections to all others.
+        """
+        self._round += 1
+        key = f"{self._round}"
+        self._store.set(f"{key}/{self.rank}", json.dumps([tag, value]))
+        if self.rank == 0:
+            given = []
+            for rank in range(self.world):
+                try:
+                    given.append(json.loads(self._store.get(f"{key}/{rank}")))
+                except dist.DistStoreError as error:
+                    raise RunFailed(f"rank {rank} did not come to '{tag}' in time") from error
+            self._store.set(key, json.dumps(_decide(tag, given, op)))
+            for rank in range(self.world):
+                self._store.delete_key(f"{key}/{rank}")
+            self._store.delete_key(f"{self._round - 2}")  # everyone has read it: all have come to this round
+        try:
+            result = json.loads(self._store.get(key))
+        except dist.DistStoreError as error:
+            raise RunFailed(f"rank 0 did not decide '{tag}' in time") from error
+        if "error" in result:
+            raise RunFailed(result["error"])
+        return result["value"]
+
+    def gather_replica(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, over the ranks of this model replica."""
+        if self.replica_group.size() == 1:
+            return [value]
+        values: list[Any] = [None] * self.replica_group.size()
+        dist.all_gather_object(values, value, group=self.replica_group)
+        return values
+
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over data-parallel replicas; ranks of one replica must hold the same values."""
+        if self.data > 1:
+            dist.all_reduce(values, group=self.data_group)
+        return values
+
+
+def _decide(tag: str, given: list[tuple[str, Any]], op: str | Callable[[list[Any]], Any]) -> dict[str, Any]:
+    for rank, (other, _) in enumerate(given):
+        if other != tag:
+            return {"error": f"the ranks have lost step with each other: rank 0 is at '{tag}', rank {rank} at '{other}'"}
+    values = [value for _, value in given]
+    if callable(op):
+        return {"value": op(values)}
+    if op == "same":
+        for rank, value in enumerate(values):
+            if value != values[0]:
+                return {"error": f"'{tag}' differs: {values[0]!r} on rank 0, {value!r} on rank {rank}"}
+        return {"value": values[0]}
+    return {"value": {"any": any, "all": all, "min": min, "max": max, "sum": sum, "list": list}[op](values)}
+
+
+def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:
+    """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    backend = select_backend()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = timedelta(seconds=options.timeout_seconds)
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0, timeout=timeout
+    )
+    dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout)
+    return arrange(backend, parallel, engine_ranks, seed, store)
+
+
+def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed: int, store: dist.Store) -> Cluster:
+    """Megatron's groups for `parallel` over the ranks that are connected already (tests lay them out many times)."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+    return Cluster(backend, parallel, engine_ranks, store)

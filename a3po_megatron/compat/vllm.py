@@ -1,0 +1,39 @@
+"""vLLM 0.32.0 inside the learner's process: its process-wide side effects are undone, its silent traps closed.
+
+| what | symptom without it | cause |
+|---|---|---|
+| `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
+| `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Restores random states, thread count and `torch.set_num_threads` after the block."""
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+
+
+def drop_requests(engine: Any) -> None:
+    """Removes every request of a vLLM `LLMEngine`."""
+    engine.abort_request(list(engine.output_processor.request_states), internal=True)

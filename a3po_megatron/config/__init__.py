@@ -1,0 +1,40 @@
+"""Every setting of the package: one section per room, frozen, checked when read. Imports no torch."""
+
+from __future__ import annotations
+
+from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
+from .cluster import ClusterOptions, ParallelOptions
+from .config import Config
+from .data import ARITHMETIC, DataOptions
+from .learner import LearnerOptions, OptimizerOptions
+from .load import load_config, load_resolved, save_resolved
+from .model import MegatronOptions, ModelOptions
+from .reward import RewardOptions
+from .rollout import RolloutOptions
+from .telemetry import TelemetryOptions
+from .train import TrainerOptions
+from .weights import PublishOptions
+
+__all__ = [
+    "ARITHMETIC",
+    "AdvantageOptions",
+    "ClusterOptions",
+    "Config",
+    "CorrectionOptions",
+    "DataOptions",
+    "LearnerOptions",
+    "MegatronOptions",
+    "ModelOptions",
+    "ObjectiveOptions",
+    "OptimizerOptions",
+    "ParallelOptions",
+    "PublishOptions",
+    "RewardOptions",
+    "RolloutOptions",
+    "ShapingOptions",
+    "TelemetryOptions",
+    "TrainerOptions",
+    "load_config",
+    "load_resolved",
+    "save_resolved",
+]

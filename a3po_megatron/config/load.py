@@ -1,0 +1,193 @@
+"""Reads a configuration file, applies `--set section.key=value`, and names every mistake by file and line.
+
+A file may name another one with `base: other.yaml` (relative to itself) and override it; `key: null` in the overriding
+file takes the base's value back to the default. Relative `model.path` and `data.path` are looked for beside the file
+that sets them and then in the current directory; the configuration keeps the absolute path it found.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RequestError
+from .config import WITHOUT_EFFECT, Config
+from .data import ARITHMETIC
+
+_PATHS = ("model.path", "data.path")
+Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
+
+
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The configuration in `path` with `overrides` ("section.key=value", YAML values) on top.
+
+    Raises RequestError (exit 2) for an unreadable file, an unknown option (with the nearest valid one), a value of the
+    wrong type or range, a missing model or data path, and an option that has no effect beside the others.
+    """
+    values = _read_file(Path(path), ())
+    for text in overrides:
+        option, equals, value = text.partition("=")
+        if not equals:
+            raise RequestError(f"--set {text}: expected section.key=value")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {text}: the value is not YAML: {_one_line(error)}") from error
+        _flatten({option.strip(): parsed}, "", lambda _: f"--set {option.strip()}", Path.cwd(), values)
+    values = {option: entry for option, entry in values.items() if entry[0] is not None or _nullable(option)}
+    for option in _PATHS:
+        if option in values:
+            values[option] = _find(option, *values[option])
+    config = _validate(values)
+    for rule in WITHOUT_EFFECT:
+        for option in rule.options:
+            if option in values and rule.when(config):
+                raise RequestError(f"{values[option][1]}: {option} has no effect, because {rule.because}: remove it")
+    return config
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Writes every option with its value, in the order of the sections."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def load_resolved(path: Path) -> Config:
+    """Reads what `save_resolved` wrote. All options stand in it, so rules about explicitly given ones do not apply."""
+    return Config.model_validate(yaml.safe_load(path.read_text()))
+
+
+def known_options() -> list[str]:
+    """Every dotted option name."""
+    names = []
+    for section, info in Config.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [f"{section}.{name}" for name in kind.model_fields]
+        else:
+            names.append(section)
+    return names
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
+    if path.resolve() in seen:
+        raise RequestError(f"{path}: the chain of `base` files comes back to itself")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot read the configuration: {error}") from error
+    try:
+        node = yaml.compose(text)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if tree is None:
+        raise RequestError(f"{path}: the file is empty; it must hold at least model.path and data.path")
+    if not isinstance(tree, dict):
+        raise RequestError(f"{path}: expected sections such as `model:` and `trainer:` at the top level")
+    lines = _lines(node, path)
+    values: Values = {}
+    if (base := tree.pop("base", None)) is not None:
+        if not isinstance(base, str):
+            raise RequestError(f"{path}:{lines['base']}: base must be the name of a configuration file")
+        values = _read_file(path.parent / base, (*seen, path.resolve()))
+    _flatten(tree, "", lambda option: f"{path}:{lines.get(option, 1)}", path.parent, values)
+    return values
+
+
+def _lines(node: yaml.Node, path: Path, prefix: str = "") -> dict[str, int]:
+    """Dotted option → line number. A key that stands twice is an error: YAML would silently keep the last one."""
+    found: dict[str, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            option = f"{prefix}{key.value}"
+            line = key.start_mark.line + 1
+            if option in found:
+                raise RequestError(f"{path}:{line}: {option} is given twice (first in line {found[option]})")
+            found[option] = line
+            found |= _lines(value, path, f"{option}.")
+    return found
+
+
+def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values: Values) -> None:
+    """Lays a tree of settings out as dotted options. Pass-through dictionaries stay whole."""
+    known = known_options()
+    sections = {name.partition(".")[0] for name in known if "." in name}
+    for key, value in tree.items():
+        option = f"{prefix}{key}"
+        if option in sections:
+            if value is None:
+                for name in [n for n in values if n.startswith(f"{option}.")]:
+                    del values[name]
+            elif isinstance(value, dict):
+                _flatten(value, f"{option}.", where, folder, values)
+            else:
+                raise RequestError(f"{where(option)}: {option} is a section: expected options below it, got {value!r}")
+            continue
+        head = ".".join(option.split(".")[:2])
+        if head in ("megatron.extra", "rollout.engine_args") and option != head:  # --set rollout.engine_args.x=1
+            held = dict(values[head][0]) if head in values else {}
+            values[head] = ({**held, option[len(head) + 1 :]: value}, where(option), folder)
+            continue
+        if option not in known:
+            raise RequestError(f"{where(option)}: unknown option {option}{_nearest(option, known, sections)}")
+        values[option] = (value, where(option), folder)
+
+
+def _nearest(option: str, known: list[str], sections: set[str]) -> str:
+    last = option.rpartition(".")[2]
+    close = difflib.get_close_matches(option, [*known, *sections], n=1, cutoff=0.75)
+    close = close or [name for name in known if name.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(option, [*known, *sections], n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    section = option.partition(".")[0]
+    inside = [name for name in known if name.startswith(f"{section}.")]
+    return f"; {section} has {', '.join(inside)}" if inside else f"; the sections are {', '.join(sorted(sections))}"
+
+
+def _nullable(option: str) -> bool:
+    section, _, name = option.partition(".")
+    kind = Config.model_fields[section].annotation
+    if not name or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return False
+    return "None" in str(kind.model_fields[name].annotation)
+
+
+def _find(option: str, value: Any, where: str, folder: Path) -> tuple[Any, str, Path]:
+    if not isinstance(value, str) or value == ARITHMETIC:
+        return value, where, folder
+    tried = [folder / value, Path.cwd() / value]
+    for path in tried:
+        if path.exists():
+            return str(path.resolve()), where, folder
+    places = " or ".join(dict.fromkeys(str(path) for path in tried))
+    raise RequestError(f"{where}: {option} is {value}, but there is no {places}")
+
+
+def _validate(values: Values) -> Config:
+    tree: dict[str, Any] = {}
+    for option, (value, _, _) in values.items():
+        section, _, name = option.partition(".")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    for section in ("model", "data"):
+        if section not in tree:
+            raise RequestError(f"{section}.path is not set: the configuration must say which {section} to use")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"][:2])
+        where = f"{values[option][1]}: " if option in values else ""
+        given = f" (got {first['input']!r})" if option in values else ""
+        raise RequestError(f"{where}{option}: {first['msg']}{given}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

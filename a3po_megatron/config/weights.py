@@ -1,0 +1,12 @@
+"""Settings of `weights/`: the hand-over from learner to engine and its proof."""
+
+from __future__ import annotations
+
+from .section import NonNegative, Positive, PositiveFloat, Section
+
+
+class PublishOptions(Section):
+    bucket_bytes: Positive = 256 << 20  # at most this many bytes travel in one collective (or one tensor, if larger)
+    canary_prompts: NonNegative = 4  # fixed sequences whose log-probs learner and engine must agree on; 0: off
+    canary_tokens: Positive = 32  # length of each
+    canary_bound: PositiveFloat | None = None  # None: 1e-4 in fp32, 0.25 in bf16

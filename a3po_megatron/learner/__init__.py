@@ -1,0 +1,1 @@
+"""The learner: log-probs across vocabulary shards, Megatron's schedules, the optimiser."""

@@ -1,0 +1,198 @@
+"""The training engine: scores rollouts with the weights that are being trained, and updates them.
+
+    score    log pi_old and entropy of every response token, before anything changes
+    update   mini-batches in order, one optimiser step each, old log-probs fixed over all of them
+
+Per mini-batch the loss is the sum over response tokens of -J_t (algorithm/objective.py) divided by the number of
+response tokens of the mini-batch over all ranks, whatever the packing and the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
+from ..batch import Batch
+from ..cluster import Cluster
+from ..config import Config, OptimizerOptions
+from ..errors import RunFailed
+from ..model.build import build_model, transformer_config
+from ..model.family import Family
+from ..model.layout import pieces
+from ..schedule.packing import pack
+from ..telemetry.clock import phase
+from ..weights.load import load_shards
+from .micro_batch import MicroBatch, micro_batch
+from .pipeline import Pipeline
+
+_SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
+
+
+class Learner:
+    def __init__(self, cluster: Cluster, family: Family, config: Config) -> None:
+        self.cluster, self.family = cluster, family
+        self.objective, self.correction = config.objective, config.correction
+        self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
+        self.pieces = pieces(family, cluster.tensor, cluster.coordinates.tensor)
+        settings = transformer_config(family, config.parallel, config.model, config.megatron)
+        model = build_model(family, settings)
+        load_shards(Path(config.model.path), family, self.pieces, dict(model.named_parameters()))
+        self.model = DistributedDataParallel(
+            settings,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
+            ),
+            model,
+        )
+        self.optimizer = _optimizer(self.model, config.optimizer, settings.params_dtype)
+        self.schedule = _schedule(self.optimizer, config.optimizer, config.trainer.steps)
+        settings.finalize_model_grads_func = finalize_model_grads
+        settings.grad_scale_func = self.optimizer.scale_loss
+        self.pipeline = Pipeline(cluster, self.model, family.vocab)
+        # Megatron splits activations along T under sequence parallelism.
+        self.multiple = cluster.tensor if settings.sequence_parallel else 1
+
+    def parameters(self) -> dict[str, Tensor]:
+        """This rank's shard: Megatron name → parameter, without gradient."""
+        return {name: parameter.detach() for name, parameter in self.model.module.named_parameters()}
+
+    def score(self, batch: Batch) -> Batch:
+        """Adds old log-probs and entropies [T] of the training engine to the batch."""
+        with phase("score"):
+            batch.old_logprobs, batch.entropy = torch.zeros(2, batch.rollout_index.numel())
+            micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
+            results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
+            index = torch.cat([part.index for part in micro_batches])
+            batch.old_logprobs[index], batch.entropy[index] = results
+            return batch
+
+    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+        """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank."""
+        packed = micro_batch(sequences, [0] * len(sequences), self.multiple)
+        values = self.pipeline.forward([packed], 1.0, with_entropy=False)[0]
+        return list(values.split([len(response) for _, response in sequences]))
+
+    def update(self, batch: Batch) -> dict[str, float | None]:
+        """One optimiser step per mini-batch; returns the step's metrics, the same on every rank."""
+        with phase("update"):
+            assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
+            advantages = batch.token_weights * batch.advantages[batch.rollout_index]
+            correction = sampler_correction(batch.old_logprobs, batch.rollout_logprobs, self.correction)
+            self.schedule.step(increment=1)
+            totals, norms, first = torch.zeros(len(_SUMS), dtype=torch.float64), [], 0.0
+            for number in range(batch.mini_batches):
+                chosen = torch.nonzero(batch.mini_batch == number)[:, 0].tolist()
+                sums, farthest = self._accumulate(self._micro_batches(batch, chosen), batch, advantages, correction)
+                totals += sums
+                first = farthest if number == 0 else first
+                norms.append(self._step(number))
+            return self._metrics(totals, norms, first)
+
+    def _accumulate(
+        self, micro_batches: list[MicroBatch], batch: Batch, advantages: Tensor, correction: Tensor
+    ) -> tuple[Tensor, float]:
+        """Gradients of one mini-batch; returns sums over its tokens and the largest |ratio - 1| on this rank."""
+        farthest = 0.0
+
+        def loss(part: MicroBatch, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, int, Tensor]:
+            nonlocal farthest
+            assert batch.old_logprobs is not None
+            old = batch.old_logprobs[part.index]
+            tokens = policy_loss(logprobs, old, advantages[part.index], correction[part.index], self.objective)
+            total, count = tokens.loss.sum(), part.index.numel()
+            if count == 0:  # padding alone: a loss of 0 that still reaches every parameter
+                total = logprobs.sum() * 0.0
+            else:
+                farthest = max(farthest, float((tokens.ratio - 1).abs().max()))
+            kl = kl_k3(logprobs.detach() - old).sum()
+            collected = [total.detach(), count, tokens.clipped_low.sum(), tokens.clipped_high.sum(), kl]
+            return total, count, torch.tensor([float(value) for value in collected], dtype=torch.float64)
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
+        return torch.stack(collected).sum(dim=0) if collected else torch.zeros(len(_SUMS), dtype=torch.float64), farthest
+
+    def _step(self, number: int) -> float:
+        _, norm, _ = self.optimizer.step()
+        norm = float(norm)
+        if not torch.isfinite(torch.tensor(norm)):  # reduced over all ranks: every rank sees the same number
+            raise RunFailed(f"the gradient norm of mini-batch {number} is {norm}: the update cannot be trusted")
+        return norm
+
+    def _metrics(self, totals: Tensor, norms: list[float], first: float) -> dict[str, float | None]:
+        # Every rank of a replica computed the same sums.
+        sums = dict(zip(_SUMS, self.cluster.sum_over_data(totals).tolist(), strict=True))
+        first = self.cluster.agree("the first mini-batch's largest ratio", first, max)
+        tokens = sums["tokens"]
+
+        def mean(name: str) -> float | None:
+            return sums[name] / tokens if tokens else None
+
+        return {
+            "learner/loss": mean("loss"),
+            "learner/lr": self.optimizer.param_groups[0]["lr"],
+            "policy/kl_old": mean("kl_k3"),
+            "policy/clip_low_rate": mean("clipped_low"),
+            "policy/clip_high_rate": mean("clipped_high"),
+            "policy/grad_norm": sum(norms) / len(norms) if norms else None,
+            "policy/ratio_first_max": first if norms else None,
+        }
+
+    def _micro_batches(self, batch: Batch, chosen: Sequence[int]) -> list[MicroBatch]:
+        """The chosen rollouts, packed; at least one micro-batch, so that every rank joins every collective."""
+        starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
+        sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
+        bins = pack([len(prompt) + len(response) - 1 for prompt, response in sequences], self.limit)
+        return [
+            micro_batch([sequences[i] for i in items], [starts[chosen[i]] for i in items], self.multiple)
+            for items in bins or [[]]
+        ]
+
+
+def _optimizer(model: DistributedDataParallel, options: OptimizerOptions, dtype: torch.dtype) -> MegatronOptimizer:
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=options.name,
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.betas[0],
+            adam_beta2=options.betas[1],
+            adam_eps=options.eps,
+            sgd_momentum=options.momentum,
+            clip_grad=options.clip_grad,
+            use_distributed_optimizer=options.distributed,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+        ),
+        [model],
+    )
+
+
+def _schedule(optimizer: MegatronOptimizer, options: OptimizerOptions, steps: int) -> OptimizerParamScheduler:
+    """RL step s (from 0) trains at the rate of s + 1, so that a warm-up does not begin with a step at rate 0."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.warmup_steps,
+        lr_decay_steps=max(steps, options.warmup_steps + 1),
+        lr_decay_style=options.schedule,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,83 @@
+"""Drives Megatron's schedules: packed micro-batches in, per-token results or accumulated gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from ..cluster import Cluster
+from .micro_batch import MicroBatch
+from .vocab_parallel import logprob_and_entropy
+
+# (micro-batch, log-probs [R], entropy [R]) → (summed loss, number of tokens, sums to collect)
+LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, Tensor]]
+
+
+class Pipeline:
+    """The model under Megatron's schedule. Every rank of a replica must bring the same micro-batches."""
+
+    def __init__(self, cluster: Cluster, model: DistributedDataParallel, vocab_size: int) -> None:
+        self.cluster, self.model, self.vocab_size = cluster, model, vocab_size
+
+    def forward(self, micro_batches: Sequence[MicroBatch], temperature: float, with_entropy: bool) -> Tensor:
+        """Per-token results without gradient: [1 + with_entropy, R] of all micro-batches, laid end to end."""
+
+        def collect(batch: MicroBatch, logits: Tensor) -> Tensor:
+            logprobs, entropy = self._logprobs(batch, logits, temperature, with_entropy)
+            return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
+
+        self.model.eval()
+        with torch.no_grad():
+            outputs = self._run(micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+        self.model.train()
+        tokens = sum(batch.targets.numel() for batch in micro_batches)
+        result = torch.cat(outputs, dim=1) if outputs else torch.empty(1 + with_entropy, tokens)
+        return self._from_last_stage(result)
+
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], temperature: float, loss_function: LossFunction
+    ) -> list[Tensor]:
+        """Accumulates gradients of the summed loss over the tokens of all ranks; returns what the loss collected."""
+
+        def loss(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, tokens, sums = loss_function(batch, *self._logprobs(batch, logits, temperature, False))
+            return total, torch.tensor(tokens, dtype=torch.int), sums
+
+        return self._run(micro_batches, loss, forward_only=False)
+
+    def _logprobs(
+        self, batch: MicroBatch, logits: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = logits[0].index_select(0, batch.predicting)  # [R, V/tp]
+        group = self.cluster.tensor_group if self.cluster.tensor > 1 else None
+        return logprob_and_entropy(
+            rows, batch.targets, group, temperature, vocab_size=self.vocab_size, with_entropy=with_entropy
+        )
+
+    def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], **options: Any) -> list[Any]:
+        def step(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
+            batch = next(batches)
+            logits = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+            return logits, lambda output, non_loss_data=False: finish(batch, output)
+
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=1,  # ignored: packed lengths vary
+            micro_batch_size=1,
+            **options,
+        )
+
+    def _from_last_stage(self, values: Tensor) -> Tensor:
+        group = self.cluster.pipeline_group
+        if group.size() > 1:
+            dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)
+        return values

@@ -1,0 +1,120 @@
+"""HF config → the facts that the rest of the package needs, and a refusal by name of everything it cannot represent.
+
+This is the only reader of `config.json`. It reads both forms of the rope parameters: transformers 4 (`rope_theta`,
+`rope_scaling`) and transformers 5 (`rope_parameters`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+
+ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The facts of one model. Sizes are those of the whole model."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool  # the output layer is the embedding
+    qk_norm: bool  # RMSNorm on queries and keys, per head
+    qkv_bias: bool
+    norm_eps: float
+    rope_theta: float
+    max_positions: int
+    eos: tuple[int, ...]
+
+
+def read_family(folder: Path | str) -> Family:
+    """The facts of the HF checkpoint in `folder`.
+
+    Raises RequestError for a missing or unreadable config.json, an unknown architecture, and every field that changes
+    the mathematics in a way that is not implemented.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint") from error
+    except ValueError as error:
+        raise RequestError(f"{path}: not valid JSON: {error}") from error
+    return family_of(config, str(path))
+
+
+def family_of(config: dict[str, Any], where: str) -> Family:
+    """The facts of a parsed config.json; `where` names it in errors."""
+
+    def need(name: str) -> Any:
+        if config.get(name) is None:
+            raise RequestError(f"{where}: the field {name} is missing")
+        return config[name]
+
+    architectures = config.get("architectures") or []
+    known = [name for name in architectures if name in ARCHITECTURES]
+    if not known:
+        supported = ", ".join(ARCHITECTURES)
+        raise RequestError(f"{where}: architecture {architectures or 'not given'} is not supported; supported: {supported}")
+    kind = ARCHITECTURES[known[0]]
+
+    def refuse(name: str, meaning: str) -> None:
+        raise RequestError(f"{where}: {name} = {config.get(name)!r} is not supported ({meaning})")
+
+    if config.get("hidden_act", "silu") != "silu":
+        refuse("hidden_act", "only silu")
+    if config.get("use_sliding_window"):
+        refuse("use_sliding_window", "attention over a window")
+    if any(kind_of != "full_attention" for kind_of in config.get("layer_types") or []):
+        refuse("layer_types", "only full_attention")
+    if kind == "qwen3" and config.get("attention_bias"):
+        refuse("attention_bias", "Qwen3 with biased attention projections")
+    if config.get("use_mrope"):
+        refuse("use_mrope", "multimodal rope")
+    if config.get("quantization_config"):
+        refuse("quantization_config", "quantised weights cannot be trained")
+    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    eos = config.get("eos_token_id")
+    return Family(
+        architecture=known[0],
+        layers=need("num_hidden_layers"),
+        hidden=hidden,
+        ffn=need("intermediate_size"),
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        vocab=need("vocab_size"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qk_norm=kind == "qwen3",
+        qkv_bias=kind == "qwen2",
+        norm_eps=need("rms_norm_eps"),
+        rope_theta=_rope_theta(config, where),
+        max_positions=need("max_position_embeddings"),
+        eos=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
+    )
+
+
+def _rope_theta(config: dict[str, Any], where: str) -> float:
+    scaling = config.get("rope_scaling") or {}
+    parameters = config.get("rope_parameters") or {}
+    for name, values in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        kind = values.get("rope_type", values.get("type", "default"))
+        if kind != "default":
+            raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled rope is")
+    thetas = {float(value) for value in (config.get("rope_theta"), parameters.get("rope_theta")) if value is not None}
+    if len(thetas) != 1:
+        found = "missing" if not thetas else f"contradictory: {sorted(thetas)}"
+        raise RequestError(f"{where}: rope_theta is {found}")
+    return thetas.pop()

@@ -1,0 +1,61 @@
+"""Our own modules for Megatron's layer specs on the CPU path, through Megatron's spec mechanism: nothing is patched.
+
+Megatron's local `DotProductAttention` refuses packed sequences, and its `WrappedTorchNorm` refuses sequence
+parallelism; Transformer Engine's modules, which do both, need CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose weight tells Megatron to sum its gradient over a sequence-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention within each sequence of a packed micro-batch, by torch's scaled_dot_product_attention."""
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,  # [T, heads/tp, head_dim]
+        key: Tensor,  # [T, kv_heads/tp, head_dim]
+        value: Tensor,  # [T, kv_heads/tp, head_dim]
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:  # [T, heads/tp * head_dim]
+        assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "sequences must be packed"
+        ends = packed_seq_params.cu_seqlens_q.tolist()
+        query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, T, head_dim]
+        outputs = [
+            F.scaled_dot_product_attention(
+                query[None, :, begin:end],
+                key[None, :, begin:end],
+                value[None, :, begin:end],
+                is_causal=True,
+                scale=self.scale,
+                enable_gqa=True,
+            )[0]
+            for begin, end in zip(ends[:-1], ends[1:], strict=True)
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)

@@ -1,0 +1,1 @@
+"""Pure planning: what goes where, decided over plain numbers, before anything moves."""

@@ -1,0 +1,1 @@
+"""Weights on the move: from HF files into shards, from shards into engines, with proof."""

@@ -1,0 +1,93 @@
+"""HF safetensors → this rank's shards: only the slices that this rank needs are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import RequestError
+from ..model.family import Family
+from ..model.layout import HEAD, Piece, hf_tensors
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def locate(folder: Path) -> dict[str, Path]:
+    """HF tensor name → file. Raises RequestError for a missing file or an unreadable index."""
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
+        files = {name: folder / file for name, file in names.items()}
+    elif (single := folder / SINGLE).exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    else:
+        raise RequestError(f"{folder}: there is neither {SINGLE} nor {INDEX}: model.path must hold safetensors weights")
+    for name, path in files.items():
+        if not path.exists():
+            raise RequestError(f"{index}: {name} is said to be in {path.name}, which is missing")
+    return files
+
+
+def check_checkpoint(folder: Path, family: Family) -> dict[str, Path]:
+    """Compares names and shapes in the files with what config.json implies; returns where each tensor is."""
+    files, expected = locate(folder), hf_tensors(family)
+    tolerated = {HEAD} if family.tied else set()  # some tied checkpoints store the output layer again
+    if missing := sorted(expected.keys() - files.keys()):
+        raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
+    if extra := sorted(name for name in files.keys() - expected.keys() - tolerated if "rotary_emb" not in name):
+        raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in expected and shape != expected[name]:
+                    raise RequestError(f"{path}: {name} has shape {shape}, config.json implies {expected[name]}")
+    return files
+
+
+@torch.no_grad()
+def load_shards(
+    folder: Path, family: Family, pieces: Iterable[Piece], parameters: dict[str, torch.nn.Parameter]
+) -> None:
+    """Fills `parameters` from the checkpoint; rows that pad the vocabulary become 0.
+
+    Raises RequestError for tensors that are missing, misshapen or not finite, and RuntimeError if a parameter of the
+    model is not covered by the map.
+    """
+    files = check_checkpoint(folder, family)
+    filled: dict[str, int] = dict.fromkeys(parameters, 0)
+    by_file: dict[Path, list[Piece]] = {}
+    for piece in pieces:
+        by_file.setdefault(files[piece.tensor], []).append(piece)
+    for path, wanted in by_file.items():
+        with _open(path) as file:
+            for piece in wanted:
+                window = slice(piece.start, piece.start + piece.length)
+                source = file.get_slice(piece.tensor)
+                values = source[window] if piece.dim == 0 else source[:, window]
+                if not torch.isfinite(values).all():
+                    raise RequestError(f"{path}: {piece.tensor} holds a value that is not finite")
+                target = parameters[piece.parameter]
+                target.narrow(piece.dim, piece.offset, piece.length).copy_(values)
+                filled[piece.parameter] += piece.numel
+    for name, parameter in parameters.items():
+        padding = parameter.numel() - filled[name]
+        if padding and name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            parameter[filled[name] // parameter.shape[1] :].zero_()
+        elif padding:
+            raise RuntimeError(f"model/layout.py leaves {padding} elements of {name} without a source")
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{path}: not a readable safetensors file: {error}") from error
