@@ -89,9 +89,7 @@ class Collected:
     groups: list[Group]  # accepted, owned by this data-parallel replica, in prompt order
     sampled: list[Group]  # all groups that this rank itself sampled and graded in this step
     accepted: list[int]  # prompt indices accepted over *all* replicas, in prompt order
-    carried: int  # how many of `accepted` were sampled in an earlier step
-    rounds: int
-    correct_rate: float  # over every sampled rollout of this step, all ranks
+    metrics: dict[str, float | None]  # over every rollout sampled in this step, all ranks
 
 
 @dataclass

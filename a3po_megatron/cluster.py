@@ -171,7 +171,6 @@ def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        create_gloo_process_groups=False,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
     return Cluster(backend, parallel, engine_ranks, store)

@@ -1,0 +1,1 @@
+"""Where prompts come from, and how a problem becomes the tokens of a prompt."""

@@ -1,0 +1,117 @@
+"""The run's endless, seeded order of prompts, the same on every rank.
+
+A JSONL file is checked whole before anything starts: every row an object with a problem and an answer, no problem and
+no id twice. Each epoch has its own order, drawn by hash from (seed, epoch, row): position n of the order is the same
+whatever happened before, so that the only state is the position.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..batch import Prompt
+from ..config import ARITHMETIC, DataOptions
+from ..errors import RequestError
+from . import arithmetic
+from .order import named_order
+from .tokens import Tokens
+
+
+class Prompts:
+    def __init__(self, options: DataOptions, tokens: Tokens, seed: int, max_tokens: int) -> None:
+        self._options, self._tokens, self._seed, self._limit = options, tokens, seed, max_tokens
+        self._rows = None if options.path == ARITHMETIC else self._fitting(read_rows(options))
+        self._orders: dict[int, list[int]] = {}
+        self.position = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        taken = [self.at(self.position + offset) for offset in range(count)]
+        self.position += count
+        return taken
+
+    def at(self, index: int) -> Prompt:
+        """The prompt at a position of the endless order."""
+        if self._rows is None:
+            text, answer = arithmetic.problem(index, self._seed)
+            return Prompt(f"arithmetic/{index}", text, answer, self._tokens.encode(text), index)
+        epoch, place = divmod(index, len(self._rows))
+        if epoch not in self._orders:  # a step may reach into the next epoch; older ones are done with
+            self._orders = {known: order for known, order in self._orders.items() if known >= epoch - 1}
+            self._orders[epoch] = (
+                named_order(len(self._rows), self._seed, epoch)
+                if self._options.shuffle
+                else list(range(len(self._rows)))
+            )
+        name, problem, answer = self._rows[self._orders[epoch][place]]
+        # The id names the draw of a rollout's seed: the same problem in a later epoch is another draw.
+        return Prompt(f"{name}@{epoch}" if epoch else name, problem, answer, self._tokens.encode(problem), index)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def _fitting(self, rows: list[tuple[str, str, str, int]]) -> list[tuple[str, str, str]]:
+        kept = []
+        for name, problem, answer, line in rows:
+            length = len(self._tokens.encode(problem))
+            if length <= self._limit and length > 0:
+                kept.append((name, problem, answer))
+            elif not self._options.drop_long_prompts:
+                raise RequestError(
+                    f"{self._options.path}:{line}: the prompt has {length} tokens, rollout.max_prompt_tokens is "
+                    f"{self._limit}: raise it, or set data.drop_long_prompts: true"
+                )
+        if not kept:
+            raise RequestError(f"{self._options.path}: no prompt is left within rollout.max_prompt_tokens")
+        return kept
+
+
+def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
+    """(id, problem, answer, line) of every row. Raises RequestError with file and line for the first bad one."""
+    path = Path(options.path)
+    rows: list[tuple[str, str, str, int]] = []
+    seen: dict[tuple[str, str], int] = {}
+    for line, row in _parsed(path):
+        where = f"{path}:{line}"
+        problem, answer = (_text(row, field, where) for field in (options.problem_field, options.answer_field))
+        name = str(row.get(options.id_field) or f"{path.name}/{line}")
+        for kind, value in (("problem", problem), ("id", name)):
+            if (kind, value) in seen:
+                raise RequestError(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
+            seen[kind, value] = line
+        rows.append((name, problem, answer, line))
+    if not rows:
+        raise RequestError(f"{path}: the file holds no prompts")
+    return rows
+
+
+def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot read the prompts: {error}") from error
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise RequestError(f"{path}:{number}: not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise RequestError(f"{path}:{number}: expected an object with a problem and an answer")
+        yield number, row
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(f"{where}: the field {field!r} is {'missing' if field not in row else 'empty or no text'}")
+    return value

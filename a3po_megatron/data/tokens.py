@@ -1,0 +1,67 @@
+"""The tokenizer of an HF checkpoint: read, held against the model, and used to render problems as prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import RequestError
+
+# The forms in which public RLVR work poses a problem. `chat` is the tokenizer's own chat template.
+TEMPLATES = {
+    "raw": "{problem}",
+    "qwen": "{problem}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    "dapo": (
+        "Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+        'Remember to put your answer on its own line after "Answer:".'
+    ),
+}
+
+
+class Tokens:
+    """Text ↔ token ids, with the special tokens that end a response left out of the text."""
+
+    def __init__(self, folder: Path, vocab: int, eos: tuple[int, ...], template: str) -> None:
+        self._tokenizer = _read(folder)
+        self._template = template
+        if len(self._tokenizer) > vocab:
+            raise RequestError(
+                f"{folder}: the tokenizer knows {len(self._tokenizer)} tokens, the model's vocabulary has {vocab}: "
+                "they do not belong together"
+            )
+        if not eos:
+            raise RequestError(f"{folder}/config.json: eos_token_id is missing: no response could end")
+        if bad := [token for token in eos if not 0 <= token < len(self._tokenizer)]:
+            raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
+        if template == "chat" and not self._tokenizer.chat_template:
+            raise RequestError(f"data.template is chat, but the tokenizer in {folder} has no chat template")
+
+    def encode(self, problem: str) -> tuple[int, ...]:
+        """The prompt tokens of one problem."""
+        if self._template == "chat":
+            ids = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        else:
+            ids = self._tokenizer.encode(TEMPLATES[self._template].format(problem=problem), add_special_tokens=False)
+        return tuple(int(token) for token in ids)
+
+    def decode(self, tokens: Any) -> str:
+        """The text of a response, for the grader: without special tokens."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def pieces(self, tokens: Any) -> list[str]:
+        """The text of each token by itself, special tokens by name, for a reader."""
+        return [self._tokenizer.decode([int(token)]) for token in tokens]
+
+
+def _read(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
+        raise RequestError(f"{folder}: there is no tokenizer (tokenizer.json) beside the model")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"{folder}: the tokenizer cannot be read: {error}") from error

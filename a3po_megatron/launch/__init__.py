@@ -1,0 +1,1 @@
+"""How ranks are started, and what a rank needs around it."""

@@ -1,0 +1,107 @@
+"""Everything that can be wrong with a request is found here, before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import compat
+from ..config import Config
+from ..data.prompts import Prompts
+from ..data.tokens import Tokens
+from ..errors import RequestError
+from ..model.family import Family, read_family
+from ..model.layout import check_layout
+from ..rollout.engine import CPU_HEAD_DIMS
+from ..weights.load import check_checkpoint
+from . import environment
+
+
+def check_request(config: Config) -> None:
+    """Raises RequestError with one clear message if this run cannot work."""
+    _check_options(config)
+    family = read_family(config.model.path)
+    check_checkpoint(Path(config.model.path), family)
+    _check_layout(config, family)
+    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
+    Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    _check_extra(config, family)
+
+
+def _check_options(config: Config) -> None:
+    for option, value in (
+        ("parallel.pipeline", config.parallel.pipeline),
+        ("parallel.context", config.parallel.context),
+        ("parallel.expert", config.parallel.expert),
+        ("rollout.expert", config.rollout.expert),
+    ):
+        if value > 1:
+            raise RequestError(f"{option} = {value} is not supported yet: only 1 is")
+    ranks = config.parallel.ranks()
+    if ranks % config.rollout.tensor:
+        raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the {ranks} ranks of the layout")
+    engines = ranks // config.rollout.tensor
+    if config.rollout.data not in (None, engines):
+        raise RequestError(f"rollout.data = {config.rollout.data}, but {ranks} ranks hold {engines} engines")
+    if config.optimizer.name == "sgd" and config.optimizer.distributed:
+        raise RequestError("optimizer.name sgd needs optimizer.distributed: false: the distributed optimizer is Adam's")
+    if config.optimizer.warmup_steps >= config.trainer.steps:
+        raise RequestError(
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be below trainer.steps = "
+            f"{config.trainer.steps}"
+        )
+    if config.trainer.mini_batches > config.trainer.prompts_per_step:
+        raise RequestError(
+            f"trainer.mini_batches = {config.trainer.mini_batches} is more than trainer.prompts_per_step = "
+            f"{config.trainer.prompts_per_step}: a mini-batch holds at least one group"
+        )
+    if config.reward.correct <= config.reward.wrong:
+        raise RequestError(
+            f"reward.correct = {config.reward.correct:g} must be above reward.wrong = {config.reward.wrong:g}"
+        )
+    if config.reward.overlong_tokens > config.rollout.max_tokens:
+        raise RequestError(
+            f"reward.overlong_tokens = {config.reward.overlong_tokens} is more than rollout.max_tokens = "
+            f"{config.rollout.max_tokens}"
+        )
+
+
+def _check_layout(config: Config, family: Family) -> None:
+    check_layout(family, config.parallel.tensor)
+    length = config.rollout.max_prompt_tokens + config.rollout.max_tokens
+    if length > family.max_positions:
+        raise RequestError(
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
+            f"{family.max_positions} (max_position_embeddings)"
+        )
+    if family.head_dim not in CPU_HEAD_DIMS:
+        raise RequestError(
+            f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}"
+        )
+    for name, size in (("num_attention_heads", family.heads), ("num_key_value_heads", family.kv_heads)):
+        if size % config.rollout.tensor:
+            raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the model's {name} = {size}")
+    itemsize = 2 if config.model.dtype == "bfloat16" else 4
+    per_token = 2 * family.layers * family.kv_heads * family.head_dim * itemsize // config.rollout.tensor
+    if per_token * length > config.rollout.kv_cache_bytes:
+        raise RequestError(
+            f"rollout.kv_cache_bytes = {config.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens: "
+            f"that takes {per_token * length} bytes"
+        )
+
+
+def _check_extra(config: Config, family: Family) -> None:
+    """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
+    if config.megatron.extra:
+        environment.prepare()
+        compat.prepare()
+        from ..model.build import transformer_config
+
+        transformer_config(family, config.parallel, config.model, config.megatron)
+    if config.rollout.engine_args:
+        environment.prepare()
+        from ..cluster import select_backend
+        from ..model.build import DTYPES
+        from ..rollout.vllm_engine import engine_arguments
+
+        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], select_backend())

@@ -1,0 +1,71 @@
+"""What a rank's process needs around it. Imports nothing heavy: it runs before everything else."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import A3POError, RequestError
+
+SETTINGS = {
+    # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+    "OMP_NUM_THREADS": "1",  # several ranks share the cores of one machine
+    "HF_HUB_OFFLINE": "1",  # models and tokenizers are local folders; nothing is fetched while training
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def prepare() -> None:
+    """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends (Linux), so that no rank outlives its launcher."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
+    """Runs a rank's main program; leaves a failure's message in logs/rank-N.error for the launcher to show.
+
+    The process ends with os._exit: a failed rank must not wait for collectives or engine threads in interpreter
+    shutdown, while others wait for it.
+    """
+    code = 0
+    die_with_parent()
+    try:
+        main(folder)
+    except A3POError as error:
+        code = error.exit_code
+        traceback.print_exc()
+        _leave(folder, "request" if isinstance(error, RequestError) else "run", str(error))
+    except BaseException as error:  # the rank's last words, whatever it died of
+        code = 1
+        traceback.print_exc()
+        _leave(folder, "crash", f"{type(error).__name__}: {error}")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _leave(folder: Path, kind: str, message: str) -> None:
+    words = json.dumps({"kind": kind, "message": message})
+    (folder / "logs" / f"rank-{rank()}.error").write_text(words)

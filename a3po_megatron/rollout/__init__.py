@@ -1,0 +1,1 @@
+"""Rollouts: the engine that samples, and how a step's groups are collected."""

@@ -1,0 +1,168 @@
+"""One step's groups: sample, grade, keep those with spread, in prompt order.
+
+Dynamic sampling runs in rounds. Prompts of a round are dealt over the engines; every engine's leader grades what it
+sampled; the outcomes (not the tokens) are merged on all ranks. Groups are accepted in *prompt order*, never in order of
+arrival, which would favour short answers. Groups with spread beyond the step's need are carried into the next step, so
+that no finished work is lost. Tokens travel only within the model replica that trains on them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ..batch import Collected, Group, Prompt, Rollout, Verdict
+from ..cluster import Cluster
+from ..config import RewardOptions, RolloutOptions, TrainerOptions
+from ..data.order import rollout_seed
+from ..data.prompts import Prompts
+from ..data.tokens import Tokens
+from ..errors import RunFailed
+from ..reward.reward import score
+from ..telemetry.clock import phase
+from .engine import Engine, Request
+
+_COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward")
+
+
+class Graders(Protocol):
+    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of (response, answer) pairs, in their order."""
+
+
+class Collector:
+    """Collects one step after the other; holds the surplus that is carried over."""
+
+    def __init__(
+        self, cluster: Cluster, tokens: Tokens, trainer: TrainerOptions, rollout: RolloutOptions, reward: RewardOptions
+    ) -> None:
+        self.cluster, self.tokens = cluster, tokens
+        self.trainer, self.rollout, self.reward = trainer, rollout, reward
+        self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
+        self._own: dict[int, Group] = {}  # those of them that this rank's engine sampled
+        self._empty_steps = 0
+
+    def __call__(self, engine: Engine, prompts: Prompts, graders: Graders, step: int) -> Collected:
+        """The accepted groups of one step. Collective over all ranks.
+
+        Raises RunFailed when grading itself fails too often, and when `trainer.max_empty_steps` steps in a row found no
+        group with spread.
+        """
+        wanted = self.trainer.prompts_per_step
+        kept = list(self._surplus)
+        carried = set(kept)
+        sampled: list[Group] = []
+        totals = dict.fromkeys(_COUNTS, 0.0)
+        rounds = tried = 0
+        while len(kept) < wanted and rounds < self.rollout.max_rounds:
+            found = len(kept) - len(carried)
+            missing = wanted - len(kept)
+            # Later rounds allow for the share of prompts that gave spread so far.
+            count = missing if not found else min(wanted, math.ceil(missing * tried / found))
+            groups = self._sample(engine, prompts.take(count), step)
+            self._grade(graders, groups)
+            sampled += groups
+            self._own |= {group.prompt.index: group for group in groups if group.has_spread}
+            outcome = self.cluster.agree("round", _outcome(groups), _merge)
+            kept += outcome["spread"]
+            totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
+            rounds, tried = rounds + 1, tried + count
+        accepted, self._surplus = kept[:wanted], kept[wanted:]
+        mine = [self._own.pop(index) for index in accepted if index in self._own]
+        groups = [group for part in self.cluster.gather_replica(mine) for group in part]
+        self._check(step, totals, bool(accepted))
+        return Collected(
+            groups=sorted(groups, key=lambda group: group.prompt.index),
+            sampled=sampled,
+            accepted=accepted,
+            metrics=_metrics(totals) | {
+                "rollout/kept_groups": len(accepted),
+                "rollout/carried_groups": len(carried.intersection(accepted)),
+                "rollout/rounds": rounds,
+            },
+        )
+
+    def _sample(self, engine: Engine, prompts: list[Prompt], step: int) -> list[Group]:
+        with phase("rollout"):
+            mine = prompts[self.cluster.engine :: self.cluster.engines]
+            draws = [(prompt, sample) for prompt in mine for sample in range(self.trainer.rollouts_per_prompt)]
+            seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
+            completions = engine.sample([Request(p.tokens, seed) for (p, _), seed in zip(draws, seeds, strict=True)])
+            if self.cluster.engine_rank != 0:
+                return []  # the engine's leader answers for what all its ranks sampled
+            groups = {prompt.index: Group(prompt, []) for prompt in mine}
+            for (prompt, sample), seed, completion in zip(draws, seeds, completions, strict=True):
+                rollout = Rollout(
+                    prompt=prompt,
+                    sample=sample,
+                    seed=seed,
+                    step=step,
+                    tokens=completion.tokens,
+                    logprobs=completion.logprobs,
+                    finish=completion.finish,
+                    text=self.tokens.decode(completion.tokens),
+                    weight_version=engine.weight_version,
+                )
+                groups[prompt.index].rollouts.append(rollout)
+            return list(groups.values())
+
+    def _grade(self, graders: Graders, groups: list[Group]) -> None:
+        with phase("reward"):
+            rollouts = [rollout for group in groups for rollout in group.rollouts]
+            verdicts = graders.grade_all([(rollout.text, rollout.prompt.answer) for rollout in rollouts])
+            for rollout, verdict in zip(rollouts, verdicts, strict=True):
+                rollout.verdict = verdict
+                length = len(rollout.tokens)
+                rollout.reward = score(length, rollout.finish, verdict, self.reward, self.rollout.max_tokens)
+
+    def _check(self, step: int, totals: dict[str, float], any_accepted: bool) -> None:
+        sampled = totals["sampled"]
+        if sampled and totals["invalid"] / sampled > self.reward.max_invalid_rate:
+            raise RunFailed(
+                f"step {step}: grading failed for {totals['invalid']:.0f} of {sampled:.0f} responses, more than "
+                f"reward.max_invalid_rate = {self.reward.max_invalid_rate:g}"
+            )
+        self._empty_steps = 0 if any_accepted else self._empty_steps + 1
+        if self._empty_steps >= self.trainer.max_empty_steps:
+            raise RunFailed(
+                f"step {step}: no group with both correct and wrong responses for {self._empty_steps} steps in a row "
+                f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
+                f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
+            )
+
+
+def _outcome(groups: list[Group]) -> dict[str, Any]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return {
+        "spread": [group.prompt.index for group in groups if group.has_spread],
+        "counts": {
+            "sampled": len(rollouts),
+            "correct": sum(r.verdict.outcome == "correct" for r in rollouts),
+            "invalid": sum(r.verdict.outcome == "invalid" for r in rollouts),
+            "truncated": sum(r.finish == "length" for r in rollouts),
+            "length": sum(len(r.tokens) for r in rollouts),
+            "reward": math.fsum(r.reward for r in rollouts),
+        },
+    }
+
+
+def _merge(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums counts and sorts by prompt: the same for any number of engines."""
+    return {
+        "spread": sorted(index for outcome in outcomes for index in outcome["spread"]),
+        "counts": {name: math.fsum(outcome["counts"][name] for outcome in outcomes) for name in _COUNTS},
+    }
+
+
+def _metrics(totals: dict[str, float]) -> dict[str, float | None]:
+    """Over all sampled rollouts, before any group is dropped; None where nothing was sampled (all carried over)."""
+    sampled, valid = totals["sampled"], totals["sampled"] - totals["invalid"]
+    return {
+        "reward/mean": totals["reward"] / valid if valid else None,
+        "reward/correct_rate": totals["correct"] / sampled if sampled else None,
+        "reward/invalid_rate": totals["invalid"] / sampled if sampled else None,
+        "rollout/length_mean": totals["length"] / sampled if sampled else None,
+        "rollout/truncated_rate": totals["truncated"] / sampled if sampled else None,
+        "rollout/tokens": totals["length"],
+    }

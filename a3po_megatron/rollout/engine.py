@@ -1,0 +1,52 @@
+"""What the loop needs of an inference engine. The engine of this package is vLLM (vllm_engine.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Finish
+
+# vllm 0.32.0, vllm/v1/attention/backends/cpu_attn.py
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample. Every request is seeded: nothing is drawn from a shared stream."""
+
+    prompt: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: np.ndarray  # [n] int64, with the stop token if there is one
+    logprobs: np.ndarray  # [n] float32, of the distribution that was sampled from
+    finish: Finish
+
+
+class Engine(Protocol):
+    dtype: torch.dtype  # of its weights
+    receipt_strength: str
+    weight_version: int  # of the weights it holds; set by a publish
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion per request, in their order."""
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Log-probs [n - 1] at temperature 1 of every token but the first."""
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes a whole set of HF-named weights and forgets everything computed with the old ones."""
+
+    def sleep(self) -> None:
+        """Gives device memory back, as far as this engine can; weights and cache are lost."""
+
+    def wake(self) -> None:
+        """Makes it ready to load and sample again."""

@@ -1,0 +1,142 @@
+"""vLLM in the learner's own process, with the weights that the learner publishes.
+
+The engine starts with random weights (`load_format="dummy"`): whatever a publish fails to bring shows at once, instead
+of being equal by chance because both sides read the same files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cluster import Backend
+from ..compat.vllm import drop_requests, process_state_kept
+from ..config import RolloutOptions
+from ..errors import RequestError, RunFailed
+from ..model.family import Family
+from ..model.layout import EMBEDDING, HEAD
+from .engine import Completion, Request
+
+
+class VllmEngine:
+    """One engine over `rollout.tensor` neighbouring ranks; every method is called by all of them alike."""
+
+    def __init__(
+        self, folder: Path, family: Family, options: RolloutOptions, dtype: torch.dtype, backend: Backend
+    ) -> None:
+        from vllm import LLM
+
+        self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
+        self._family, self._options = family, options
+        with process_state_kept():
+            self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        outputs = self._generate(
+            [request.prompt for request in requests],
+            [
+                self._parameters(
+                    temperature=self._options.temperature,
+                    top_p=self._options.top_p,
+                    top_k=self._options.top_k,
+                    max_tokens=self._options.max_tokens,
+                    seed=request.seed,
+                    logprobs=0,  # of the sampled token alone
+                    stop_token_ids=list(self._family.eos),
+                )
+                for request in requests
+            ],
+        )
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        greedy = self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        outputs = self._generate(sequences, [greedy] * len(sequences))
+        return [
+            torch.tensor([entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], s[1:], strict=True)])
+            for o, s in zip(outputs, sequences, strict=True)
+        ]
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(stream)})
+        if not self._llm.reset_prefix_cache():
+            raise RunFailed("vLLM did not drop its prefix cache after a publish: it holds keys of the old weights")
+
+    def sleep(self) -> None:
+        """vLLM on a CPU cannot give memory back."""
+
+    def wake(self) -> None:
+        """Nothing was given back."""
+
+    def _with_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """On a CPU a tied output layer is a packed copy: without its own tensor it would stay as it was, silently."""
+        for name, tensor in stream:
+            yield name, tensor
+            if self._family.tied and name == EMBEDDING:
+                yield HEAD, tensor
+
+    def _parameters(self, **options: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(detokenize=False, **options)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], parameters: list[Any]) -> list[Any]:
+        if not prompts:
+            return []
+        try:
+            return self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
+            )
+        except BaseException:
+            drop_requests(self._llm.llm_engine)
+            raise
+
+
+def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend) -> dict[str, Any]:
+    """What vLLM is built with. Raises RequestError for an entry of `rollout.engine_args` that it does not know, or that
+    follows from other options."""
+    length = options.max_prompt_tokens + options.max_tokens
+    ours: dict[str, Any] = {
+        "model": str(folder),
+        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel_size": options.tensor,
+        "distributed_executor_backend": "external_launcher",
+        "max_model_len": length,
+        "max_num_seqs": options.max_sequences,
+        "kv_cache_memory_bytes": options.kv_cache_bytes,
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
+        "generation_config": "vllm",  # no sampling defaults from the checkpoint
+        "skip_tokenizer_init": True,
+        "seed": 0,  # every request brings its own
+        **backend.engine_args,
+    }
+    defaults = {"max_num_batched_tokens": max(length, 8192), "disable_log_stats": True}
+    if options.engine_args:
+        from vllm.engine.arg_utils import EngineArgs
+
+        known = [field.name for field in dataclasses.fields(EngineArgs)]
+        for name in options.engine_args:
+            if name in ours:
+                raise RequestError(f"rollout.engine_args.{name}: this argument follows from other options")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise RequestError(f"rollout.engine_args.{name}: vLLM has no such engine argument{hint}")
+    return {**defaults, **ours, **options.engine_args}
+
+
+def _completion(output: Any) -> Completion:
+    if output.finish_reason not in ("stop", "length"):
+        raise RunFailed(f"vLLM ended a response with {output.finish_reason!r}")
+    tokens = np.array(output.token_ids, dtype=np.int64)
+    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason)

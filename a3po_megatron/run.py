@@ -1,0 +1,150 @@
+"""A run and its folder: publish, record, and what a step leaves behind.
+
+    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/  weights/
+
+The launcher makes the folder (launch/folder.py); every rank opens it here. Rank 0 writes metrics and shows progress;
+every engine's leader writes its own rollouts.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from .algorithm.statistics import batch_metrics, batch_sums
+from .batch import Batch, Collected
+from .cluster import Cluster
+from .config import Config
+from .data.order import named_seed
+from .data.prompts import Prompts
+from .data.tokens import Tokens
+from .learner.learner import Learner
+from .model.family import Family
+from .rollout.engine import Engine
+from .telemetry.clock import CLOCK
+from .telemetry.metrics import MetricsWriter
+from .telemetry.progress import ProgressLine, open_console
+from .telemetry.rollouts import save_rollouts
+from .weights.publish import Publisher
+from .weights.receipt import Receipt
+
+INERT_WARNING = 0.95
+
+
+class Run:
+    def __init__(
+        self, folder: Path, config: Config, cluster: Cluster, family: Family, tokens: Tokens, prompts: Prompts
+    ) -> None:
+        self.folder, self.config, self.cluster, self.tokens = folder, config, cluster, tokens
+        self.publisher = Publisher(cluster, family, config.publish, canary(prompts, family, config))
+        self._started = float(os.environ.get("A3PO_STARTED", time.time()))
+        self._startup: float | None = None
+        self._step_start = time.perf_counter()
+        self._own_carried: dict[int, object] = {}
+        self._warned = False
+        if cluster.rank == 0:
+            self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
+            self._progress = ProgressLine(config.trainer.steps, open_console())
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do."""
+        self._startup = time.time() - self._started
+        if self.cluster.rank == 0:
+            self._progress.say(f"started in {self._startup:.0f} s: {self.config.trainer.steps} steps to go")
+        for step in range(self.config.trainer.steps):
+            CLOCK.begin(step)
+            self._step_start = time.perf_counter()
+            yield step
+
+    def publish(self, learner: Learner, engine: Engine) -> Receipt:
+        """The learner's weights into the engine, with proof."""
+        return self.publisher.publish(learner.parameters(), learner.logprobs, engine)
+
+    def record(
+        self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
+    ) -> dict[str, float | None] | None:
+        """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere."""
+        # The rollouts were sampled by the weights of the publish *before* this step's receipt.
+        sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
+        seconds = self.cluster.agree("seconds", dict(CLOCK.seconds), _slowest)
+        elapsed = self.cluster.agree("step seconds", time.perf_counter() - self._step_start, max)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = self.cluster.agree("peak memory", peak, max)
+        if self.config.telemetry.rollouts and self.cluster.engine_rank == 0:
+            self._save_rollouts(step, collected, batch)
+        if self.cluster.rank != 0:
+            return None
+        sampled = collected.metrics["rollout/tokens"] or 0.0
+        row = self._metrics.write(
+            step,
+            {
+                **collected.metrics,
+                **batch_metrics(sums, batch.rho),
+                **stats,
+                "refit/seconds": receipt.seconds,
+                "refit/bytes": receipt.bytes,
+                "refit/canary": receipt.canary,
+                "perf/tokens_per_second": sampled / elapsed,
+                **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
+                "startup/seconds": self._startup,
+                "memory/peak_bytes": memory,
+            },
+        )
+        self._progress.step(step + 1, row)
+        self._warn(row)
+        return row
+
+    def close(self) -> None:
+        if self.cluster.rank == 0:
+            self._progress.close()
+            self._metrics.close()
+
+    def _save_rollouts(self, step: int, collected: Collected, batch: Batch) -> None:
+        fresh = {group.prompt.index for group in collected.sampled}
+        carried = [g for g in collected.groups if g.prompt.index in self._own_carried and g.prompt.index not in fresh]
+        accepted = set(collected.accepted)
+        save_rollouts(
+            self.folder / "rollouts",
+            step,
+            self.cluster.rank,
+            [*carried, *collected.sampled],
+            accepted,
+            batch,
+            self.config.telemetry.texts_per_step,
+            self.tokens.pieces,
+        )
+        self._own_carried = {index: None for index in {*self._own_carried, *fresh} - accepted}
+
+    def _warn(self, row: dict[str, float | None]) -> None:
+        """Says once when shaping scales tokens that have no gradient to scale."""
+        for side in ("positive", "negative"):
+            rate = row[f"shaping/inert_rate_{side}"]
+            if not self._warned and rate is not None and rate > INERT_WARNING:
+                self._warned = True
+                self._progress.say(
+                    f"warning: {rate:.0%} of the shaped tokens of {side} rollouts have 1 - p < 1e-4: weighting them "
+                    "changes next to nothing on this task (metric shaping/inert_rate)"
+                )
+
+
+_PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
+
+
+def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """A phase lasts as long as its slowest rank."""
+    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in _PHASES}
+
+
+def canary(prompts: Prompts, family: Family, config: Config) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Fixed sequences: the first prompts of the run, each continued with drawn tokens to the canary's length."""
+    length = min(config.publish.canary_tokens, config.rollout.max_prompt_tokens + config.rollout.max_tokens - 1)
+    sequences = []
+    for number in range(config.publish.canary_prompts):
+        tokens = list(prompts.at(number).tokens)[:length]
+        while len(tokens) < length:
+            tokens.append(named_seed("canary", number, len(tokens)) % family.vocab)
+        sequences.append((tokens[:1], tokens[1:]))
+    return sequences

@@ -1,0 +1,61 @@
+"""`metrics.jsonl` (one flat object a step, `step` first) and TensorBoard, written by rank 0.
+
+Every metric stands in every row: 0 where shaping is inactive, null where a value is undefined. A value that is not
+finite is an error here rather than invalid JSON in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunFailed
+
+METRICS = (
+    *("reward/mean", "reward/correct_rate", "reward/invalid_rate"),
+    *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
+    *("rollout/kept_groups", "rollout/carried_groups", "rollout/rounds"),
+    *("policy/entropy", "policy/old_logprob_mean", "policy/kl_old", "policy/clip_low_rate", "policy/clip_high_rate"),
+    *("policy/grad_norm", "policy/ratio_first_max"),
+    "shaping/rho",
+    *(f"shaping/{name}_{side}" for name in ("shaped_rate", "inert_rate", "gradient_share") for side in ("positive", "negative")),
+    *("mismatch/logprob_abs_mean", "mismatch/kl_k3"),
+    *("learner/loss", "learner/lr"),
+    *("refit/seconds", "refit/bytes", "refit/canary"),
+    "perf/tokens_per_second",
+    *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
+    *("startup/seconds", "memory/peak_bytes"),
+)  # fmt: skip
+
+
+class MetricsWriter:
+    def __init__(self, folder: Path, tensorboard: bool) -> None:
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float | None]) -> dict[str, float | None]:
+        """Writes one row with every metric, in the fixed order; returns it."""
+        if unknown := values.keys() - set(METRICS):
+            raise KeyError(f"not in telemetry.metrics.METRICS: {sorted(unknown)}")
+        row: dict[str, float | None] = {"step": step}
+        for name in METRICS:
+            value = values.get(name)
+            if value is not None and not math.isfinite(value):
+                raise RunFailed(f"step {step}: the metric {name} is {value}")
+            row[name] = value
+            if self._board is not None and value is not None:
+                self._board.add_scalar(name, value, step)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()

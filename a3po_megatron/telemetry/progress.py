@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, one plain line a step elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.text import Text
+
+from .clock import CLOCK
+
+
+def open_console() -> Console:
+    """The launcher's terminal where it handed one down (A3PO_CONSOLE_FD), else this process's standard output."""
+    descriptor = os.environ.get("A3PO_CONSOLE_FD")
+    if descriptor is None:
+        return Console(highlight=False)
+    stream: TextIO = os.fdopen(int(descriptor), "w", buffering=1, closefd=False)
+    return Console(file=stream, highlight=False, soft_wrap=True)
+
+
+class _Left(ProgressColumn):
+    """Time left, from the mean of the steps so far."""
+
+    def render(self, task: Any) -> Text:
+        return Text(task.fields.get("left", ""))
+
+
+class ProgressLine:
+    """Shows steps as they end and phases as they change."""
+
+    def __init__(self, steps: int, console: Console) -> None:
+        self._steps, self._console, self._start = steps, console, time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[phase]:<8}"),
+                TextColumn("{task.fields[facts]}"),
+                _Left(),
+                console=console,
+            )
+            self._task = self._bar.add_task("", total=steps, phase="", facts="", left="")
+            self._bar.start()
+            CLOCK.listener = self._show_phase
+
+    def step(self, done: int, row: dict[str, float | None]) -> None:
+        """`done` steps have ended; `row` is the last one's metrics."""
+        facts = (
+            f"correct {_number(row['reward/correct_rate'], '.3f')}  entropy {_number(row['policy/entropy'], '.3f')}  "
+            f"{_number(row['perf/tokens_per_second'], ',.0f')} tokens/s"
+        )
+        remaining = (time.monotonic() - self._start) / max(done, 1) * (self._steps - done)
+        left = f"{int(remaining) // 60}:{int(remaining) % 60:02d} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, facts=facts, left=left)
+        else:
+            kept = _number(row["rollout/kept_groups"], ".0f")
+            self._console.print(f"step {done:>4}/{self._steps}  {facts}  {kept} groups  {left}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            CLOCK.listener = lambda step, phase: None
+            self._bar.stop()
+
+    def _show_phase(self, step: int, phase: str) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, phase=phase)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,82 @@
+"""`rollouts/step-00012.rank-0.jsonl.zst`: every rollout that this rank sampled in a step, one JSON object a line.
+
+All carry tokens and log-probs; those of the first few groups also carry their texts, token by token, for a reader.
+What the learner found (old log-probs, entropy, token weights, advantage) is null for rollouts it did not train on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from ..batch import Batch, Group, Rollout
+
+
+def save_rollouts(
+    folder: Path,
+    step: int,
+    rank: int,
+    groups: Iterable[Group],  # sampled by this rank in this step, or carried over and trained on in this step
+    accepted: set[int],  # prompt indices trained on in this step
+    batch: Batch,
+    texts: int,  # how many groups get their texts
+    pieces: Callable[[Any], list[str]],
+) -> Path:
+    """Writes the file of one step and rank under a temporary name and puts it in place."""
+    trained = _trained(batch)
+    lines = []
+    for number, group in enumerate(groups):
+        for rollout in group.rollouts:
+            record = _record(rollout, step, group.prompt.index in accepted, trained.get(rollout.name))
+            if number < texts:
+                record |= {"prompt": group.prompt.text, "answer": group.prompt.answer, "text": rollout.text}
+                record["pieces"] = pieces(rollout.tokens)
+            lines.append(json.dumps(record))
+    path = folder / f"step-{step:05d}.rank-{rank}.jsonl.zst"
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(zstandard.compress("".join(f"{line}\n" for line in lines).encode()))
+    temporary.replace(path)
+    return path
+
+
+def _trained(batch: Batch) -> dict[str, dict[str, Any]]:
+    """Rollout name → what the learner knows of it."""
+    known: dict[str, dict[str, Any]] = {}
+    ends = batch.lengths.cumsum(0).tolist()
+    for row, rollout in enumerate(batch.rollouts):
+        tokens = slice(ends[row] - len(rollout.tokens), ends[row])
+        known[rollout.name] = {
+            "advantage": float(batch.advantages[row]),
+            "old_logprobs": _rounded(batch.old_logprobs, tokens),
+            "entropy": _rounded(batch.entropy, tokens),
+            "weights": _rounded(batch.token_weights, tokens),
+        }
+    return known
+
+
+def _rounded(values: Any, tokens: slice) -> list[float]:
+    return [round(value, 7) for value in values[tokens].tolist()]
+
+
+def _record(rollout: Rollout, step: int, accepted: bool, trained: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": rollout.prompt.id,
+        "prompt_index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "seed": rollout.seed,
+        "outcome": rollout.verdict.outcome,
+        "reason": rollout.verdict.reason,
+        "reward": rollout.reward,
+        "accepted": accepted,
+        "carried": rollout.step < step,
+        "finish": rollout.finish,
+        "weight_version": rollout.weight_version,
+        "tokens": rollout.tokens.tolist(),
+        "logprobs": [round(value, 7) for value in rollout.logprobs.tolist()],
+        **(trained or {"advantage": None, "old_logprobs": None, "entropy": None, "weights": None}),
+    }

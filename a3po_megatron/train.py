@@ -1,0 +1,71 @@
+"""The loop: A3PO as one reads it in the paper. Every rank runs this same program (`python -m a3po_megatron.train`)."""
+
+from __future__ import annotations
+
+from a3po_megatron.launch import environment
+
+environment.prepare()  # must precede every import of torch, Megatron and vLLM
+
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from a3po_megatron import compat  # noqa: E402
+
+compat.prepare()  # at module level: Megatron's checkpoint writers import this module again in their children
+
+from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
+from a3po_megatron.algorithm.shaping import shape  # noqa: E402
+from a3po_megatron.cluster import connect  # noqa: E402
+from a3po_megatron.config import Config, load_resolved  # noqa: E402
+from a3po_megatron.data.prompts import Prompts  # noqa: E402
+from a3po_megatron.data.tokens import Tokens  # noqa: E402
+from a3po_megatron.learner.learner import Learner  # noqa: E402
+from a3po_megatron.model.build import DTYPES  # noqa: E402
+from a3po_megatron.model.family import read_family  # noqa: E402
+from a3po_megatron.residency import Residency  # noqa: E402
+from a3po_megatron.reward.graders import math_graders  # noqa: E402
+from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
+from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
+from a3po_megatron.run import Run  # noqa: E402
+from a3po_megatron.telemetry.clock import CLOCK  # noqa: E402
+
+
+def train(folder: Path, config: Config, graders: Graders) -> None:
+    """Trains the run in `folder` to its last step. Collective over all ranks."""
+    cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+    family = read_family(config.model.path)
+    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
+    prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    # The engine first: it wants an empty device, and building it disturbs process-wide state.
+    dtype = DTYPES[config.model.dtype]
+    engine = VllmEngine(Path(config.model.path), family, config.rollout, dtype, cluster.backend)
+    learner = Learner(cluster, family, config)
+    collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward)
+    residency = Residency(engine)
+    run = Run(folder, config, cluster, family, tokens, prompts)
+
+    with residency.publishing():
+        run.publish(learner, engine)  # never sample from weights that were not proven
+    for step in run.steps():
+        with residency.rollout():  # engine awake, learner asleep
+            groups = collect(engine, prompts, graders, step)  # sample, grade, keep groups with spread
+        with residency.training():  # learner awake, engine asleep
+            batch = assemble(groups, config.advantage, config.trainer.mini_batches)  # group-normalised advantages
+            batch = learner.score(batch)  # old log-probs, entropy: training engine
+            batch = shape(batch, step, config.shaping)  # A3PO: token weights from old log-probs and polarity
+            stats = learner.update(batch)  # clipped objective, mini-batches, one optimiser step each
+        with residency.publishing():  # parameters and engine weights, nothing else
+            receipt = run.publish(learner, engine)  # reshard, load, compare
+        run.record(step, groups, batch, stats, receipt)
+    run.close()
+
+
+def main(folder: Path) -> None:
+    CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
+    config = load_resolved(folder / "config.yaml")
+    with math_graders(config.reward) as graders:
+        train(folder, config, graders)
+
+
+if __name__ == "__main__":
+    environment.report_failures(Path(sys.argv[1]), main)

@@ -1,0 +1,131 @@
+"""The hand-over learner → engine, and its proof.
+
+    plan agreed → stream (names, shapes, dtypes, finite, complete: checked before the engine sees a tensor) → engine
+    → checksums of the shards against those of what the engine got → canary: log-probs of learner and engine
+
+Anything unequal is a PublishError that names the tensor, raised on every rank: nothing is sampled from weights that
+were not proven. Which fault each net catches: a tensor altered, moved, stale or missing on its way to the engine fails
+its checksum or the stream's check, by name; a tensor that the engine itself failed to take up shows in the canary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..cluster import Cluster
+from ..config import PublishOptions
+from ..errors import PublishError, RunFailed
+from ..model.family import Family
+from ..model.layout import hf_tensors, pieces
+from ..rollout.engine import Engine
+from ..telemetry.clock import phase
+from .receipt import Receipt, shard_checksums, tensor_checksum
+from .reshard import gather, plan
+
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+
+
+class Publisher:
+    """Publishes again and again between one learner layout and one engine; holds the plan and the weight version."""
+
+    def __init__(self, cluster: Cluster, family: Family, options: PublishOptions, canary: Sequences) -> None:
+        self.cluster, self.family, self.options = cluster, family, options
+        self.canary = canary[: options.canary_prompts]  # (first token, the rest) of fixed sequences
+        self.pieces = pieces(family, cluster.tensor, cluster.coordinates.tensor)
+        self.version = 0
+        self._strength: str | None = None
+        by_rank = [pieces(family, cluster.tensor, rank) for rank in range(cluster.tensor)]
+        self.plan = plan(by_rank, options.bucket_bytes, itemsize=4)
+
+    def publish(
+        self,
+        parameters: dict[str, Tensor],  # this rank's shard
+        logprobs: Callable[[Sequences], list[Tensor]],  # the learner's, at temperature 1
+        engine: Engine,
+    ) -> Receipt:
+        """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
+        with phase("publish"):
+            start = time.perf_counter()
+            self.cluster.agree("publish plan", self.plan.digest(), "same")
+            shapes = self.plan.shapes()
+            if shapes != hf_tensors(self.family):
+                raise RunFailed("the publish plan does not hold exactly the tensors of the model")
+            expected = self._expected(parameters, engine.dtype, list(shapes))
+            group = self.cluster.replica_group if self.cluster.tensor > 1 else None
+            got: dict[str, int] = {}
+            engine.load(checked(gather(self.plan, parameters, group, engine.dtype), shapes, engine.dtype, got))
+            self._compare(expected, got)
+            strength = self.cluster.agree("receipt strength", engine.receipt_strength, "same")
+            if self._strength not in (None, strength):
+                raise PublishError(f"the receipt's strength changed from {self._strength} to {strength}")
+            self._strength = strength
+            self.version += 1
+            engine.weight_version = self.version
+            return Receipt(
+                version=self.version,
+                strength=strength,
+                tensors=len(shapes),
+                bytes=sum(torch.Size(shape).numel() for shape in shapes.values()) * engine.dtype.itemsize,
+                seconds=time.perf_counter() - start,
+                canary=self._canary(logprobs, engine) if self.canary else None,
+            )
+
+    def _expected(self, parameters: dict[str, Tensor], dtype: torch.dtype, names: list[str]) -> dict[str, int]:
+        sums = shard_checksums(self.pieces, parameters, dtype, names)
+        if self.cluster.replica_group.size() > 1:
+            dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _compare(self, expected: dict[str, int], got: dict[str, int]) -> None:
+        wrong = [name for name, value in expected.items() if got.get(name) != value]
+        verdicts = self.cluster.agree("receipt", wrong, list)
+        for rank, names in enumerate(verdicts):
+            if names:
+                raise PublishError(
+                    f"publish {self.version + 1}: on rank {rank} the engine was fed other weights than the learner "
+                    f"holds: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+                )
+
+    def _canary(self, logprobs: Callable[[Sequences], list[Tensor]], engine: Engine) -> float:
+        bound = self.options.canary_bound or CANARY_BOUND[engine.dtype]
+        learner = logprobs(self.canary)
+        answers = engine.prompt_logprobs([[*first, *rest] for first, rest in self.canary])
+        worst = max(float((ours - theirs).abs().max()) for ours, theirs in zip(learner, answers, strict=True))
+        by_rank = self.cluster.agree("canary", worst, list)
+        for rank, value in enumerate(by_rank):
+            if not value <= bound:  # NaN too
+                raise PublishError(
+                    f"publish {self.version}: the engine of rank {rank} and the learner differ by {value:.2e} in a "
+                    f"log-prob of the canary (bound {bound:.0e}): every tensor was sent, but the engine does not use "
+                    "these weights"
+                )
+        return max(by_rank)
+
+
+def checked(
+    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, sums: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Hands on a stream of HF tensors, each only after its check; `sums` gets the checksum of what was handed on.
+
+    Raises PublishError for a tensor that is unknown, given twice, of another shape or dtype, not finite, or missing at
+    the end: vLLM itself would take most of these silently, or be unusable afterwards.
+    """
+    for name, tensor in stream:
+        if name not in shapes or name in sums:
+            raise PublishError(f"publish: {name} is {'sent twice' if name in sums else 'no tensor of this model'}")
+        if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+            raise PublishError(
+                f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shapes[name]} {dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise PublishError(f"publish: {name} holds a value that is not finite")
+        sums[name] = tensor_checksum(tensor)
+        yield name, tensor
+    if missing := [name for name in shapes if name not in sums]:
+        raise PublishError(f"publish: {missing[0]} was not sent ({len(missing)} tensors missing)")
