@@ -83,7 +83,7 @@ class _LogprobEntropy(torch.autograd.Function):
         sums = logits.new_zeros((3, tokens), dtype=torch.float32)  # Z, S, x_y - m
         if valid:
             for span in spans:
-                shifted = logits[span, :valid].float().div_(temperature).sub_(peak[span, None])
+                shifted = _scaled(logits[span, :valid], temperature).sub_(peak[span, None])
                 chosen = shifted.gather(1, local[span, None])[:, 0]
                 sums[2, span] = torch.where(here[span], chosen, 0.0)
                 exponential = shifted.exp()
@@ -112,7 +112,7 @@ class _LogprobEntropy(torch.autograd.Function):
         if ctx.valid:
             for span in ctx.spans:
                 # log p of every column; p follows from it
-                work = logits[span, : ctx.valid].float().div_(ctx.temperature)
+                work = _scaled(logits[span, : ctx.valid], ctx.temperature)
                 work.sub_(peak[span, None]).sub_(log_z[span, None])
                 probability = work.exp()
                 if ctx.with_entropy:
@@ -131,3 +131,8 @@ def _in_slice(targets: Tensor, valid: int) -> tuple[Tensor, Tensor]:
     """Which targets lie in this slice, and their column there (0 for the others)."""
     here = (targets >= 0) & (targets < valid)
     return here, torch.where(here, targets, 0)
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in float32, always in new memory: `.float()` alone would hand out the caller's own."""
+    return logits.to(torch.float32, copy=True).div_(temperature)

@@ -46,13 +46,6 @@ CHARTS = (
     ),
     Chart(
         REWARD,
-        "Mean reward",
-        "Mean reward of all sampled rollouts; differs from the correct rate where a penalty is on.",
-        "reward",
-        (("reward/mean", "mean"),),
-    ),
-    Chart(
-        REWARD,
         "Entropy",
         "Mean entropy of the policy's next-token distribution over response tokens; near 0 it has stopped exploring.",
         "nats",
@@ -78,6 +71,13 @@ CHARTS = (
         "Groups a step trained on (mixed verdicts), and how many of them were sampled in an earlier step.",
         "groups",
         (("rollout/kept_groups", "kept"), ("rollout/carried_groups", "carried over")),
+    ),
+    Chart(
+        REWARD,
+        "Mean reward",
+        "Mean reward of all sampled rollouts; differs from the correct rate where a penalty is on.",
+        "reward",
+        (("reward/mean", "mean"),),
     ),
     Chart(
         SHAPING,
@@ -130,7 +130,7 @@ CHARTS = (
     Chart(
         POLICY,
         "Ratio in the first mini-batch",
-        "Largest |ratio − 1| before the first optimiser step: nothing has changed yet, so only numerical noise is right.",
+        "Largest |ratio − 1| before the first optimiser step; nothing has changed yet, so it must be numerical noise.",
         "|ratio − 1|",
         (("policy/ratio_first_max", "largest"),),
     ),

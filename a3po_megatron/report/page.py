@@ -55,7 +55,8 @@ def render(runs: Sequence[Run]) -> str:
     labels = run_labels(runs)
     values = sum(len(run.steps) * len(run.metrics) for run in runs)
     stride = -(-values // METRIC_VALUES)
-    data_runs, notes = [], []
+    data_runs: list[Record] = []
+    notes: list[tuple[str, str]] = []
     for run, label in zip(runs, labels, strict=True):
         rollouts, said = _rollouts(run, ROLLOUT_BYTES // len(runs))
         if stride > 1:
@@ -83,7 +84,9 @@ def render(runs: Sequence[Run]) -> str:
         differences=_differences(runs),
         labels=labels,
         notes=notes,
-        sources=[(label, _pretty(run.config), _pretty(run.provenance)) for run, label in zip(runs, labels, strict=True)],
+        sources=[
+            (label, _pretty(run.config), _pretty(run.provenance)) for run, label in zip(runs, labels, strict=True)
+        ],
     )
 
 
@@ -149,7 +152,8 @@ def _rollouts(run: Run, budget: int) -> tuple[list[Record], list[str]]:
     is dropped as a whole, so that what is shown is evenly spaced.
     """
     files = rollout_files(run.folder)
-    steps, notes = list(files), []
+    steps = list(files)
+    notes: list[str] = []
     if not steps:
         return [], ["No rollouts are saved (telemetry.rollouts); the viewer has nothing to show for this run."]
     chosen: dict[int, Record] = {}

@@ -11,14 +11,13 @@ note. Any other damage is refused with file and line, because a curve with silen
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 import zstandard
@@ -88,13 +87,31 @@ def read_rollouts(path: Path, notes: list[str], *, with_pieces: bool = False) ->
     """
     try:
         with path.open("rb") as file:
-            stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
             wanted = b'"pieces"' if with_pieces else b""
-            for number, record in _json_lines(io.BufferedReader(stream), path, notes, wanted):
+            for number, record in _json_lines(_decompressed_lines(file, path, notes), path, notes, wanted):
                 _check_rollout(record, path, number)
                 yield record
     except zstandard.ZstdError as error:
         raise RequestError(f"{path}: not a readable zstandard file ({error}). Delete it to leave it out.") from error
+
+
+def _decompressed_lines(file: BinaryIO, path: Path, notes: list[str]) -> Iterator[bytes]:
+    """The lines of a file of zstandard frames. (`stream_reader` would end a cut-off frame without a word.)"""
+    frame, pending = None, b""
+    while chunk := file.read(1 << 20):
+        while chunk:
+            if frame is None or frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            *lines, pending = (pending + frame.decompress(chunk)).split(b"\n")
+            yield from lines
+            chunk = frame.unused_data if frame.eof else b""
+    if frame is not None and not frame.eof:
+        notes.append(
+            f"{path.name} is incomplete (the run was killed while writing it, or is still writing); what follows its "
+            "last whole line is left out."
+        )
+    else:
+        yield pending
 
 
 def _json_lines(

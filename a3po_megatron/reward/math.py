@@ -31,7 +31,7 @@ from ..errors import RequestError
 EXTRACTS = ("any", "boxed", "answer")
 MAX_ANSWER_CHARS = 2000  # of one answer; the longest gold answer of MATH has 159
 MAX_TAIL_CHARS = 4000  # the end of a response that is searched when it names no answer: the search is superlinear
-MAX_NESTING = 40  # brackets: the LaTeX parser's time explodes with their depth
+MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 12 s for 39
 MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
 MAX_TERMS = 10_000  # of a sum or product with numeric limits
 
@@ -46,6 +46,7 @@ _MIXED = re.compile(
     rf"(?<![\d.,/^])(?P<whole>-?(?:\d{{1,3}}(?:[ ,]\d{{3}})+|\d+)) +(?P<top>\d+)/(?P<bottom>\d+){_PERCENT}\s*\.?\s*$",
     re.IGNORECASE,
 )
+_BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that is evaluated while parsing
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 _STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.,:;()-]*")
@@ -205,7 +206,7 @@ def _library() -> ModuleType:
 
 def _parse(text: str) -> list[Any] | None:
     """math-verify's reading of `text` as [sympy object, its string] or [string]; None if it finds nothing."""
-    if _nesting(text) > MAX_NESTING:
+    if _nesting(text) > MAX_NESTING or _BIG_BINOMIAL.search(text):
         return None
     return _library().parse(text, parsing_timeout=None, raise_on_error=True) or None
 

@@ -1,0 +1,162 @@
+"""Cases for the learner on real ranks, against plain PyTorch on the HF model in float64 (tests/test_learner.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from a3po_megatron.algorithm.advantage import assemble
+from a3po_megatron.algorithm.shaping import shape
+from a3po_megatron.batch import Batch, Collected
+from a3po_megatron.config import Config
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model.family import read_family
+from tests.distributed.runner import Ranks
+from tests.tiny import hf_logprobs, hf_model, literal_token_weights, make_collected
+
+TEMPERATURE, STEP, LR = 0.8, 20, 1e-2
+
+
+def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"path": str(folder)},
+            "data": {"path": "builtin:arithmetic"},
+            "parallel": {"tensor": tensor, "data": data},
+            "rollout": {"temperature": TEMPERATURE},
+            "optimizer": {"lr": LR, "weight_decay": 0.0, **changes.get("optimizer", {})},
+            # Small, so that every mini-batch takes several micro-batches.
+            "learner": {"micro_batch_tokens": changes.get("learner", {}).get("micro_batch_tokens", 64)},
+            "trainer": {"steps": 10, "mini_batches": 1},
+        }
+    )
+
+
+def literal_old(batch: Batch) -> torch.Tensor:
+    """Old log-probs away from the current ones, so that ratios clip on either side and the dual clip bites."""
+    generator = torch.Generator().manual_seed(3)
+    return batch.rollout_logprobs + 0.4 * torch.randn(len(batch.rollout_logprobs), generator=generator)
+
+
+def literal_loss(model: torch.nn.Module, collected: Collected, old: list[torch.Tensor]) -> torch.Tensor:
+    """The paper's objective, rollout by rollout and token by token, from the HF model alone."""
+    rollouts = [(group, r) for group in collected.groups for r in group.rollouts]
+    positive = [r.verdict.outcome == "correct" for _, r in rollouts]
+    weights = literal_token_weights([o.tolist() for o in old], positive, STEP, 0.2, 2.0, 0.005)
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for (group, rollout), old_logprobs, weight in zip(rollouts, old, weights, strict=True):
+        rewards = torch.tensor([r.reward for r in group.rollouts], dtype=torch.float64)
+        advantage = (rollout.reward - rewards.mean()) / (rewards.std(correction=1) + 1e-6)
+        logprobs = hf_logprobs(model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE)
+        sampled = torch.from_numpy(rollout.logprobs).double()
+        for t in range(len(rollout.tokens)):
+            shaped = weight[t] * advantage
+            ratio = torch.exp(logprobs[t] - old_logprobs[t].double())
+            surrogate = torch.min(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped)
+            if shaped < 0:
+                surrogate = torch.max(surrogate, 3.0 * shaped)
+            correction = torch.exp(old_logprobs[t].double() - sampled[t]).clamp(max=2.0)
+            total = total - surrogate * correction
+            tokens += 1
+    return total / tokens
+
+
+def share(collected: Collected, replica: int, replicas: int) -> Collected:
+    """What one replica's engines would have sampled."""
+    return Collected(collected.groups[replica::replicas], [], collected.accepted, {})
+
+
+def batch_of(collected: Collected, cluster: Any) -> Batch:
+    """The replica's batch, with the literal old log-probs of the whole batch cut to it."""
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = dict(zip((r.name for r in whole.rollouts), literal_old(whole).split(whole.lengths.tolist()), strict=True))
+    batch = assemble(share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1)
+    batch.old_logprobs = torch.cat([old[r.name] for r in batch.rollouts])
+    batch.entropy = torch.zeros_like(batch.old_logprobs)
+    return shape(batch, STEP, Config.model_fields["shaping"].default)
+
+
+def as_hf(learner: Learner, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per-parameter tensors of all tensor-parallel ranks, laid out as HF tensors."""
+    gathered: list[Any] = [None] * learner.cluster.tensor
+    mine = [(p, values[p.parameter].narrow(p.dim, p.offset, p.length).clone()) for p in learner.pieces if p.owner]
+    dist.all_gather_object(gathered, mine, group=learner.cluster.tensor_group)
+    whole: dict[str, torch.Tensor] = {}
+    for piece, part in (item for rank in gathered for item in rank):
+        target = whole.setdefault(piece.tensor, torch.full(piece.shape, float("nan")))
+        target.narrow(piece.dim, piece.start, piece.length).copy_(part)
+    return whole
+
+
+def one_update(ranks: Ranks, kind: str, tensor: int, data: int) -> dict[str, float]:
+    """Differences of one layout's update from the reference."""
+    folder = ranks.folder / kind
+    cluster = ranks.arrange(tensor, data=data)
+    family = read_family(folder)
+    collected = make_collected(groups=5, size=4)
+    reference = hf_model(folder)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = list(literal_old(whole).split(whole.lengths.tolist()))
+    loss = literal_loss(reference, collected, old)
+    loss.backward()
+    grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+
+    results: dict[str, float] = {}
+    # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
+    plain = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
+    learner = Learner(cluster, family, settings(folder, tensor, data, optimizer=plain))
+    scored = learner.score(batch_of(collected, cluster))
+    with torch.no_grad():
+        exact = torch.cat([hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in scored.rollouts])
+    results["score"] = float((scored.old_logprobs - exact).abs().max())
+    stats = learner.update(batch_of(collected, cluster))
+    results["loss"] = abs(stats["learner/loss"] - float(loss))
+    results["norm_sgd"] = abs(stats["policy/grad_norm"] / float(norm) - 1)
+    ours = as_hf(learner, {name: p.main_grad for name, p in learner.model.module.named_parameters()})
+    results["tensors"] = len(ours)
+    results["gradient"] = max(float((ours[n] - g).abs().max() / g.abs().max()) for n, g in grads.items())
+    moved = as_hf(learner, learner.parameters())
+    with torch.no_grad():
+        wanted = {name: p - LR * p.grad for name, p in reference.named_parameters()}
+    results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in wanted.items())
+    # The distributed optimizer: clipping and a second step.
+    learner = Learner(cluster, family, settings(folder, tensor, data))
+    results["norm"] = abs(learner.update(batch_of(collected, cluster))["policy/grad_norm"] / float(norm) - 1)
+    second = learner.update(batch_of(collected, cluster))["learner/loss"]
+    adam = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+    adam.step()
+    results["second_loss"] = abs(second - float(literal_loss(reference, collected, old)))
+    return results
+
+
+def qwen3_tp1_dp1(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen3", 1, 1)
+
+
+def qwen3_tp2_dp1(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen3", 2, 1)
+
+
+def qwen3_tp1_dp2(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen3", 1, 2)
+
+
+def qwen3_tp2_dp2(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen3", 2, 2)
+
+
+def qwen2_tp1_dp1(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen2", 1, 1)
+
+
+def qwen2_tp2_dp1(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen2", 2, 1)
+
+
+def qwen2_tp2_dp2(ranks: Ranks) -> dict[str, float]:
+    return one_update(ranks, "qwen2", 2, 2)

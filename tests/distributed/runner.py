@@ -1,0 +1,132 @@
+"""Starts n real ranks once and runs many cases in them: starting a rank takes far longer than most cases do.
+
+A case is a module-level function `case(ranks: Ranks) -> JSON value`, called on every rank with all of them connected
+over gloo. `run_ranks` returns what each case returned on each rank, or raises with the traceback of the first failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+Case = Callable[["Ranks"], Any]
+
+
+@dataclass
+class Ranks:
+    """What a case gets: this rank, the store all share, and a folder all can read and write."""
+
+    rank: int
+    world: int
+    store: Any
+    folder: Path
+
+    def arrange(self, tensor: int = 1, **parallel: int) -> Any:
+        """A Cluster for one layout, in place of the one before."""
+        from megatron.core import parallel_state
+
+        from a3po_megatron.cluster import CPU, arrange
+        from a3po_megatron.config import ParallelOptions
+
+        if parallel_state.is_initialized():
+            parallel_state.destroy_model_parallel()
+        engine_ranks = parallel.pop("engine_ranks", 1)
+        import torch.distributed as dist
+
+        self.rounds = getattr(self, "rounds", 0) + 1
+        store = dist.PrefixStore(f"layout-{self.rounds}", self.store)
+        return arrange(CPU, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
+
+
+def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: float = 300) -> dict[str, list[Any]]:
+    """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
+    names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
+    processes = []
+    for rank in range(world):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_HOST_IP": "127.0.0.1",
+        }
+        command = [sys.executable, "-m", "tests.distributed.runner", str(folder), *names]
+        log = (folder / f"rank-{rank}.log").open("w")
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+    try:
+        for process in processes:
+            process.wait(timeout)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    results = []
+    for rank in range(world):
+        path = folder / f"rank-{rank}.json"
+        if not path.exists():
+            raise AssertionError(f"rank {rank} died:\n{(folder / f'rank-{rank}.log').read_text()[-4000:]}")
+        results.append(json.loads(path.read_text()))
+    for rank, result in enumerate(results):
+        if result["error"]:
+            raise AssertionError(f"on rank {rank} of {world}, {result['error']}")
+    return {case.__qualname__: [result["values"][name] for result in results] for case, name in zip(cases, names, strict=True)}
+
+
+def _main(folder: Path, names: list[str]) -> None:
+    import importlib
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    values: dict[str, Any] = {}
+    error = ""
+    try:
+        torch.set_num_threads(1)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, rank == 0, timedelta(seconds=120)
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+        ranks = Ranks(rank, world, dist.PrefixStore("cases", store), folder)
+        for name in names:
+            module, _, function = name.partition(":")
+            error = f"{name} failed:\n"
+            values[name] = getattr(importlib.import_module(module), function)(ranks)
+        error = ""
+        dist.barrier()
+    except BaseException:
+        error += traceback.format_exc()
+    (folder / f"rank-{rank}.json").write_text(json.dumps({"values": values, "error": error}))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(error))
+
+
+if __name__ == "__main__":
+    from a3po_megatron.launch import environment
+
+    environment.die_with_parent()
+    environment.prepare()
+    from a3po_megatron import compat
+
+    compat.prepare()
+    _main(Path(sys.argv[1]), sys.argv[2:])

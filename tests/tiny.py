@@ -1,0 +1,112 @@
+"""Small random HF checkpoints and rollouts for the tests, and the literal computations they are held against."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
+
+VOCAB = 67  # odd: every tensor-parallel size pads it
+
+
+def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, **changes: object) -> Path:
+    """A random Qwen3 (tied, q/k norms) or Qwen2.5 (untied, qkv biases) with all biases and norms off their defaults."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes | {"head_dim": 32, "tie_word_embeddings": True} | changes))
+    else:
+        wide = {"hidden_size": 128, "tie_word_embeddings": False}
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes | wide | changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, model.config.vocab_size)
+    return folder
+
+
+def save_tokenizer(folder: Path, vocab: int) -> None:
+    """One token a character, every id named."""
+    names = ["<pad>", "<eos>", "<unk>", *"0123456789+-*=,:?{}\\ abcdefghijklmnopqrstuvwxyz"]
+    names += [f"<{number}>" for number in range(len(names), vocab)]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names[:vocab])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+
+
+def make_collected(groups: int, size: int, seed: int = 0, vocab: int = VOCAB) -> Collected:
+    """Random groups with spread, of very different lengths, as if all replicas' share were one."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for index in range(groups):
+        tokens = tuple(int(t) for t in draw.integers(3, vocab, draw.integers(1, 9)))
+        prompt = Prompt(f"p{index}", "", "", tokens, index)
+        rollouts = []
+        for sample in range(size):
+            length = int(draw.choice([1, 2, 4, 5, 7, 23]))
+            outcome = "correct" if sample == 0 or (sample > 1 and draw.random() < 0.5) else "wrong"
+            rollouts.append(
+                Rollout(
+                    prompt=prompt,
+                    sample=sample,
+                    seed=0,
+                    step=0,
+                    tokens=draw.integers(0, vocab, length),
+                    logprobs=draw.normal(-2, 1, length).astype(np.float32),
+                    finish="stop",
+                    text="",
+                    weight_version=1,
+                    verdict=Verdict(outcome),
+                    reward=float(outcome == "correct"),
+                )
+            )
+        made.append(Group(prompt, rollouts))
+    return Collected(groups=made, sampled=made, accepted=list(range(groups)), metrics={})
+
+
+def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    kind = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Qwen2ForCausalLM": Qwen2ForCausalLM}[config["architectures"][0]]
+    return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def hf_logprobs(model: torch.nn.Module, prompt: tuple[int, ...], response: np.ndarray, temperature: float) -> torch.Tensor:
+    """Log-probs of one response, by transformers and torch's log_softmax over the whole vocabulary."""
+    tokens = torch.tensor([[*prompt, *response.tolist()]])
+    logits = model(tokens).logits[0, len(prompt) - 1 : -1] / temperature
+    return torch.log_softmax(logits, dim=-1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
+
+
+def literal_token_weights(
+    logprobs: list[list[float]], positive: list[bool], step: int, fraction: float, rho: float, decay: float
+) -> list[list[float]]:
+    """The rule of the paper, one token at a time."""
+    weight = max(rho - decay * step, 1.0)
+    result = []
+    for values, is_positive in zip(logprobs, positive, strict=True):
+        count = max(1, math.floor(fraction * len(values)))
+        order = sorted(range(len(values)), key=lambda t: (values[t] if is_positive else -values[t], t))  # noqa: B023
+        chosen = set(order[:count])
+        result.append([weight if t in chosen else 1.0 for t in range(len(values))])
+    return result
