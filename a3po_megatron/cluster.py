@@ -31,7 +31,9 @@ class Backend:
     device: str
     collectives: str  # of torch.distributed
     spec: str  # naming scheme and modules of the Megatron model: local | te
-    receipt_strength: str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
+    receipt_strength: (
+        str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
+    )
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
 
 
@@ -136,7 +138,9 @@ class Cluster:
 def _decide(tag: str, given: list[tuple[str, Any]], op: str | Callable[[list[Any]], Any]) -> dict[str, Any]:
     for rank, (other, _) in enumerate(given):
         if other != tag:
-            return {"error": f"the ranks have lost step with each other: rank 0 is at '{tag}', rank {rank} at '{other}'"}
+            return {
+                "error": f"the ranks have lost step with each other: rank 0 is at '{tag}', rank {rank} at '{other}'"
+            }
     values = [value for _, value in given]
     if callable(op):
         return {"value": op(values)}

@@ -91,7 +91,9 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Modul
     return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def hf_logprobs(model: torch.nn.Module, prompt: tuple[int, ...], response: np.ndarray, temperature: float) -> torch.Tensor:
+def hf_logprobs(
+    model: torch.nn.Module, prompt: tuple[int, ...], response: np.ndarray, temperature: float
+) -> torch.Tensor:
     """Log-probs of one response, by transformers and torch's log_softmax over the whole vocabulary."""
     tokens = torch.tensor([[*prompt, *response.tolist()]])
     logits = model(tokens).logits[0, len(prompt) - 1 : -1] / temperature

@@ -74,7 +74,5 @@ def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, fl
         off = weight == 1.0
         metrics[f"shaping/shaped_rate_{side}"] = 0.0 if off else share(f"shaped_{side}", f"tokens_{side}")
         metrics[f"shaping/inert_rate_{side}"] = 0.0 if off else share(f"inert_{side}", f"shaped_{side}")
-        metrics[f"shaping/gradient_share_{side}"] = (
-            0.0 if off else share(f"gradient_shaped_{side}", f"gradient_{side}")
-        )
+        metrics[f"shaping/gradient_share_{side}"] = 0.0 if off else share(f"gradient_shaped_{side}", f"gradient_{side}")
     return metrics

@@ -113,9 +113,7 @@ def phase_of(folder: Path, rank: int) -> str:
     return f"phase {phase} of step {step}" if step != "-1" else f"phase {phase}"
 
 
-def _failure(
-    ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[int, str], folder: Path
-) -> A3POError:
+def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
     """The error of the rank that is to blame: one killed by a signal, else one that said what is wrong, else any."""
     reports: list[tuple[int, int, A3POError]] = []
     for rank, process in enumerate(ranks):

@@ -122,7 +122,9 @@ class Learner:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
-        return torch.stack(collected).sum(dim=0) if collected else torch.zeros(len(_SUMS), dtype=torch.float64), farthest
+        return torch.stack(collected).sum(dim=0) if collected else torch.zeros(
+            len(_SUMS), dtype=torch.float64
+        ), farthest
 
     def _step(self, number: int) -> float:
         _, norm, _ = self.optimizer.step()

@@ -49,7 +49,9 @@ def read_family(folder: Path | str) -> Family:
     try:
         config = json.loads(path.read_text())
     except OSError as error:
-        raise RequestError(f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint") from error
+        raise RequestError(
+            f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
+        ) from error
     except ValueError as error:
         raise RequestError(f"{path}: not valid JSON: {error}") from error
     return family_of(config, str(path))
@@ -67,7 +69,9 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     known = [name for name in architectures if name in ARCHITECTURES]
     if not known:
         supported = ", ".join(ARCHITECTURES)
-        raise RequestError(f"{where}: architecture {architectures or 'not given'} is not supported; supported: {supported}")
+        raise RequestError(
+            f"{where}: architecture {architectures or 'not given'} is not supported; supported: {supported}"
+        )
     kind = ARCHITECTURES[known[0]]
 
     def refuse(name: str, meaning: str) -> None:

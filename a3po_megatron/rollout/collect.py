@@ -76,7 +76,8 @@ class Collector:
             groups=sorted(groups, key=lambda group: group.prompt.index),
             sampled=sampled,
             accepted=accepted,
-            metrics=_metrics(totals) | {
+            metrics=_metrics(totals)
+            | {
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
                 "rollout/rounds": rounds,

@@ -73,7 +73,9 @@ def batch_of(collected: Collected, cluster: Any) -> Batch:
     """The replica's batch, with the literal old log-probs of the whole batch cut to it."""
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = dict(zip((r.name for r in whole.rollouts), literal_old(whole).split(whole.lengths.tolist()), strict=True))
-    batch = assemble(share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1)
+    batch = assemble(
+        share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1
+    )
     batch.old_logprobs = torch.cat([old[r.name] for r in batch.rollouts])
     batch.entropy = torch.zeros_like(batch.old_logprobs)
     return shape(batch, STEP, Config.model_fields["shaping"].default)

@@ -87,7 +87,10 @@ def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: flo
     for rank, result in enumerate(results):
         if result["error"]:
             raise AssertionError(f"on rank {rank} of {world}, {result['error']}")
-    return {case.__qualname__: [result["values"][name] for result in results] for case, name in zip(cases, names, strict=True)}
+    return {
+        case.__qualname__: [result["values"][name] for result in results]
+        for case, name in zip(cases, names, strict=True)
+    }
 
 
 def _main(folder: Path, names: list[str]) -> None:

@@ -1,0 +1,28 @@
+# make demo   trains the demo and says where its report is      make test   runs all tests
+# make setup  makes .venv (both do it on their own)             make lint   style, format, types
+.PHONY: demo demo-compare setup test soak lint
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+demo: setup
+	a3po train configs/demo.yaml
+
+demo-compare: setup
+	@set -e; runs=runs/compare-$$(date +%Y%m%d-%H%M%S); \
+	a3po train configs/demo.yaml --run-dir $$runs/a3po; \
+	a3po train configs/demo-dapo.yaml --run-dir $$runs/dapo; \
+	a3po report $$runs/a3po $$runs/dapo --out $$runs/report.html
+
+setup:
+	@tools/setup.sh
+
+test: setup
+	python -m pytest
+
+soak: setup
+	python -m pytest -m soak
+
+lint: setup
+	ruff check .
+	ruff format --check .
+	mypy a3po_megatron
