@@ -94,7 +94,7 @@ class Collected:
 
 @dataclass
 class Batch:
-    """This replica's rollouts of one step. Per rollout [B], per response token [T]; tokens lie rollout after rollout."""
+    """This replica's rollouts of one step: per rollout [B], per response token [T], rollout after rollout."""
 
     rollouts: list[Rollout]
     group_index: Tensor  # [B] int64, ascending

@@ -68,7 +68,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The `a3po` program. An error of ours is one message and its exit code; anything else is a bug with a traceback."""
+    """The `a3po` program. Our errors are one message and an exit code; anything else is a bug, with its traceback."""
     try:
         app()
     except A3POError as error:

@@ -91,11 +91,11 @@ class Cluster:
         self._store = dist.PrefixStore("agree", store)
         self._round = 0
 
-    def agree(self, tag: str, value: Any, op: str | Callable[[list[Any]], Any]) -> Any:
+    def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         """One decision of all ranks: every rank gives a JSON value and gets the same result.
 
-        `op`: any, all, min, max, sum, list (by rank), same (error unless equal), or a function of the list that runs on
-        rank 0. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a hang) or one does
+        `op` makes the decision from the list of values by rank, on rank 0: any, all, min, max, sum, list, `same`, or a
+        function of one's own. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a hang) or one does
         not come within the cluster's time limit. Goes through the store: no rank opens connections to all others.
         """
         self._round += 1
@@ -135,26 +135,26 @@ class Cluster:
         return values
 
 
-def _decide(tag: str, given: list[tuple[str, Any]], op: str | Callable[[list[Any]], Any]) -> dict[str, Any]:
+def same(values: list[Any]) -> Any:
+    """An operation for `agree`: the value that all ranks gave; ValueError if they differ."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ValueError(f"{values[0]!r} on rank 0, {value!r} on rank {rank}")
+    return values[0]
+
+
+def _decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], Any]) -> dict[str, Any]:
     for rank, (other, _) in enumerate(given):
         if other != tag:
-            return {
-                "error": f"the ranks have lost step with each other: rank 0 is at '{tag}', rank {rank} at '{other}'"
-            }
-    values = [value for _, value in given]
-    if callable(op):
-        return {"value": op(values)}
-    if op == "same":
-        for rank, value in enumerate(values):
-            if value != values[0]:
-                return {"error": f"'{tag}' differs: {values[0]!r} on rank 0, {value!r} on rank {rank}"}
-        return {"value": values[0]}
-    return {"value": {"any": any, "all": all, "min": min, "max": max, "sum": sum, "list": list}[op](values)}
+            return {"error": f"the ranks have lost step: rank 0 is at '{tag}', rank {rank} at '{other}'"}
+    try:
+        return {"value": op([value for _, value in given])}
+    except ValueError as error:
+        return {"error": f"the ranks disagree at '{tag}': {error}"}
 
 
 def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:
     """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups."""
-    from megatron.core import parallel_state, tensor_parallel
 
     backend = select_backend()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -141,7 +141,7 @@ def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
 def canary(prompts: Prompts, family: Family, config: Config) -> list[tuple[Sequence[int], Sequence[int]]]:
     """Fixed sequences: the first prompts of the run, each continued with drawn tokens to the canary's length."""
     length = min(config.publish.canary_tokens, config.rollout.max_prompt_tokens + config.rollout.max_tokens - 1)
-    sequences = []
+    sequences: list[tuple[Sequence[int], Sequence[int]]] = []
     for number in range(config.publish.canary_prompts):
         tokens = list(prompts.at(number).tokens)[:length]
         while len(tokens) < length:

@@ -6,8 +6,8 @@
             = 1        for every other response token (no renormalisation)
 
 The count is max(1, floor(fraction * n)) of n response tokens. Ties go to the earlier token, for both polarities, so
-that the result depends on no rank count and no order. Tokens are ranked by log-prob rather than by exp(log-prob),
-which in float32 would tie everything above 1 - 6e-8. Ranking is one segmented sort on the device: no loop over rollouts.
+that the result depends on no rank count and no order. Tokens are ranked by log-prob, not by exp(log-prob), which in
+float32 would tie everything above 1 - 6e-8. Ranking is one segmented sort on the device: no loop over rollouts.
 """
 
 from __future__ import annotations

@@ -30,14 +30,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """
     values = _read_file(Path(path), ())
     for text in overrides:
-        option, equals, value = text.partition("=")
-        if not equals:
-            raise RequestError(f"--set {text}: expected section.key=value")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RequestError(f"--set {text}: the value is not YAML: {_one_line(error)}") from error
-        _flatten({option.strip(): parsed}, "", lambda _: f"--set {option.strip()}", Path.cwd(), values)
+        _override(text, values)
     values = {option: entry for option, entry in values.items() if entry[0] is not None or _nullable(option)}
     for option in _PATHS:
         if option in values:
@@ -98,7 +91,19 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     return values
 
 
-def _lines(node: yaml.Node, path: Path, prefix: str = "") -> dict[str, int]:
+def _override(text: str, values: Values) -> None:
+    option, equals, value = text.partition("=")
+    option = option.strip()
+    if not equals:
+        raise RequestError(f"--set {text}: expected section.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--set {text}: the value is not YAML: {_one_line(error)}") from error
+    _flatten({option: parsed}, "", lambda _: f"--set {option}", Path.cwd(), values)
+
+
+def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, int]:
     """Dotted option → line number. A key that stands twice is an error: YAML would silently keep the last one."""
     found: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):

@@ -116,8 +116,9 @@ class Learner:
             else:
                 farthest = max(farthest, float((tokens.ratio - 1).abs().max()))
             kl = kl_k3(logprobs.detach() - old).sum()
-            collected = [total.detach(), count, tokens.clipped_low.sum(), tokens.clipped_high.sum(), kl]
-            return total, count, torch.tensor([float(value) for value in collected], dtype=torch.float64)
+            clipped = [tokens.clipped_low.sum(), tokens.clipped_high.sum()]
+            sums = torch.stack([total.detach(), torch.tensor(float(count)), *clipped, kl])
+            return total, count, sums.double()
 
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -7,8 +7,8 @@ With x = logits / temperature, m = max x, Z = Σ e^(x - m), S = Σ (x - m) e^(x 
 
 H in this form does not cancel; the textbook m + log Z - Σ x e^(x-m) / Z loses 1e-3 at logits of 1e4. The collectives
 are one MAX of [T] and one SUM of [3, T]; gradients are local, because every rank holds the global m, Z and H. Kept for
-the backward pass besides logits and targets: m, log Z and H, 12 bytes a token (m and log Z apart: their float32 sum would
-lose 1e-3 at logits of 1e4). Columns that pad the vocabulary take no part.
+the backward pass besides logits and targets: m, log Z and H, 12 bytes a token (m and log Z apart: their float32 sum
+would lose 1e-3 at logits of 1e4). Columns that pad the vocabulary take no part.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ parallelism; Transformer Engine's modules, which do both, need CUDA.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedAttention(MegatronModule):
@@ -56,6 +57,6 @@ class PackedAttention(MegatronModule):
                 scale=self.scale,
                 enable_gqa=True,
             )[0]
-            for begin, end in zip(ends[:-1], ends[1:], strict=True)
+            for begin, end in itertools.pairwise(ends)
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)

@@ -92,9 +92,8 @@ class VllmEngine:
         if not prompts:
             return []
         try:
-            return self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts], parameters, use_tqdm=False
-            )
+            inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+            return self._llm.generate(inputs, parameters, use_tqdm=False)
         except BaseException:
             drop_requests(self._llm.llm_engine)
             raise

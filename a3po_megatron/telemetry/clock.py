@@ -1,6 +1,6 @@
 """Which phase this process is in, and how long each phase of a step took.
 
-One clock per process, like a logger: any room may mark its phase. Every change is written to `<log folder>/rank-N.phase`
+One clock per process, like a logger: any room may mark its phase. Every change is written to `logs/rank-N.phase`
 (step and phase), so that whoever finds this rank dead or stuck can say where it was.
 """
 

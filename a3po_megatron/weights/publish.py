@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cluster import Cluster
+from ..cluster import Cluster, same
 from ..config import PublishOptions
 from ..errors import PublishError, RunFailed
 from ..model.family import Family
@@ -52,7 +52,7 @@ class Publisher:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
         with phase("publish"):
             start = time.perf_counter()
-            self.cluster.agree("publish plan", self.plan.digest(), "same")
+            self.cluster.agree("publish plan", self.plan.digest(), same)
             shapes = self.plan.shapes()
             if shapes != hf_tensors(self.family):
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
@@ -61,7 +61,7 @@ class Publisher:
             got: dict[str, int] = {}
             engine.load(checked(gather(self.plan, parameters, group, engine.dtype), shapes, engine.dtype, got))
             self._compare(expected, got)
-            strength = self.cluster.agree("receipt strength", engine.receipt_strength, "same")
+            strength = self.cluster.agree("receipt strength", engine.receipt_strength, same)
             if self._strength not in (None, strength):
                 raise PublishError(f"the receipt's strength changed from {self._strength} to {strength}")
             self._strength = strength

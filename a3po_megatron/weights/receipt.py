@@ -1,6 +1,6 @@
 """Checksums that prove two sets of weights equal, however they are cut.
 
-    checksum(tensor) = Σ  bits(element) · (splitmix64(i) | 1)      modulo 2^64,   i = the element's index in the HF tensor
+    checksum(tensor) = Σ  bits(element) · (splitmix64(i) | 1)   modulo 2^64,   i = the element's index in the HF tensor
 
 `bits` is the element's bit pattern after the cast to the engine's dtype. The sum is exact, does not depend on order and
 adds over shards, so every rank sums what it owns and one integer per tensor travels. Multipliers are odd, hence one

@@ -77,7 +77,7 @@ def plan(by_rank: Sequence[Sequence[Piece]], bucket_bytes: int, itemsize: int) -
 def gather(
     plan: Plan, parameters: dict[str, Tensor], group: dist.ProcessGroup | None, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Whole HF tensors in `dtype`, on every rank of the replica. A collective: all its ranks must iterate to the end."""
+    """Whole HF tensors in `dtype`, on every rank of the replica. A collective: all of them must iterate to the end."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     device = next(iter(parameters.values())).device
     for bucket in plan.buckets:
