@@ -209,11 +209,19 @@ def chart_of(metric: str) -> Chart:
     return Chart("Other metrics", metric, "", "", ((metric, metric),))
 
 
-def moving_mean(values: list[float | None], window: int = 5) -> list[float | None]:
-    """Mean of the defined values in a centred window; undefined stays undefined. (template.html.j2 does the same.)"""
-    half = window // 2
+def smoothing_window(steps: int) -> int:
+    """Over how many steps a curve of `steps` steps is smoothed: 5, of a long run about a fiftieth of it; odd."""
+    return max(5, steps // 100 * 2 + 1)
+
+
+def moving_mean(values: list[float | None], window: int) -> list[float | None]:
+    """Mean of the defined values in a centred window; undefined stays undefined. (template.html.j2 does the same.)
+
+    Towards both ends the window narrows evenly: a one-sided mean would bend a rising curve where it begins.
+    """
     smooth: list[float | None] = []
     for i, value in enumerate(values):
+        half = min(window // 2, i, len(values) - 1 - i)
         near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
         smooth.append(None if value is None else sum(near) / len(near))
     return smooth

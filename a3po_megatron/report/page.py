@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from a3po_megatron.errors import RequestError
 
-from .charts import CHARTS, PHASE_PREFIX, PHASES, Chart, chart_of
+from .charts import CHARTS, PHASE_PREFIX, PHASES, Chart, chart_of, smoothing_window
 from .read import Record, Run, read_rollouts, read_run, rollout_files
 
 ROLLOUT_BYTES = 7_000_000  # of the page, for the rollouts of all runs together
@@ -68,11 +68,13 @@ def render(runs: Sequence[Run]) -> str:
         }
         data_runs.append({"label": label, "steps": run.steps[::stride], "metrics": metrics, "rollouts": rollouts})
         notes += [(label, note) for note in dict.fromkeys([*run.notes, *said])]
+    window = smoothing_window(max(len(run["steps"]) for run in data_runs))
     data = {
         "runs": data_runs,
         "charts": [chart._asdict() for chart in _charts(runs)],
         "phases": _phases(runs),
         "phasePrefix": PHASE_PREFIX,
+        "window": window,
     }
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
@@ -84,6 +86,7 @@ def render(runs: Sequence[Run]) -> str:
         differences=_differences(runs),
         labels=labels,
         notes=notes,
+        window=window,
         sources=[
             (label, _pretty(run.config), _pretty(run.provenance)) for run, label in zip(runs, labels, strict=True)
         ],

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from a3po_megatron.errors import RequestError
 
-from .charts import chart_of, moving_mean
+from .charts import chart_of, moving_mean, smoothing_window
 from .page import run_labels
 from .read import read_run
 
@@ -24,7 +24,7 @@ def curve_png(
 ) -> Path:
     """Draws `metrics` of the runs in `run_dirs` over their steps, 1000 px wide at twice the resolution.
 
-    The thin line is the recorded value, the thick one its mean over 5 steps; undefined values are gaps. RequestError
+    The thin line is the recorded value, the thick one its moving mean; undefined values are gaps. RequestError
     where a folder is no run folder, or no run has one of the metrics.
     """
     runs = [read_run(Path(folder)) for folder in run_dirs]
@@ -34,6 +34,7 @@ def curve_png(
         if not any(run.values(metric) for run in runs):
             known = ", ".join(sorted(runs[0].metrics))
             raise RequestError(f"{metric}: no run has a value of this metric. {run_dirs[0]} has: {known}.")
+    window = smoothing_window(max(len(run.steps) for run in runs))
     figure = Figure(figsize=(10, 3.7), layout="constrained")
     axes = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axis, metric in zip(axes, metrics, strict=True):
@@ -47,7 +48,7 @@ def curve_png(
                 continue
             steps, colour = run.steps, COLOURS[i % len(COLOURS)]
             raw = [float("nan") if value is None else value for value in series]
-            mean = [float("nan") if value is None else value for value in moving_mean(series)]
+            mean = [float("nan") if value is None else value for value in moving_mean(series, window)]
             axis.plot(steps, raw, color=colour, linewidth=0.8, alpha=0.35)
             axis.plot(steps, mean, color=colour, linewidth=2.2, label=label, solid_capstyle="round", marker="o", ms=1)
         axis.set_xlabel("step", color=DIM)
