@@ -15,7 +15,7 @@ compat.prepare()  # at module level: Megatron's checkpoint writers import this m
 
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
-from a3po_megatron.cluster import connect  # noqa: E402
+from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
@@ -30,9 +30,8 @@ from a3po_megatron.run import Run  # noqa: E402
 from a3po_megatron.telemetry.clock import CLOCK  # noqa: E402
 
 
-def train(folder: Path, config: Config, graders: Graders) -> None:
+def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> None:
     """Trains the run in `folder` to its last step. Collective over all ranks."""
-    cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
     family = read_family(config.model.path)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
@@ -64,7 +63,8 @@ def main(folder: Path) -> None:
     CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
     config = load_resolved(folder / "config.yaml")
     with math_graders(config.reward) as graders:
-        train(folder, config, graders)
+        cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+        train(folder, config, cluster, graders)
 
 
 if __name__ == "__main__":

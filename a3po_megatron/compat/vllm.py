@@ -3,6 +3,7 @@
 | what | symptom without it | cause |
 |---|---|---|
 | `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
+| `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
 | `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
 """  # noqa: E501
 
@@ -32,6 +33,13 @@ def process_state_kept() -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+def keep_process_group() -> None:
+    """An engine that ends leaves torch.distributed as it found it: the groups are the trainer's."""
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = lambda shutdown_ray=False: None
 
 
 def drop_requests(engine: Any) -> None:

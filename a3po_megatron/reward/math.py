@@ -30,13 +30,17 @@ from ..errors import RequestError
 
 EXTRACTS = ("any", "boxed", "answer")
 MAX_ANSWER_CHARS = 2000  # of one answer; the longest gold answer of MATH has 159
+MAX_LONG_CHARS = 20_000  # of an answer or a response that is compared as a string
 MAX_TAIL_CHARS = 4000  # the end of a response that is searched when it names no answer: the search is superlinear
 MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 12 s for 39
 MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
 MAX_TERMS = 10_000  # of a sum or product with numeric limits
 
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER_LINE = re.compile(r"^[\s>*_#-]*(?:the\s+)?(?:final\s+)?answer\s*[*_]*\s*:\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+# Bounded runs of blanks: `\s*` after `^` would cross lines and be quadratic in a response of empty ones.
+_ANSWER_LINE = re.compile(
+    r"^[ \t>*_#-]{0,20}(?:the )?(?:final )?answer[ *_]{0,5}:[ \t*_]{0,20}(\S.*)$", re.IGNORECASE | re.MULTILINE
+)
 _BETWEEN_BOXES = re.compile(r"(?:\s|[$.;,]|\\[\[\]();,!: ]|\\q?quad|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\})*")
 _LISTING = re.compile(r"[,;]|\band\b|\bor\b")
 _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
@@ -65,7 +69,8 @@ def grade(response: str, answer: str, *, extract: str = "any") -> Verdict:
     """
     if extract not in EXTRACTS:
         raise RequestError(f"extract: {extract!r} is not one of {', '.join(EXTRACTS)}")
-    gold = _bare(_boxes(answer)[0][-1] if _boxes(answer)[0] else answer)
+    boxed_gold, _ = _boxes(answer)
+    gold = _bare(boxed_gold[-1] if boxed_gold else answer)
     if not gold:
         return Verdict("invalid", "the gold answer is empty")
     candidates: list[str] = []
@@ -76,13 +81,13 @@ def grade(response: str, answer: str, *, extract: str = "any") -> Verdict:
         candidates = [run[-1], ", ".join(run)] if len(run) > 1 else run
     if not candidates and extract != "boxed":
         lines = _ANSWER_LINE.findall(response)
-        candidates = [_bare(lines[-1])] if lines else []
-    if candidates and not candidates[-1].strip():
+        candidates = [_bare(lines[-1][: MAX_LONG_CHARS + 1])] if lines else []
+    if candidates and not candidates[0].strip():
         return Verdict("wrong", "the answer is empty")
     if not candidates and extract != "any":
         return Verdict("wrong", "no \\boxed{…} found" if extract == "boxed" else "no line `Answer: …` found")
 
-    settled = [_settle(candidate, gold) for candidate in candidates or [_last_line(response)]]
+    settled = [_settle(candidate, gold) for candidate in candidates or [response]]
     if True in settled:
         return Verdict("correct")
     if candidates and all(equal is False for equal in settled):
@@ -114,8 +119,8 @@ def _boxes(text: str) -> tuple[list[str], bool]:
     run: list[str] = []
     for position in range(len(spans) - 1, -1, -1):
         if run:
-            between = text[spans[position][3] : spans[position + 1][0]]
-            if not (len(between) < 80 and _LISTING.search(between) and _BETWEEN_BOXES.fullmatch(between)):
+            between = text[spans[position][3] : spans[position + 1][0]][:80]
+            if not (_LISTING.search(between) and _BETWEEN_BOXES.fullmatch(between)):
                 break
         run.insert(0, text[spans[position][1] : spans[position][2]])
         if len(run) == 100:
@@ -129,17 +134,13 @@ def _bare(text: str) -> str:
     text = text.strip()
     while text != before:
         before = text
-        text = text.strip().strip("*").removesuffix(".").strip()
+        text = text.strip("* \t\r\n")
+        text = text if text.endswith("..") else text.removesuffix(".")  # 0.33… must not become 0.33
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             inner = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inner and "$" not in inner and left not in inner:
                 text = inner.strip()
     return text
-
-
-def _last_line(response: str) -> str:
-    """What a response that names no answer is compared with as a string: all of it, if that is short."""
-    return response.strip() if len(response) <= MAX_ANSWER_CHARS else ""
 
 
 def _normalise(text: str) -> str:
@@ -154,7 +155,7 @@ def _normalise(text: str) -> str:
 
 def _settle(candidate: str, gold: str) -> bool | None:
     """Equal or not by comparing strings and plain integers alone; None: needs algebra."""
-    if len(candidate) > 10 * MAX_ANSWER_CHARS:
+    if len(candidate) > MAX_LONG_CHARS:
         return False
     left, right = _normalise(candidate), _normalise(gold)
     if left and left == right:

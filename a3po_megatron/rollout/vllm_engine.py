@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cluster import Backend
-from ..compat.vllm import drop_requests, process_state_kept
+from ..compat.vllm import drop_requests, keep_process_group, process_state_kept
 from ..config import RolloutOptions
 from ..errors import RequestError, RunFailed
 from ..model.family import Family
@@ -35,6 +35,7 @@ class VllmEngine:
 
         self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
         self._family, self._options = family, options
+        keep_process_group()
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
 

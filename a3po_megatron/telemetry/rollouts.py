@@ -64,7 +64,7 @@ def _rounded(values: Any, tokens: slice) -> list[float]:
 
 def _record(rollout: Rollout, step: int, accepted: bool, trained: dict[str, Any] | None) -> dict[str, Any]:
     return {
-        "step": step,
+        "step": rollout.step,
         "prompt_id": rollout.prompt.id,
         "prompt_index": rollout.prompt.index,
         "sample": rollout.sample,

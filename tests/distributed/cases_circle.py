@@ -1,0 +1,230 @@
+"""The circle on real ranks: real Megatron shards, real vLLM engines, publish between them (tests/test_circle.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a3po_megatron.batch import Verdict
+from a3po_megatron.cluster import Cluster
+from a3po_megatron.config import Config, load_config
+from a3po_megatron.data.order import named_seed
+from a3po_megatron.data.prompts import Prompts
+from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.errors import PublishError, RunFailed
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model.family import read_family
+from a3po_megatron.reward.math import grade
+from a3po_megatron.rollout.collect import Collector
+from a3po_megatron.rollout.engine import Request
+from a3po_megatron.rollout.vllm_engine import VllmEngine
+from a3po_megatron.run import Run
+from a3po_megatron.weights import publish
+from tests.distributed.runner import ROOT, Ranks
+from tests.tiny import make_checkpoint, save_tokenizer
+
+DEMO = ROOT / "configs/demo.yaml"
+STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+
+
+class InProcess:
+    """Grades here and now with a plain function: what is graded how is not these cases' subject."""
+
+    def __init__(self, grader: Callable[[str, str], Verdict]) -> None:
+        self.grader = grader
+
+    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        return [self.grader(response, answer) for response, answer in items]
+
+
+class Forgetful(VllmEngine):
+    """An engine that does not take up one of the tensors it is fed: what only the canary can see."""
+
+    forgets: str | None = None
+
+    def _with_head(self, stream: Any) -> Iterator[tuple[str, Tensor]]:
+        return (item for item in super()._with_head(stream) if item[0] != self.forgets)
+
+
+def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
+    config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides])
+    cluster = ranks.arrange(tensor, data=data)
+    family = read_family(config.model.path)
+    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
+    prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    engine = Forgetful(Path(config.model.path), family, config.rollout, torch.float32, cluster.backend)
+    learner = Learner(cluster, family, config)
+    folder = ranks.folder / f"run-{tensor}-{data}"
+    os.makedirs(folder / "rollouts", exist_ok=True)
+    return Run(folder, config, cluster, family, tokens, prompts), cluster, engine, learner, prompts
+
+
+def publish_faults(ranks: Ranks) -> dict[str, Any]:
+    """What each fault between learner and engine is reported as; tensor parallel 2."""
+    run, _, engine, learner, _ = parts(ranks, tensor=2, data=1)
+    whole = publish.gather
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, damage: Callable[[str, Tensor], Tensor | None] | None) -> None:
+        def damaged(*args: Any) -> Iterator[tuple[str, Tensor]]:
+            for tensor_name, tensor in whole(*args):
+                changed = damage(tensor_name, tensor) if damage else tensor
+                if changed is not None:
+                    yield tensor_name, changed
+
+        publish.gather = damaged
+        try:
+            receipt = run.publish(learner, engine)
+            found[name] = f"ok, version {receipt.version}, {receipt.strength}, canary {receipt.canary:.1e}"
+            assert receipt.canary is not None
+            assert receipt.canary < 1e-4
+        except PublishError as error:
+            found[name] = str(error)
+        finally:
+            publish.gather = whole
+
+    attempt("sound", None)
+    before = {name: tensor.clone() for name, tensor in whole(*_gather_arguments(run, learner))}
+
+    def flipped(name: str, tensor: Tensor) -> Tensor:
+        if name == STALE:
+            tensor = tensor.clone()
+            tensor.view(torch.int32)[3, 5] ^= 1  # the last bit of one mantissa
+        return tensor
+
+    def swapped(name: str, tensor: Tensor) -> Tensor:
+        return tensor[[1, 0, *range(2, len(tensor))]] if name == STALE else tensor
+
+    def misshapen(name: str, tensor: Tensor) -> Tensor:
+        return tensor[:-1] if name == STALE else tensor
+
+    def not_a_number(name: str, tensor: Tensor) -> Tensor:
+        return tensor * float("nan") if name == STALE else tensor
+
+    attempt("flipped bit", flipped)
+    attempt("swapped rows", swapped)
+    attempt("missing", lambda name, tensor: None if name == STALE else tensor)
+    attempt("misshapen", misshapen)
+    attempt("other dtype", lambda name, tensor: tensor.bfloat16() if name == STALE else tensor)
+    attempt("not a number", not_a_number)
+    with torch.no_grad():
+        for parameter in learner.model.module.parameters():
+            parameter.add_(0.01 * torch.ones_like(parameter))
+    attempt("stale", lambda name, tensor: before[name] if name == STALE else tensor)
+    attempt("sound again", None)
+    with torch.no_grad():
+        for parameter in learner.model.module.parameters():
+            parameter.mul_(1.05)
+    for forgotten in (DROPPED, "lm_head.weight"):
+        engine.forgets = forgotten
+        attempt(f"engine forgets {forgotten}", None)
+    engine.forgets = None
+    attempt("sound at last", None)
+    return found
+
+
+def _gather_arguments(run: Run, learner: Learner) -> tuple[Any, ...]:
+    publisher = run.publisher
+    return publisher.plan, learner.parameters(), publisher.cluster.replica_group, torch.float32
+
+
+def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
+    """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
+    run, cluster, engine, learner, prompts = parts(ranks, tensor=1, data=ranks.world)
+    run.publish(learner, engine)
+    config = run.config
+    collect = Collector(cluster, run.tokens, config.trainer, config.rollout, config.reward)
+    collected = collect(engine, prompts, InProcess(grade), 0)
+    rollouts = [r for group in collected.sampled for r in group.rollouts]
+    result = {
+        "tokens": {r.name: r.tokens.tolist() for r in rollouts},
+        "logprobs": {r.name: r.logprobs.tolist() for r in rollouts},
+        "accepted": collected.accepted,
+        "metrics": collected.metrics,
+        "finish": sorted({r.finish for r in rollouts}),
+    }
+    if ranks.world == 1:
+        requests = [Request(r.prompt.tokens, r.seed) for r in rollouts]
+        backwards = engine.sample(requests[::-1])[::-1]
+        alone = [engine.sample([request])[0] for request in requests[:8]]
+        for other in (backwards, alone):
+            for rollout, completion in zip(rollouts, other, strict=False):
+                assert rollout.tokens.tolist() == completion.tokens.tolist(), rollout.name
+    return result
+
+
+def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
+    """Largest difference of kept log-probs from the learner's, at a temperature that is not 1."""
+    run, cluster, engine, learner, prompts = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
+    run.publish(learner, engine)
+    completions = engine.sample([Request(p.tokens, i) for i, p in enumerate(prompts.take(16))])
+    again = prompts.__class__.at
+    worst = 0.0
+    for number, completion in enumerate(completions):
+        prompt = again(prompts, number).tokens
+        from a3po_megatron.learner.micro_batch import micro_batch
+
+        packed = micro_batch([(prompt, completion.tokens.tolist())], [0])
+        ours = learner.pipeline.forward([packed], 0.7, with_entropy=False)[0]
+        worst = max(worst, float((ours - torch.from_numpy(completion.logprobs)).abs().max()))
+    return worst
+
+
+def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
+    """Two steps of the whole loop for both layouts of two ranks: what they wrote down."""
+    from a3po_megatron.train import train
+
+    rows = {}
+    for tensor, data in ((2, 1), (1, 2)):
+        config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", "trainer.steps=2"])
+        folder = ranks.folder / f"loop-{tensor}-{data}"
+        os.makedirs(folder / "rollouts", exist_ok=True)
+        train(folder, config, ranks.arrange(tensor, data=data), InProcess(grade))
+        metrics = folder / "metrics.jsonl"
+        if ranks.rank == 0:
+            rows[f"{tensor}x{data}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return rows
+
+
+def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
+    """Real text, a byte-pair tokenizer and random weights: one step with the real grader, one with spread."""
+    from a3po_megatron.train import train
+
+    data = Path(os.environ["A3PO_TEST_DATA"])
+    model = ranks.folder / "bpe-model"
+    if ranks.rank == 0:
+        vocab = 2020
+        make_checkpoint(model, "qwen3", vocab_size=vocab, max_position_embeddings=1024)
+        save_tokenizer(model, vocab)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_text((data / "model_configs" / f"tiny_bpe_{name}").read_text())
+    torch.distributed.barrier()
+    values = {
+        "model": {"path": str(model)},
+        "data": {"path": str(data / "gsm8k_train.jsonl"), "template": "qwen", "drop_long_prompts": True},
+        "parallel": {"tensor": 2},
+        "rollout": {"max_prompt_tokens": 400, "max_tokens": 24, "max_rounds": 2},
+        "trainer": {"steps": 1, "prompts_per_step": 4, "rollouts_per_prompt": 4, "mini_batches": 2, "max_empty_steps": 1},
+    }
+    config = Config.model_validate(values)
+    result: dict[str, Any] = {}
+    for name, grader in (("real", grade), ("spread", coin)):
+        folder = ranks.folder / f"gsm8k-{name}"
+        os.makedirs(folder / "rollouts", exist_ok=True)
+        try:
+            train(folder, config, ranks.arrange(2), InProcess(grader))
+            result[name] = (folder / "metrics.jsonl").read_text()
+        except RunFailed as error:
+            result[name] = str(error)
+    return result
+
+
+def coin(response: str, answer: str) -> Verdict:
+    """A verdict drawn from the text: spread without any ability."""
+    return Verdict("correct" if named_seed(response, answer) % 2 else "wrong")
