@@ -20,7 +20,7 @@ def one_rank() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
-    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults)
+    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike)
 
 
 def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: dict[str, list[Any]]) -> None:

@@ -36,10 +36,16 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
+_LIBC = ctypes.CDLL(None)  # loaded here, because `die_with_parent` runs between fork and exec
+
+
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends (Linux), so that no rank outlives its launcher."""
+    """The kernel kills this process when its parent ends (Linux), so that no rank outlives its launcher.
+
+    Meant as a subprocess's `preexec_fn`: set any later, it would miss a launcher that dies while the rank imports.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
@@ -49,7 +55,6 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
     shutdown, while others wait for it.
     """
     code = 0
-    die_with_parent()
     try:
         main(folder)
     except A3POError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..errors import A3POError, RequestError, RunFailed
-from .environment import LOOPBACK, SETTINGS
+from .environment import LOOPBACK, SETTINGS, die_with_parent
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault is then known
@@ -83,6 +83,7 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float) -> su
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=inherited,
+            preexec_fn=die_with_parent,
         )
     for descriptor in inherited:
         os.close(descriptor)

@@ -1,4 +1,10 @@
-"""A verdict as a number, with DAPO's soft penalty for responses that come near the length limit (arXiv 2503.14476)."""
+"""The reward of a rollout, from its verdict and its length.
+
+    R = base(verdict) + penalty * clip(-(L - (Lmax - Lc)) / Lc, -1, 0)
+
+Lmax is rollout.max_tokens and Lc the soft buffer before it (DAPO, arXiv 2503.14476, equation 13). The penalty shapes
+the score only: polarity is the verifier's verdict and is read from the verdict, never from the sign of a reward.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +16,24 @@ if TYPE_CHECKING:
     from ..config import RewardOptions
 
 
-def score(rollout_length: int, finish: str, verdict: Verdict, options: RewardOptions, max_tokens: int) -> float:
-    """The reward of one response: never a change of polarity, which is the verdict's alone; 0 where grading failed."""
+def score(
+    rollout_length: int,  # response tokens, the end-of-sequence token included
+    finish: str,  # stop | length
+    verdict: Verdict,
+    options: RewardOptions,  # correct, wrong, overlong_tokens (Lc; 0 is off), overlong_penalty
+    max_tokens: int,  # Lmax
+) -> float:
+    """The scalar reward; 0 for an invalid verdict, which leaves its group before the reward is used.
+
+    A response that was cut off counts as Lmax long, whatever limit it met: a context shorter than prompt plus
+    max_tokens also ends responses, and at a smaller length.
+    """
     if verdict.outcome == "invalid":
         return 0.0
     base = options.correct if verdict.outcome == "correct" else options.wrong
-    if options.overlong_tokens == 0:
+    buffer = options.overlong_tokens
+    if buffer == 0:
         return base
-    over = rollout_length - (max_tokens - options.overlong_tokens)
-    return base + options.overlong_penalty * max(-1.0, min(-over / options.overlong_tokens, 0.0))
+    length = max_tokens if finish == "length" else rollout_length
+    excess = (length - (max_tokens - buffer)) / buffer
+    return base - options.overlong_penalty * min(max(excess, 0.0), 1.0)

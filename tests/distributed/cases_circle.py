@@ -210,7 +210,13 @@ def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
         "data": {"path": str(data / "gsm8k_train.jsonl"), "template": "qwen", "drop_long_prompts": True},
         "parallel": {"tensor": 2},
         "rollout": {"max_prompt_tokens": 400, "max_tokens": 24, "max_rounds": 2},
-        "trainer": {"steps": 1, "prompts_per_step": 4, "rollouts_per_prompt": 4, "mini_batches": 2, "max_empty_steps": 1},
+        "trainer": {
+            "steps": 1,
+            "prompts_per_step": 4,
+            "rollouts_per_prompt": 4,
+            "mini_batches": 2,
+            "max_empty_steps": 1,
+        },
     }
     config = Config.model_validate(values)
     result: dict[str, Any] = {}

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from a3po_megatron.launch.environment import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 Case = Callable[["Ranks"], Any]
 
@@ -69,7 +71,9 @@ def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: flo
         }
         command = [sys.executable, "-m", "tests.distributed.runner", str(folder), *names]
         log = (folder / f"rank-{rank}.log").open("w")
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)
+        )
     try:
         for process in processes:
             process.wait(timeout)
@@ -127,7 +131,6 @@ def _main(folder: Path, names: list[str]) -> None:
 if __name__ == "__main__":
     from a3po_megatron.launch import environment
 
-    environment.die_with_parent()
     environment.prepare()
     from a3po_megatron import compat
 

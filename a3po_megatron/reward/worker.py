@@ -1,0 +1,84 @@
+"""A grader process: `python -m a3po_megatron.reward.worker FD PARENT MEMORY_BYTES`, started by `pool.py` only.
+
+It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
+
+    parent → worker   the pickled grade function, once; then JSON lists of [response, answer]
+    worker → parent   READY, once; then one JSON [outcome, reason] per item, in order, each as soon as it is known
+
+Replies are JSON and not pickles: a grader that was talked into something by a response must not reach the parent.
+The grade function's module may have a `prepare()`, which is called before READY: imports must not count against the
+time limit of the first response. The process holds no state between items, so that it can be killed at any moment; it
+ignores the signals that Slurm and terminals send to whole jobs, because its parent decides when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from ..batch import Verdict
+
+READY = b"ready"
+MAX_REASON_CHARS = 500
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OUT_OF_MEMORY = 86  # exit code: a process that hit its limit is not used again
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for this process when the thread that started it ends; also if that has happened already."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def judge(grade: Callable[[str, str], Verdict], response: str, answer: str) -> Verdict:
+    """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller."""
+    try:
+        verdict = grade(response, answer)
+    except MemoryError:
+        raise
+    except Exception as error:
+        return Verdict("invalid", f"grader raised {type(error).__name__}: {error}")
+    if not isinstance(verdict, Verdict):
+        return Verdict("invalid", f"grader returned {type(verdict).__name__}, not a Verdict")
+    return verdict
+
+
+def main(descriptor: int, parent: int, memory_bytes: int) -> None:
+    die_with_parent(parent)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    os.set_inheritable(descriptor, False)  # what a grader starts must not keep the socket open
+    connection = Connection(descriptor)
+    grade = pickle.loads(connection.recv_bytes())
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    function = grade.func if isinstance(grade, functools.partial) else grade
+    prepare = getattr(sys.modules.get(getattr(function, "__module__", "")), "prepare", None)
+    if callable(prepare):
+        prepare()
+    connection.send_bytes(READY)
+    while True:
+        try:
+            items = json.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        for response, answer in items:
+            try:
+                verdict = judge(grade, response, answer)
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            connection.send_bytes(json.dumps([verdict.outcome, str(verdict.reason)[:MAX_REASON_CHARS]]).encode())
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""`a3po train` as a user runs it: ranks that die, launchers that die, folders in use, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from a3po_megatron.report.read import read_rollouts, rollout_files
+from a3po_megatron.telemetry.metrics import METRICS
+from tests.distributed.runner import ROOT
+
+# Small steps: what is trained is not the subject.
+SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    options = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
+    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo.yaml", "--run-dir", str(folder), *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: float = 120) -> str:
+    deadline = time.monotonic() + seconds
+    path = folder / "logs" / f"rank-{rank}.phase"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text().partition(" ")[2] in phases:
+            return path.read_text()
+        time.sleep(0.02)
+    raise AssertionError(f"rank {rank} did not come to {phases}: {path.read_text() if path.exists() else 'no file'}")
+
+
+def rank_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    found = {}
+    for process in psutil.Process(launcher.pid).children():
+        if "a3po_megatron.train" in process.cmdline():
+            found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def all_gone(processes: list[psutil.Process], seconds: float) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return not [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def ended() -> Iterator[list[subprocess.Popen[str]]]:
+    """Launchers to be ended with the test, whatever became of it."""
+    launchers: list[subprocess.Popen[str]] = []
+    yield launchers
+    for launcher in launchers:
+        if launcher.poll() is None:
+            launcher.kill()
+        launcher.wait()
+
+
+def test_a_rank_that_dies_takes_the_others_down_and_is_named_with_its_phase(
+    tmp_path: Path, ended: list[subprocess.Popen[str]]
+) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder, "trainer.steps=500")
+    ended.append(launcher)
+    wait_for_phase(folder, 1, ("publish", "rollout"))
+    second = start(folder, "trainer.steps=1")
+    assert second.wait(60) == 2
+    assert "a run is live in this folder" in second.stderr.read()
+
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 4  # two ranks, each with its grader's worker
+    victim = rank_processes(launcher)[1]
+    wait_for_phase(folder, 1, ("rollout", "update"))
+    victim.send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    assert launcher.wait(30) == 1
+    assert time.monotonic() - died < 30
+    message = launcher.stderr.read()
+    assert "rank 1 (phase " in message
+    assert "of step" in message
+    assert "SIGKILL" in message
+    assert "Traceback" not in message
+    assert all_gone(family, 10)
+
+
+def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_trains(
+    tmp_path: Path, ended: list[subprocess.Popen[str]]
+) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder, "trainer.steps=500")
+    ended.append(launcher)
+    deadline = time.monotonic() + 60
+    while len(rank_processes(launcher)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(family) >= 2
+    launcher.kill()
+    assert all_gone(family, 10)
+
+    again = start(folder, "trainer.steps=2")
+    ended.append(again)
+    out, err = again.communicate(timeout=180)
+    assert again.returncode == 0, err
+    assert f"run folder: {folder}" in out
+    assert f"report:     {folder / 'report.html'}" in out
+    assert "step    2/2" in out  # plain lines where there is no terminal
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert list(row) == ["step", *METRICS]
+    for name in ("config.yaml", "provenance.json", "report.html", "tensorboard"):
+        assert (folder / name).exists()
+    records = [r for files in rollout_files(folder).values() for file in files for r in read_rollouts(file, [])]
+    assert {record["weight_version"] for record in records} >= {1, 2}
+    trained = [record for record in records if record["accepted"] and record["outcome"] != "invalid"]
+    assert trained
+    for record in trained:
+        assert len(record["tokens"]) == len(record["old_logprobs"]) == len(record["weights"])
+    assert any("pieces" in record for record in records)
+
+    third = start(folder, "trainer.steps=1")
+    assert third.wait(60) == 2
+    assert "holds a run that has trained already" in third.stderr.read()
