@@ -95,8 +95,9 @@ class Cluster:
         """One decision of all ranks: every rank gives a JSON value and gets the same result.
 
         `op` makes the decision from the list of values by rank, on rank 0: any, all, min, max, sum, list, `same`, or a
-        function of one's own. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a hang) or one does
-        not come within the cluster's time limit. Goes through the store: no rank opens connections to all others.
+        function of one's own. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a
+        hang) or one does not come within the cluster's time limit. Goes through the store: no rank opens connections to
+        all others.
         """
         self._round += 1
         key = f"{self._round}"

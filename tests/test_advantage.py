@@ -12,7 +12,9 @@ from a3po_megatron.config import AdvantageOptions
 from tests.tiny import make_collected
 
 
-def advantages(rewards: list[float], groups: list[int], valid: list[bool] | None = None, **options: object) -> list[float]:
+def advantages(
+    rewards: list[float], groups: list[int], valid: list[bool] | None = None, **options: object
+) -> list[float]:
     keep = torch.tensor(valid or [True] * len(rewards))
     reward = torch.tensor(rewards)
     found = group_advantages(reward, torch.tensor(groups), reward > 0, keep, AdvantageOptions(**options))

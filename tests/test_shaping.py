@@ -50,7 +50,13 @@ def test_once_rho_is_one_the_weights_are_bitwise_one() -> None:
 
 def test_the_weights_of_negatives_can_differ_and_each_falls_to_one_on_its_own() -> None:
     options = ShapingOptions(rho=1.5, rho_negative=3.0, decay=0.5, origin=2)
-    assert [rho(step, options) for step in (0, 2, 3, 4, 6)] == [(1.5, 3.0), (1.5, 3.0), (1.0, 2.5), (1.0, 2.0), (1.0, 1.0)]
+    assert [rho(step, options) for step in (0, 2, 3, 4, 6)] == [
+        (1.5, 3.0),
+        (1.5, 3.0),
+        (1.0, 2.5),
+        (1.0, 2.0),
+        (1.0, 1.0),
+    ]
 
 
 def test_another_metric_ranks_and_no_gradient_flows() -> None:

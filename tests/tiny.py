@@ -108,7 +108,7 @@ def literal_token_weights(
     result = []
     for values, is_positive in zip(logprobs, positive, strict=True):
         count = max(1, math.floor(fraction * len(values)))
-        order = sorted(range(len(values)), key=lambda t: (values[t] if is_positive else -values[t], t))  # noqa: B023
+        order = sorted(range(len(values)), key=lambda t: (values[t] if is_positive else -values[t], t))
         chosen = set(order[:count])
         result.append([weight if t in chosen else 1.0 for t in range(len(values))])
     return result

