@@ -1,6 +1,6 @@
 """A run and its folder: publish, record, and what a step leaves behind.
 
-    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/  weights/
+    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/
 
 The launcher makes the folder (launch/folder.py); every rank opens it here. Rank 0 writes metrics and shows progress;
 every engine's leader writes its own rollouts.
@@ -11,14 +11,13 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected
 from .cluster import Cluster
 from .config import Config
-from .data.order import named_seed
 from .data.prompts import Prompts
 from .data.tokens import Tokens
 from .learner.learner import Learner
@@ -39,7 +38,8 @@ class Run:
         self, folder: Path, config: Config, cluster: Cluster, family: Family, tokens: Tokens, prompts: Prompts
     ) -> None:
         self.folder, self.config, self.cluster, self.tokens = folder, config, cluster, tokens
-        self.publisher = Publisher(cluster, family, config.publish, canary(prompts, family, config))
+        canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
+        self.publisher = Publisher(cluster, family, config.publish, canary)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._step_start = time.perf_counter()
@@ -136,15 +136,3 @@ _PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
 def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
     """A phase lasts as long as its slowest rank."""
     return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in _PHASES}
-
-
-def canary(prompts: Prompts, family: Family, config: Config) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Fixed sequences: the first prompts of the run, each continued with drawn tokens to the canary's length."""
-    length = min(config.publish.canary_tokens, config.rollout.max_prompt_tokens + config.rollout.max_tokens - 1)
-    sequences: list[tuple[Sequence[int], Sequence[int]]] = []
-    for number in range(config.publish.canary_prompts):
-        tokens = list(prompts.at(number).tokens)[:length]
-        while len(tokens) < length:
-            tokens.append(named_seed("canary", number, len(tokens)) % family.vocab)
-        sequences.append((tokens[:1], tokens[1:]))
-    return sequences

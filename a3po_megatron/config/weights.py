@@ -7,6 +7,6 @@ from .section import NonNegative, Positive, PositiveFloat, Section
 
 class PublishOptions(Section):
     bucket_bytes: Positive = 256 << 20  # at most this many bytes travel in one collective (or one tensor, if larger)
-    canary_prompts: NonNegative = 4  # fixed sequences whose log-probs learner and engine must agree on; 0: off
-    canary_tokens: Positive = 32  # length of each
+    canary_prompts: NonNegative = 4  # every engine continues these; the learner must give the same log-probs; 0: off
+    canary_tokens: Positive = 16  # of each continuation, at most
     canary_bound: PositiveFloat | None = None  # None: 1e-4 in fp32, 0.25 in bf16

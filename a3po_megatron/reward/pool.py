@@ -1,10 +1,11 @@
 """Grades many responses in killable processes: `GraderPool.grade_all`, verdicts in the order of the items.
 
     parent ── a list of items ──▶ worker 1 … W      one socket each; a worker has at most one list at a time
-           ◀── one verdict each ──                  the item being graded is the first one without a reply
+           ◀── taken; a verdict each ──             the item being graded is the first one without a reply
 
 Because replies come one by one and in order, a failure belongs to exactly one item: the first without a reply gets the
-verdict `invalid` with its reason, the items behind it in the list are graded again by someone else.
+verdict `invalid` with its reason, the items behind it in the list are graded again by someone else. A worker that was
+killed from outside before it took a list is nobody's fault (an item is spared so once).
 
     item beyond the time limit     SIGKILL to the worker's process group       grader exceeded 5.0 s
     item beyond the memory limit   RLIMIT_AS in the worker, which exits        grader ran out of memory
@@ -37,7 +38,7 @@ from typing import Any
 
 from ..batch import Verdict
 from ..errors import RequestError, RunFailed
-from .worker import OUT_OF_MEMORY, READY
+from .worker import OUT_OF_MEMORY, READY, TAKEN
 
 START_SECONDS = 300.0  # imports from a cold network file system on many ranks at once
 START_ATTEMPTS = 3
@@ -72,6 +73,7 @@ class _Worker:
         self.connection = Connection(ours.detach())
         self.pidfd = _pidfd(self.process.pid)
         self.ready = False
+        self.taken = False  # its items
         self.items: deque[int] = deque()  # without a reply, in order; the first is being graded
         self.since = time.monotonic()  # when it was started, was given items, or replied last
         self.send(grade)
@@ -179,6 +181,7 @@ class GraderPool:
         self._memory_bytes = memory_bytes
         self._workers: list[_Worker] = []
         self._failed_starts = 0
+        self._spared: set[int] = set()  # items of this call whose worker was killed before it took them
         self._closed = False
         self._lock = threading.Lock()
 
@@ -198,6 +201,7 @@ class GraderPool:
         verdicts: list[Verdict | None] = [None] * len(items)
         queue = deque(range(len(items)))
         with self._lock:
+            self._spared.clear()
             try:
                 self._run(items, queue, verdicts)
             except BaseException:  # also KeyboardInterrupt: replies to this call must not answer the next one
@@ -225,6 +229,7 @@ class GraderPool:
             characters += len(items[chosen[-1]][0])
         if worker.send(json.dumps([items[index] for index in chosen]).encode()):
             worker.items.extend(chosen)
+            worker.taken = False
             worker.since = time.monotonic()
         else:  # dead before it had them: nobody's fault
             queue.extendleft(reversed(chosen))
@@ -243,6 +248,8 @@ class GraderPool:
             if frame == READY:
                 worker.ready = True
                 self._failed_starts = 0
+            elif frame == TAKEN:
+                worker.taken = True
             elif worker.items:
                 verdicts[worker.items.popleft()] = _verdict(frame)
         waited = time.monotonic() - worker.since
@@ -260,8 +267,12 @@ class GraderPool:
                     f"out of memory, raise reward.memory_bytes, which is {self._memory_bytes}"
                 )
         elif worker.items:
-            reason = f"grader exceeded {self._timeout:.1f} s" if alive else _died(code)
-            verdicts[worker.items.popleft()] = Verdict("invalid", reason)
+            first = worker.items[0]
+            if worker.taken or code >= 0 or first in self._spared:
+                reason = f"grader exceeded {self._timeout:.1f} s" if alive else _died(code)
+                verdicts[worker.items.popleft()] = Verdict("invalid", reason)
+            else:
+                self._spared.add(first)
             queue.extendleft(reversed(worker.items))
             worker.items.clear()
 

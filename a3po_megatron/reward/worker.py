@@ -3,7 +3,8 @@
 It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
 
     parent → worker   the pickled grade function, once; then JSON lists of [response, answer]
-    worker → parent   READY, once; then one JSON [outcome, reason] per item, in order, each as soon as it is known
+    worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason] per item, in order, each
+                      as soon as it is known
 
 Replies are JSON and not pickles: a grader that was talked into something by a response must not reach the parent.
 The grade function's module may have a `prepare()`, which is called before READY: imports must not count against the
@@ -26,7 +27,7 @@ from multiprocessing.connection import Connection
 
 from ..batch import Verdict
 
-READY = b"ready"
+READY, TAKEN = b"ready", b"taken"
 MAX_REASON_CHARS = 500
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 OUT_OF_MEMORY = 86  # exit code: a process that hit its limit is not used again
@@ -72,6 +73,9 @@ def main(descriptor: int, parent: int, memory_bytes: int) -> None:
             items = json.loads(connection.recv_bytes())
         except EOFError:
             return
+        except MemoryError:
+            os._exit(OUT_OF_MEMORY)
+        connection.send_bytes(TAKEN)
         for response, answer in items:
             try:
                 verdict = judge(grade, response, answer)

@@ -39,8 +39,8 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in their order."""
 
-    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probs [n - 1] at temperature 1 of every token but the first."""
+    def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
+        """Short completions at temperature 1 from the whole distribution, for the canary of a publish."""
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Takes a whole set of HF-named weights and forgets everything computed with the old ones."""

@@ -40,30 +40,11 @@ class VllmEngine:
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        outputs = self._generate(
-            [request.prompt for request in requests],
-            [
-                self._parameters(
-                    temperature=self._options.temperature,
-                    top_p=self._options.top_p,
-                    top_k=self._options.top_k,
-                    max_tokens=self._options.max_tokens,
-                    seed=request.seed,
-                    logprobs=0,  # of the sampled token alone
-                    stop_token_ids=list(self._family.eos),
-                )
-                for request in requests
-            ],
-        )
-        return [_completion(output.outputs[0]) for output in outputs]
+        options = self._options
+        return self._complete(requests, options.temperature, options.top_p, options.top_k, options.max_tokens)
 
-    def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        greedy = self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        outputs = self._generate(sequences, [greedy] * len(sequences))
-        return [
-            torch.tensor([entry[token].logprob for entry, token in zip(o.prompt_logprobs[1:], s[1:], strict=True)])
-            for o, s in zip(outputs, sequences, strict=True)
-        ]
+    def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
+        return self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
@@ -84,20 +65,33 @@ class VllmEngine:
             if self._family.tied and name == EMBEDDING:
                 yield HEAD, tensor
 
-    def _parameters(self, **options: Any) -> Any:
+    def _complete(
+        self, requests: Sequence[Request], temperature: float, top_p: float, top_k: int, max_tokens: int
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
-        return SamplingParams(detokenize=False, **options)
-
-    def _generate(self, prompts: Sequence[Sequence[int]], parameters: list[Any]) -> list[Any]:
-        if not prompts:
+        if not requests:
             return []
+        inputs: Any = [{"prompt_token_ids": list(request.prompt)} for request in requests]
+        parameters = [
+            SamplingParams(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                seed=request.seed,
+                logprobs=0,  # of the sampled token alone
+                stop_token_ids=list(self._family.eos),
+                detokenize=False,
+            )
+            for request in requests
+        ]
         try:
-            inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-            return self._llm.generate(inputs, parameters, use_tqdm=False)
+            outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
         except BaseException:
             drop_requests(self._llm.llm_engine)
             raise
+        return [_completion(output.outputs[0]) for output in outputs]
 
 
 def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend) -> dict[str, Any]:

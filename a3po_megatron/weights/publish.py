@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..cluster import Cluster, same
 from ..config import PublishOptions
+from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
 from ..model.family import Family
 from ..model.layout import hf_tensors, pieces
-from ..rollout.engine import Engine
+from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
 from .receipt import Receipt, shard_checksums, tensor_checksum
 from .reshard import gather, plan
@@ -34,9 +35,11 @@ CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 class Publisher:
     """Publishes again and again between one learner layout and one engine; holds the plan and the weight version."""
 
-    def __init__(self, cluster: Cluster, family: Family, options: PublishOptions, canary: Sequences) -> None:
+    def __init__(
+        self, cluster: Cluster, family: Family, options: PublishOptions, canary: Sequence[Sequence[int]]
+    ) -> None:
         self.cluster, self.family, self.options = cluster, family, options
-        self.canary = canary[: options.canary_prompts]  # (first token, the rest) of fixed sequences
+        self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.pieces = pieces(family, cluster.tensor, cluster.coordinates.tensor)
         self.version = 0
         self._strength: str | None = None
@@ -93,10 +96,20 @@ class Publisher:
                 )
 
     def _canary(self, logprobs: Callable[[Sequences], list[Tensor]], engine: Engine) -> float:
+        """Every engine continues the same prompts; the learner says how likely it finds those very tokens."""
         bound = self.options.canary_bound or CANARY_BOUND[engine.dtype]
-        learner = logprobs(self.canary)
-        answers = engine.prompt_logprobs([[*first, *rest] for first, rest in self.canary])
-        worst = max(float((ours - theirs).abs().max()) for ours, theirs in zip(learner, answers, strict=True))
+        completions = engine.probe(self.canary, self.options.canary_tokens)
+        mine = [
+            (tuple(request.prompt), tuple(completion.tokens.tolist()))
+            for request, completion in zip(self.canary, completions, strict=True)
+        ]
+        # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
+        asked = list(dict.fromkeys(pair for part in self.cluster.gather_replica(mine) for pair in part))
+        learner = dict(zip(asked, logprobs(asked), strict=True))
+        worst = max(
+            float((learner[pair] - torch.from_numpy(completion.logprobs)).abs().max())
+            for pair, completion in zip(mine, completions, strict=True)
+        )
         by_rank = self.cluster.agree("canary", worst, list)
         for rank, value in enumerate(by_rank):
             if not value <= bound:  # NaN too
