@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -75,6 +76,8 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float) -> su
         inherited = (os.dup(sys.stdout.fileno()),)
         os.set_inheritable(inherited[0], True)
         environment["A3PO_CONSOLE_FD"] = str(inherited[0])
+        # The rank cannot ask the terminal for its width: its own standard streams are files.
+        environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
     with (folder / "logs" / f"rank-{rank}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "a3po_megatron.train", str(folder)],

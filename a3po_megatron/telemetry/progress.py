@@ -43,6 +43,8 @@ class ProgressLine:
                 TextColumn("{task.fields[facts]}"),
                 _Left(),
                 console=console,
+                redirect_stdout=False,  # what libraries print belongs into the rank's log
+                redirect_stderr=False,
             )
             self._task = self._bar.add_task("", total=steps, phase="", facts="", left="")
             self._bar.start()
@@ -69,6 +71,7 @@ class ProgressLine:
     def close(self) -> None:
         if self._bar is not None:
             CLOCK.listener = lambda step, phase: None
+            self._bar.update(self._task, phase="done")
             self._bar.stop()
 
     def _show_phase(self, step: int, phase: str) -> None:
