@@ -37,7 +37,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     dtype = DTYPES[config.model.dtype]
-    engine = VllmEngine(Path(config.model.path), family, config.rollout, dtype, cluster.backend)
+    engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
     learner = Learner(cluster, family, config)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward)
     residency = Residency(engine)

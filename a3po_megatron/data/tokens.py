@@ -20,7 +20,10 @@ TEMPLATES = {
 
 
 class Tokens:
-    """Text ↔ token ids, with the special tokens that end a response left out of the text."""
+    """Text ↔ token ids, with the special tokens that end a response left out of the text.
+
+    `stops` are the tokens that end a response: the model's (config.json, generation_config.json) and the tokenizer's.
+    """
 
     def __init__(self, folder: Path, vocab: int, eos: tuple[int, ...], template: str) -> None:
         self._tokenizer = _read(folder)
@@ -32,6 +35,9 @@ class Tokens:
             )
         if not eos:
             raise RequestError(f"{folder}/config.json: eos_token_id is missing: no response could end")
+        # Base models often end a text with one token and, under a chat template, a turn with another.
+        own = self._tokenizer.eos_token_id
+        self.stops = tuple(sorted({*eos} | ({own} if own is not None else set())))
         if bad := [token for token in eos if not 0 <= token < len(self._tokenizer)]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
         if template == "chat" and not self._tokenizer.chat_template:

@@ -6,6 +6,7 @@ This is the only reader of `config.json`. It reads both forms of the rope parame
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,18 +44,29 @@ def read_family(folder: Path | str) -> Family:
     Raises RequestError for a missing or unreadable config.json, an unknown architecture, and every field that changes
     the mathematics in a way that is not implemented.
     """
-    path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
+    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
+    family = family_of(_read_json(path), str(path))
+    # Chat models name further tokens that end a turn there.
+    more = _eos(_read_json(generation)) if generation.exists() else ()
+    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more})))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
         ) from error
     except ValueError as error:
         raise RequestError(f"{path}: not valid JSON: {error}") from error
-    return family_of(config, str(path))
+
+
+def _eos(config: dict[str, Any]) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    return tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -90,7 +102,6 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     if config.get("quantization_config"):
         refuse("quantization_config", "quantised weights cannot be trained")
     heads, hidden = need("num_attention_heads"), need("hidden_size")
-    eos = config.get("eos_token_id")
     return Family(
         architecture=known[0],
         layers=need("num_hidden_layers"),
@@ -106,7 +117,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         norm_eps=need("rms_norm_eps"),
         rope_theta=_rope_theta(config, where),
         max_positions=need("max_position_embeddings"),
-        eos=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
+        eos=_eos(config),
     )
 
 

@@ -65,7 +65,12 @@ def curve_png(
             spine.set_color(GRID)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), 3), frameon=False, labelcolor=INK
+        handles.values(),
+        handles.keys(),
+        loc="outside upper center",
+        ncols=min(len(handles), 3),
+        frameon=False,
+        labelcolor=INK,
     )
     out_png = Path(out_png)
     try:

@@ -51,6 +51,7 @@ _MIXED = re.compile(
     re.IGNORECASE,
 )
 _BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that is evaluated while parsing
+_PYTHON_POWER = re.compile(r"(?<=[\w)\]}])(?:\*\*| \*\* )(?:(-?\d+|[a-z]\b)|(?=[({]))")  # 2**3, which LaTeX reads as 2
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed")
 _STYLE = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z '.,:;()-]*")
@@ -254,6 +255,7 @@ def _read(text: str, original: str) -> list[Any] | None:
     if mixed is not None:
         return mixed if isinstance(mixed, list) else None
     one_line = re.sub(r"\\!\s*|^\\\$\s*", "", " ".join(text.split()))
+    one_line = _PYTHON_POWER.sub(lambda power: f"^{{{power[1]}}}" if power[1] else "^", one_line)
     if _DELIMITED.search(one_line):  # formulas between words, or several
         attempts = [original, one_line]
     elif _NUMBER.fullmatch(one_line) or _PROSE.search(_STYLE.sub("", one_line)):

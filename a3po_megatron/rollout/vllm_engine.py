@@ -29,12 +29,18 @@ class VllmEngine:
     """One engine over `rollout.tensor` neighbouring ranks; every method is called by all of them alike."""
 
     def __init__(
-        self, folder: Path, family: Family, options: RolloutOptions, dtype: torch.dtype, backend: Backend
+        self,
+        folder: Path,
+        family: Family,
+        stops: Sequence[int],  # token ids that end a response
+        options: RolloutOptions,
+        dtype: torch.dtype,
+        backend: Backend,
     ) -> None:
         from vllm import LLM
 
         self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
-        self._family, self._options = family, options
+        self._family, self._stops, self._options = family, list(stops), options
         keep_process_group()
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
@@ -81,7 +87,7 @@ class VllmEngine:
                 max_tokens=max_tokens,
                 seed=request.seed,
                 logprobs=0,  # of the sampled token alone
-                stop_token_ids=list(self._family.eos),
+                stop_token_ids=self._stops,
                 detokenize=False,
             )
             for request in requests

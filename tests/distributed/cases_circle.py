@@ -59,7 +59,7 @@ def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, C
     family = read_family(config.model.path)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
-    engine = Forgetful(Path(config.model.path), family, config.rollout, torch.float32, cluster.backend)
+    engine = Forgetful(Path(config.model.path), family, tokens.stops, config.rollout, torch.float32, cluster.backend)
     learner = Learner(cluster, family, config)
     folder = ranks.folder / f"run-{tensor}-{data}"
     os.makedirs(folder / "rollouts", exist_ok=True)
