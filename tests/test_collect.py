@@ -1,0 +1,322 @@
+"""Collecting a step: what is accepted, carried over, dropped, counted and refused. Engine and graders are scripted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from a3po_megatron.batch import Collected, Group, Prompt, Verdict
+from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
+from a3po_megatron.data.order import rollout_seed
+from a3po_megatron.errors import RunFailed
+from a3po_megatron.rollout.collect import Collector
+from a3po_megatron.rollout.engine import Completion, Request
+
+MAX_TOKENS = 20
+OUTCOMES = {"c": "correct", "w": "wrong", "i": "invalid"}
+Script = Callable[[int], str]  # prompt index → one letter a sample
+
+
+class FakeCluster:
+    """A single rank, alone with its replica and its engine. A fake: real ranks are tests/test_circle.py's."""
+
+    engine, engines, engine_rank = 0, 1, 0
+
+    def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
+        return op([value])
+
+    def gather_replica(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class FakePrompts:
+    """Prompt n has the single token n and the answer "gold n"."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def take(self, count: int) -> list[Prompt]:
+        first, self.position = self.position, self.position + count
+        return [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n,), n) for n in range(first, self.position)]
+
+
+class FakeTokens:
+    """The text of a response is its first token, which is the letter of its outcome."""
+
+    def decode(self, tokens: Any) -> str:
+        return chr(int(tokens[0]))
+
+
+class ScriptedEngine:
+    """Answers the samples of a prompt with the letters of the script, in the order of the requests."""
+
+    def __init__(self, script: Script, length: Callable[[int, int], int] = lambda prompt, sample: 1) -> None:
+        self.script, self.length = script, length
+        self.weight_version = 1
+        self.requests: list[Request] = []
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        seen: dict[int, int] = {}
+        completions = []
+        for request in requests:
+            (prompt,) = request.prompt
+            number = seen[prompt] = seen.get(prompt, -1) + 1
+            length = self.length(prompt, number)
+            tokens = np.full(length, ord(self.script(prompt)[number]), dtype=np.int64)
+            finish = "length" if length == MAX_TOKENS else "stop"
+            completions.append(Completion(tokens, np.full(length, -0.5, dtype=np.float32), finish))
+        self.requests += requests
+        return completions
+
+
+class ScriptedGraders:
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        self.asked += items
+        return [Verdict(OUTCOMES[text]) for text, _ in items]
+
+
+class Setting:
+    """A collector with its fakes."""
+
+    def __init__(
+        self,
+        script: Script,
+        wanted: int = 4,
+        rounds: int = 3,
+        length: Callable[[int, int], int] = lambda prompt, sample: 1,
+        empty: int = 3,
+        size: int = 4,
+        **reward: Any,
+    ) -> None:
+        self.engine, self.graders, self.prompts = ScriptedEngine(script, length), ScriptedGraders(), FakePrompts()
+        self.collector = Collector(
+            FakeCluster(),
+            FakeTokens(),
+            TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
+            RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS),
+            RewardOptions(**reward),
+        )
+
+    def step(self, number: int) -> Collected:
+        self.engine.weight_version = number + 1
+        return self.collector(self.engine, self.prompts, self.graders, number)
+
+
+def spread_at(*indices: int) -> Script:
+    return lambda prompt: "cwww" if prompt in indices else "wwww"
+
+
+def indices(groups: list[Group]) -> list[int]:
+    return [group.prompt.index for group in groups]
+
+
+# --- what is accepted ----------------------------------------------------------------------------------------------
+
+
+def test_groups_are_accepted_in_prompt_order_over_the_rounds_and_those_without_spread_dropped() -> None:
+    setting = Setting(spread_at(1, 3, 4, 5))
+    found = setting.step(0)
+    assert found.accepted == indices(found.groups) == [1, 3, 4, 5]
+    assert indices(found.sampled) == list(range(setting.prompts.position))
+    assert found.metrics["rollout/kept_groups"] == 4
+    assert found.metrics["rollout/rounds"] == 2
+
+
+def test_enough_groups_end_the_rounds_at_once() -> None:
+    setting = Setting(lambda prompt: "cwcw")
+    assert setting.step(0).accepted == [0, 1, 2, 3]
+    assert setting.prompts.position == 4
+    assert setting.step(1).accepted == [4, 5, 6, 7]
+
+
+def test_a_step_takes_no_more_than_its_rounds_and_goes_on_with_what_it_has() -> None:
+    setting = Setting(spread_at(0), rounds=3)
+    found = setting.step(0)
+    assert found.accepted == [0]
+    assert found.metrics["rollout/rounds"] == 3
+    assert setting.prompts.position <= 3 * 4
+    assert len(Setting(spread_at(0), rounds=1).step(0).sampled) == 4
+
+
+def test_surplus_is_used_first_in_the_next_step_with_the_weight_version_that_sampled_it() -> None:
+    # Round 1 finds half of what it needs, so round 2 draws four prompts for two places.
+    setting = Setting(spread_at(0, 1, 4, 5, 6, 7, 8, 9, 10, 11))
+    first, second = setting.step(0), setting.step(1)
+    assert first.accepted == [0, 1, 4, 5]
+    assert second.accepted[:2] == [6, 7] == indices(second.groups)[:2]
+    assert second.accepted == indices(second.groups) == [6, 7, 8, 9]
+    versions = [{rollout.weight_version for rollout in group.rollouts} for group in second.groups]
+    assert versions == [{1}, {1}, {2}, {2}]
+    assert [group.rollouts[0].step for group in second.groups] == [0, 0, 1, 1]
+    assert not {6, 7} & set(indices(second.sampled)), "carried groups are not sampled again"
+    assert (first.metrics["rollout/carried_groups"], second.metrics["rollout/carried_groups"]) == (0, 2)
+    assert second.metrics["rollout/kept_groups"] == 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_over_many_steps_no_group_with_spread_is_lost_repeated_or_overtaken(seed: int) -> None:
+    draw = random.Random(seed)
+    share, wanted, rounds = draw.choice([0.1, 0.4, 0.9]), draw.randint(1, 6), draw.randint(1, 4)
+    spread = {prompt for prompt in range(2000) if draw.random() < share}
+    setting = Setting(spread_at(*spread), wanted, rounds, empty=10**6)
+    accepted: list[int] = []
+    for number in range(15):
+        before = setting.prompts.position
+        found = setting.step(number)
+        assert indices(found.sampled) == list(range(before, setting.prompts.position))
+        assert len(found.sampled) <= rounds * wanted
+        assert found.accepted == indices(found.groups)
+        assert len(found.accepted) == wanted or found.metrics["rollout/rounds"] == rounds
+        accepted += found.accepted
+    finished = [prompt for prompt in range(setting.prompts.position) if prompt in spread]
+    assert accepted == finished[: len(accepted)]
+    assert len(finished) - len(accepted) < wanted
+
+
+@pytest.mark.parametrize(
+    ("letters", "kept"),
+    [
+        ("cwcw", True),
+        ("cwww", True),
+        ("cccc", False),
+        ("wwww", False),
+        ("cwii", True),
+        ("ciic", False),
+        ("ciii", False),
+        ("wiii", False),
+        ("iiii", False),
+    ],
+)
+def test_invalid_verdicts_make_no_spread_and_a_group_with_fewer_than_two_valid_members_is_dropped(
+    letters: str, kept: bool
+) -> None:
+    found = Setting(lambda prompt: letters, wanted=1, rounds=1, max_invalid_rate=1.0).step(0)
+    assert found.accepted == ([0] if kept else [])
+    if kept:
+        assert len(found.groups[0].valid) == sum(letter != "i" for letter in letters)
+        assert all(rollout.verdict.outcome != "invalid" for rollout in found.groups[0].valid)
+
+
+@pytest.mark.parametrize("letters", ["cccc", "wwww"])
+def test_rewards_that_differ_by_the_overlong_penalty_alone_are_no_spread(letters: str) -> None:
+    setting = Setting(
+        lambda prompt: letters,
+        rounds=1,
+        length=lambda prompt, sample: (1, 12, 16, MAX_TOKENS)[sample],
+        overlong_tokens=10,
+    )
+    found = setting.step(0)
+    assert len({rollout.reward for rollout in found.sampled[0].rollouts}) > 1, "the penalty does make rewards differ"
+    assert {rollout.verdict.outcome for rollout in found.sampled[0].rollouts} == {OUTCOMES[letters[0]]}
+    assert found.accepted == []
+
+
+# --- what a rollout carries ----------------------------------------------------------------------------------------
+
+
+def test_every_rollout_carries_its_name_seed_step_version_and_verdict() -> None:
+    setting = Setting(lambda prompt: "cwwi", length=lambda prompt, sample: sample + 1)
+    setting.step(0)
+    found = setting.step(7)
+    requests = iter(setting.engine.requests[-len(found.sampled) * 4 :])
+    for group in found.sampled:
+        for sample, rollout in enumerate(group.rollouts):
+            assert rollout.name == f"p/{group.prompt.index}#{sample}"
+            assert rollout.seed == rollout_seed(5, 7, f"p/{group.prompt.index}", sample) == next(requests).seed
+            assert (rollout.step, rollout.weight_version) == (7, 8)
+            assert rollout.verdict.outcome == OUTCOMES["cwwi"[sample]]
+            assert len(rollout.tokens) == len(rollout.logprobs) == sample + 1
+    assert len({request.seed for request in setting.engine.requests}) == len(setting.engine.requests)
+
+
+def test_a_response_is_graded_against_the_gold_answer_of_its_own_prompt() -> None:
+    setting = Setting(spread_at(0, 1, 2, 3))
+    setting.step(0)
+    assert setting.graders.asked == [(letter, f"gold {prompt}") for prompt in range(4) for letter in "cwww"]
+
+
+# --- what is counted -----------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_over_all_sampled_rollouts_not_over_the_kept_ones() -> None:
+    script = {0: "cccc", 1: "cwww", 2: "wwww", 3: "wwww", 4: "ccww", 5: "wwww", 6: "cccw", 7: "wwww"}
+    lengths = {(prompt, sample): 1 + (7 * prompt + 5 * sample) % MAX_TOKENS for prompt in script for sample in range(4)}
+    setting = Setting(
+        script.__getitem__, rounds=2, length=lambda *place: lengths[place], correct=2.0, wrong=-1.0, overlong_tokens=0
+    )
+    found = setting.step(0)
+    assert found.accepted == [1, 4, 6]
+    sampled = [(prompt, sample) for prompt in range(8) for sample in range(4)]
+    right = sum(script[prompt][sample] == "c" for prompt, sample in sampled)
+    wanted = {
+        "reward/mean": pytest.approx((2.0 * right - (32 - right)) / 32),
+        "reward/correct_rate": pytest.approx(right / 32),
+        "reward/invalid_rate": 0.0,
+        "rollout/length_mean": pytest.approx(sum(lengths.values()) / 32),
+        "rollout/truncated_rate": pytest.approx(sum(n == MAX_TOKENS for n in lengths.values()) / 32),
+        "rollout/tokens": sum(lengths.values()),
+        "rollout/kept_groups": 3,
+        "rollout/carried_groups": 0,
+        "rollout/rounds": 2,
+    }
+    assert {name: found.metrics[name] for name in wanted} == wanted
+    assert sum(n == MAX_TOKENS for n in lengths.values()) > 0
+
+
+def test_the_overlong_penalty_counts_in_the_mean_reward() -> None:
+    # DAPO, equation 13: none up to 10 tokens, then linear, the whole penalty at 20.
+    setting = Setting(
+        lambda prompt: "cccw",
+        wanted=1,
+        length=lambda prompt, sample: (10, 15, 20, 20)[sample],
+        overlong_tokens=10,
+        overlong_penalty=0.5,
+    )
+    assert setting.step(0).metrics["reward/mean"] == pytest.approx((1.0 + 0.75 + 0.5 - 0.5) / 4)
+
+
+def test_invalid_verdicts_are_a_rate_of_all_sampled_rollouts() -> None:
+    found = Setting(lambda prompt: "cwwi", wanted=2, max_invalid_rate=0.25).step(0)
+    assert found.metrics["reward/invalid_rate"] == 0.25
+
+
+# --- what ends the run ---------------------------------------------------------------------------------------------
+
+
+def test_a_rate_of_invalid_verdicts_above_the_bound_ends_the_run_and_is_said() -> None:
+    setting = Setting(lambda prompt: "cwii" if prompt < 4 else "ciii", wanted=4, rounds=1, max_invalid_rate=0.5)
+    assert setting.step(0).accepted == [0, 1, 2, 3], "at the bound the step goes on"
+    with pytest.raises(RunFailed) as caught:
+        setting.step(1)
+    for words in ("step 1", "12 of 16", "reward.max_invalid_rate = 0.5"):
+        assert words in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_steps_in_a_row_without_any_group_end_the_run_and_the_message_says_the_correct_rate() -> None:
+    setting = Setting(lambda prompt: "cccc" if prompt % 4 == 0 else "wwww", wanted=4, rounds=2, empty=3)
+    for number in range(2):
+        assert setting.step(number).accepted == []
+    with pytest.raises(RunFailed) as caught:
+        setting.step(2)
+    for words in ("step 2", "3 steps in a row", "trainer.max_empty_steps", "correct rate was 0.250"):
+        assert words in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_a_step_with_a_group_starts_the_count_of_empty_steps_again() -> None:
+    empty = {0, 1, 3, 4}
+    setting = Setting(lambda prompt: "wwww" if prompt // 2 in empty else "cwww", wanted=2, rounds=1, empty=3)
+    assert [bool(setting.step(number).accepted) for number in range(6)] == [n not in empty for n in range(6)]
+
+
+def test_with_a_single_empty_step_allowed_the_first_one_ends_the_run() -> None:
+    with pytest.raises(RunFailed, match=r"correct rate was 1\.000"):
+        Setting(lambda prompt: "cccc", empty=1).step(0)

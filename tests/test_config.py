@@ -1,0 +1,477 @@
+"""Settings: every mistake is named with its place and the nearest valid name, and what was read is what is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from a3po_megatron.config import Config, load_config, load_resolved, save_resolved
+from a3po_megatron.config.config import WITHOUT_EFFECT
+from a3po_megatron.config.load import known_options
+from a3po_megatron.errors import RequestError
+from tests.distributed.runner import ROOT
+
+DEMOS = (ROOT / "configs/demo.yaml", ROOT / "configs/demo-dapo.yaml")
+LEAST = {"model.path": "m", "data.path": "rows.jsonl"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder in which `model.path: m` and `data.path: rows.jsonl` exist."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    return tmp_path
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for option, value in options.items():
+        section, _, name = option.partition(".")
+        if name:
+            tree.setdefault(section, {})[name] = value
+        else:
+            tree[section] = value
+    return tree
+
+
+def write(folder: Path, options: dict[str, Any], name: str = "c.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(nested(options), sort_keys=False))
+    return path
+
+
+def read(folder: Path, options: dict[str, Any], *overrides: str) -> Config:
+    return load_config(write(folder, LEAST | options), overrides)
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def value_of(config: Config, option: str) -> Any:
+    section, _, name = option.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+# --- mistakes in a file ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "unknown", "nearest"),
+    [
+        ("trainer:\n  seed: 1\n  stesp: 4\n", 5, "trainer.stesp", "trainer.steps"),
+        ("rollout:\n  temprature: 1.0\n", 4, "rollout.temprature", "rollout.temperature"),
+        ("learner:\n  micro_batch_size: 4\n", 4, "learner.micro_batch_size", "learner.micro_batch_tokens"),
+        ("trainr:\n  steps: 4\n", 3, "trainr", "trainer"),
+        ("seed: 4\n", 3, "seed", "trainer.seed"),
+        ("shaping: {fraction: 0.5, rhoo: 2.0}\n", 3, "shaping.rhoo", "shaping.rho"),
+    ],
+)
+def test_an_unknown_option_is_named_with_file_line_and_nearest_valid_option(
+    folder: Path, text: str, line: int, unknown: str, nearest: str
+) -> None:
+    path = folder / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: rows.jsonl}\n" + text)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: ")
+    assert f"unknown option {unknown};" in message
+    assert message.endswith(f"did you mean {nearest}?")
+
+
+def test_every_option_is_the_nearest_one_to_itself_with_two_letters_swapped(folder: Path) -> None:
+    known, missed = known_options(), {}
+    for option in known:
+        section, _, name = option.rpartition(".")
+        typo = ".".join(filter(None, (section, name[:1] + name[2:3] + name[1:2] + name[3:])))
+        if len(name) < 4 or typo in known:
+            continue
+        message = refusal(write(folder, LEAST | {typo: 1}))
+        if not message.endswith(f"did you mean {option}?"):
+            missed[typo] = message
+    assert not missed
+
+
+def test_a_duplicate_key_is_named_with_both_lines(folder: Path) -> None:
+    path = folder / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: rows.jsonl}\ntrainer:\n  steps: 5\n  seed: 1\n  steps: 6\n")
+    assert refusal(path) == f"{path}:6: trainer.steps is given twice (first in line 4)"
+    path.write_text("model: {path: m}\ndata: {path: rows.jsonl}\ntrainer: {steps: 5}\ntrainer: {seed: 6}\n")
+    assert refusal(path) == f"{path}:4: trainer is given twice (first in line 3)"
+    path.write_text("model: {path: m}\ndata: {path: rows.jsonl}\ntrainer: {steps: 5}\ntrainer.steps: 6\n")
+    assert refusal(path).startswith(f"{path}:4: trainer.steps is given twice")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("trainer.steps", "many"),
+        ("trainer.steps", 0),
+        ("trainer.steps", 1.5),
+        ("trainer.steps", {"x": 1}),
+        ("trainer.rollouts_per_prompt", 1),
+        ("trainer.seed", -1),
+        ("shaping.fraction", 0.0),
+        ("shaping.fraction", 1.01),
+        ("shaping.rho", 0.99),
+        ("shaping.metric", "confidence"),
+        ("rollout.temperature", 0.0),
+        ("rollout.top_k", -2),
+        ("objective.clip_low", 1.0),
+        ("objective.dual_clip", 1.0),
+        ("optimizer.lr", float("nan")),
+        ("optimizer.lr", float("inf")),
+        ("optimizer.betas", [0.9, 1.0]),
+        ("optimizer.betas", [0.9]),
+        ("optimizer.name", "adamw8bit"),
+        ("model.dtype", "float16"),
+        ("data.template", "llama"),
+        ("data.shuffle", "perhaps"),
+        ("cluster.port", 80),
+        ("cluster.port", 65536),
+        ("reward.max_invalid_rate", 1.5),
+        ("telemetry.texts_per_step", -1),
+        ("parallel.tensor", 0),
+    ],
+)
+def test_a_wrong_type_or_range_is_named_with_place_option_and_value(folder: Path, option: str, value: Any) -> None:
+    path = write(folder, LEAST | {option: value})
+    name = option.partition(".")[2]
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text.strip().startswith(f"{name}:"))
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: {option}: ")
+    shown = value[-1] if isinstance(value, list) and len(value) == 2 else value
+    assert f"(got {shown!r})" in message
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".hidden", "a b"])
+def test_a_run_name_that_cannot_be_a_folder_is_refused(folder: Path, name: str) -> None:
+    path = write(folder, LEAST | {"name": name})
+    assert refusal(path).startswith(f"{path}:5: name: ")
+
+
+def test_numbers_as_people_write_them_are_read(folder: Path) -> None:
+    path = folder / "c.yaml"
+    path.write_text("model: {path: m}\ndata: {path: rows.jsonl}\noptimizer: {lr: 2e-4, eps: 1.0e-9}\n")
+    config = load_config(path)
+    assert (config.optimizer.lr, config.optimizer.eps) == (2e-4, 1e-9)  # YAML 1.1 takes 2e-4 for text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "empty"),
+        ("# nothing but a comment\n", "empty"),
+        ("- model\n", "expected sections"),
+        ("model: m\n", "c.yaml:1: model is a section"),
+        ("model: {path: m\n", "not valid YAML"),
+        ("model:\n\tpath: m\n", "not valid YAML"),
+        ("data: {path: rows.jsonl}\n", "model.path"),
+        ("model: {path: m}\n", "data.path"),
+        ("model: {dtype: float32}\ndata: {path: rows.jsonl}\n", "model.path"),
+        ("model: {path: null}\ndata: {path: rows.jsonl}\n", "model.path"),
+    ],
+)
+def test_a_file_that_is_no_configuration_says_so_in_one_line(folder: Path, text: str, says: str) -> None:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    message = refusal(path)
+    assert says in message
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    assert str(folder / "none.yaml") in refusal(folder / "none.yaml")
+    assert str(folder) in refusal(folder)
+    (folder / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    assert str(folder / "latin.yaml") in refusal(folder / "latin.yaml")
+
+
+# --- base --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_overrides_its_base_option_by_option_through_several_files(folder: Path) -> None:
+    write(folder, LEAST | {"trainer.steps": 5, "trainer.seed": 1, "shaping.rho": 3.0}, "a.yaml")
+    write(folder, {"base": "a.yaml", "trainer.seed": 2, "trainer.mini_batches": 4}, "b.yaml")
+    config = load_config(write(folder, {"base": "b.yaml", "trainer.mini_batches": 8}))
+    assert (config.trainer.steps, config.trainer.seed, config.trainer.mini_batches) == (5, 2, 8)
+    assert config.shaping.rho == 3.0
+
+
+def test_null_takes_an_option_or_a_whole_section_of_the_base_back_to_its_default(folder: Path) -> None:
+    write(folder, LEAST | {"trainer.steps": 5, "trainer.seed": 7, "optimizer.lr": 0.5, "shaping.decay": 0.1}, "a.yaml")
+    config = load_config(write(folder, {"base": "a.yaml", "trainer.steps": None, "optimizer": None}))
+    plain = read(folder, {})
+    assert config.trainer.steps == plain.trainer.steps
+    assert config.trainer.seed == 7
+    assert config.optimizer == plain.optimizer
+    assert config.shaping.decay == 0.1
+
+
+def test_null_is_a_value_where_an_option_can_be_off(folder: Path) -> None:
+    config = read(folder, {"objective.dual_clip": None, "correction.tis_cap": None})
+    assert config.objective.dual_clip is None
+    assert config.correction.tis_cap is None
+    assert read(folder, {}).objective.dual_clip == 3.0
+
+
+def test_an_option_of_the_base_that_null_took_back_is_no_longer_without_effect(folder: Path) -> None:
+    write(folder, LEAST | {"shaping.decay": 0.1}, "a.yaml")
+    assert "shaping.decay has no effect" in refusal(write(folder, {"base": "a.yaml", "shaping.rho": 1.0}))
+    kept = load_config(write(folder, {"base": "a.yaml", "shaping.rho": 1.0, "shaping.decay": None}))
+    assert kept.shaping.rho == 1.0
+
+
+@pytest.mark.parametrize("chain", [["c.yaml"], ["a.yaml", "c.yaml"], ["a.yaml", "b.yaml", "a.yaml"]])
+def test_a_circle_of_base_files_is_refused(folder: Path, chain: list[str]) -> None:
+    for name, base in zip(["c.yaml", *chain], chain, strict=False):
+        write(folder, {"base": base}, name)
+    assert "comes back to itself" in refusal(folder / "c.yaml")
+
+
+def test_a_missing_or_nameless_base_is_refused(folder: Path) -> None:
+    assert "none.yaml" in refusal(write(folder, {"base": "none.yaml"}))
+    path = write(folder, {"name": "x", "base": ["a.yaml"]})
+    assert refusal(path).startswith(f"{path}:2: base ")
+
+
+def test_a_mistake_in_a_base_is_named_with_the_file_and_line_of_the_base(folder: Path) -> None:
+    base = write(folder, LEAST | {"trainer.steps": 0}, "a.yaml")
+    assert refusal(write(folder, {"base": "a.yaml", "name": "x"})).startswith(f"{base}:6: trainer.steps: ")
+
+
+# --- --set -------------------------------------------------------------------------------------------------------
+
+
+def test_set_goes_over_the_file_and_the_last_set_wins(folder: Path) -> None:
+    config = read(
+        folder,
+        {"trainer.steps": 5, "optimizer.betas": [0.5, 0.5]},
+        "trainer.steps=6",
+        "trainer.steps = 7",
+        "optimizer.betas=[0.1, 0.2]",
+        "shaping={rho: 3.0, decay: 0.5}",
+        "name=x-1",
+    )
+    assert config.trainer.steps == 7
+    assert config.optimizer.betas == (0.1, 0.2)
+    assert (config.shaping.rho, config.shaping.decay) == (3.0, 0.5)
+    assert config.name == "x-1"
+
+
+def test_set_to_null_takes_the_files_value_back_to_the_default(folder: Path) -> None:
+    assert read(folder, {"trainer.steps": 5}, "trainer.steps=null").trainer.steps == read(folder, {}).trainer.steps
+
+
+def test_set_adds_single_entries_to_the_pass_through_options(folder: Path) -> None:
+    given = {"rollout.engine_args": {"a": 1, "b": 2}}
+    config = read(folder, given, "rollout.engine_args.b=3", "rollout.engine_args.c=x", "megatron.extra.d=[1]")
+    assert config.rollout.engine_args == {"a": 1, "b": 3, "c": "x"}
+    assert config.megatron.extra == {"d": [1]}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.steps", "section.key=value"),
+        ("trainer.stesp=3", "did you mean trainer.steps?"),
+        ("trainer.steps=[", "not YAML"),
+        ("trainer.steps=soon", "(got 'soon')"),
+        ("trainer.steps=0", "trainer.steps: "),
+        ("trainer=5", "trainer is a section"),
+        ("trainer.steps.more=5", "did you mean trainer.steps?"),
+        ("=5", "unknown option"),
+        ("shaping.rho=1.0", "shaping.decay has no effect"),
+    ],
+)
+def test_a_bad_set_is_refused_and_named(folder: Path, override: str, says: str) -> None:
+    path = write(folder, LEAST | {"shaping.decay": 0.1})
+    message = refusal(path, override)
+    assert says in message
+    # What has no effect is the option in the file, and the file is where it must go.
+    assert message.startswith(f"{path}:" if "no effect" in says else "--set")
+
+
+# --- options without effect --------------------------------------------------------------------------------------
+
+UNSHAPED = {"shaping.rho": 1.0}
+IDLE: list[tuple[str, Any, dict[str, Any]]] = [
+    ("shaping.fraction", 0.5, UNSHAPED),
+    ("shaping.decay", 0.1, UNSHAPED),
+    ("shaping.origin", 3, UNSHAPED),
+    ("shaping.metric", "entropy", UNSHAPED),
+    ("shaping.source", "rollout", UNSHAPED),
+    ("shaping.rounding", "ceil", UNSHAPED),
+    ("shaping.fraction", 0.5, UNSHAPED | {"shaping.rho_negative": 1.0}),
+    ("shaping.origin", 3, {"shaping.decay": 0.0}),
+    ("reward.overlong_penalty", 0.5, {}),
+    ("optimizer.momentum", 0.9, {}),
+    ("optimizer.betas", [0.8, 0.9], {"optimizer.name": "sgd"}),
+    ("optimizer.eps", 1e-5, {"optimizer.name": "sgd"}),
+    ("optimizer.min_lr", 1e-8, {}),
+    ("publish.canary_tokens", 8, {"publish.canary_prompts": 0}),
+    ("publish.canary_bound", 0.1, {"publish.canary_prompts": 0}),
+    ("telemetry.texts_per_step", 2, {"telemetry.rollouts": False}),
+    ("data.problem_field", "question", {"data.path": "builtin:arithmetic"}),
+    ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),
+    ("data.id_field", "name", {"data.path": "builtin:arithmetic"}),
+    ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
+    ("advantage.ddof", 0, {"advantage.normalise_std": False}),
+    ("advantage.eps", 1e-3, {"advantage.normalise_std": False}),
+]
+# The same options where they do something.
+ACTIVE: dict[str, dict[str, Any]] = {
+    "reward.overlong_penalty": {"reward.overlong_tokens": 16},
+    "optimizer.momentum": {"optimizer.name": "sgd"},
+    "optimizer.min_lr": {"optimizer.schedule": "cosine"},
+}
+
+
+def test_the_cases_below_cover_every_declared_rule() -> None:
+    declared = sorted((option, rule.because) for rule in WITHOUT_EFFECT for option in rule.options)
+    assert len(declared) == len(IDLE) - 1  # one of them twice: rho_negative 1 beside rho 1
+    assert {option for option, _ in declared} == {option for option, _, _ in IDLE}
+
+
+@pytest.mark.parametrize(("option", "value", "beside"), IDLE)
+def test_an_explicit_option_without_effect_is_refused_by_name(
+    folder: Path, option: str, value: Any, beside: dict[str, Any]
+) -> None:
+    path = write(folder, LEAST | beside | {option: value})
+    message = refusal(path)
+    assert message.startswith(f"{path}:")
+    assert f"{option} has no effect, because " in message
+    assert load_config(write(folder, LEAST | beside)), "the combination is fine once the option is removed"
+
+
+@pytest.mark.parametrize(("option", "value"), sorted({option: value for option, value, _ in IDLE}.items()))
+def test_the_same_option_is_accepted_where_it_has_an_effect(folder: Path, option: str, value: Any) -> None:
+    found = value_of(read(folder, ACTIVE.get(option, {}) | {option: value}), option)
+    assert found == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_shaping_of_the_negatives_alone_is_shaping(folder: Path) -> None:
+    assert read(folder, UNSHAPED | {"shaping.rho_negative": 2.0, "shaping.decay": 0.1}).shaping.decay == 0.1
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+def test_no_rule_refuses_a_shipped_recipe_or_its_resolved_form(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_resolved(config, tmp_path / "config.yaml")
+    assert load_resolved(tmp_path / "config.yaml") == config
+
+
+def test_the_two_demos_differ_in_shaping_alone() -> None:
+    shaped, plain = (load_config(path).model_dump() for path in DEMOS)
+    assert plain["shaping"]["rho"] == 1.0 < shaped["shaping"]["rho"]
+    for tree in (shaped, plain):
+        del tree["name"], tree["shaping"]
+    assert shaped == plain
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_looked_for_beside_the_file_that_sets_it_and_then_in_the_current_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = folder / "elsewhere"
+    (elsewhere / "m").mkdir(parents=True)
+    (elsewhere / "only-here").mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert read(folder, {}).model.path == str(folder / "m")
+    assert read(folder, {"model.path": "only-here"}).model.path == str(elsewhere / "only-here")
+    assert read(folder, {}, "model.path=m").model.path == str(elsewhere / "m")
+    assert read(folder, {"model.path": str(elsewhere / "m")}).model.path == str(elsewhere / "m")
+
+
+def test_a_path_that_a_base_sets_is_beside_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    below = folder / "below"
+    (below / "m").mkdir(parents=True)
+    monkeypatch.chdir(below)
+    write(folder, LEAST, "a.yaml")
+    config = load_config(write(below, {"base": "../a.yaml"}))
+    assert (config.model.path, config.data.path) == (str(folder / "m"), str(folder / "rows.jsonl"))
+
+
+def test_the_path_that_is_kept_is_absolute_and_a_missing_one_names_the_places(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = tmp_path_factory.mktemp("current")
+    monkeypatch.chdir(folder)
+    assert load_config(Path(os.path.relpath(write(folder, LEAST)))).model.path == str(folder / "m")
+    monkeypatch.chdir(current)
+    for option in ("model.path", "data.path"):
+        path = write(folder, LEAST | {option: "nowhere"})
+        message = refusal(path)
+        assert message.startswith(f"{path}:")
+        for place in (option, str(folder / "nowhere"), str(current / "nowhere")):
+            assert place in message
+
+
+# --- what was read is what is kept ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    bound=st.none() | st.floats(min_value=1e-12, max_value=1.0),
+    betas=st.tuples(*[st.floats(min_value=0, max_value=1, exclude_max=True)] * 2),
+    steps=st.integers(1, 10**12),
+    port=st.none() | st.integers(1024, 65535),
+    extra=st.dictionaries(
+        st.text(max_size=8),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        max_size=4,
+    ),
+    field=st.text(max_size=8),
+)
+def test_a_saved_configuration_reads_back_equal(
+    folder: Path,
+    lr: float,
+    bound: float | None,
+    betas: tuple[float, float],
+    steps: int,
+    port: int | None,
+    extra: dict[str, Any],
+    field: str,
+) -> None:
+    tree = nested(LEAST) | {
+        "optimizer": {"lr": lr, "betas": betas},
+        "publish": {"canary_bound": bound},
+        "trainer": {"steps": steps},
+        "cluster": {"port": port},
+        "rollout": {"engine_args": extra},
+    }
+    tree["data"]["id_field"] = field
+    config = Config.model_validate(tree)
+    save_resolved(config, folder / "config.yaml")
+    assert load_resolved(folder / "config.yaml") == config
+
+
+def test_every_option_stands_in_the_saved_configuration(folder: Path) -> None:
+    save_resolved(read(folder, {}), folder / "config.yaml")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    for option in known_options():
+        section, _, name = option.partition(".")
+        assert name in saved[section] if name else section in saved, option
+
+
+def test_settings_are_frozen(folder: Path) -> None:
+    config = read(folder, {})
+    for name in Config.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, name, getattr(config, name))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.trainer.steps = 3  # type: ignore[misc]
+    assert config == read(folder, {})

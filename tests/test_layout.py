@@ -1,0 +1,342 @@
+"""The layout map against Megatron's layout in plain torch operations; names and shapes against real models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from a3po_megatron.errors import RequestError
+from a3po_megatron.model.family import Family, family_of, read_family
+from a3po_megatron.model.layout import Piece, check_layout, hf_tensors, padded_vocab, pieces
+
+VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}
+REAL = ("Qwen3-8B", "Qwen3-8B-Base", "Qwen2.5-Math-7B", "DeepSeek-R1-Distill-Qwen-7B")
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 3,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 67,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+    "eos_token_id": 1,
+}
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[Family, int]:
+    """A family and a tensor-parallel size that divides it; the heads of a group, sizes and vocabulary are odd ones."""
+    tensor = draw(st.sampled_from([1, 2, 3, 4, 8]))
+    kv_heads = tensor * draw(st.integers(1, 3))
+    qwen3 = draw(st.booleans())
+    family = Family(
+        architecture="Qwen3ForCausalLM" if qwen3 else "Qwen2ForCausalLM",
+        layers=draw(st.integers(1, 3)),
+        hidden=draw(st.integers(1, 9)),
+        ffn=tensor * draw(st.integers(1, 5)),
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=draw(st.integers(1, 4)),
+        vocab=draw(st.integers(1, 40)),
+        tied=draw(st.booleans()),
+        qk_norm=qwen3,
+        qkv_bias=not qwen3,
+        norm_eps=1e-6,
+        rope_theta=1e4,
+        max_positions=64,
+        eos=(1,),
+    )
+    return family, tensor
+
+
+def numbered(family: Family) -> dict[str, torch.Tensor]:
+    """Every HF tensor with elements that are different from those of all others."""
+    whole, start = {}, 1
+    for name, shape in hf_tensors(family).items():
+        count = torch.Size(shape).numel()
+        whole[name] = torch.arange(start, start + count).view(shape)
+        start += count
+    return whole
+
+
+def megatron_parameters(family: Family, tensor: int, rank: int, hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What Megatron keeps on one rank, said literally: whole tensors are chunked, then laid out; padding is 0."""
+
+    def vocabulary(weight: torch.Tensor) -> torch.Tensor:
+        rows = -(-family.vocab // tensor) * tensor
+        padding = torch.zeros(rows - family.vocab, family.hidden, dtype=weight.dtype)
+        return torch.cat([weight, padding]).chunk(tensor)[rank]
+
+    def qkv(prefix: str, kind: str) -> torch.Tensor:
+        q, k, v = (hf[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
+        groups = []
+        for queries, key, value in zip(*(t.chunk(family.kv_heads) for t in (q, k, v)), strict=True):
+            groups.append(torch.cat([queries, key, value]))
+        return torch.cat(groups[rank * family.kv_heads // tensor : (rank + 1) * family.kv_heads // tensor])
+
+    found = {"embedding.word_embeddings.weight": vocabulary(hf["model.embed_tokens.weight"])}
+    for layer in range(family.layers):
+        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        found[f"{ours}input_layernorm.weight"] = hf[f"{theirs}input_layernorm.weight"]
+        found[f"{ours}self_attention.linear_qkv.weight"] = qkv(theirs, "weight")
+        if family.qkv_bias:
+            found[f"{ours}self_attention.linear_qkv.bias"] = qkv(theirs, "bias")
+        if family.qk_norm:
+            found[f"{ours}self_attention.q_layernorm.weight"] = hf[f"{theirs}self_attn.q_norm.weight"]
+            found[f"{ours}self_attention.k_layernorm.weight"] = hf[f"{theirs}self_attn.k_norm.weight"]
+        found[f"{ours}self_attention.linear_proj.weight"] = hf[f"{theirs}self_attn.o_proj.weight"].chunk(tensor, 1)[
+            rank
+        ]
+        found[f"{ours}pre_mlp_layernorm.weight"] = hf[f"{theirs}post_attention_layernorm.weight"]
+        gate, up = (hf[f"{theirs}mlp.{name}_proj.weight"].chunk(tensor)[rank] for name in ("gate", "up"))
+        found[f"{ours}mlp.linear_fc1.weight"] = torch.cat([gate, up])
+        found[f"{ours}mlp.linear_fc2.weight"] = hf[f"{theirs}mlp.down_proj.weight"].chunk(tensor, 1)[rank]
+    found["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+    if not family.tied:
+        found["output_layer.weight"] = vocabulary(hf["lm_head.weight"])
+    return found
+
+
+def window(piece: Piece, start: int) -> tuple[slice, ...]:
+    return tuple(
+        slice(start, start + piece.length) if dim == piece.dim else slice(None) for dim in range(len(piece.shape))
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(models())
+def test_the_map_fills_every_parameter_as_megatron_lays_it_out(model: tuple[Family, int]) -> None:
+    family, tensor = model
+    hf = numbered(family)
+    for rank in range(tensor):
+        wanted = megatron_parameters(family, tensor, rank, hf)
+        found = {name: torch.zeros_like(value) for name, value in wanted.items()}
+        for piece in pieces(family, tensor, rank):
+            found[piece.parameter][window(piece, piece.offset)] = hf[piece.tensor][window(piece, piece.start)]
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), f"{name} on rank {rank} of {tensor}"
+
+
+@settings(deadline=None, max_examples=60)
+@given(models())
+def test_every_hf_element_is_owned_exactly_once_over_the_ranks(model: tuple[Family, int]) -> None:
+    family, tensor = model
+    owned = {name: np.zeros(shape, dtype=np.int64) for name, shape in hf_tensors(family).items()}
+    for rank in range(tensor):
+        for piece in pieces(family, tensor, rank):
+            assert piece.shape == owned[piece.tensor].shape
+            part = owned[piece.tensor][window(piece, piece.start)]
+            assert part.size == piece.numel > 0
+            part += piece.owner
+    for name, count in owned.items():
+        assert (count == 1).all(), name
+
+
+@settings(deadline=None, max_examples=60)
+@given(models())
+def test_every_parameter_element_lies_in_one_piece_but_for_the_padding_of_the_vocabulary(
+    model: tuple[Family, int],
+) -> None:
+    family, tensor = model
+    hf = numbered(family)
+    for rank in range(tensor):
+        wanted = megatron_parameters(family, tensor, rank, hf)
+        covered = {name: np.zeros(tuple(value.shape), dtype=np.int64) for name, value in wanted.items()}
+        for piece in pieces(family, tensor, rank):
+            covered[piece.parameter][window(piece, piece.offset)] += 1
+        for name, count in covered.items():
+            assert ((count == 1) == (wanted[name].numpy() > 0)).all(), name
+            assert (count <= 1).all(), name
+            assert name in VOCABULARY or (count == 1).all(), name
+
+
+@settings(deadline=None, max_examples=60)
+@given(models())
+def test_pieces_follow_the_order_of_the_layers_and_the_vocabulary_is_padded_no_more_than_it_must(
+    model: tuple[Family, int],
+) -> None:
+    family, tensor = model
+    order = list(hf_tensors(family))
+    for rank in range(tensor):
+        layers = [piece.tensor.split(".")[2] for piece in pieces(family, tensor, rank) if ".layers." in piece.tensor]
+        assert layers == sorted(layers)
+        assert {piece.tensor for piece in pieces(family, tensor, rank)} <= set(order)
+    assert padded_vocab(family, tensor) % tensor == 0
+    assert family.vocab <= padded_vocab(family, tensor) < family.vocab + tensor
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num_attention_heads": 6, "num_key_value_heads": 2}, "num_attention_heads = 6"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, "num_key_value_heads = 2"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 82}, "intermediate_size = 82"),
+    ],
+)
+def test_a_size_that_the_tensor_parallel_size_does_not_divide_is_named(changes: dict[str, int], name: str) -> None:
+    family = family_of(CONFIG | changes, "config.json")
+    for attempt in (lambda: check_layout(family, 4), lambda: pieces(family, 4, 0)):
+        with pytest.raises(RequestError) as caught:
+            attempt()
+        assert "parallel.tensor = 4" in str(caught.value)
+        assert name in str(caught.value)
+
+
+# --- names and shapes against transformers and published checkpoints ----------------------------------------------
+
+
+def hf_configs() -> Iterator[Any]:
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "vocab_size": 31,
+        "max_position_embeddings": 64,
+    }
+    for tied in (False, True):
+        yield pytest.param(
+            Qwen3ForCausalLM, Qwen3Config(**sizes, head_dim=16, tie_word_embeddings=tied), id=f"qwen3-tied-{tied}"
+        )
+        yield pytest.param(Qwen2ForCausalLM, Qwen2Config(**sizes, tie_word_embeddings=tied), id=f"qwen2-tied-{tied}")
+
+
+@pytest.mark.parametrize(("model", "config"), hf_configs())
+def test_names_shapes_and_facts_are_those_of_the_model_in_transformers(tmp_path: Path, model: Any, config: Any) -> None:
+    config.architectures = [model.__name__]
+    config.save_pretrained(tmp_path)
+    family = read_family(tmp_path)
+    with torch.device("meta"):
+        built = model(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}  # shared ones once
+    assert hf_tensors(family) == wanted
+    assert family.rope_theta == config.rope_parameters["rope_theta"]
+    assert (family.tied, family.max_positions) == (config.tie_word_embeddings, 64)
+
+
+@pytest.mark.skipif(
+    "A3PO_TEST_DATA" not in os.environ, reason="A3PO_TEST_DATA does not name a folder with model configs"
+)
+@pytest.mark.parametrize("model", REAL)
+def test_names_and_shapes_are_those_of_the_published_checkpoint(model: str) -> None:
+    folder = Path(os.environ["A3PO_TEST_DATA"]) / "model_configs"
+    published = json.loads((folder / "tensor_layouts.json").read_text())[model]
+    config = json.loads((folder / f"{model}.config.json").read_text())
+    wanted = {}
+    for entry in published["tensors"]:
+        for layer in range(entry["count"]):
+            wanted[entry["name"].replace("{L}", str(layer))] = tuple(entry["shape"])
+    found = hf_tensors(family_of(config, model))
+    assert found == wanted
+    assert len(found) == published["tensor_count"]
+    assert sum(torch.Size(shape).numel() for shape in found.values()) == published["params"]
+
+
+@pytest.mark.skipif(
+    "A3PO_TEST_DATA" not in os.environ, reason="A3PO_TEST_DATA does not name a folder with model configs"
+)
+def test_every_published_config_is_read_or_refused_by_its_architecture() -> None:
+    folder = Path(os.environ["A3PO_TEST_DATA"]) / "model_configs"
+    read = {}
+    for path in sorted(folder.glob("*.config.json")):
+        config = json.loads(path.read_text())
+        name = path.name.removesuffix(".config.json")
+        if config["architectures"][0] in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+            read[name] = family_of(config, name)
+        else:
+            with pytest.raises(RequestError, match=config["architectures"][0]):
+                family_of(config, name)
+    assert set(REAL) | {"Qwen3-14B", "Qwen3-32B"} == set(read)
+    # From the models' cards: layers, query and KV heads, and the base of the rope.
+    facts = {name: (f.layers, f.heads, f.kv_heads, f.head_dim, f.rope_theta) for name, f in read.items()}
+    assert facts["Qwen3-8B"] == (36, 32, 8, 128, 1e6)
+    assert facts["Qwen3-32B"] == (64, 64, 8, 128, 1e6)
+    assert facts["Qwen2.5-Math-7B"] == (28, 28, 4, 128, 1e4)
+
+
+# --- facts and refusals ------------------------------------------------------------------------------------------
+
+
+def without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in CONFIG.items() if name not in names}
+
+
+def test_both_forms_of_the_rope_parameters_read_equal() -> None:
+    older = CONFIG | {"rope_scaling": None}
+    newer = without("rope_theta") | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    both = older | newer
+    assert family_of(older, "a") == family_of(newer, "b") == family_of(both, "c") == family_of(CONFIG, "d")
+    assert family_of(without("rope_theta") | {"rope_parameters": {"rope_theta": 5e5}}, "e").rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (CONFIG | {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+        (CONFIG | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
+        (CONFIG | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        (CONFIG | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        (CONFIG | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "llama3"}}, "rope_parameters"),
+        (CONFIG | {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}}, "contradictory"),
+        (without("rope_theta"), "rope_theta is missing"),
+        (CONFIG | {"attention_bias": True}, "attention_bias"),
+        (CONFIG | {"hidden_act": "gelu"}, "hidden_act"),
+        (CONFIG | {"use_mrope": True}, "use_mrope"),
+        (CONFIG | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        (CONFIG | {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        (CONFIG | {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        (CONFIG | {"architectures": None}, "not given"),
+        (without("architectures"), "not given"),
+        (without("hidden_size"), "hidden_size"),
+        (without("num_hidden_layers"), "num_hidden_layers"),
+        (without("vocab_size"), "vocab_size"),
+        (without("rms_norm_eps"), "rms_norm_eps"),
+        (CONFIG | {"intermediate_size": None}, "intermediate_size"),
+    ],
+)
+def test_a_config_that_cannot_be_represented_is_refused_by_name(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        family_of(config, "some/config.json")
+    assert str(caught.value).startswith("some/config.json: ")
+    assert named in str(caught.value)
+
+
+def test_settings_that_change_nothing_are_not_refused() -> None:
+    harmless = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "attention_bias": False}
+    assert family_of(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}, "a") == family_of(CONFIG, "b")
+
+
+def test_several_end_tokens_one_or_none_are_read() -> None:
+    assert family_of(CONFIG | {"eos_token_id": [5, 9]}, "a").eos == (5, 9)
+    assert family_of(CONFIG | {"eos_token_id": 0}, "b").eos == (0,)
+    assert family_of(without("eos_token_id"), "c").eos == ()
+
+
+def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
+    for folder, text, named in (
+        (tmp_path / "none", None, "model.path"),
+        (tmp_path, None, "config.json"),
+        (tmp_path, "{", "not valid JSON"),
+    ):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RequestError) as caught:
+            read_family(folder)
+        assert str(folder) in str(caught.value)
+        assert named in str(caught.value)

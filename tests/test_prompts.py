@@ -1,0 +1,301 @@
+"""Prompts: bad data is named by file and line, and the order depends on nothing but seed and position."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from a3po_megatron.batch import Prompt
+from a3po_megatron.config import ARITHMETIC, DataOptions
+from a3po_megatron.data.order import named_order, rollout_seed
+from a3po_megatron.data.prompts import Prompts, read_rows
+from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.errors import RequestError
+from tests.tiny import VOCAB, save_tokenizer
+
+GOOD = '{"problem": "1+1", "answer": "2"}'
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token a character, and a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, VOCAB)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}answer: {% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer: Path) -> Tokens:
+    return Tokens(tokenizer, VOCAB, (1,), "raw")
+
+
+def rows(folder: Path, count: int) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{n}+{n}", "answer": 2 * n}) + "\n" for n in range(count)))
+    return path
+
+
+def prompts(path: Path | str, tokens: Tokens, seed: int = 0, limit: int = 64, **options: Any) -> Prompts:
+    return Prompts(DataOptions(path=str(path), **options), tokens, seed, limit)
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(RequestError) as caught:
+        read_rows(DataOptions(path=str(path), **options))
+    return str(caught.value)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ('{"problem": "1+2", "answer": "3"', "not valid JSON"),
+        ("1+2 = 3", "not valid JSON"),
+        ('["1+2", "3"]', "expected an object"),
+        ('"1+2"', "expected an object"),
+        ('{"answer": "3"}', "'problem' is missing"),
+        ('{"problem": "1+2"}', "'answer' is missing"),
+        ('{"problem": "", "answer": "3"}', "'problem' is empty"),
+        ('{"problem": " \\n ", "answer": "3"}', "'problem' is empty"),
+        ('{"problem": "1+2", "answer": ""}', "'answer' is empty"),
+        ('{"problem": "1+2", "answer": null}', "'answer' is empty or no text"),
+        ('{"problem": "1+2", "answer": ["3"]}', "'answer' is empty or no text"),
+        ('{"problem": "1+2", "answer": true}', "'answer' is empty or no text"),
+        ('{"problem": "1+1", "answer": "other"}', "the problem stands in line 2 already: '1+1'"),
+        ('{"problem": "1+2", "answer": "3", "id": "a"}', "the id stands in line 4 already: 'a'"),
+    ],
+)
+def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, bad: str, says: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    # A blank line is no row, but it counts as a line.
+    path.write_text("\n".join(["", GOOD, "", '{"id": "a", "problem": "0+1", "answer": 1}', bad, "{"]))
+    message = refusal(path)
+    assert message.startswith(f"{path}:5: ")
+    assert says in message
+
+
+@pytest.mark.parametrize("content", ["", "\n\n  \n"])
+def test_a_file_without_prompts_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    assert refusal(tmp_path / "rows.jsonl") == f"{tmp_path / 'rows.jsonl'}: the file holds no prompts"
+
+
+def test_a_file_that_is_not_utf8_or_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(GOOD.encode() + '\n{"problem": "café", "answer": "2"}\n'.encode("latin-1"))
+    assert str(path) in refusal(path)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_rows_keep_their_text_their_ids_and_numbers_as_answers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    given = [
+        {"problem": "a\u2028b\r\nc {x} \\frac{1}{2}", "answer": 7, "id": "first"},
+        {"problem": "z", "answer": -0.5, "level": 3},
+    ]
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in given).encode())
+    assert read_rows(DataOptions(path=str(path))) == [
+        ("first", given[0]["problem"], "7", 1),
+        ("rows.jsonl/2", "z", "-0.5", 2),
+    ]
+
+
+def test_the_fields_can_have_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "gold": "g", "key": "k", "problem": "no"}\n')
+    found = read_rows(DataOptions(path=str(path), problem_field="question", answer_field="gold", id_field="key"))
+    assert found == [("k", "q", "g", 1)]
+    assert "'gold' is missing" in refusal(rows(tmp_path, 1), answer_field="gold")
+
+
+def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(tmp_path: Path, tokens: Tokens) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD, '{"problem": "11111", "answer": "x"}', '{"problem": "1111", "answer": "x"}']))
+    with pytest.raises(RequestError) as caught:
+        prompts(path, tokens, limit=4)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ")
+    for named in ("5 tokens", "rollout.max_prompt_tokens is 4", "data.drop_long_prompts"):
+        assert named in message
+    kept = prompts(path, tokens, limit=4, drop_long_prompts=True)
+    assert {prompt.text for prompt in kept.take(6)} == {"1+1", "1111"}
+    assert all(len(prompt.tokens) <= 4 for prompt in kept.take(6))
+    assert len(prompts(path, tokens, limit=5).take(3)) == 3
+    with pytest.raises(RequestError, match="no prompt is left"):
+        prompts(path, tokens, limit=2, drop_long_prompts=True)
+
+
+# --- order -------------------------------------------------------------------------------------------------------
+
+
+def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Path, tokens: Tokens) -> None:
+    source = prompts(rows(tmp_path, 20), tokens)
+    epochs = [source.take(20) for _ in range(3)]
+    texts = [[prompt.text for prompt in epoch] for epoch in epochs]
+    assert [sorted(epoch) for epoch in texts] == [sorted(f"{n}+{n}" for n in range(20))] * 3
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    everything = list(itertools.chain(*epochs))
+    assert len({prompt.id for prompt in everything}) == 60, "the same problem in a later epoch is another draw"
+    assert [prompt.index for prompt in everything] == list(range(60))
+
+
+def test_the_order_depends_on_the_seed_and_not_on_history(tmp_path: Path, tokens: Tokens) -> None:
+    path = rows(tmp_path, 7)
+    straight = prompts(path, tokens).take(40)
+    pieces = prompts(path, tokens)
+    assert [p for count in (1, 0, 13, 6, 20) for p in pieces.take(count)] == straight
+    backwards = prompts(path, tokens)
+    assert [backwards.at(index) for index in reversed(range(40))] == straight[::-1]
+    assert prompts(path, tokens, seed=1).take(40) != straight
+
+
+@pytest.mark.parametrize("builtin", [False, True])
+def test_a_restored_position_gives_the_same_sequel(tmp_path: Path, tokens: Tokens, builtin: bool) -> None:
+    path = ARITHMETIC if builtin else rows(tmp_path, 7)
+    source = prompts(path, tokens, seed=3)
+    source.take(9)
+    state = json.loads(json.dumps(source.state()))
+    sequel = source.take(25)
+    again = prompts(path, tokens, seed=3)
+    again.take(2)
+    again.restore(state)
+    assert again.take(25) == sequel
+
+
+def test_without_shuffling_the_order_is_the_files(tmp_path: Path, tokens: Tokens) -> None:
+    source = prompts(rows(tmp_path, 5), tokens, shuffle=False)
+    assert [prompt.text for prompt in source.take(10)] == [f"{n}+{n}" for n in range(5)] * 2
+
+
+def test_every_first_place_is_drawn_about_equally_often() -> None:
+    firsts = [named_order(6, seed, epoch)[0] for seed in range(60) for epoch in range(10)]
+    # 600 draws of 6: 100 each, with a standard deviation of 9.
+    assert all(60 < firsts.count(row) < 140 for row in range(6))
+
+
+def test_the_seed_of_a_rollout_is_pinned_and_the_same_in_another_process() -> None:
+    # A change of these numbers changes every run there ever was.
+    assert rollout_seed(0, 0, "p.jsonl/1", 0) == 5446908637811939668
+    assert rollout_seed(7, 3, "arithmetic/5", 2) == 3668306049997047886
+    assert named_order(8, 0, 0) == [1, 7, 3, 4, 5, 0, 6, 2]
+    code = "from a3po_megatron.data.order import *; print(rollout_seed(7, 3, 'arithmetic/5', 2), named_order(8, 0, 0))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert run.stdout.strip() == "3668306049997047886 [1, 7, 3, 4, 5, 0, 6, 2]"
+
+
+def test_every_rollout_has_a_seed_of_its_own() -> None:
+    names = list(itertools.product(range(4), range(12), ["1", "11", "a/1", "a/1@1", "a/11"], range(12)))
+    seeds = [rollout_seed(*name) for name in names]
+    assert len(set(seeds)) == len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # Numbers that would run together if the parts were only joined.
+    assert rollout_seed(1, 11, "x", 0) != rollout_seed(11, 1, "x", 0)
+
+
+# --- the built-in task -------------------------------------------------------------------------------------------
+
+
+def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmetic(tokens: Tokens) -> None:
+    taken = prompts(ARITHMETIC, tokens).take(300)
+    for prompt in taken:
+        expression = prompt.text.removesuffix(":")
+        left = f"({expression[0]})"
+        for operator, operand in zip(expression[1::2], expression[2::2], strict=True):
+            left = f"(({left}{operator}{operand})%10)"
+        assert prompt.text.endswith(":")
+        assert prompt.answer == str(eval(left)), prompt
+        assert prompt.tokens == tokens.encode(prompt.text)
+    assert len({prompt.id for prompt in taken}) == 300
+    assert len({prompt.text for prompt in taken}) > 200
+    assert {len(prompt.text) for prompt in taken} == {4, 6, 8, 10, 12}  # 2 to 6 operands
+    assert prompts(ARITHMETIC, tokens, seed=1).take(300) != taken
+
+
+def test_the_first_built_in_problems_are_pinned(tokens: Tokens) -> None:
+    first = prompts(ARITHMETIC, tokens).take(2)
+    assert [(prompt.id, prompt.text, prompt.answer) for prompt in first] == [
+        ("arithmetic/0", "5-4:", "1"),
+        ("arithmetic/1", "8-5-7*7+3-8:", "7"),  # 3, -4 = 6, 42 = 2, 5, -3 = 7
+    ]
+
+
+# --- templates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("raw", "what is {x}?"),
+        ("chat", "user: what is {x}?\nanswer: "),
+        ("qwen", "what is {x}?\nPlease reason step by step, and put your final answer within \\boxed{}."),
+        (
+            "dapo",
+            "Solve the following math problem step by step. The last line of your response should be of the form "
+            "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nwhat is {x}?\n\n"
+            'Remember to put your answer on its own line after "Answer:".',
+        ),
+    ],
+)
+def test_a_template_renders_the_problem_word_for_word(tokenizer: Path, template: str, text: str) -> None:
+    # One token a character: the rendered text, not only its length, is seen; unknown characters are <unk>.
+    names = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    wanted = tuple(names.get(character, names["<unk>"]) for character in text)
+    assert Tokens(tokenizer, VOCAB, (1,), template).encode("what is {x}?") == wanted
+
+
+def test_a_response_is_decoded_without_special_tokens_and_shown_with_them(tokens: Tokens) -> None:
+    ids = [*tokens.encode("3+4"), 1]
+    assert tokens.decode(ids) == "3+4"
+    assert tokens.pieces(ids) == ["3", "+", "4", "<eos>"]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "eos", "template", "says"),
+    [
+        (VOCAB - 1, (1,), "raw", f"knows {VOCAB} tokens, the model's vocabulary has {VOCAB - 1}"),
+        (VOCAB, (), "raw", "eos_token_id is missing"),
+        (VOCAB, (1, VOCAB), "raw", f"eos_token_id {VOCAB} "),
+        (VOCAB, (-1,), "raw", "eos_token_id -1 "),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
+    tokenizer: Path, vocab: int, eos: tuple[int, ...], template: str, says: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        Tokens(tokenizer, vocab, eos, template)
+    assert says in str(caught.value)
+    assert str(tokenizer) in str(caught.value)
+
+
+def test_a_folder_without_a_readable_tokenizer_or_chat_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no tokenizer"):
+        Tokens(tmp_path, VOCAB, (1,), "raw")
+    save_tokenizer(tmp_path, VOCAB)
+    with pytest.raises(RequestError, match="chat"):
+        Tokens(tmp_path, VOCAB, (1,), "chat")
+    (tmp_path / "tokenizer.json").write_text('{"version"')
+    with pytest.raises(RequestError, match="cannot be read"):
+        Tokens(tmp_path, VOCAB, (1,), "raw")
+
+
+def test_prompts_of_a_file_carry_their_tokens_and_gold_answer(tmp_path: Path, tokens: Tokens) -> None:
+    for prompt in prompts(rows(tmp_path, 5), tokens).take(5):
+        number = int(prompt.text.partition("+")[0])
+        wanted = Prompt(
+            f"rows.jsonl/{number + 1}", prompt.text, str(2 * number), tokens.encode(prompt.text), prompt.index
+        )
+        assert prompt == wanted

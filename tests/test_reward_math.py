@@ -1,0 +1,230 @@
+r"""Grading of mathematical answers: extraction, equality, and what counts as wrong and what as invalid."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from a3po_megatron.errors import RequestError
+from a3po_megatron.reward import math as grader
+from a3po_megatron.reward.math import grade
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def outcome(response: str, answer: str, extract: str = "any") -> str:
+    return grade(response, answer, extract=extract).outcome
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"first \boxed{3}, no: \boxed{4}", "4"),  # the last one counts
+        (r"\boxed{4} and so we are at \boxed{", "4"),  # the last complete one
+        (r"\boxed{\frac{1}{\sqrt{1+\frac{1}{2}}}}", r"\frac{1}{\sqrt{3/2}}"),  # nested braces
+        (r"\boxed{\left\{1, 2\right\}}", r"\{2, 1\}"),  # escaped braces
+        (r"\boxed {7}", "7"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"an open { brace before \boxed{7}", "7"),
+        (r"a stray } before \boxed{7}", "7"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{1,234}", "1234"),
+        (r"\boxed{32,\! 349}", "32349"),
+        (r"\boxed{007}", "7"),
+        (r"\boxed{0.50}", r"\frac12"),
+        (r"\boxed{\text{Evelyn}}", "Evelyn"),
+        (r"\boxed{(B)}", r"\text{(B)}"),
+        (r"\boxed{50\%}", r"50\%"),
+        (r"\boxed{(x+1)^2}", "x^2+2x+1"),
+        (r"\boxed{-0}", "0"),
+        (r"\boxed{2**-3 * x**2}", r"\frac{x^2}{8}"),
+        ("\\boxed{\n  12\n}", "12"),
+    ],
+)
+def test_the_last_complete_box_is_the_answer(response: str, answer: str) -> None:
+    assert outcome(response, answer) == "correct"
+    assert outcome(response, answer, "boxed") == "correct"
+    assert outcome(response, answer, "answer") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        (r"first \boxed{3}, no: \boxed{4}", "3"),
+        (r"\boxed{5,4}", "5"),
+        (r"\boxed{54}", "5"),
+        (r"\boxed{32, 349}", "32349"),  # two numbers
+        (r"\boxed{12}", "1 2"),
+        (r"\boxed{-7}", "7"),
+        (r"\boxed{4\frac{4}{9}}", "4"),
+        (r"\boxed{4 4/9}", "4"),
+        (r"\boxed{[0,9)}", "[0,1)"),
+        (r"\boxed{1/0}", "4"),
+        (r"\boxed{}", "4"),
+        (r"\boxed{Eq(x**2, 1)}", "1"),  # what cannot be read as a whole is not its last number
+        (r"\boxed{2**3}", "2"),
+        (r"\boxed{C}", r"\text{B}"),
+    ],
+)
+def test_another_value_is_wrong(response: str, answer: str) -> None:
+    assert outcome(response, answer) == "wrong"
+
+
+def test_boxes_in_a_row_are_also_a_list_but_boxes_in_a_text_are_not() -> None:
+    row = r"\boxed{(1, 2)}, \boxed{(2, 1)} \quad\text{and}\quad \boxed{(3, 0)}"
+    assert outcome(row, "(3,0),(2,1),(1,2)") == "correct"
+    assert outcome(row, "(2,1),(1,2)") == "wrong"
+    assert outcome(r"\boxed{1} gives us \boxed{2}", r"\{1, 2\}") == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("Answer: 4", "4"),
+        ("Answer: 3\nmore\nAnswer: 7", "7"),
+        ("so\n**Final answer:** $\\frac{1}{2}$.", "0.5"),
+        ("text\n  ANSWER: \\(x+1\\)", "1+x"),
+        ("Answer: $5$ apples", "5"),
+        ("> **Answer**: 1,000", "1000"),
+    ],
+)
+def test_the_last_answer_line_is_the_answer(response: str, answer: str) -> None:
+    assert outcome(response, answer) == "correct"
+    assert outcome(response, answer, "answer") == "correct"
+    assert grade(response, answer, extract="boxed").reason == "no \\boxed{…} found"
+
+
+def test_the_box_goes_before_the_answer_line_and_the_line_before_the_last_expression() -> None:
+    text = "Answer: 3\n\\boxed{5}\nthat is 6"
+    assert [outcome(text, answer) for answer in "356"] == ["wrong", "correct", "wrong"]
+    assert outcome(text, "3", "answer") == "correct"
+    text = "Answer: 3\nwhich is less than 6"
+    assert [outcome(text, answer) for answer in "36"] == ["correct", "wrong"]
+    assert outcome("The value is therefore $\\sqrt{16}$", "4") == "correct"
+    assert outcome("2 + 2 = 4", "4") == "correct"
+    assert outcome("The answer is 4 4/9.", "4") == "wrong"
+
+
+def test_no_answer_and_a_response_that_was_cut_off_are_wrong_with_their_reason() -> None:
+    assert grade("I do not know.", "4") == grader.Verdict("wrong", "no answer found")
+    assert grade("", "4").outcome == "wrong"
+    assert grade("2 + 2 = \\boxed{4", "4") == grader.Verdict("wrong", "cut off inside \\boxed{")
+    assert grade("\\boxed{\\frac{1}{2}", "\\frac{1}{2}").reason == "cut off inside \\boxed{"
+    assert grade("it is 4", "4", extract="boxed").reason == "no \\boxed{…} found"
+    assert grade("it is 4", "4", extract="answer").reason == "no line `Answer: …` found"
+    assert grade("\\boxed{\\frac{1}}", "4").outcome == "wrong"
+
+
+@pytest.mark.parametrize("gold", ["", "  ", "$$", "\\boxed{}", "\\frac{1}{", "\\frac{", "!!??"])
+def test_a_gold_answer_that_cannot_be_read_is_invalid(gold: str) -> None:
+    verdict = grade("\\boxed{4}", gold)
+    assert verdict.outcome == "invalid"
+    assert "gold" in verdict.reason
+
+
+def test_a_failure_inside_the_library_is_invalid_and_names_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> bool:
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr(grader._library(), "verify", fail)
+    verdict = grade("\\boxed{x+1}", "y")
+    assert verdict == grader.Verdict("invalid", "grader raised ZeroDivisionError: deep inside")
+
+
+@pytest.mark.parametrize("extract", ["", "Boxed", "last", None])
+def test_an_unknown_extract_is_refused_by_name(extract: str) -> None:
+    with pytest.raises(RequestError, match=f"extract: {extract!r}"):
+        grade("\\boxed{4}", "4", extract=extract)
+
+
+HOSTILE = {
+    "power tower": "\\boxed{10^{10^{10}}}",
+    "power of a decimal": "\\boxed{1.5^{1000000000}}",
+    "tiny power": "\\boxed{10^{-1000000000}}",
+    "factorial": "\\boxed{99999999!}",
+    "factorials of factorials": "\\boxed{(((((9!)!)!)!)!)!}",
+    "binomial": "\\boxed{\\binom{1000000000}{500000000}}",
+    "sum": "\\boxed{\\sum_{i=1}^{1000000000} i^i}",
+    "product": "\\boxed{\\prod_{k=1}^{10000000} k}",
+    "logarithm of a tower": "\\boxed{\\log(10^{10^{10}})}",
+    "nested brackets": "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
+    "fewer nested brackets": "\\boxed{" + "(" * 200 + "x" + ")" * 200 + "}",
+    "nested brackets, bare": "(" * 3000 + "1" + ")" * 3000,
+    "opened boxes": "\\boxed{" * 100_000,
+    "opened and closed boxes": "\\boxed{" * 50_000 + "}" * 50_000,
+    "boxes in a row": "\\boxed{1}, " * 50_000,
+    "dollars": "$" * 1_000_000,
+    "brackets": "\\[" * 500_000,
+    "empty lines": "\n" * 2_000_000,
+    "quoted empty lines": "> \n" * 500_000,
+    "digits": "\\boxed{" + "9" * 5_000_000 + "}",
+    "a long line": "Answer: " + "* " * 1_000_000,
+    "a long word": "a" * 5_000_000,
+    "a long sum": "\\boxed{" + "1+" * 900 + "1}",
+    "spaces": "1" + " " * 1_000_000 + "1/",
+    "a long list": "\\boxed{" + "1," * 900 + "1}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_response_is_wrong_within_seconds(name: str) -> None:
+    grader.prepare()
+    begin = time.monotonic()
+    assert outcome(HOSTILE[name], "5") == "wrong"
+    assert time.monotonic() - begin < 6  # most take milliseconds; the machine may be busy
+
+
+def test_an_answer_too_large_to_evaluate_is_still_right_if_it_is_the_gold_answer() -> None:
+    assert outcome("\\boxed{9^{9^{9^9}}}", "9^{9^{9^9}}") == "correct"
+    assert outcome("\\boxed{2^{1000}}", "2^{999}\\cdot 2") == "correct"
+
+
+def test_grading_works_in_a_thread_and_leaves_alarms_alone() -> None:
+    import signal
+
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(outcome("\\boxed{\\frac{2}{4}}", "0.5")))
+    thread.start()
+    thread.join()
+    assert found == ["correct"]
+    signal.alarm(1000)
+    try:
+        assert outcome("\\boxed{\\frac{3}{6}}", "0.5") == "correct"
+        assert signal.alarm(0) > 900
+    finally:
+        signal.alarm(0)
+
+
+def test_strings_and_integers_are_settled_without_sympy_and_the_module_is_light() -> None:
+    code = """
+import sys
+from a3po_megatron.reward.math import grade
+assert grade("\\\\boxed{42}", "42").outcome == "correct"
+assert grade("\\\\boxed{1,042}", "1042").outcome == "correct"
+assert grade("\\\\boxed{41}", "42").outcome == "wrong"
+assert grade("\\\\boxed{\\\\dfrac{1}{2}}", "\\\\frac{1}{2}").outcome == "correct"
+assert grade("\\\\boxed{4", "42").outcome == "wrong"
+sys.exit(" ".join(name for name in ("sympy", "math_verify", "torch") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == ""
+
+
+def test_agreement_with_the_assertions_of_public_graders() -> None:
+    folder = os.environ.get("A3PO_TEST_DATA")
+    file = Path(folder or "") / "grader_pairs.json"
+    if not folder or not file.exists():
+        pytest.skip("A3PO_TEST_DATA does not name a folder with grader_pairs.json")
+    pairs = json.loads(file.read_text())
+    agree = [(outcome(pair["prediction"], pair["gold"]) == "correct") == pair["expected"] for pair in pairs]
+    rate = sum(agree) / len(agree)
+    differing = [pair["id"] for pair, same in zip(pairs, agree, strict=True) if not same]
+    print(f"agreement {rate:.4f} of {len(pairs)}; differing: {differing}")
+    assert rate >= 0.92
