@@ -4,8 +4,9 @@ Ranks are laid out as Megatron lays them out, tensor parallel fastest, then data
 
     rank = tensor + TP * (data + DP * pipeline)
 
-A *replica* is the set of ranks that hold one copy of the model together. An *engine* is a run of `rollout.tensor`
-neighbouring ranks; the first is its leader and samples for it.
+A *replica* is the smallest set of ranks that hold every weight together. Its ranks train on one batch, except that
+experts spread over data-parallel neighbours: then a replica holds several *batch groups*, each the tensor × pipeline ranks
+that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks; the first leads it.
 """
 
 from __future__ import annotations
@@ -83,13 +84,39 @@ class Cluster:
         )
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        self.replica_group = parallel_state.get_model_parallel_group()
+        self.batch_group = parallel_state.get_model_parallel_group()
         self.data_group = parallel_state.get_data_parallel_group()
+        self.replica_group = self._replica_group(parallel)
         self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.data_group.size()
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
         self.engines = self.world // engine_ranks
+        # This rank's place among the ranks of its stage that hold one copy of the stage's weights.
+        self.within = self.coordinates.tensor + self.tensor * (self.coordinates.data % self._neighbours(parallel))
         self._store = dist.PrefixStore("agree", store)
         self._round = 0
+
+    def _neighbours(self, parallel: ParallelOptions) -> int:
+        """Data-parallel ranks of one replica: more than one only where experts spread over them."""
+        return parallel.stage_ranks() // parallel.tensor
+
+    def _replica_group(self, parallel: ParallelOptions) -> dist.ProcessGroup:
+        """The group of this rank's replica, stage after stage, the ranks of a stage as in `within`."""
+        neighbours = self._neighbours(parallel)
+        if neighbours == 1:
+            return self.batch_group
+        mine = None
+        tensor, data = parallel.tensor, self.data_group.size()
+        for first in range(0, data, neighbours):  # every rank takes part in making every group
+            ranks = [
+                t + tensor * (d + data * p)
+                for p in range(parallel.pipeline)
+                for d in range(first, first + neighbours)
+                for t in range(tensor)
+            ]
+            group = dist.new_group(ranks)
+            mine = group if self.rank in ranks else mine
+        assert mine is not None
+        return mine
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         """One decision of all ranks: every rank gives a JSON value and gets the same result.
@@ -121,16 +148,16 @@ class Cluster:
             raise RunFailed(result["error"])
         return result["value"]
 
-    def gather_replica(self, value: Any) -> list[Any]:
-        """Every rank's (picklable) value, over the ranks of this model replica."""
-        if self.replica_group.size() == 1:
+    def gather_batch_group(self, value: Any) -> list[Any]:
+        """Every rank's (picklable) value, over the ranks that train on the same rollouts."""
+        if self.batch_group.size() == 1:
             return [value]
-        values: list[Any] = [None] * self.replica_group.size()
-        dist.all_gather_object(values, value, group=self.replica_group)
+        values: list[Any] = [None] * self.batch_group.size()
+        dist.all_gather_object(values, value, group=self.batch_group)
         return values
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over data-parallel replicas; ranks of one replica must hold the same values."""
+        """The sum over data-parallel ranks; the ranks of a batch group must hold the same values."""
         if self.data > 1:
             dist.all_reduce(values, group=self.data_group)
         return values
@@ -174,8 +201,10 @@ def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
     return Cluster(backend, parallel, engine_ranks, store)

@@ -21,6 +21,7 @@ from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
 from .learner.learner import Learner
+from .model.build import layout_of
 from .model.family import Family
 from .rollout.engine import Engine
 from .telemetry.clock import CLOCK
@@ -38,8 +39,9 @@ class Run:
         self, folder: Path, config: Config, cluster: Cluster, family: Family, tokens: Tokens, prompts: Prompts
     ) -> None:
         self.folder, self.config, self.cluster, self.tokens = folder, config, cluster, tokens
+        layout = layout_of(config.parallel, cluster.backend.spec)
         canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
-        self.publisher = Publisher(cluster, family, config.publish, canary)
+        self.publisher = Publisher(cluster, family, layout, config.publish, canary)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._step_start = time.perf_counter()

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
 
 VOCAB = 67  # odd: every tensor-parallel size pads it
 
+QWEN3 = {"head_dim": 32, "tie_word_embeddings": True}
+MOE = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Scaled from a context shorter than the tests' sequences, so that every branch of the scaling is used.
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+KINDS: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
+    "qwen3": ((Qwen3ForCausalLM, Qwen3Config), QWEN3),
+    "qwen2": ((Qwen2ForCausalLM, Qwen2Config), {"hidden_size": 128, "tie_word_embeddings": False}),
+    "llama": ((LlamaForCausalLM, LlamaConfig), {"head_dim": 32, "tie_word_embeddings": False}),
+    "llama31": (
+        (LlamaForCausalLM, LlamaConfig),
+        {"head_dim": 32, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}, "rope_theta": 500000.0},
+    ),
+    "qwen3_moe": ((Qwen3MoeForCausalLM, Qwen3MoeConfig), MOE | {"norm_topk_prob": True}),
+    "qwen3_moe_raw": ((Qwen3MoeForCausalLM, Qwen3MoeConfig), MOE | {"norm_topk_prob": False}),
+}
+
 
 def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, **changes: object) -> Path:
-    """A random Qwen3 (tied, q/k norms) or Qwen2.5 (untied, qkv biases) with all biases and norms off their defaults."""
+    """A random model of one of KINDS, with all biases and norms off their defaults."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
@@ -31,11 +58,9 @@ def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, **changes:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
     }
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes | {"head_dim": 32, "tie_word_embeddings": True} | changes))
-    else:
-        wide = {"hidden_size": 128, "tie_word_embeddings": False}
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes | wide | changes))
+    made, kinds = KINDS[kind]
+    model_class, config_class = made
+    model = model_class(config_class(**sizes | kinds | changes))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -86,9 +111,25 @@ def make_collected(groups: int, size: int, seed: int = 0, vocab: int = VOCAB) ->
 
 
 def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
-    config = json.loads((folder / "config.json").read_text())
-    kind = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Qwen2ForCausalLM": Qwen2ForCausalLM}[config["architectures"][0]]
-    return kind.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    options = {"dtype": dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def hf_tensors_of(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' parameters (or their gradients) under the names of the files: it packs the experts of a layer."""
+    named: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            named[name] = value
+            continue
+        prefix, _, kind = name.rpartition(".")
+        for expert, matrix in enumerate(value):
+            if kind == "down_proj":
+                named[f"{prefix}.{expert}.down_proj.weight"] = matrix
+            else:
+                halves = matrix.chunk(2)
+                named[f"{prefix}.{expert}.gate_proj.weight"], named[f"{prefix}.{expert}.up_proj.weight"] = halves
+    return named
 
 
 def hf_logprobs(

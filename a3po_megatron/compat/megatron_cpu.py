@@ -4,6 +4,7 @@
 |---|---|---|
 | facade | `Torch not compiled with CUDA enabled` in rotary embeddings, gradient buffers, schedules, RNG | `torch.cuda.current_device()`, `device="cuda"` literals, streams, events and nvtx ranges in `megatron.core` |
 | type names | `TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor` when the optimizer is built, and unclipped gradients | tensor types compared with strings in `optimizer.py`, `distrib_optimizer.py`, `clip_grads.py` |
+| experts | `AttributeError: te_general_gemm`; `all_to_all_single` refuses a tensor of split sizes | `moe_utils` has the name only with Transformer Engine; `maybe_move_tensor_to_cpu` makes a list only of CUDA tensors |
 | RNG tracker | `CUDA RNG state` calls when a model is built or dropout forks its stream | `tensor_parallel/random.py` keeps CUDA generators |
 
 The facade is a stand-in for the *name* `torch` inside Megatron's modules; the real `torch` is left as it is, so that
@@ -162,6 +163,17 @@ def _install_rng_tracker() -> None:
     random._set_cuda_rng_state = lambda *_, **__: None
 
 
+def _install_moe() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
 def install() -> None:
     """Installs the patches once per process; refuses where CUDA is present."""
     if torch.cuda.is_available():
@@ -179,3 +191,4 @@ def install() -> None:
     _rename_types(optimizer.Float16OptimizerWithFloat16Params.__init__)
     _rename_types(clip_grads.clip_grad_by_total_norm_fp32)
     _install_rng_tracker()
+    _install_moe()

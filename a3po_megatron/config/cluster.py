@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field
@@ -14,11 +15,25 @@ class ParallelOptions(Section):
     pipeline: Positive = 1
     context: Positive = 1
     expert: Positive = 1
-    data: Positive | None = None  # None: from the number of ranks; on one machine 1
+    expert_tensor: Positive | None = None  # tensor parallelism within an expert; None: the same as tensor
+    virtual: Positive = 1  # model chunks per pipeline rank (interleaved schedule)
+    stages: tuple[Positive, ...] | None = None  # layers of each chunk, in the model's order; None: as even as they go
+    sequence: bool = False  # sequence parallelism: activations between layers split along T over the tensor ranks
+    data: Positive | None = None  # None: from the number of ranks; on one machine as few as the experts need
 
     def ranks(self) -> int:
         """The number of processes that this layout needs on one machine."""
-        return self.tensor * self.pipeline * self.context * (self.data or 1)
+        return self.tensor * self.pipeline * self.context * self.data_ranks()
+
+    def data_ranks(self) -> int:
+        """Data-parallel size on one machine: as given, else the smallest that the experts' ranks fill."""
+        return self.data or self.stage_ranks() // self.tensor
+
+    def stage_ranks(self) -> int:
+        """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
+        if self.expert == 1 and self.expert_tensor is None:
+            return self.tensor
+        return math.lcm(self.tensor, (self.expert_tensor or self.tensor) * self.expert)
 
 
 class ClusterOptions(Section):

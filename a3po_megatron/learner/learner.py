@@ -27,7 +27,7 @@ from ..batch import Batch
 from ..cluster import Cluster
 from ..config import Config, OptimizerOptions
 from ..errors import RunFailed
-from ..model.build import build_model, transformer_config
+from ..model.build import build_model, layout_of, transformer_config
 from ..model.family import Family
 from ..model.layout import pieces
 from ..schedule.packing import pack
@@ -44,28 +44,33 @@ class Learner:
         self.cluster, self.family = cluster, family
         self.objective, self.correction = config.objective, config.correction
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
-        self.pieces = pieces(family, cluster.tensor, cluster.coordinates.tensor)
+        self.layout = layout_of(config.parallel, cluster.backend.spec)
+        self.pieces = pieces(family, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
         settings = transformer_config(family, config.parallel, config.model, config.megatron)
-        model = build_model(family, settings)
-        load_shards(Path(config.model.path), family, self.pieces, dict(model.named_parameters()))
-        self.model = DistributedDataParallel(
-            settings,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
-            ),
-            model,
-        )
-        self.optimizer = _optimizer(self.model, config.optimizer, settings.params_dtype)
+        chunks = build_model(family, self.layout, settings)
+        load_shards(Path(config.model.path), family, self.pieces, _named(chunks))
+        self.chunks = [
+            DistributedDataParallel(
+                settings,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
+                ),
+                chunk,
+                disable_bucketing=number > 0,
+            )
+            for number, chunk in enumerate(chunks)
+        ]
+        self.optimizer = _optimizer(self.chunks, config.optimizer, settings.params_dtype)
         self.schedule = _schedule(self.optimizer, config.optimizer, config.trainer.steps)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
-        self.pipeline = Pipeline(cluster, self.model, family.vocab)
+        self.pipeline = Pipeline(cluster, self.chunks, family.vocab)
         # Megatron splits activations along T under sequence parallelism.
         self.multiple = cluster.tensor if settings.sequence_parallel else 1
 
-    def parameters(self) -> dict[str, Tensor]:
-        """This rank's shard: Megatron name → parameter, without gradient."""
-        return {name: parameter.detach() for name, parameter in self.model.module.named_parameters()}
+    def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
+        """This rank's shard: (model chunk, Megatron name) → parameter."""
+        return _named([chunk.module for chunk in self.chunks])
 
     def score(self, batch: Batch) -> Batch:
         """Adds old log-probs and entropies [T] of the training engine to the batch."""
@@ -79,8 +84,8 @@ class Learner:
 
     def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
         """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank."""
-        packed = micro_batch(sequences, [0] * len(sequences), self.multiple)
-        values = self.pipeline.forward([packed], 1.0, with_entropy=False)[0]
+        packed = self._filled([micro_batch(sequences, [0] * len(sequences), self.multiple)])
+        values = self.pipeline.forward(packed, 1.0, with_entropy=False)[0]
         return list(values.split([len(response) for _, response in sequences]))
 
     def update(self, batch: Batch) -> dict[str, float | None]:
@@ -120,12 +125,12 @@ class Learner:
             sums = torch.stack([total.detach(), torch.tensor(float(count)), *clipped, kl])
             return total, count, sums.double()
 
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
-        return torch.stack(collected).sum(dim=0) if collected else torch.zeros(
-            len(_SUMS), dtype=torch.float64
-        ), farthest
+        sums = torch.stack(collected).sum(dim=0) if collected else torch.zeros(len(_SUMS), dtype=torch.float64)
+        return self.pipeline.from_last_stage(sums), farthest
 
     def _step(self, number: int) -> float:
         _, norm, _ = self.optimizer.step()
@@ -158,13 +163,33 @@ class Learner:
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
         bins = pack([len(prompt) + len(response) - 1 for prompt, response in sequences], self.limit)
-        return [
+        packed = [
             micro_batch([sequences[i] for i in items], [starts[chosen[i]] for i in items], self.multiple)
             for items in bins or [[]]
         ]
+        return self._filled(packed)
+
+    def _filled(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """As many micro-batches as the layout needs, the further ones of padding alone.
+
+        Experts exchange tokens between data-parallel ranks in every micro-batch, so all must run equally many; the
+        interleaved schedule wants a multiple of the pipeline's size.
+        """
+        count = len(micro_batches)
+        if self.layout.expert > 1:
+            count = self.cluster.agree("micro-batches", count, max)
+        if self.layout.virtual > 1:
+            count = -(-count // self.layout.pipeline) * self.layout.pipeline
+        return micro_batches + [micro_batch([], [], self.multiple) for _ in range(count - len(micro_batches))]
 
 
-def _optimizer(model: DistributedDataParallel, options: OptimizerOptions, dtype: torch.dtype) -> MegatronOptimizer:
+def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
+    return {(number, name): p for number, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+
+
+def _optimizer(
+    chunks: list[DistributedDataParallel], options: OptimizerOptions, dtype: torch.dtype
+) -> MegatronOptimizer:
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=options.name,
@@ -180,7 +205,7 @@ def _optimizer(model: DistributedDataParallel, options: OptimizerOptions, dtype:
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
         ),
-        [model],
+        chunks,
     )
 
 

@@ -22,8 +22,8 @@ LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, 
 class Pipeline:
     """The model under Megatron's schedule. Every rank of a replica must bring the same micro-batches."""
 
-    def __init__(self, cluster: Cluster, model: DistributedDataParallel, vocab_size: int) -> None:
-        self.cluster, self.model, self.vocab_size = cluster, model, vocab_size
+    def __init__(self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int) -> None:
+        self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
 
     def forward(self, micro_batches: Sequence[MicroBatch], temperature: float, with_entropy: bool) -> Tensor:
         """Per-token results without gradient: [1 + with_entropy, R] of all micro-batches, laid end to end."""
@@ -32,13 +32,15 @@ class Pipeline:
             logprobs, entropy = self._logprobs(batch, logits, temperature, with_entropy)
             return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
 
-        self.model.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         with torch.no_grad():
             outputs = self._run(micro_batches, collect, forward_only=True, collect_non_loss_data=True)
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         tokens = sum(batch.targets.numel() for batch in micro_batches)
         result = torch.cat(outputs, dim=1) if outputs else torch.empty(1 + with_entropy, tokens)
-        return self._from_last_stage(result)
+        return self.from_last_stage(result)
 
     def forward_backward(
         self, micro_batches: Sequence[MicroBatch], temperature: float, loss_function: LossFunction
@@ -68,15 +70,17 @@ class Pipeline:
 
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
-            model=[self.model],
+            # Every model chunk reads the same micro-batches, each at its own pace.
+            data_iterator=[iter(micro_batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(micro_batches),
+            model=self.chunks,
             num_microbatches=len(micro_batches),
             seq_length=1,  # ignored: packed lengths vary
             micro_batch_size=1,
             **options,
         )
 
-    def _from_last_stage(self, values: Tensor) -> Tensor:
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """The last pipeline stage's values, on every stage; all give a tensor of the same shape."""
         group = self.cluster.pipeline_group
         if group.size() > 1:
             dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -17,17 +18,31 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..config import MegatronOptions, ModelOptions, ParallelOptions
 from ..errors import RequestError
 from .family import Family
-from .layout import check_layout, padded_vocab
-from .modules import PackedAttention, RMSNorm
+from .layout import Layout, check_layout, padded_vocab
+from .modules import GPT, PackedAttention, RMSNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def layout_of(parallel: ParallelOptions, scheme: str) -> Layout:
+    """The options of a layout as the map's own type."""
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        stages=parallel.stages,
+        scheme="te" if scheme == "te" else "local",
+    )
 
 
 def transformer_config(
     family: Family, parallel: ParallelOptions, options: ModelOptions, megatron: MegatronOptions
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
-    check_layout(family, parallel.tensor)
+    layout = layout_of(parallel, "local")
+    check_layout(family, layout)
     dtype = DTYPES[options.dtype]
     ours: dict[str, Any] = {
         "num_layers": family.layers,
@@ -46,6 +61,8 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -63,6 +80,22 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "batch_p2p_sync": False,
     }
+    if parallel.pipeline > 1:
+        ours["pipeline_model_parallel_layout"] = _stages(family, layout)
+    if family.experts is not None:
+        ours |= {
+            "num_moe_experts": family.experts.count,
+            "moe_router_topk": family.experts.per_token,
+            "moe_ffn_hidden_size": family.experts.ffn,
+            "moe_router_score_function": "softmax",
+            # HF takes the softmax over all experts and then, if norm_topk_prob, makes the chosen ones sum to 1:
+            # the same as a softmax over the chosen logits.
+            "moe_router_pre_softmax": not family.experts.norm_topk,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            "expert_model_parallel_size": parallel.expert,
+            "expert_tensor_parallel_size": layout.etp,
+        }
     known = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
     for name in megatron.extra:
         if name in ours:
@@ -77,31 +110,60 @@ def transformer_config(
         raise RequestError(f"megatron.extra: Megatron refuses this configuration: {error}") from error
 
 
-def build_model(family: Family, config: TransformerConfig) -> GPTModel:
-    """This rank's shard of the model, with weights that are still to be loaded."""
-    model = GPTModel(
-        config,
-        _local_spec(config),
-        vocab_size=padded_vocab(family, config.tensor_model_parallel_size),
-        max_sequence_length=family.max_positions,
-        share_embeddings_and_output_weights=family.tied,
-        position_embedding_type="rope",
-        rotary_base=int(family.rope_theta),
-    )
-    # Megatron takes an integer base and hard-codes scaled variants; the frequencies themselves are the truth.
+def build_model(family: Family, layout: Layout, config: TransformerConfig) -> list[GPT]:
+    """This rank's model chunks (one, without virtual stages), with weights that are still to be loaded."""
+    chunks = []
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    for chunk, layers in enumerate(layout.chunk_layers(family.layers, rank)):
+        model = GPT(
+            config,
+            _local_spec(config, len(layers)),
+            vocab_size=padded_vocab(family, layout.tensor),
+            max_sequence_length=family.max_positions,
+            pre_process=rank == 0 and chunk == 0,
+            post_process=rank == layout.pipeline - 1 and chunk == layout.virtual - 1,
+            share_embeddings_and_output_weights=family.tied,
+            position_embedding_type="rope",
+            rotary_base=int(family.rope_theta),
+            vp_stage=chunk if layout.virtual > 1 else None,
+        )
+        # Megatron takes an integer base and hard-codes the scaled variant; the frequencies themselves are the truth.
+        model.rotary_pos_emb.inv_freq = rope_frequencies(family)
+        chunks.append(model.bfloat16() if config.bf16 else model)
+    return chunks
+
+
+def rope_frequencies(family: Family) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] float32, scaled as the HF config says (Llama 3.1, arXiv 2407.21783)."""
     exponent = torch.arange(0, family.head_dim, 2, dtype=torch.float32) / family.head_dim
-    model.rotary_pos_emb.inv_freq = 1.0 / (family.rope_theta**exponent)
-    if config.bf16:
-        model = model.bfloat16()
-    return model
+    plain = 1.0 / (family.rope_theta**exponent)
+    scaling = family.rope_scaling
+    if scaling is None:
+        return plain
+    wavelength = 2 * math.pi / plain
+    turns = scaling.original_max_positions / wavelength  # within the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = blend.clamp(0, 1)  # 0: few turns, wholly scaled; 1: many turns, as it was
+    return (1 - blend) * plain / scaling.factor + blend * plain
 
 
-def _local_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def _stages(family: Family, layout: Layout) -> list[list[str]]:
+    """Megatron's own form of a pipeline layout: what each chunk holds, in the order of the model."""
+    by_rank = [layout.chunk_layers(family.layers, rank) for rank in range(layout.pipeline)]
+    chunks = [["decoder"] * len(by_rank[rank][v]) for v in range(layout.virtual) for rank in range(layout.pipeline)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
+
+
+def _local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our norm and attention in place of the two that cannot do packed sequences."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer: ModuleSpec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -14,7 +14,32 @@ from typing import Any
 
 from ..errors import RequestError
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",  # Qwen2, Qwen2.5, R1-Distill-Qwen
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "LlamaForCausalLM": "llama",  # Llama 3 and 3.1, R1-Distill-Llama
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's rope: low frequencies divided by `factor`, high ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of every layer's MLP."""
+
+    count: int
+    per_token: int
+    ffn: int  # hidden size of one expert
+    norm_topk: bool  # the chosen experts' probabilities are made to sum to 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,9 @@ class Family:
     qkv_bias: bool
     norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     max_positions: int
+    experts: Experts | None
     eos: tuple[int, ...]
 
 
@@ -95,12 +122,20 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         refuse("use_sliding_window", "attention over a window")
     if any(kind_of != "full_attention" for kind_of in config.get("layer_types") or []):
         refuse("layer_types", "only full_attention")
-    if kind == "qwen3" and config.get("attention_bias"):
-        refuse("attention_bias", "Qwen3 with biased attention projections")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            refuse(name, "biased projections")
+    if config.get("pretraining_tp", 1) != 1:
+        refuse("pretraining_tp", "only 1")
     if config.get("use_mrope"):
         refuse("use_mrope", "multimodal rope")
     if config.get("quantization_config"):
         refuse("quantization_config", "quantised weights cannot be trained")
+    if kind == "qwen3_moe":
+        if config.get("decoder_sparse_step", 1) != 1:
+            refuse("decoder_sparse_step", "every layer must be a mixture of experts")
+        if config.get("mlp_only_layers"):
+            refuse("mlp_only_layers", "every layer must be a mixture of experts")
     heads, hidden = need("num_attention_heads"), need("hidden_size")
     return Family(
         architecture=known[0],
@@ -112,24 +147,62 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         head_dim=config.get("head_dim") or hidden // heads,
         vocab=need("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         qkv_bias=kind == "qwen2",
         norm_eps=need("rms_norm_eps"),
         rope_theta=_rope_theta(config, where),
+        rope_scaling=_rope_scaling(config, where),
         max_positions=need("max_position_embeddings"),
+        experts=Experts(
+            count=_experts(config, where),
+            per_token=need("num_experts_per_tok"),
+            ffn=need("moe_intermediate_size"),
+            norm_topk=bool(config.get("norm_topk_prob", False)),
+        )
+        if kind == "qwen3_moe"
+        else None,
         eos=_eos(config),
     )
 
 
+def _experts(config: dict[str, Any], where: str) -> int:
+    """transformers 5 writes num_local_experts, the checkpoints of the hub have num_experts."""
+    counts = {config[name] for name in ("num_experts", "num_local_experts") if config.get(name) is not None}
+    if len(counts) != 1:
+        raise RequestError(f"{where}: num_experts is {'missing' if not counts else f'contradictory: {sorted(counts)}'}")
+    return counts.pop()
+
+
 def _rope_theta(config: dict[str, Any], where: str) -> float:
-    scaling = config.get("rope_scaling") or {}
     parameters = config.get("rope_parameters") or {}
-    for name, values in (("rope_scaling", scaling), ("rope_parameters", parameters)):
-        kind = values.get("rope_type", values.get("type", "default"))
-        if kind != "default":
-            raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled rope is")
     thetas = {float(value) for value in (config.get("rope_theta"), parameters.get("rope_theta")) if value is not None}
     if len(thetas) != 1:
         found = "missing" if not thetas else f"contradictory: {sorted(thetas)}"
         raise RequestError(f"{where}: rope_theta is {found}")
     return thetas.pop()
+
+
+def _rope_scaling(config: dict[str, Any], where: str) -> RopeScaling | None:
+    """The scaling in either form; a second, different one, an unknown type and unknown fields are refused by name."""
+    found: set[RopeScaling | None] = set()
+    for name in ("rope_scaling", "rope_parameters"):
+        values = dict(config.get(name) or {})
+        if not values:
+            continue
+        kind = values.pop("rope_type", None) or values.get("type", "default")
+        values.pop("type", None)
+        values.pop("rope_theta", None)
+        if kind == "default" and not values:
+            found.add(None)
+            continue
+        if kind != "llama3":
+            raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled and llama3 rope are")
+        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        if set(values) != set(fields):
+            raise RequestError(
+                f"{where}: {name} must hold exactly {', '.join(fields)}: got {', '.join(sorted(values))}"
+            )
+        found.add(RopeScaling(*(values[field] for field in fields)))
+    if len(found) > 1:
+        raise RequestError(f"{where}: rope_scaling and rope_parameters contradict each other")
+    return found.pop() if found else None

@@ -12,10 +12,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+class GPT(GPTModel):
+    """Megatron's GPTModel, whose two copies of a tied embedding (PP > 1) are filled by the loader.
+
+    Megatron would bring them into line with an all-reduce when it builds the model, for which it moves them to CUDA.
+    """
+
+    _loading = False
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        self._loading = True
+        super().setup_embeddings_and_output_layer()
+        self._loading = False
+
+    def _is_in_embd_group(self) -> bool:
+        return not self._loading and super()._is_in_embd_group()
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -70,7 +70,7 @@ class Collector:
             rounds, tried = rounds + 1, tried + count
         accepted, self._surplus = kept[:wanted], kept[wanted:]
         mine = [self._own.pop(index) for index in accepted if index in self._own]
-        groups = [group for part in self.cluster.gather_replica(mine) for group in part]
+        groups = [group for part in self.cluster.gather_batch_group(mine) for group in part]
         self._check(step, totals, bool(accepted))
         return Collected(
             groups=sorted(groups, key=lambda group: group.prompt.index),

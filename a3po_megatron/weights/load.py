@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -55,7 +55,7 @@ def check_checkpoint(folder: Path, family: Family) -> dict[str, Path]:
 
 @torch.no_grad()
 def load_shards(
-    folder: Path, family: Family, pieces: Iterable[Piece], parameters: dict[str, torch.nn.Parameter]
+    folder: Path, family: Family, pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], torch.Tensor]
 ) -> None:
     """Fills `parameters` from the checkpoint; rows that pad the vocabulary become 0.
 
@@ -63,7 +63,7 @@ def load_shards(
     model is not covered by the map.
     """
     files = check_checkpoint(folder, family)
-    filled: dict[str, int] = dict.fromkeys(parameters, 0)
+    filled = dict.fromkeys(parameters, 0)
     by_file: dict[Path, list[Piece]] = {}
     for piece in pieces:
         by_file.setdefault(files[piece.tensor], []).append(piece)
@@ -75,13 +75,13 @@ def load_shards(
                 values = source[window] if piece.dim == 0 else source[:, window]
                 if not torch.isfinite(values).all():
                     raise RequestError(f"{path}: {piece.tensor} holds a value that is not finite")
-                target = parameters[piece.parameter]
+                target = parameters[piece.key]
                 target.narrow(piece.dim, piece.offset, piece.length).copy_(values)
-                filled[piece.parameter] += piece.numel
-    for name, parameter in parameters.items():
-        padding = parameter.numel() - filled[name]
+                filled[piece.key] += piece.numel
+    for key, parameter in parameters.items():
+        name, padding = key[1], parameter.numel() - filled[key]
         if padding and name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            parameter[filled[name] // parameter.shape[1] :].zero_()
+            parameter[filled[key] // parameter.shape[1] :].zero_()
         elif padding:
             raise RuntimeError(f"model/layout.py leaves {padding} elements of {name} without a source")
 

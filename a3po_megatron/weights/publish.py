@@ -11,7 +11,7 @@ its checksum or the stream's check, by name; a tensor that the engine itself fai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,13 @@ from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
 from ..model.family import Family
-from ..model.layout import hf_tensors, pieces
+from ..model.layout import Layout, hf_tensors, pieces
 from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
 from .receipt import Receipt, shard_checksums, tensor_checksum
 from .reshard import gather, plan
 
+Parameters = Mapping[tuple[int, str], Tensor]  # (model chunk, Megatron name) → shard
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
@@ -36,19 +37,24 @@ class Publisher:
     """Publishes again and again between one learner layout and one engine; holds the plan and the weight version."""
 
     def __init__(
-        self, cluster: Cluster, family: Family, options: PublishOptions, canary: Sequence[Sequence[int]]
+        self,
+        cluster: Cluster,
+        family: Family,
+        layout: Layout,
+        options: PublishOptions,
+        canary: Sequence[Sequence[int]],
     ) -> None:
         self.cluster, self.family, self.options = cluster, family, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
-        self.pieces = pieces(family, cluster.tensor, cluster.coordinates.tensor)
         self.version = 0
         self._strength: str | None = None
-        by_rank = [pieces(family, cluster.tensor, rank) for rank in range(cluster.tensor)]
-        self.plan = plan(by_rank, options.bucket_bytes, itemsize=4)
+        by_rank = [pieces(family, layout, place) for place in layout.places()]
+        self.pieces = by_rank[cluster.replica_group.rank()]
+        self.plan = plan(by_rank, list(hf_tensors(family)), options.bucket_bytes, itemsize=4)
 
     def publish(
         self,
-        parameters: dict[str, Tensor],  # this rank's shard
+        parameters: Parameters,  # this rank's shard
         logprobs: Callable[[Sequences], list[Tensor]],  # the learner's, at temperature 1
         engine: Engine,
     ) -> Receipt:
@@ -60,7 +66,7 @@ class Publisher:
             if shapes != hf_tensors(self.family):
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
             expected = self._expected(parameters, engine.dtype, list(shapes))
-            group = self.cluster.replica_group if self.cluster.tensor > 1 else None
+            group = self.cluster.replica_group
             got: dict[str, int] = {}
             engine.load(checked(gather(self.plan, parameters, group, engine.dtype), shapes, engine.dtype, got))
             self._compare(expected, got)
@@ -79,7 +85,7 @@ class Publisher:
                 canary=self._canary(logprobs, engine) if self.canary else None,
             )
 
-    def _expected(self, parameters: dict[str, Tensor], dtype: torch.dtype, names: list[str]) -> dict[str, int]:
+    def _expected(self, parameters: Parameters, dtype: torch.dtype, names: list[str]) -> dict[str, int]:
         sums = shard_checksums(self.pieces, parameters, dtype, names)
         if self.cluster.replica_group.size() > 1:
             dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should
@@ -104,7 +110,7 @@ class Publisher:
             for request, completion in zip(self.canary, completions, strict=True)
         ]
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
-        asked = list(dict.fromkeys(pair for part in self.cluster.gather_replica(mine) for pair in part))
+        asked = list(dict.fromkeys(pair for part in self.cluster.gather_batch_group(mine) for pair in part))
         learner = dict(zip(asked, logprobs(asked), strict=True))
         worst = max(
             float((learner[pair] - torch.from_numpy(completion.logprobs)).abs().max())

@@ -9,7 +9,7 @@ changed element always changes the sum; they depend on the index, hence moved ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,13 +60,13 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def shard_checksums(
-    pieces: Iterable[Piece], parameters: dict[str, Tensor], dtype: torch.dtype, names: list[str]
+    pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor], dtype: torch.dtype, names: list[str]
 ) -> Tensor:
     """This rank's share of every tensor's checksum, [len(names)] int64: over the elements that it owns."""
     totals = dict.fromkeys(names, 0)
     for piece in pieces:
         if piece.owner:
-            totals[piece.tensor] += _piece_checksum(piece, parameters[piece.parameter].detach(), dtype)
+            totals[piece.tensor] += _piece_checksum(piece, parameters[piece.key].detach(), dtype)
     return torch.tensor([_wrap(totals[name]) for name in names], dtype=torch.int64)
 
 

@@ -1,7 +1,7 @@
 """Shards → whole HF tensors: a plan of bounded buckets, and the executor that gathers them.
 
     plan      pure: which HF tensors travel together, and where each rank's pieces lie in its flat send buffer
-    gather    one all-gather per bucket over the ranks of a replica; nothing is sent where one rank holds everything
+    gather    one exchange per bucket over the ranks of a replica; nothing is sent where one rank holds everything
 
 Buckets follow the order of the layers, because vLLM holds tensors back until a layer is complete. Every bucket gets
 fresh memory: a tensor that was handed on is never overwritten.
@@ -10,7 +10,7 @@ fresh memory: a tensor that was handed on is never overwritten.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +25,6 @@ class Bucket:
     tensors: tuple[tuple[str, tuple[int, ...]], ...]  # HF name, shape; in the order of the layers
     pieces: tuple[tuple[Piece, ...], ...]  # per rank of the replica: what it sends, in the order of its buffer
 
-    @property
-    def elements(self) -> int:
-        """Elements of one rank's send buffer: the largest share, so that the collective is regular."""
-        return max(sum(piece.numel for piece in pieces) for pieces in self.pieces)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -43,15 +38,21 @@ class Plan:
         return {name: shape for bucket in self.buckets for name, shape in bucket.tensors}
 
 
-def plan(by_rank: Sequence[Sequence[Piece]], bucket_bytes: int, itemsize: int) -> Plan:
-    """Buckets of at most `bucket_bytes` (or one tensor, where that is larger) from the pieces of a replica's ranks."""
+def plan(by_rank: Sequence[Sequence[Piece]], order: Sequence[str], bucket_bytes: int, itemsize: int) -> Plan:
+    """Buckets of at most `bucket_bytes` (or one tensor, where that is larger) from the pieces of a replica's ranks.
+
+    `order` names the tensors in the order in which they are to arrive. Raises ValueError for one that nobody owns.
+    """
     owned: dict[str, list[list[Piece]]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     for rank, pieces in enumerate(by_rank):
         for piece in pieces:
-            shapes.setdefault(piece.tensor, piece.shape)
             if piece.owner:
+                found[piece.tensor] = piece.shape
                 owned.setdefault(piece.tensor, [[] for _ in by_rank])[rank].append(piece)
+    if missing := [name for name in order if name not in found]:
+        raise ValueError(f"no rank owns {missing[0]} ({len(missing)} tensors without an owner)")
+    shapes = {name: found[name] for name in order}
     buckets: list[Bucket] = []
     names: list[str] = []
 
@@ -75,26 +76,39 @@ def plan(by_rank: Sequence[Sequence[Piece]], bucket_bytes: int, itemsize: int) -
 
 @torch.no_grad()
 def gather(
-    plan: Plan, parameters: dict[str, Tensor], group: dist.ProcessGroup | None, dtype: torch.dtype
+    plan: Plan, parameters: Mapping[tuple[int, str], Tensor], group: dist.ProcessGroup | None, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole HF tensors in `dtype`, on every rank of the replica. A collective: all of them must iterate to the end."""
-    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    rank = 0 if group is None else group.rank()
     device = next(iter(parameters.values())).device
     for bucket in plan.buckets:
-        buffers = torch.empty(ranks, bucket.elements, dtype=dtype, device=device)
+        shares = [sum(piece.numel for piece in pieces) for pieces in bucket.pieces]
+        buffers = [torch.empty(share, dtype=dtype, device=device) for share in shares]
         offset = 0
         for piece in bucket.pieces[rank]:
-            values = parameters[piece.parameter].narrow(piece.dim, piece.offset, piece.length)
-            buffers[rank, offset : offset + piece.numel].view(values.shape).copy_(values)
+            values = parameters[piece.key].narrow(piece.dim, piece.offset, piece.length)
+            buffers[rank][offset : offset + piece.numel].view(values.shape).copy_(values)
             offset += piece.numel
-        if ranks > 1:
-            own = buffers[rank].clone()
-            dist.all_gather(list(buffers), own, group=group)
+        if group is not None and group.size() > 1:
+            _exchange(buffers, shares, rank, group)
         tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in bucket.tensors}
-        for sender, pieces in enumerate(bucket.pieces):
+        for buffer, pieces in zip(buffers, bucket.pieces, strict=True):
             offset = 0
             for piece in pieces:
                 target = tensors[piece.tensor].narrow(piece.dim, piece.start, piece.length)
-                target.copy_(buffers[sender, offset : offset + piece.numel].view(target.shape))
+                target.copy_(buffer[offset : offset + piece.numel].view(target.shape))
                 offset += piece.numel
         yield from tensors.items()
+
+
+def _exchange(buffers: list[Tensor], shares: list[int], rank: int, group: dist.ProcessGroup) -> None:
+    """Every rank's buffer to every rank: one collective where all have the same share, else one per sender.
+
+    A bucket of one pipeline stage has no share on the other stages' ranks: they send nothing.
+    """
+    if len(set(shares)) == 1:
+        dist.all_gather(buffers, buffers[rank].clone(), group=group)
+        return
+    for sender, buffer in enumerate(buffers):
+        if shares[sender]:
+            dist.broadcast(buffer, dist.get_global_rank(group, sender), group=group)

@@ -115,12 +115,12 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
     attempt("other dtype", lambda name, tensor: tensor.bfloat16() if name == STALE else tensor)
     attempt("not a number", not_a_number)
     with torch.no_grad():
-        for parameter in learner.model.module.parameters():
+        for parameter in learner.parameters().values():
             parameter.add_(0.01 * torch.ones_like(parameter))
     attempt("stale", lambda name, tensor: before[name] if name == STALE else tensor)
     attempt("sound again", None)
     with torch.no_grad():
-        for parameter in learner.model.module.parameters():
+        for parameter in learner.parameters().values():
             parameter.mul_(1.05)
     for forgotten in (DROPPED, "lm_head.weight"):
         engine.forgets = forgotten

@@ -14,8 +14,9 @@ from a3po_megatron.batch import Batch, Collected
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
-from tests.distributed.runner import Ranks
-from tests.tiny import hf_logprobs, hf_model, literal_token_weights, make_collected
+from a3po_megatron.model.layout import hf_tensors
+from tests.distributed.runner import Case, Ranks
+from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
 
 TEMPERATURE, STEP, LR = 0.8, 20, 1e-2
 
@@ -25,7 +26,7 @@ def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) ->
         {
             "model": {"path": str(folder)},
             "data": {"path": "builtin:arithmetic"},
-            "parallel": {"tensor": tensor, "data": data},
+            "parallel": {"tensor": tensor, "data": data, **changes.get("parallel", {})},
             "rollout": {"temperature": TEMPERATURE},
             "optimizer": {"lr": LR, "weight_decay": 0.0, **changes.get("optimizer", {})},
             # Small, so that every mini-batch takes several micro-batches.
@@ -81,11 +82,12 @@ def batch_of(collected: Collected, cluster: Any) -> Batch:
     return shape(batch, STEP, Config.model_fields["shaping"].default)
 
 
-def as_hf(learner: Learner, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Per-parameter tensors of all tensor-parallel ranks, laid out as HF tensors."""
-    gathered: list[Any] = [None] * learner.cluster.tensor
-    mine = [(p, values[p.parameter].narrow(p.dim, p.offset, p.length).clone()) for p in learner.pieces if p.owner]
-    dist.all_gather_object(gathered, mine, group=learner.cluster.tensor_group)
+def as_hf(learner: Learner, values: dict[tuple[int, str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per-parameter tensors of all ranks of a replica, laid out as HF tensors."""
+    group = learner.cluster.replica_group
+    gathered: list[Any] = [None] * group.size()
+    mine = [(p, values[p.key].detach().narrow(p.dim, p.offset, p.length).clone()) for p in learner.pieces if p.owner]
+    dist.all_gather_object(gathered, mine, group=group)
     whole: dict[str, torch.Tensor] = {}
     for piece, part in (item for rank in gathered for item in rank):
         target = whole.setdefault(piece.tensor, torch.full(piece.shape, float("nan")))
@@ -93,10 +95,10 @@ def as_hf(learner: Learner, values: dict[str, torch.Tensor]) -> dict[str, torch.
     return whole
 
 
-def one_update(ranks: Ranks, kind: str, tensor: int, data: int) -> dict[str, float]:
+def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
-    cluster = ranks.arrange(tensor, data=data)
+    cluster = ranks.arrange(tensor, data=data, **parallel)
     family = read_family(folder)
     collected = make_collected(groups=5, size=4)
     reference = hf_model(folder)
@@ -104,13 +106,15 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int) -> dict[str, flo
     old = list(literal_old(whole).split(whole.lengths.tolist()))
     loss = literal_loss(reference, collected, old)
     loss.backward()
-    grads = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    grads = hf_tensors_of({name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
     norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
+
+    def learner_with(**optimizer: Any) -> Learner:
+        return Learner(cluster, family, settings(folder, tensor, data, optimizer=optimizer, parallel=parallel))
 
     results: dict[str, float] = {}
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
-    plain = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
-    learner = Learner(cluster, family, settings(folder, tensor, data, optimizer=plain))
+    learner = learner_with(name="sgd", distributed=False, clip_grad=0.0)
     scored = learner.score(batch_of(collected, cluster))
     with torch.no_grad():
         exact = torch.cat([hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in scored.rollouts])
@@ -118,15 +122,18 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int) -> dict[str, flo
     stats = learner.update(batch_of(collected, cluster))
     results["loss"] = abs(stats["learner/loss"] - float(loss))
     results["norm_sgd"] = abs(stats["policy/grad_norm"] / float(norm) - 1)
-    ours = as_hf(learner, {name: p.main_grad for name, p in learner.model.module.named_parameters()})
-    results["tensors"] = len(ours)
-    results["gradient"] = max(float((ours[n] - g).abs().max() / g.abs().max()) for n, g in grads.items())
+    ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
+    results["missing"] = len(hf_tensors(family).keys() ^ ours.keys())
+    # An expert that no token chose has a gradient of exactly 0.
+    results["gradient"] = max(
+        float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()
+    )
     moved = as_hf(learner, learner.parameters())
     with torch.no_grad():
-        wanted = {name: p - LR * p.grad for name, p in reference.named_parameters()}
+        wanted = hf_tensors_of({name: p - LR * p.grad for name, p in reference.named_parameters()})
     results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in wanted.items())
     # The distributed optimizer: clipping and a second step.
-    learner = Learner(cluster, family, settings(folder, tensor, data))
+    learner = learner_with()
     results["norm"] = abs(learner.update(batch_of(collected, cluster))["policy/grad_norm"] / float(norm) - 1)
     second = learner.update(batch_of(collected, cluster))["learner/loss"]
     adam = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
@@ -136,29 +143,48 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int) -> dict[str, flo
     return results
 
 
-def qwen3_tp1_dp1(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen3", 1, 1)
+# World size → name → (model, tensor, data, further options of the layout).
+GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
+    1: {
+        "qwen3_tp1": ("qwen3", 1, 1, {}),
+        "qwen2_tp1": ("qwen2", 1, 1, {}),
+        "llama_tp1": ("llama", 1, 1, {}),
+        "llama31_tp1": ("llama31", 1, 1, {}),
+        "moe_tp1": ("qwen3_moe", 1, 1, {}),
+        "moe_raw_tp1": ("qwen3_moe_raw", 1, 1, {}),
+    },
+    2: {
+        "qwen3_tp2": ("qwen3", 2, 1, {}),
+        "qwen3_tp2_sp": ("qwen3", 2, 1, {"sequence": True}),
+        "qwen3_dp2": ("qwen3", 1, 2, {}),
+        "qwen3_pp2": ("qwen3", 1, 1, {"pipeline": 2}),
+        "qwen2_tp2": ("qwen2", 2, 1, {}),
+        "llama31_pp2": ("llama31", 1, 1, {"pipeline": 2}),
+        "moe_ep2": ("qwen3_moe", 1, 2, {"expert": 2}),
+        "moe_tp2_sp": ("qwen3_moe", 2, 1, {"sequence": True}),
+        "moe_tp2_ep2_etp1_sp": ("qwen3_moe", 2, 1, {"sequence": True, "expert": 2, "expert_tensor": 1}),
+    },
+    4: {
+        "qwen3_tp2_dp2": ("qwen3", 2, 2, {}),
+        "qwen3_tp2_pp2": ("qwen3", 2, 1, {"pipeline": 2}),
+        "qwen3_tp2_pp2_sp": ("qwen3", 2, 1, {"pipeline": 2, "sequence": True}),
+        "qwen3_pp2_dp2": ("qwen3", 1, 2, {"pipeline": 2}),
+        "qwen3_pp2_vp2_dp2": ("qwen3_deep", 1, 2, {"pipeline": 2, "virtual": 2}),
+        "qwen2_pp2_uneven_tp2": ("qwen2", 2, 1, {"pipeline": 2, "stages": [1, 1], "sequence": True}),
+        "moe_ep2_pp2": ("qwen3_moe", 1, 2, {"expert": 2, "pipeline": 2}),
+        "moe_tp2_dp2_ep2_sp": ("qwen3_moe", 2, 2, {"expert": 2, "sequence": True}),
+        "moe_tp2_dp2_ep4_etp1_sp": ("qwen3_moe", 2, 2, {"expert": 4, "expert_tensor": 1, "sequence": True}),
+    },
+}
 
 
-def qwen3_tp2_dp1(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen3", 2, 1)
+def _case(name: str, kind: str, tensor: int, data: int, parallel: dict[str, Any]) -> Case:
+    def case(ranks: Ranks) -> dict[str, float]:
+        return one_update(ranks, kind, tensor, data, **parallel)
+
+    case.__qualname__ = case.__name__ = name
+    return case
 
 
-def qwen3_tp1_dp2(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen3", 1, 2)
-
-
-def qwen3_tp2_dp2(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen3", 2, 2)
-
-
-def qwen2_tp1_dp1(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen2", 1, 1)
-
-
-def qwen2_tp2_dp1(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen2", 2, 1)
-
-
-def qwen2_tp2_dp2(ranks: Ranks) -> dict[str, float]:
-    return one_update(ranks, "qwen2", 2, 2)
+CASES = {world: [_case(name, *cell) for name, cell in cells.items()] for world, cells in GRID.items()}
+globals().update({case.__name__: case for cases in CASES.values() for case in cases})
