@@ -1,4 +1,4 @@
-"""Two real ranks: they decide together or fail together, and each knows its place."""
+"""Real ranks: they decide together or fail together, and each knows its place."""
 
 from __future__ import annotations
 
@@ -60,38 +60,43 @@ def test_a_rank_that_does_not_come_in_time_is_named(seen: dict[str, list[Any]]) 
         assert words in second
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("engine_ranks", [1, 2])
-def test_tensor_parallel_ranks_are_one_replica(seen: dict[str, list[Any]], rank: int, engine_ranks: int) -> None:
-    found = seen["layouts"][rank]["tp2" if engine_ranks == 1 else "tp2, engine of 2"]
-    assert found["rank, world"] == [rank, 2]
-    assert found["tensor, pipeline, data"] == [rank, 0, 0]
-    assert found["sizes"] == [2, 1, 1]
-    assert found["groups"] == [2, 2, 1]
-    assert found["replica"] == [["p0", [0]], ["p1", [0, 1]]], "everybody's value, by rank"
-    assert found["sum over data"] == [1.0 + rank, 10.0], "there is one replica: nothing to add"
+LAYOUTS = [
+    pytest.param(world, tensor, engine_ranks, id=f"{world} ranks, tensor {tensor}, engines of {engine_ranks}")
+    for world in (2, 4)
+    for tensor in (1, 2, 4)
+    for engine_ranks in (1, 2)
+    if world % tensor == 0
+]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("engine_ranks", [1, 2])
-def test_data_parallel_ranks_are_two_replicas(seen: dict[str, list[Any]], rank: int, engine_ranks: int) -> None:
-    found = seen["layouts"][rank]["dp2" if engine_ranks == 1 else "dp2, engine of 2"]
-    assert found["rank, world"] == [rank, 2]
-    assert found["tensor, pipeline, data"] == [0, 0, rank]
-    assert found["sizes"] == [1, 1, 2]
-    assert found["groups"] == [1, 1, 2]
-    assert found["replica"] == [[f"p{rank}", list(range(rank + 1))]], "its own value alone"
-    assert found["sum over data"] == [3.0, 20.0]
+@pytest.fixture(scope="module")
+def places(seen: dict[str, list[Any]]) -> dict[int, list[dict[str, Any]]]:
+    """What every rank of two and of four sees of each layout."""
+    return {2: seen["layouts"], 4: run_ranks(4, cases.layouts)["layouts"]}
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2"])
-def test_engines_are_neighbouring_ranks_whatever_the_learners_layout(seen: dict[str, list[Any]], layout: str) -> None:
-    places = {
-        name: [found[name]["engine, rank in it, engines"] for found in seen["layouts"]]
-        for name in (layout, f"{layout}, engine of 2")
-    }
-    assert places[layout] == [[0, 0, 2], [1, 0, 2]]
-    assert places[f"{layout}, engine of 2"] == [[0, 0, 1], [0, 1, 1]]
+@pytest.mark.parametrize(("world", "tensor", "engine_ranks"), LAYOUTS)
+def test_every_rank_knows_its_place_its_replica_and_its_engine(
+    places: dict[int, list[dict[str, Any]]], world: int, tensor: int, engine_ranks: int
+) -> None:
+    data = world // tensor
+    for rank, layouts in enumerate(places[world]):
+        found = layouts[f"{tensor}/{data}/{engine_ranks}"]
+        assert found["rank, world"] == [rank, world]
+        # rank = tensor + TP * (data + DP * pipeline): tensor parallel fastest
+        assert found["tensor, pipeline, data"] == [rank % tensor, 0, rank // tensor]
+        assert found["sizes"] == [tensor, 1, data]
+        assert found["groups"] == [tensor, tensor, data]
+        # A replica is the run of ranks that hold one copy of the model; everybody's value comes by rank.
+        first = rank // tensor * tensor
+        assert found["replica"] == [[f"p{n}", list(range(n + 1))] for n in range(first, first + tensor)]
+        # An engine is a run of neighbouring ranks, whatever the learner's layout.
+        assert found["engine, rank in it, engines"] == [
+            rank // engine_ranks,
+            rank % engine_ranks,
+            world // engine_ranks,
+        ]
+        assert found["sum over data"] == [sum(range(1, data + 1)), 10.0 * data]
 
 
 def test_the_number_of_replicas_follows_from_the_number_of_ranks(seen: dict[str, list[Any]]) -> None:

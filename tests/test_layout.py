@@ -328,6 +328,17 @@ def test_several_end_tokens_one_or_none_are_read() -> None:
     assert family_of(without("eos_token_id"), "c").eos == ()
 
 
+def test_the_end_tokens_of_the_generation_config_end_responses_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert read_family(tmp_path).eos == (1,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
+    assert read_family(tmp_path).eos == (1, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert read_family(tmp_path).eos == (1, 9)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read_family(tmp_path).eos == (1,)
+
+
 def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
     for folder, text, named in (
         (tmp_path / "none", None, "model.path"),

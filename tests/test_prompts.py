@@ -281,6 +281,11 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
     assert str(tokenizer) in str(caught.value)
 
 
+def test_a_response_ends_at_every_end_token_of_the_model_and_at_the_tokenizers_own(tokenizer: Path) -> None:
+    assert Tokens(tokenizer, VOCAB, (1,), "raw").stops == (1,)  # <eos> is the tokenizer's own
+    assert Tokens(tokenizer, VOCAB, (5, 3), "raw").stops == (1, 3, 5)
+
+
 def test_a_folder_without_a_readable_tokenizer_or_chat_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no tokenizer"):
         Tokens(tmp_path, VOCAB, (1,), "raw")

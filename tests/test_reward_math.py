@@ -31,7 +31,8 @@ def outcome(response: str, answer: str, extract: str = "any") -> str:
         (r"\boxed{\frac{1}{\sqrt{1+\frac{1}{2}}}}", r"\frac{1}{\sqrt{3/2}}"),  # nested braces
         (r"\boxed{\left\{1, 2\right\}}", r"\{2, 1\}"),  # escaped braces
         (r"\boxed {7}", "7"),
-        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{ \boxed{7} }", "7"),
+        (r"\boxed{x = \boxed{7}}", "7"),
         (r"an open { brace before \boxed{7}", "7"),
         (r"a stray } before \boxed{7}", "7"),
         (r"\boxed{x = 5}", "5"),
@@ -81,6 +82,7 @@ def test_boxes_in_a_row_are_also_a_list_but_boxes_in_a_text_are_not() -> None:
     row = r"\boxed{(1, 2)}, \boxed{(2, 1)} \quad\text{and}\quad \boxed{(3, 0)}"
     assert outcome(row, "(3,0),(2,1),(1,2)") == "correct"
     assert outcome(row, "(2,1),(1,2)") == "wrong"
+    assert outcome(r"\boxed{1}, \boxed{\boxed{2}}, \boxed{3}", r"\{1, 2, 3\}") == "correct"
     assert outcome(r"\boxed{1} gives us \boxed{2}", r"\{1, 2\}") == "wrong"
 
 
@@ -133,7 +135,8 @@ def test_a_failure_inside_the_library_is_invalid_and_names_the_exception(monkeyp
     def fail(*_: object, **__: object) -> bool:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr(grader._library(), "verify", fail)
+    grader.prepare()
+    monkeypatch.setattr("math_verify.grader.sympy_expr_eq", fail)
     verdict = grade("\\boxed{x+1}", "y")
     assert verdict == grader.Verdict("invalid", "grader raised ZeroDivisionError: deep inside")
 
@@ -155,7 +158,7 @@ HOSTILE = {
     "product": "\\boxed{\\prod_{k=1}^{10000000} k}",
     "logarithm of a tower": "\\boxed{\\log(10^{10^{10}})}",
     "nested brackets": "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
-    "fewer nested brackets": "\\boxed{" + "(" * 200 + "x" + ")" * 200 + "}",
+    "fewer nested brackets": "\\boxed{" + "(" * 60 + "x" + ")" * 60 + "}",
     "nested brackets, bare": "(" * 3000 + "1" + ")" * 3000,
     "opened boxes": "\\boxed{" * 100_000,
     "opened and closed boxes": "\\boxed{" * 50_000 + "}" * 50_000,

@@ -85,7 +85,7 @@ def test_a_failure_of_grading_is_invalid_for_its_item_alone(pool: GraderPool, co
     verdicts = pool.grade_all(items)
     assert (verdicts[17].outcome, verdicts[17].reason) == ("invalid", reason)
     assert [v.outcome for i, v in enumerate(verdicts) if i != 17] == [o for i, o in enumerate(expected(200)) if i != 17]
-    assert time.monotonic() - begin < TIMEOUT + 8
+    assert time.monotonic() - begin < TIMEOUT + 5
 
 
 def test_many_failures_in_one_call_are_each_attributed_and_the_pool_stays_usable(pool: GraderPool) -> None:
@@ -137,8 +137,8 @@ def test_signals_to_the_whole_job_do_not_end_grading(pool: GraderPool) -> None:
 
 def test_the_time_limit_is_per_item_and_not_per_call(pool: GraderPool) -> None:
     all_ready(pool)
-    verdicts = pool.grade_all([("sleep 0.8", "")] * 6)  # 2.4 s on each of two workers
-    assert [v.outcome for v in verdicts] == ["correct"] * 6
+    verdicts = pool.grade_all([("sleep 0.8", "")] * 12)  # three to a list: 2.4 s
+    assert [v.outcome for v in verdicts] == ["correct"] * 12
     assert len({v.reason for v in verdicts}) == 2  # both workers took part
 
 

@@ -1,7 +1,8 @@
-"""What each of two ranks sees of the cluster (tests/test_cluster.py)."""
+"""What each rank sees of the cluster (tests/test_cluster.py)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -71,36 +72,38 @@ def absences(ranks: Ranks) -> dict[str, str]:
         dist.barrier()
         if ranks.rank == alone:
             store.set_timeout(LATE)
-            found["alone"] = failure(lambda: cluster.agree("time is up", True, any))
+            found["alone"] = failure(functools.partial(cluster.agree, "time is up", True, any))
             store.set_timeout(timedelta(seconds=120))
         dist.barrier()
     return found
 
 
 def layouts(ranks: Ranks) -> dict[str, Any]:
-    """Coordinates, engines, replica and data-parallel sums for both ways to lay out two ranks."""
+    """Every way to lay these ranks out, with engines of one rank and of two: "tensor/data/engine ranks" → what I am."""
     found: dict[str, Any] = {}
-    for name, tensor, data, engine_ranks in (
-        ("tp2", 2, 1, 1),
-        ("dp2", 1, 2, 1),
-        ("tp2, engine of 2", 2, 1, 2),
-        ("dp2, engine of 2", 1, 2, 2),
-    ):
-        cluster = ranks.arrange(tensor=tensor, data=data, engine_ranks=engine_ranks)
-        place = cluster.coordinates
-        total = cluster.sum_over_data(torch.tensor([1.0 + ranks.rank, 10.0]))
-        value = Prompt(f"p{ranks.rank}", "", "", (ranks.rank,)), np.arange(ranks.rank + 1)
-        gathered = cluster.gather_replica(value)
-        found[name] = {
-            "rank, world": [cluster.rank, cluster.world],
-            "tensor, pipeline, data": [place.tensor, place.pipeline, place.data],
-            "sizes": [cluster.tensor, cluster.pipeline, cluster.data],
-            "engine, rank in it, engines": [cluster.engine, cluster.engine_rank, cluster.engines],
-            "sum over data": total.tolist(),
-            "replica": [[prompt.id, array.tolist()] for prompt, array in gathered],
-            "groups": [g.size() for g in (cluster.tensor_group, cluster.replica_group, cluster.data_group)],
-        }
+    for tensor in (1, 2, 4):
+        for engine_ranks in (1, 2):
+            if ranks.world % tensor == 0:
+                data = ranks.world // tensor
+                found[f"{tensor}/{data}/{engine_ranks}"] = _seen(ranks, tensor, data, engine_ranks)
     return found
+
+
+def _seen(ranks: Ranks, tensor: int, data: int, engine_ranks: int) -> dict[str, Any]:
+    cluster = ranks.arrange(tensor=tensor, data=data, engine_ranks=engine_ranks)
+    place = cluster.coordinates
+    total = cluster.sum_over_data(torch.tensor([1.0 + place.data, 10.0]))
+    value = Prompt(f"p{ranks.rank}", "", "", (ranks.rank,)), np.arange(ranks.rank + 1)
+    gathered = cluster.gather_replica(value)
+    return {
+        "rank, world": [cluster.rank, cluster.world],
+        "tensor, pipeline, data": [place.tensor, place.pipeline, place.data],
+        "sizes": [cluster.tensor, cluster.pipeline, cluster.data],
+        "engine, rank in it, engines": [cluster.engine, cluster.engine_rank, cluster.engines],
+        "sum over data": total.tolist(),
+        "replica": [[prompt.id, array.tolist()] for prompt, array in gathered],
+        "groups": [g.size() for g in (cluster.tensor_group, cluster.replica_group, cluster.data_group)],
+    }
 
 
 def data_follows_from_the_number_of_ranks(ranks: Ranks) -> int:

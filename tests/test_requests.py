@@ -1,0 +1,334 @@
+"""Bad requests to `a3po train`: exit code 2 and one message that says what is wrong, before any rank or run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from a3po_megatron import cli
+from a3po_megatron.errors import RunFailed
+from a3po_megatron.launch import local
+from tests.tiny import VOCAB, make_checkpoint, save_tokenizer
+
+STARTED = "the ranks would start now"
+
+
+@dataclass
+class Place:
+    """A folder with a sound request in it: configuration, model and data. Tests spoil one of them."""
+
+    folder: Path
+    options: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "request.yaml"
+
+    def write(self) -> None:
+        self.config.write_text(yaml.safe_dump(self.options, sort_keys=False))
+
+    def set(self, section: str, **options: Any) -> None:
+        self.options.setdefault(section, {}).update(options)
+        self.write()
+
+    def alter_model(self, **fields: Any) -> None:
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    def replace_model(self, **changes: Any) -> None:
+        shutil.rmtree(self.model)
+        make_checkpoint(self.model, **changes)
+
+    def alter_weights(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        tensors = load_file(self.model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, self.model / "model.safetensors")
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    work = tmp_path / "work"  # where runs/ would appear
+    work.mkdir()
+    monkeypatch.chdir(work)
+    shutil.copytree(checkpoint, tmp_path / "model")
+    found = Place(
+        tmp_path,
+        {
+            "model": {"path": "model"},
+            "data": {"path": "rows.jsonl", "template": "raw"},
+            "parallel": {"tensor": 2},
+            "rollout": {"max_prompt_tokens": 16, "max_tokens": 32},
+            "trainer": {"steps": 2, "prompts_per_step": 4, "mini_batches": 2},
+        },
+    )
+    found.write()
+    rows = [{"id": f"row-{n}", "problem": f"{n}+{n}=", "answer": 2 * n} for n in range(6)]
+    found.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
+
+
+@pytest.fixture
+def a3po(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`a3po …` in this process, up to the point where ranks would start."""
+
+    def would_start(*_: object) -> None:
+        raise RunFailed(STARTED)
+
+    monkeypatch.setattr(local, "run_local", would_start)
+
+    def call(*words: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["a3po", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        streams = capfd.readouterr()
+        return Ended(int(caught.value.code or 0), streams.out, streams.err)
+
+    return call
+
+
+def assert_one_message(ended: Ended, *named: str) -> None:
+    assert ended.code == 2, ended
+    assert ended.err.startswith("error: "), ended
+    assert ended.err.count("error:") == 1, ended
+    assert ended.out == ""
+    assert "Traceback" not in ended.err
+    assert STARTED not in ended.err
+    for words in named:
+        assert words in ended.err
+
+
+def assert_refused(place: Place, a3po: Callable[..., Ended], *named: str) -> None:
+    """Refused, with and without a run folder of one's choice; none is left behind."""
+    before = set(place.folder.rglob("*"))
+    assert_one_message(a3po("train", place.config), *named)
+    assert_one_message(a3po("train", place.config, "--run-dir", place.folder / "chosen"), *named)
+    assert set(place.folder.rglob("*")) == before
+
+
+def test_the_request_that_all_cases_spoil_is_sound(place: Place, a3po: Callable[..., Ended]) -> None:
+    ended = a3po("train", place.config, "--run-dir", place.folder / "chosen")
+    assert ended.code == 1
+    assert STARTED in ended.err
+    assert (place.folder / "chosen" / "config.yaml").exists()
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "named"),
+    [
+        ("trainer", {"stesp": 3}, ["request.yaml:", "trainer.stesp", "did you mean trainer.steps?"]),
+        ("trainer", {"steps": "soon"}, ["request.yaml:", "trainer.steps", "'soon'"]),
+        ("optimizer", {"momentum": 0.9}, ["request.yaml:", "optimizer.momentum has no effect", "optimizer.name"]),
+        ("parallel", {"tensor": 3}, ["parallel.tensor = 3", "num_attention_heads = 4"]),
+        ("parallel", {"tensor": 4}, ["parallel.tensor = 4", "num_key_value_heads = 2"]),
+        ("parallel", {"pipeline": 2}, ["parallel.pipeline = 2", "not supported"]),
+        ("parallel", {"context": 2}, ["parallel.context = 2", "not supported"]),
+        ("parallel", {"expert": 2}, ["parallel.expert = 2", "not supported"]),
+        ("rollout", {"expert": 2}, ["rollout.expert = 2", "not supported"]),
+        ("rollout", {"tensor": 4}, ["rollout.tensor = 4", "2 ranks"]),
+        ("rollout", {"data": 3}, ["rollout.data = 3", "2 engines"]),
+        ("rollout", {"max_tokens": 241}, ["257", "256", "rollout.max_tokens", "max_position_embeddings"]),
+        ("rollout", {"kv_cache_bytes": 10_000}, ["rollout.kv_cache_bytes = 10000", "48 tokens"]),
+        ("trainer", {"mini_batches": 5}, ["trainer.mini_batches = 5", "trainer.prompts_per_step = 4"]),
+        ("optimizer", {"warmup_steps": 2}, ["optimizer.warmup_steps = 2", "trainer.steps = 2"]),
+        ("optimizer", {"name": "sgd"}, ["optimizer.distributed: false"]),
+        ("reward", {"correct": 0.0}, ["reward.correct = 0", "reward.wrong = 0"]),
+        ("reward", {"overlong_tokens": 33}, ["reward.overlong_tokens = 33", "rollout.max_tokens = 32"]),
+        ("data", {"template": "chat"}, ["data.template", "chat template"]),
+        ("data", {"path": "nowhere.jsonl"}, ["request.yaml:", "data.path", "nowhere.jsonl"]),
+        ("model", {"path": "nowhere"}, ["request.yaml:", "model.path", "nowhere"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_an_option_that_cannot_work_is_refused_by_name(
+    place: Place, a3po: Callable[..., Ended], section: str, options: dict[str, Any], named: list[str]
+) -> None:
+    place.set(section, **options)
+    assert_refused(place, a3po, *named)
+
+
+def test_the_longest_context_that_the_model_has_is_accepted(place: Place, a3po: Callable[..., Ended]) -> None:
+    place.set("rollout", max_tokens=240)  # and 16 prompt tokens: 256
+    assert STARTED in a3po("train", place.config).err
+
+
+def test_a_bad_set_is_refused_by_name(place: Place, a3po: Callable[..., Ended]) -> None:
+    assert_one_message(a3po("train", place.config, "--set", "rollout.temprature=1"), "rollout.temperature", "--set")
+    assert_one_message(a3po("train", place.config, "--set", "rollout.temperature"), "section.key=value")
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_missing_or_empty_configuration_is_refused(place: Place, a3po: Callable[..., Ended]) -> None:
+    place.config.write_text("")
+    assert_refused(place, a3po, str(place.config), "empty")
+    place.config.unlink()
+    assert_refused(place, a3po, str(place.config))
+
+
+def test_a_port_in_use_is_refused(place: Place, a3po: Callable[..., Ended]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place.set("cluster", port=port)
+        assert_refused(place, a3po, f"cluster.port = {port}", "in use")
+    assert STARTED in a3po("train", place.config).err, "once it is free the request is sound"
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda p: (p.model / "config.json").unlink(), ["config.json"]),
+        (lambda p: (p.model / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+        (lambda p: (p.model / "model.safetensors").unlink(), ["model.safetensors"]),
+        (lambda p: (p.model / "model.safetensors").write_bytes(b"\0" * 100), ["model.safetensors"]),
+        (lambda p: p.alter_weights(lambda t: t.pop("model.norm.weight")), ["lacks model.norm.weight"]),
+        (lambda p: p.alter_model(intermediate_size=96), ["mlp.down_proj.weight", "(48, 80)", "(48, 96)"]),
+        (lambda p: p.alter_model(architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        (lambda p: p.alter_model(use_sliding_window=True), ["use_sliding_window"]),
+        (lambda p: p.replace_model(head_dim=48), ["head_dim 48", "64"]),
+        (lambda p: [file.unlink() for file in p.model.glob("tokenizer*")], ["tokenizer"]),
+        (lambda p: (p.model / "tokenizer.json").write_text("{"), ["tokenizer cannot be read"]),
+        (lambda p: save_tokenizer(p.model, VOCAB + 1), [f"{VOCAB + 1} tokens", f"has {VOCAB}"]),
+        (lambda p: p.alter_model(eos_token_id=VOCAB), [f"eos_token_id {VOCAB}"]),
+    ],
+    ids=[
+        "no config",
+        "broken config",
+        "no weights",
+        "broken weights",
+        "a tensor missing",
+        "weights of another shape",
+        "another architecture",
+        "sliding window",
+        "head_dim",
+        "no tokenizer",
+        "broken tokenizer",
+        "tokenizer too large",
+        "no such end token",
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused(
+    place: Place, a3po: Callable[..., Ended], spoil: Callable[[Place], Any], named: list[str]
+) -> None:
+    spoil(place)
+    assert_refused(place, a3po, str(place.model), *named)
+
+
+# --- the data ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"problem": "7+7=", "answer"', "not valid JSON"),
+        ('{"problem": "7+7="}', "'answer'"),
+        ('{"problem": "", "answer": 14}', "'problem'"),
+        ('{"problem": "2+2=", "answer": 4}', "line 3"),
+        ('{"id": "row-2", "problem": "7+7=", "answer": 14}', "line 3"),
+        ('{"problem": "1+1+1+1+1+1+1+1+1=", "answer": 9}', "18 tokens"),
+    ],
+    ids=["malformed", "no answer", "empty problem", "duplicate problem", "duplicate id", "too long"],
+)
+def test_a_bad_prompt_is_refused_with_file_and_line(
+    place: Place, a3po: Callable[..., Ended], line: str, named: str
+) -> None:
+    place.rows.write_text(place.rows.read_text() + line + "\n")
+    assert_refused(place, a3po, f"{place.rows}:7: ", named)
+
+
+def test_empty_data_is_refused(place: Place, a3po: Callable[..., Ended]) -> None:
+    place.rows.write_text("\n")
+    assert_refused(place, a3po, str(place.rows), "no prompts")
+
+
+# --- the program as users start it -----------------------------------------------------------------------------------
+
+
+def program(place: Place, *words: str) -> Ended:
+    command = [sys.executable, "-m", "a3po_megatron", "train", str(place.config), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def test_the_program_refuses_a_mistyped_option(place: Place) -> None:
+    assert_one_message(program(place, "--set", "shaping.fractoin=0.5"), "did you mean shaping.fraction?")
+    assert not list(Path.cwd().iterdir())
+
+
+def test_the_program_refuses_a_duplicate_prompt(place: Place) -> None:
+    place.rows.write_text(place.rows.read_text() + '{"problem": "2+2=", "answer": 4}\n')
+    assert_one_message(program(place), f"{place.rows}:7: ", "line 3")
+    assert not list(Path.cwd().iterdir())
+
+
+def test_pass_through_options_that_the_libraries_lack_or_that_are_ours_are_refused_by_name(place: Place) -> None:
+    """One process for all: importing Megatron and vLLM takes most of the time."""
+    cases = {
+        "megatron.extra.attention_softmax_in_fp23=true": "did you mean attention_softmax_in_fp32?",
+        "megatron.extra.num_layers=3": "follows from the model and the other options",
+        "megatron.extra.tensor_model_parallel_size=1": "follows from the model and the other options",
+        "rollout.engine_args.max_num_batched_token=64": "did you mean max_num_batched_tokens?",
+        "rollout.engine_args.max_model_len=64": "follows from other options",
+        "rollout.engine_args.seed=1": "follows from other options",
+    }
+    code = (
+        "import sys\n"
+        "from a3po_megatron import cli\n"
+        "from a3po_megatron.launch import local\n"
+        "def would_start(*_): raise SystemExit('started')\n"
+        "local.run_local = would_start\n"
+        "config, *overrides = sys.argv[1:]\n"
+        "for override in overrides:\n"
+        "    sys.argv = ['a3po', 'train', config, '--set', override]\n"
+        "    try:\n"
+        "        cli.main()\n"
+        "    except SystemExit as end:\n"
+        "        print(f'ended: {end.code}', file=sys.stderr, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(place.config), *cases]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = [line for line in run.stderr.splitlines() if line.startswith(("error: ", "ended: "))]
+    assert lines[1::2] == ["ended: 2"] * len(cases), run.stderr
+    for (override, words), line in zip(cases.items(), lines[::2], strict=True):
+        assert line.startswith(f"error: {override.partition('=')[0]}: ")
+        assert words in line
+    assert "Traceback" not in run.stderr
+    assert not list(Path.cwd().iterdir())
