@@ -69,7 +69,7 @@ def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: flo
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
         }
-        command = [sys.executable, "-m", "tests.distributed.runner", str(folder), *names]
+        command = [sys.executable, "-m", "tests.distributed.runner", str(folder), str(timeout), *names]
         log = (folder / f"rank-{rank}.log").open("w")
         processes.append(
             subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)
@@ -97,7 +97,8 @@ def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: flo
     }
 
 
-def _main(folder: Path, names: list[str]) -> None:
+def _main(folder: Path, timeout: float, names: list[str]) -> None:
+    import faulthandler
     import importlib
     from datetime import timedelta
 
@@ -107,6 +108,7 @@ def _main(folder: Path, names: list[str]) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     values: dict[str, Any] = {}
     error = ""
+    faulthandler.dump_traceback_later(timeout - 5, exit=True)  # a hang ends with every thread's stack in the log
     try:
         torch.set_num_threads(1)
         store = dist.TCPStore(
@@ -117,6 +119,7 @@ def _main(folder: Path, names: list[str]) -> None:
         for name in names:
             module, _, function = name.partition(":")
             error = f"{name} failed:\n"
+            print(f"case {name}", flush=True)
             values[name] = getattr(importlib.import_module(module), function)(ranks)
         error = ""
         dist.barrier()
@@ -135,4 +138,4 @@ if __name__ == "__main__":
     from a3po_megatron import compat
 
     compat.prepare()
-    _main(Path(sys.argv[1]), sys.argv[2:])
+    _main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
