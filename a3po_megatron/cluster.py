@@ -150,8 +150,8 @@ def _decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], An
             return {"error": f"the ranks have lost step: rank 0 is at '{tag}', rank {rank} at '{other}'"}
     try:
         return {"value": op([value for _, value in given])}
-    except ValueError as error:
-        return {"error": f"the ranks disagree at '{tag}': {error}"}
+    except Exception as error:  # whatever it is: the other ranks wait for an answer
+        return {"error": f"the ranks cannot agree at '{tag}': {error}"}
 
 
 def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:

@@ -226,7 +226,7 @@ def test_a_port_in_use_is_refused(place: Place, a3po: Callable[..., Ended]) -> N
         (lambda p: p.replace_model(head_dim=48), ["head_dim 48", "64"]),
         (lambda p: [file.unlink() for file in p.model.glob("tokenizer*")], ["tokenizer"]),
         (lambda p: (p.model / "tokenizer.json").write_text("{"), ["tokenizer cannot be read"]),
-        (lambda p: save_tokenizer(p.model, VOCAB + 1), [f"{VOCAB + 1} tokens", f"has {VOCAB}"]),
+        (lambda p: save_tokenizer(p.model, VOCAB + 1), [f"id {VOCAB}", f"has {VOCAB}"]),
         (lambda p: p.alter_model(eos_token_id=VOCAB), [f"eos_token_id {VOCAB}"]),
     ],
     ids=[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 from .. import compat
@@ -92,16 +94,16 @@ def _check_layout(config: Config, family: Family) -> None:
 
 def _check_extra(config: Config, family: Family) -> None:
     """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
-    if config.megatron.extra:
-        environment.prepare()
+    if not config.megatron.extra and not config.rollout.engine_args:
+        return
+    environment.prepare()
+    with warnings.catch_warnings():  # what the libraries lack or advise is not about this request
+        warnings.simplefilter("ignore")
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         compat.prepare()
-        from ..model.build import transformer_config
-
-        transformer_config(family, config.parallel, config.model, config.megatron)
-    if config.rollout.engine_args:
-        environment.prepare()
         from ..cluster import select_backend
-        from ..model.build import DTYPES
+        from ..model.build import DTYPES, transformer_config
         from ..rollout.vllm_engine import engine_arguments
 
+        transformer_config(family, config.parallel, config.model, config.megatron)
         engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], select_backend())

@@ -23,6 +23,19 @@ from .modules import PackedAttention, RMSNorm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+# What the package decides besides the fields it sets: `megatron.extra` must not.
+OWNED = {
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
+    *(
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "sequence_parallel",
+        "pipeline_model_parallel_layout",
+    ),
+    *("num_moe_experts", "fp16", "fp8", "fp4", "finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
+}
+
+
 def transformer_config(
     family: Family, parallel: ParallelOptions, options: ModelOptions, megatron: MegatronOptions
 ) -> TransformerConfig:
@@ -63,12 +76,12 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "batch_p2p_sync": False,
     }
-    known = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
+    free = [f.name for f in dataclasses.fields(TransformerConfig) if f.init and f.name not in OWNED | ours.keys()]
     for name in megatron.extra:
-        if name in ours:
+        if name in OWNED or name in ours:
             raise RequestError(f"megatron.extra.{name}: this field follows from the model and the other options")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in free:
+            close = difflib.get_close_matches(name, free, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise RequestError(f"megatron.extra.{name}: Megatron's TransformerConfig has no such field{hint}")
     try:

@@ -55,13 +55,16 @@ def read_family(folder: Path | str) -> Family:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except OSError as error:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
         ) from error
     except ValueError as error:
         raise RequestError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{path}: expected an object of settings")
+    return config
 
 
 def _eos(config: dict[str, Any]) -> tuple[int, ...]:
@@ -76,6 +79,12 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         if config.get(name) is None:
             raise RequestError(f"{where}: the field {name} is missing")
         return config[name]
+
+    def size(name: str) -> int:
+        value = need(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RequestError(f"{where}: {name} = {value!r} is no size")
+        return value
 
     architectures = config.get("architectures") or []
     known = [name for name in architectures if name in ARCHITECTURES]
@@ -101,35 +110,47 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         refuse("use_mrope", "multimodal rope")
     if config.get("quantization_config"):
         refuse("quantization_config", "quantised weights cannot be trained")
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    heads, hidden, kv_heads = size("num_attention_heads"), size("hidden_size"), size("num_key_value_heads")
+    if heads % kv_heads:
+        raise RequestError(f"{where}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
+    # Qwen3's own default is 128, whatever the other sizes are: guessing would be wrong for one of the families.
+    head_dim = size("head_dim") if kind == "qwen3" or config.get("head_dim") is not None else hidden // heads
     return Family(
         architecture=known[0],
-        layers=need("num_hidden_layers"),
+        layers=size("num_hidden_layers"),
         hidden=hidden,
-        ffn=need("intermediate_size"),
+        ffn=size("intermediate_size"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab=need("vocab_size"),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=size("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2",
         norm_eps=need("rms_norm_eps"),
         rope_theta=_rope_theta(config, where),
-        max_positions=need("max_position_embeddings"),
+        max_positions=size("max_position_embeddings"),
         eos=_eos(config),
     )
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
-    scaling = config.get("rope_scaling") or {}
-    parameters = config.get("rope_parameters") or {}
-    for name, values in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+    thetas = set()
+    if config.get("rope_theta") is not None:
+        thetas.add(config["rope_theta"])
+    for name in ("rope_scaling", "rope_parameters"):
+        values = config.get(name) or {}
+        if not isinstance(values, dict):
+            raise RequestError(f"{where}: {name} = {values!r} is not supported: expected an object")
         kind = values.get("rope_type", values.get("type", "default"))
         if kind != "default":
             raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled rope is")
-    thetas = {float(value) for value in (config.get("rope_theta"), parameters.get("rope_theta")) if value is not None}
+        if values.get("rope_theta") is not None:
+            thetas.add(values["rope_theta"])
     if len(thetas) != 1:
-        found = "missing" if not thetas else f"contradictory: {sorted(thetas)}"
+        found = "missing" if not thetas else f"contradictory: {sorted(map(str, thetas))}"
         raise RequestError(f"{where}: rope_theta is {found}")
-    return thetas.pop()
+    theta = thetas.pop()
+    if not isinstance(theta, int | float) or not theta > 0:
+        raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
+    return float(theta)
