@@ -5,8 +5,8 @@ Ranks are laid out as Megatron lays them out, tensor parallel fastest, then data
     rank = tensor + TP * (data + DP * pipeline)
 
 A *replica* is the smallest set of ranks that hold every weight together. Its ranks train on one batch, except that
-experts spread over data-parallel neighbours: then a replica holds several *batch groups*, each the tensor × pipeline ranks
-that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks; the first leads it.
+experts spread over data-parallel neighbours: then a replica holds several *batch groups*, each the tensor × pipeline
+ranks that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks; the first leads it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ class Backend:
 
     device: str
     collectives: str  # of torch.distributed
-    spec: str  # naming scheme and modules of the Megatron model: local | te
+    spec: Literal["local", "te"]  # naming scheme and modules of the Megatron model
     receipt_strength: (
         str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
     )
@@ -177,8 +177,8 @@ def _decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], An
             return {"error": f"the ranks have lost step: rank 0 is at '{tag}', rank {rank} at '{other}'"}
     try:
         return {"value": op([value for _, value in given])}
-    except ValueError as error:
-        return {"error": f"the ranks disagree at '{tag}': {error}"}
+    except Exception as error:  # whatever it is: the other ranks wait for an answer
+        return {"error": f"the ranks cannot agree at '{tag}': {error}"}
 
 
 def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:

@@ -21,8 +21,8 @@ from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
 from .learner.learner import Learner
-from .model.build import layout_of
 from .model.family import Family
+from .model.layout import layout_of
 from .rollout.engine import Engine
 from .telemetry.clock import CLOCK
 from .telemetry.metrics import MetricsWriter

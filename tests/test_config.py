@@ -326,6 +326,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),
     ("data.id_field", "name", {"data.path": "builtin:arithmetic"}),
     ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
+    ("data.drop_long_prompts", True, {"data.path": "builtin:arithmetic"}),
     ("advantage.ddof", 0, {"advantage.normalise_std": False}),
     ("advantage.eps", 1e-3, {"advantage.normalise_std": False}),
 ]
@@ -431,7 +432,11 @@ def test_the_path_that_is_kept_is_absolute_and_a_missing_one_names_the_places(
     port=st.none() | st.integers(1024, 65535),
     extra=st.dictionaries(
         st.text(max_size=8),
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=8),
         max_size=4,
     ),
     field=st.text(max_size=8),

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from a3po_megatron.errors import RequestError
 from a3po_megatron.model.family import Family, read_family
-from a3po_megatron.model.layout import pieces
 from a3po_megatron.weights.load import check_checkpoint, load_shards
 from tests.test_layout import megatron_parameters
-from tests.tiny import VOCAB, make_checkpoint
+from tests.tiny import VOCAB, make_checkpoint, tensor_pieces
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -47,9 +46,9 @@ def copied(
 
 def load(folder: Path, family: Family, tensor: int, rank: int, like: Tensors, dtype: torch.dtype) -> Tensors:
     """What load_shards makes of parameters that held something else before."""
-    found = {name: torch.nn.Parameter(torch.full(value.shape, 7.0, dtype=dtype)) for name, value in like.items()}
-    load_shards(folder, family, pieces(family, tensor, rank), found)
-    return {name: value.detach() for name, value in found.items()}
+    found = {(0, name): torch.nn.Parameter(torch.full(value.shape, 7.0, dtype=dtype)) for name, value in like.items()}
+    load_shards(folder, family, tensor_pieces(family, tensor, rank), found)
+    return {name: value.detach() for (_, name), value in found.items()}
 
 
 def refusal(folder: Path, family: Family) -> str:
@@ -57,7 +56,7 @@ def refusal(folder: Path, family: Family) -> str:
     with pytest.raises(RequestError) as caught:
         check_checkpoint(folder, family)
     with pytest.raises(RequestError):
-        load_shards(folder, family, pieces(family, 1, 0), {})
+        load_shards(folder, family, tensor_pieces(family, 1, 0), {})
     return str(caught.value)
 
 
@@ -109,7 +108,7 @@ def test_a_tied_checkpoint_may_store_the_output_layer_again(
 def test_old_rotary_buffers_in_a_checkpoint_are_no_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = copied(checkpoints["qwen3"], tmp_path, 1, lambda tensors: tensors | {name: torch.ones(16)})
-    assert name not in {piece.tensor for piece in pieces(read_family(folder), 1, 0)}
+    assert name not in {piece.tensor for piece in tensor_pieces(read_family(folder), 1, 0)}
     assert NAME in check_checkpoint(folder, read_family(folder))
 
 

@@ -266,7 +266,7 @@ def test_a_response_is_decoded_without_special_tokens_and_shown_with_them(tokens
 @pytest.mark.parametrize(
     ("vocab", "eos", "template", "says"),
     [
-        (VOCAB - 1, (1,), "raw", f"knows {VOCAB} tokens, the model's vocabulary has {VOCAB - 1}"),
+        (VOCAB - 1, (1,), "raw", f"a token with id {VOCAB - 1}, the model's vocabulary has {VOCAB - 1}"),
         (VOCAB, (), "raw", "eos_token_id is missing"),
         (VOCAB, (1, VOCAB), "raw", f"eos_token_id {VOCAB} "),
         (VOCAB, (-1,), "raw", "eos_token_id -1 "),

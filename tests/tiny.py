@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
+from a3po_megatron.model.family import Family
+from a3po_megatron.model.layout import Layout, Piece, pieces
 
 VOCAB = 67  # odd: every tensor-parallel size pads it
 
@@ -78,6 +80,12 @@ def save_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     fast.save_pretrained(folder)
+
+
+def tensor_pieces(family: Family, tensor: int, rank: int) -> tuple[Piece, ...]:
+    """The map of one rank where only tensor parallelism splits the model."""
+    layout = Layout(tensor=tensor)
+    return pieces(family, layout, layout.place(0, rank))
 
 
 def make_collected(groups: int, size: int, seed: int = 0, vocab: int = VOCAB) -> Collected:

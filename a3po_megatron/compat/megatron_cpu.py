@@ -5,6 +5,7 @@
 | facade | `Torch not compiled with CUDA enabled` in rotary embeddings, gradient buffers, schedules, RNG | `torch.cuda.current_device()`, `device="cuda"` literals, streams, events and nvtx ranges in `megatron.core` |
 | type names | `TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor` when the optimizer is built, and unclipped gradients | tensor types compared with strings in `optimizer.py`, `distrib_optimizer.py`, `clip_grads.py` |
 | experts | `AttributeError: te_general_gemm`; `all_to_all_single` refuses a tensor of split sizes | `moe_utils` has the name only with Transformer Engine; `maybe_move_tensor_to_cpu` makes a list only of CUDA tensors |
+| uneven experts | `allgather: invalid tensor size` with tensor-parallel experts | gloo gathers equal sizes only, NCCL any |
 | RNG tracker | `CUDA RNG state` calls when a model is built or dropout forks its stream | `tensor_parallel/random.py` keeps CUDA generators |
 
 The facade is a stand-in for the *name* `torch` inside Megatron's modules; the real `torch` is left as it is, so that
@@ -164,11 +165,34 @@ def _install_rng_tracker() -> None:
 
 
 def _install_moe() -> None:
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
 
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(input_: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        padded = input_.new_zeros((max(output_split_sizes), *input_.shape[1:]))
+        padded[: len(input_)] = input_
+        parts = [torch.empty_like(padded) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_uneven(
+        input_: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu

@@ -72,7 +72,7 @@ WITHOUT_EFFECT = (
     ),
     NoEffect(("telemetry.texts_per_step",), lambda c: not c.telemetry.rollouts, "telemetry.rollouts is false"),
     NoEffect(
-        ("data.problem_field", "data.answer_field", "data.id_field", "data.shuffle"),
+        ("data.problem_field", "data.answer_field", "data.id_field", "data.shuffle", "data.drop_long_prompts"),
         lambda c: c.data.path == ARITHMETIC,
         f"data.path is {ARITHMETIC}",
     ),

@@ -38,7 +38,7 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     config = _validate(values)
     for rule in WITHOUT_EFFECT:
         for option in rule.options:
-            if option in values and rule.when(config):
+            if option in values and values[option][0] != _default(option) and rule.when(config):
                 raise RequestError(f"{values[option][1]}: {option} has no effect, because {rule.because}: remove it")
     return config
 
@@ -81,7 +81,10 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
         raise RequestError(f"{path}: the file is empty; it must hold at least model.path and data.path")
     if not isinstance(tree, dict):
         raise RequestError(f"{path}: expected sections such as `model:` and `trainer:` at the top level")
-    lines = _lines(node, path)
+    try:
+        lines = _lines(node, path)
+    except RecursionError as error:
+        raise RequestError(f"{path}: an alias refers to what it stands in") from error
     values: Values = {}
     if (base := tree.pop("base", None)) is not None:
         if not isinstance(base, str):
@@ -134,7 +137,7 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
             continue
         head = ".".join(option.split(".")[:2])
         if head in ("megatron.extra", "rollout.engine_args") and option != head:  # --set rollout.engine_args.x=1
-            held = dict(values[head][0]) if head in values else {}
+            held = values[head][0] if head in values and isinstance(values[head][0], dict) else {}
             values[head] = ({**held, option[len(head) + 1 :]: value}, where(option), folder)
             continue
         if option not in known:
@@ -144,9 +147,10 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
 
 def _nearest(option: str, known: list[str], sections: set[str]) -> str:
     last = option.rpartition(".")[2]
-    close = difflib.get_close_matches(option, [*known, *sections], n=1, cutoff=0.75)
-    close = close or [name for name in known if name.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(option, [*known, *sections], n=1, cutoff=0.6)
+    candidates = known if "." in option else [*known, *sections]
+    close = difflib.get_close_matches(option, candidates, n=1, cutoff=0.75)
+    close = [name for name in known if name.rpartition(".")[2] == last] or close
+    close = close or difflib.get_close_matches(option, candidates, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
     section = option.partition(".")[0]
@@ -160,6 +164,16 @@ def _nullable(option: str) -> bool:
     if not name or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
         return False
     return "None" in str(kind.model_fields[name].annotation)
+
+
+def _default(option: str) -> Any:
+    """The option's default, as a file would give it; something that equals nothing if it must be set."""
+    section, _, name = option.partition(".")
+    kind = Config.model_fields[section].annotation
+    if not (name and isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return object()
+    value = kind.model_fields[name].get_default(call_default_factory=True)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _find(option: str, value: Any, where: str, folder: Path) -> tuple[Any, str, Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from .section import Section
+from .section import PassedThrough, Section
 
 
 class ModelOptions(Section):
@@ -15,4 +15,4 @@ class ModelOptions(Section):
 
 
 class MegatronOptions(Section):
-    extra: dict[str, Any] = Field(default_factory=dict)  # further TransformerConfig fields, checked by name
+    extra: PassedThrough = Field(default_factory=dict)  # further TransformerConfig fields, checked by name

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from .section import Positive, PositiveFloat, Probability, Section
+from .section import PassedThrough, Positive, PositiveFloat, Probability, Section
 
 
 class RolloutOptions(Section):
@@ -21,4 +21,4 @@ class RolloutOptions(Section):
     max_rounds: Positive = 4  # dynamic sampling: rounds a step may take to find enough groups with spread
     max_sequences: Positive = 256  # rollouts an engine decodes at once
     kv_cache_bytes: Positive = 256 << 20  # of one engine
-    engine_args: dict[str, Any] = Field(default_factory=dict)  # further vLLM engine arguments, checked by name
+    engine_args: PassedThrough = Field(default_factory=dict)  # further vLLM engine arguments, checked by name

@@ -25,6 +25,8 @@ BOX = "\\boxed{"  # one token of the tiny model: seven characters of boilerplate
 SYMBOLS = "0123456789+-*=,?yn:}"  # with BOX, everything that problems and solutions are written in
 MIN_OPERANDS, MAX_OPERANDS = 2, 6  # the knob for difficulty: 3 to 7 halves the warm-started model's correct rate
 
+LONGEST = "9*9*9*9*9*9:"  # a problem with MAX_OPERANDS operands
+
 # Habits of the solution writer. A writer is brief or careful, which decides how often steps are written out or checked.
 BRIEF_SHARE = 0.55
 WRITTEN_OUT = {"brief": 0.25, "careful": 0.75}

@@ -24,6 +24,10 @@ class Prompts:
     def __init__(self, options: DataOptions, tokens: Tokens, seed: int, max_tokens: int) -> None:
         self._options, self._tokens, self._seed, self._limit = options, tokens, seed, max_tokens
         self._rows = None if options.path == ARITHMETIC else self._fitting(read_rows(options))
+        if self._rows is None and (length := len(tokens.encode(arithmetic.LONGEST))) > max_tokens:
+            raise RequestError(
+                f"{ARITHMETIC}: its longest prompt has {length} tokens, rollout.max_prompt_tokens is {max_tokens}"
+            )
         self._orders: dict[int, list[int]] = {}
         self.position = 0
 
@@ -80,7 +84,8 @@ def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
     for line, row in _parsed(path):
         where = f"{path}:{line}"
         problem, answer = (_text(row, field, where) for field in (options.problem_field, options.answer_field))
-        name = str(row.get(options.id_field) or f"{path.name}/{line}")
+        given = row.get(options.id_field)
+        name = f"{path.name}/{line}" if given in (None, "") else str(given)
         for kind, value in (("problem", problem), ("id", name)):
             if (kind, value) in seen:
                 raise RequestError(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
@@ -93,16 +98,20 @@ def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
 
 def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot read the prompts: {error}") from error
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the prompts: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
         except ValueError as error:
             raise RequestError(f"{path}:{number}: not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise RequestError(f"{path}:{number}: nested too deeply") from error
         if not isinstance(row, dict):
             raise RequestError(f"{path}:{number}: expected an object with a problem and an answer")
         yield number, row
@@ -114,4 +123,6 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{where}: the field {field!r} is {'missing' if field not in row else 'empty or no text'}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RequestError(f"{where}: the field {field!r} holds half a surrogate pair, which is no character")
     return value

@@ -28,17 +28,18 @@ class Tokens:
     def __init__(self, folder: Path, vocab: int, eos: tuple[int, ...], template: str) -> None:
         self._tokenizer = _read(folder)
         self._template = template
-        if len(self._tokenizer) > vocab:
+        ids = self._tokenizer.get_vocab().values()
+        if max(ids, default=0) >= vocab:
             raise RequestError(
-                f"{folder}: the tokenizer knows {len(self._tokenizer)} tokens, the model's vocabulary has {vocab}: "
-                "they do not belong together"
+                f"{folder}: the tokenizer has a token with id {max(ids)}, the model's vocabulary has {vocab}: they do "
+                "not belong together"
             )
         if not eos:
             raise RequestError(f"{folder}/config.json: eos_token_id is missing: no response could end")
         # Base models often end a text with one token and, under a chat template, a turn with another.
         own = self._tokenizer.eos_token_id
         self.stops = tuple(sorted({*eos} | ({own} if own is not None else set())))
-        if bad := [token for token in eos if not 0 <= token < len(self._tokenizer)]:
+        if bad := [token for token in eos if token not in set(ids)]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
         if template == "chat" and not self._tokenizer.chat_template:
             raise RequestError(f"data.template is chat, but the tokenizer in {folder} has no chat template")

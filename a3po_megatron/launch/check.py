@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 from .. import compat
@@ -10,7 +12,7 @@ from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..model.family import Family, read_family
-from ..model.layout import check_layout
+from ..model.layout import check_layout, layout_of
 from ..rollout.engine import CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
@@ -29,9 +31,8 @@ def check_request(config: Config) -> None:
 
 def _check_options(config: Config) -> None:
     for option, value in (
-        ("parallel.pipeline", config.parallel.pipeline),
+        ("parallel.virtual", config.parallel.virtual),
         ("parallel.context", config.parallel.context),
-        ("parallel.expert", config.parallel.expert),
         ("rollout.expert", config.rollout.expert),
     ):
         if value > 1:
@@ -66,7 +67,14 @@ def _check_options(config: Config) -> None:
 
 
 def _check_layout(config: Config, family: Family) -> None:
-    check_layout(family, config.parallel.tensor)
+    check_layout(family, layout_of(config.parallel))
+    if family.experts is not None and config.parallel.tensor > 1 and not config.parallel.sequence:
+        raise RequestError(
+            f"parallel.tensor = {config.parallel.tensor} needs parallel.sequence: true for a mixture of experts: "
+            "Megatron trains it no other way"
+        )
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise RequestError("parallel.sequence has no effect at parallel.tensor = 1: remove it")
     length = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     if length > family.max_positions:
         raise RequestError(
@@ -92,16 +100,16 @@ def _check_layout(config: Config, family: Family) -> None:
 
 def _check_extra(config: Config, family: Family) -> None:
     """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
-    if config.megatron.extra:
-        environment.prepare()
+    if not config.megatron.extra and not config.rollout.engine_args:
+        return
+    environment.prepare()
+    with warnings.catch_warnings():  # what the libraries lack or advise is not about this request
+        warnings.simplefilter("ignore")
+        os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         compat.prepare()
-        from ..model.build import transformer_config
-
-        transformer_config(family, config.parallel, config.model, config.megatron)
-    if config.rollout.engine_args:
-        environment.prepare()
         from ..cluster import select_backend
-        from ..model.build import DTYPES
+        from ..model.build import DTYPES, transformer_config
         from ..rollout.vllm_engine import engine_arguments
 
+        transformer_config(family, config.parallel, config.model, config.megatron)
         engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], select_backend())

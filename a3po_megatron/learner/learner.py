@@ -27,9 +27,9 @@ from ..batch import Batch
 from ..cluster import Cluster
 from ..config import Config, OptimizerOptions
 from ..errors import RunFailed
-from ..model.build import build_model, layout_of, transformer_config
+from ..model.build import build_model, transformer_config
 from ..model.family import Family
-from ..model.layout import pieces
+from ..model.layout import layout_of, pieces
 from ..schedule.packing import pack
 from ..telemetry.clock import phase
 from ..weights.load import load_shards

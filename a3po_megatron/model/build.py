@@ -18,30 +18,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..config import MegatronOptions, ModelOptions, ParallelOptions
 from ..errors import RequestError
 from .family import Family
-from .layout import Layout, check_layout, padded_vocab
+from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def layout_of(parallel: ParallelOptions, scheme: str) -> Layout:
-    """The options of a layout as the map's own type."""
-    return Layout(
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual=parallel.virtual,
-        expert=parallel.expert,
-        expert_tensor=parallel.expert_tensor,
-        stages=parallel.stages,
-        scheme="te" if scheme == "te" else "local",
-    )
+# What the package decides besides the fields it sets: `megatron.extra` must not.
+OWNED = {
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
+    *(
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "sequence_parallel",
+        "pipeline_model_parallel_layout",
+    ),
+    *("num_moe_experts", "fp16", "fp8", "fp4", "finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
+}
 
 
 def transformer_config(
     family: Family, parallel: ParallelOptions, options: ModelOptions, megatron: MegatronOptions
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
-    layout = layout_of(parallel, "local")
+    layout = layout_of(parallel)
     check_layout(family, layout)
     dtype = DTYPES[options.dtype]
     ours: dict[str, Any] = {
@@ -96,12 +96,12 @@ def transformer_config(
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": layout.etp,
         }
-    known = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
+    free = [f.name for f in dataclasses.fields(TransformerConfig) if f.init and f.name not in OWNED | ours.keys()]
     for name in megatron.extra:
-        if name in ours:
+        if name in OWNED or name in ours:
             raise RequestError(f"megatron.extra.{name}: this field follows from the model and the other options")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in free:
+            close = difflib.get_close_matches(name, free, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise RequestError(f"megatron.extra.{name}: Megatron's TransformerConfig has no such field{hint}")
     try:

@@ -59,10 +59,10 @@ class Family:
     qkv_bias: bool
     norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
     max_positions: int
-    experts: Experts | None
     eos: tuple[int, ...]
+    rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
 
 
 def read_family(folder: Path | str) -> Family:
@@ -82,13 +82,16 @@ def read_family(folder: Path | str) -> Family:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except OSError as error:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
         ) from error
     except ValueError as error:
         raise RequestError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{path}: expected an object of settings")
+    return config
 
 
 def _eos(config: dict[str, Any]) -> tuple[int, ...]:
@@ -103,6 +106,12 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         if config.get(name) is None:
             raise RequestError(f"{where}: the field {name} is missing")
         return config[name]
+
+    def size(name: str) -> int:
+        value = need(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise RequestError(f"{where}: {name} = {value!r} is no size")
+        return value
 
     architectures = config.get("architectures") or []
     known = [name for name in architectures if name in ARCHITECTURES]
@@ -136,27 +145,31 @@ def family_of(config: dict[str, Any], where: str) -> Family:
             refuse("decoder_sparse_step", "every layer must be a mixture of experts")
         if config.get("mlp_only_layers"):
             refuse("mlp_only_layers", "every layer must be a mixture of experts")
-    heads, hidden = need("num_attention_heads"), need("hidden_size")
+    heads, hidden, kv_heads = size("num_attention_heads"), size("hidden_size"), size("num_key_value_heads")
+    if heads % kv_heads:
+        raise RequestError(f"{where}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
+    # Qwen3's own default is 128, whatever the other sizes are: guessing would be wrong for one of the families.
+    head_dim = size("head_dim") if kind[:5] == "qwen3" or config.get("head_dim") is not None else hidden // heads
     return Family(
         architecture=known[0],
-        layers=need("num_hidden_layers"),
+        layers=size("num_hidden_layers"),
         hidden=hidden,
-        ffn=need("intermediate_size"),
+        ffn=size("intermediate_size"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
-        vocab=need("vocab_size"),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=size("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         qkv_bias=kind == "qwen2",
         norm_eps=need("rms_norm_eps"),
         rope_theta=_rope_theta(config, where),
         rope_scaling=_rope_scaling(config, where),
-        max_positions=need("max_position_embeddings"),
+        max_positions=size("max_position_embeddings"),
         experts=Experts(
             count=_experts(config, where),
-            per_token=need("num_experts_per_tok"),
-            ffn=need("moe_intermediate_size"),
+            per_token=size("num_experts_per_tok"),
+            ffn=size("moe_intermediate_size"),
             norm_topk=bool(config.get("norm_topk_prob", False)),
         )
         if kind == "qwen3_moe"
@@ -174,21 +187,33 @@ def _experts(config: dict[str, Any], where: str) -> int:
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
-    parameters = config.get("rope_parameters") or {}
-    thetas = {float(value) for value in (config.get("rope_theta"), parameters.get("rope_theta")) if value is not None}
+    thetas = {config["rope_theta"]} if config.get("rope_theta") is not None else set()
+    thetas |= {
+        values["rope_theta"] for _, values in _rope_fields(config, where) if values.get("rope_theta") is not None
+    }
     if len(thetas) != 1:
-        found = "missing" if not thetas else f"contradictory: {sorted(thetas)}"
+        found = "missing" if not thetas else f"contradictory: {sorted(map(str, thetas))}"
         raise RequestError(f"{where}: rope_theta is {found}")
-    return thetas.pop()
+    theta = thetas.pop()
+    if not isinstance(theta, int | float) or not theta > 0:
+        raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
+    return float(theta)
+
+
+def _rope_fields(config: dict[str, Any], where: str) -> list[tuple[str, dict[str, Any]]]:
+    """The fields that transformers 4 and 5 keep rope settings in, as far as the config has them."""
+    found = [(name, config[name]) for name in ("rope_scaling", "rope_parameters") if config.get(name)]
+    for name, values in found:
+        if not isinstance(values, dict):
+            raise RequestError(f"{where}: {name} = {values!r} is not supported: expected an object")
+    return found
 
 
 def _rope_scaling(config: dict[str, Any], where: str) -> RopeScaling | None:
     """The scaling in either form; a second, different one, an unknown type and unknown fields are refused by name."""
     found: set[RopeScaling | None] = set()
-    for name in ("rope_scaling", "rope_parameters"):
-        values = dict(config.get(name) or {})
-        if not values:
-            continue
+    for name, given in _rope_fields(config, where):
+        values = dict(given)
         kind = values.pop("rope_type", None) or values.get("type", "default")
         values.pop("type", None)
         values.pop("rope_theta", None)

@@ -13,9 +13,9 @@ Invariants: over the ranks of one replica every HF element has exactly one piece
 lies in exactly one piece, padding of the vocabulary aside.
 
 Facts of the Megatron side: `linear_qkv` is grouped by KV head, [q … q, k, v] per group; `linear_fc1` is [gate; up] of
-the *rank's own* rows; embedding and output rows are padded to a multiple of TP; a tied model with PP > 1 has its embedding
-on the first stage and a copy as `output_layer` on the last; virtual stages deal layers out round robin. The Transformer
-Engine spec fuses the norms into the projections that follow them and groups a rank's experts into one module.
+the *rank's own* rows; embedding and output rows are padded to a multiple of TP; a tied model with PP > 1 has its
+embedding on the first stage and a copy as `output_layer` on the last; virtual stages deal layers out round robin. The
+Transformer Engine spec fuses norms into the projections that follow them and groups a rank's experts into one module.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..config import ParallelOptions
 from ..errors import RequestError
 from .family import Family
 
@@ -110,6 +111,19 @@ class Piece:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "numel", math.prod(self.shape) // self.shape[self.dim] * self.length)
+
+
+def layout_of(parallel: ParallelOptions, scheme: Scheme = "local") -> Layout:
+    """The options of a layout as the map's own type."""
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        stages=parallel.stages,
+        scheme=scheme,
+    )
 
 
 def layer_tensors(family: Family, layer: int) -> dict[str, tuple[int, ...]]:

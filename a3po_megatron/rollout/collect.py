@@ -158,9 +158,9 @@ def _merge(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _metrics(totals: dict[str, float]) -> dict[str, float | None]:
     """Over all sampled rollouts, before any group is dropped; None where nothing was sampled (all carried over)."""
-    sampled, valid = totals["sampled"], totals["sampled"] - totals["invalid"]
+    sampled = totals["sampled"]
     return {
-        "reward/mean": totals["reward"] / valid if valid else None,
+        "reward/mean": totals["reward"] / sampled if sampled else None,
         "reward/correct_rate": totals["correct"] / sampled if sampled else None,
         "reward/invalid_rate": totals["invalid"] / sampled if sampled else None,
         "rollout/length_mean": totals["length"] / sampled if sampled else None,

@@ -24,6 +24,12 @@ from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD
 from .engine import Completion, Request
 
+# What the package decides besides the arguments it sets: `rollout.engine_args` must not.
+OWNED = {
+    *("tokenizer", "quantization", "enable_expert_parallel", "pipeline_parallel_size", "data_parallel_size"),
+    *("enable_sleep_mode", "weight_transfer_config", "worker_cls", "hf_overrides", "gpu_memory_utilization"),
+}
+
 
 class VllmEngine:
     """One engine over `rollout.tensor` neighbouring ranks; every method is called by all of them alike."""
@@ -123,12 +129,12 @@ def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, 
     if options.engine_args:
         from vllm.engine.arg_utils import EngineArgs
 
-        known = [field.name for field in dataclasses.fields(EngineArgs)]
+        free = [f.name for f in dataclasses.fields(EngineArgs) if f.name not in OWNED | ours.keys()]
         for name in options.engine_args:
-            if name in ours:
+            if name in OWNED or name in ours:
                 raise RequestError(f"rollout.engine_args.{name}: this argument follows from other options")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+            if name not in free:
+                close = difflib.get_close_matches(name, free, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise RequestError(f"rollout.engine_args.{name}: vLLM has no such engine argument{hint}")
     return {**defaults, **ours, **options.engine_args}

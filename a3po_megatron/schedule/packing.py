@@ -1,7 +1,7 @@
 """Which rollouts share a packed micro-batch.
 
 Longest first into the emptiest bin (Graham's LPT rule): bins end up within 4/3 of the best balance, in O(n log n). The
-number of bins is the smallest with which no bin exceeds the limit.
+number of bins is the smallest with which this rule keeps every bin within the limit.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     `lengths[i]` is item i's tokens; an item above the limit gets a bin to itself. Returns the bins' items in ascending
     order, bins ordered by their first item; empty for no items. Equal input gives equal output.
     """
-    if not lengths:
-        return []
-    room = max(limit, max(lengths))
-    count = max(1, -(-sum(lengths) // room))
-    while True:
-        bins = _balance(lengths, count)
-        if all(sum(lengths[item] for item in items) <= room for items in bins):
-            return sorted(sorted(items) for items in bins if items)
+    alone = [[item] for item, length in enumerate(lengths) if length > limit]
+    rest = [item for item, length in enumerate(lengths) if length <= limit]
+    sizes = [lengths[item] for item in rest]
+    count = max(-(-sum(sizes) // limit), 1 if sizes else 0)
+    bins = _balance(sizes, count)
+    while any(sum(sizes[item] for item in items) > limit for items in bins):
         count += 1
+        bins = _balance(sizes, count)
+    return sorted([*alone, *(sorted(rest[item] for item in items) for items in bins if items)])
 
 
 def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:

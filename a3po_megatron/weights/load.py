@@ -13,6 +13,7 @@ from ..errors import RequestError
 from ..model.family import Family
 from ..model.layout import HEAD, Piece, hf_tensors
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -21,10 +22,9 @@ def locate(folder: Path) -> dict[str, Path]:
     index = folder / INDEX
     if index.exists():
         try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
-        files = {name: folder / file for name, file in names.items()}
     elif (single := folder / SINGLE).exists():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
@@ -46,10 +46,21 @@ def check_checkpoint(folder: Path, family: Family) -> dict[str, Path]:
         raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
     for path in sorted(set(files.values())):
         with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dictionary)
-                shape = tuple(file.get_slice(name).get_shape())
-                if name in expected and shape != expected[name]:
-                    raise RequestError(f"{path}: {name} has shape {shape}, config.json implies {expected[name]}")
+            held = set(file.keys())
+            for name in [name for name, where in files.items() if where == path]:
+                if name not in held:
+                    raise RequestError(f"{path}: {name} is said to be in this file ({INDEX}), which does not hold it")
+                if name not in expected:
+                    continue
+                stored = file.get_slice(name)
+                if tuple(stored.get_shape()) != expected[name]:
+                    raise RequestError(
+                        f"{path}: {name} has shape {tuple(stored.get_shape())}, config.json implies {expected[name]}"
+                    )
+                if stored.get_dtype() not in FLOATS:
+                    raise RequestError(
+                        f"{path}: {name} is stored as {stored.get_dtype()}: expected {', '.join(FLOATS)}"
+                    )
     return files
 
 
