@@ -29,7 +29,7 @@ class FakeCluster:
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         return op([value])
 
-    def gather_replica(self, value: Any) -> list[Any]:
+    def gather_batch_group(self, value: Any) -> list[Any]:
         return [value]
 
 

@@ -94,7 +94,7 @@ def _seen(ranks: Ranks, tensor: int, data: int, engine_ranks: int) -> dict[str, 
     place = cluster.coordinates
     total = cluster.sum_over_data(torch.tensor([1.0 + place.data, 10.0]))
     value = Prompt(f"p{ranks.rank}", "", "", (ranks.rank,)), np.arange(ranks.rank + 1)
-    gathered = cluster.gather_replica(value)
+    gathered = cluster.gather_batch_group(value)
     return {
         "rank, world": [cluster.rank, cluster.world],
         "tensor, pipeline, data": [place.tensor, place.pipeline, place.data],
