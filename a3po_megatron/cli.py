@@ -41,6 +41,8 @@ def train(
     folder = run_dir or default_folder(settings.name)
     with make_folder(folder, settings, sys.argv):
         ranks = settings.parallel.ranks()
+        if (folder / "before-1").exists():
+            typer.echo(f"{folder}: an unfinished run starts again from step 0; what it had written is in before-*/")
         typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started)
         page = write_report([folder], None)

@@ -6,7 +6,7 @@ Ranks are laid out as Megatron lays them out, tensor parallel fastest, then data
 
 A *replica* is the smallest set of ranks that hold every weight together. Its ranks train on one batch, except that
 experts spread over data-parallel neighbours: then a replica holds several *batch groups*, each the tensor × pipeline
-ranks that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks; the first leads it.
+ranks that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks.
 """
 
 from __future__ import annotations
@@ -90,10 +90,21 @@ class Cluster:
         self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.data_group.size()
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
         self.engines = self.world // engine_ranks
+        self.engine_leaders = self._engine_leaders(engine_ranks)
         # This rank's place among the ranks of its stage that hold one copy of the stage's weights.
         self.within = self.coordinates.tensor + self.tensor * (self.coordinates.data % self._neighbours(parallel))
         self._store = dist.PrefixStore("agree", store)
         self._round = 0
+
+    def _engine_leaders(self, engine_ranks: int) -> list[int]:
+        """The ranks that answer for what this rank's engine sampled: the first of every data-parallel rank it spans.
+
+        All ranks of an engine hold all its completions, so that each replica can take its share without sending any.
+        """
+        first: dict[int, int] = {}
+        for rank in range(self.engine * engine_ranks, (self.engine + 1) * engine_ranks):
+            first.setdefault(rank // self.tensor % self.data, rank)
+        return sorted(first.values())
 
     def _neighbours(self, parallel: ParallelOptions) -> int:
         """Data-parallel ranks of one replica: more than one only where experts spread over them."""

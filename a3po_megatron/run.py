@@ -3,7 +3,7 @@
     config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/
 
 The launcher makes the folder (launch/folder.py); every rank opens it here. Rank 0 writes metrics and shows progress;
-every engine's leader writes its own rollouts.
+every engine's leaders write their share of its rollouts.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Run:
         elapsed = self.cluster.agree("step seconds", time.perf_counter() - self._step_start, max)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = self.cluster.agree("peak memory", peak, max)
-        if self.config.telemetry.rollouts and self.cluster.engine_rank == 0:
+        if self.config.telemetry.rollouts and self.cluster.rank in self.cluster.engine_leaders:
             self._save_rollouts(step, collected, batch)
         if self.cluster.rank != 0:
             return None

@@ -24,7 +24,7 @@ Script = Callable[[int], str]  # prompt index → one letter a sample
 class FakeCluster:
     """A single rank, alone with its replica and its engine. A fake: real ranks are tests/test_circle.py's."""
 
-    engine, engines, engine_rank = 0, 1, 0
+    rank, engine, engines, engine_leaders = 0, 0, 1, (0,)
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         return op([value])

@@ -326,6 +326,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),
     ("data.id_field", "name", {"data.path": "builtin:arithmetic"}),
     ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
+    ("shaping.source", "rollout", {"shaping.metric": "entropy"}),
     ("data.drop_long_prompts", True, {"data.path": "builtin:arithmetic"}),
     ("advantage.ddof", 0, {"advantage.normalise_std": False}),
     ("advantage.eps", 1e-3, {"advantage.normalise_std": False}),

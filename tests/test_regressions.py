@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from a3po_megatron.config import DataOptions, load_config
+from a3po_megatron import compat
+from a3po_megatron.config import DataOptions, OptimizerOptions, load_config
 from a3po_megatron.data.prompts import read_rows
 from a3po_megatron.errors import RequestError
+from a3po_megatron.launch.local import rendezvous_port
+from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
 from a3po_megatron.model.family import family_of, read_family
+from a3po_megatron.reward.math import grade
 from a3po_megatron.schedule.packing import pack
 from a3po_megatron.weights.load import check_checkpoint
 from tests.tiny import make_checkpoint
@@ -67,6 +74,10 @@ def test_settings(tmp_path: Path, text: str, overrides: list[str], said: str | N
         (b'{"problem": "\xff", "answer": "1"}', ":2: not UTF-8"),
         (b'{"problem": "\\ud800", "answer": "1"}', ":2: .*surrogate"),
         (b"[" * 100_000, ":2: nested too deeply"),
+        (b'{"problem": "b", "problem": "c", "answer": "1"}', ":2: .*stands twice"),
+        (b'{"problem": "b", "answer": NaN}', ":2: .*NaN"),
+        (b'{"problem": "b", "answer": 1e999}', ":2: .*'answer'"),
+        (b'{"problem": " a ", "answer": "1"}', ":2: the problem stands in line 1 already"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, row: bytes, said: str) -> None:
@@ -98,3 +109,56 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(tmp_path: Path, change
     config = json.loads((folder / "config.json").read_text()) | change
     with pytest.raises(RequestError, match=said):
         family_of(config, "config.json")
+
+
+@pytest.mark.parametrize("pull", [2.0, -3.0])
+def test_an_impossible_token_keeps_finite_gradients_whatever_the_gradient_of_the_entropy(pull: float) -> None:
+    logits = torch.randn(5, 7)
+    logits[:, 3] = float("-inf")
+    logits.requires_grad_()
+    _, entropy = logprob_and_entropy(logits, torch.zeros(5, dtype=torch.int64), None)
+    (pull * entropy).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_a_nan_among_the_largest_is_never_lost() -> None:
+    compat.prepare()
+    from a3po_megatron.learner.learner import _largest
+
+    assert math.isnan(_largest([0.1, float("nan"), 0.2]))
+
+
+def test_the_last_step_of_a_decay_still_trains() -> None:
+    compat.prepare()
+    from a3po_megatron.learner.learner import _schedule
+
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [parameter], "default_config": True, "is_decoupled_lr": False}], lr=1.0)
+    schedule = _schedule(optimizer, OptimizerOptions(lr=1.0, schedule="cosine", warmup_steps=1), steps=3)
+    rates = []
+    for _ in range(3):
+        schedule.step(increment=1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] > 0
+
+
+def test_a_port_in_time_wait_is_free_and_one_that_listens_is_not() -> None:
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        with pytest.raises(RequestError, match="in use"):
+            rendezvous_port(port)
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            server, _ = listening.accept()
+            server.close()  # this side closes first: its end of the connection goes to TIME_WAIT
+            client.recv(1)
+    assert rendezvous_port(port) == port
+
+
+def test_an_escaped_percent_sign_is_a_percent_sign() -> None:
+    for response in ("\\boxed{50\\%}", "\\boxed{50%}"):
+        assert grade(response, "0.5").outcome == "correct", response

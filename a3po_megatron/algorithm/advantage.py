@@ -17,6 +17,7 @@ from ..batch import Batch, Collected
 from ..config import AdvantageOptions
 
 
+@torch.no_grad()
 def group_advantages(
     rewards: Tensor,  # [B]
     group_index: Tensor,  # [B] int64, which group a rollout belongs to

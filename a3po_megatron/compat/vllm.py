@@ -4,14 +4,18 @@
 |---|---|---|
 | `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
 | `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
+| `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
 | `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
 """  # noqa: E501
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +44,31 @@ def keep_process_group() -> None:
     from vllm.v1.engine import core
 
     core.cleanup_dist_env_and_memory = lambda shutdown_ray=False: None
+
+
+def name_shared_memory() -> None:
+    """Gives the segments of an engine over several ranks this run's name, and unlinks them once all ranks hold them."""
+    try:
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    except ImportError:  # vLLM for CUDA has no CPU communicator
+        return
+    if hasattr(_CPUSHMDistributed, "theirs"):
+        return
+    name, init = _CPUSHMDistributed.make_group_name, _CPUSHMDistributed._init_cpu_shm
+
+    def make_group_name(communicator: Any) -> str:
+        run = f"{os.environ['MASTER_PORT']}-{os.environ.get('A3PO_STARTED', '0')}"
+        return f"a3po-{run}{name(communicator)}".replace("/", "_")
+
+    def init_cpu_shm(self: Any) -> int:
+        handle = init(self)  # ends with a barrier: every rank has mapped every segment
+        for segment in Path("/dev/shm").glob(f"{glob.escape(self.group_name)}_*"):
+            segment.unlink(missing_ok=True)
+        return handle
+
+    _CPUSHMDistributed.theirs = name  # type: ignore[attr-defined]
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)  # type: ignore[method-assign,assignment]
+    _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
 
 
 def drop_requests(engine: Any) -> None:

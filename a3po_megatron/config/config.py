@@ -58,6 +58,7 @@ WITHOUT_EFFECT = (
         _unshaped,
         "shaping.rho is 1 (no shaping)",
     ),
+    NoEffect(("shaping.source",), lambda c: c.shaping.metric != "probability", "shaping.metric is not probability"),
     NoEffect(("shaping.origin",), lambda c: c.shaping.decay == 0, "shaping.decay is 0"),
     NoEffect(
         ("reward.overlong_penalty",), lambda c: c.reward.overlong_tokens == 0, "reward.overlong_tokens is 0 (off)"

@@ -22,7 +22,7 @@ class OptimizerOptions(Section):
     distributed: bool = True  # optimiser state sharded over data-parallel ranks
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: NonNegative = 0  # RL steps from 0 to lr
-    min_lr: NonNegativeFloat = 0.0  # cosine: the rate at trainer.steps
+    min_lr: NonNegativeFloat = 0.0  # cosine: the rate that the last step comes close to
 
 
 class LearnerOptions(Section):

@@ -97,7 +97,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
 def _override(text: str, values: Values) -> None:
     option, equals, value = text.partition("=")
     option = option.strip()
-    if not equals:
+    if not equals or not value.strip():
         raise RequestError(f"--set {text}: expected section.key=value")
     try:
         parsed = yaml.safe_load(value)

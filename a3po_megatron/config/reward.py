@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from .section import NonNegative, Positive, PositiveFloat, Section
 
 
 class RewardOptions(Section):
@@ -14,7 +14,7 @@ class RewardOptions(Section):
     correct: float = 1.0
     wrong: float = 0.0
     overlong_tokens: NonNegative = 0  # DAPO's soft penalty over the last tokens before rollout.max_tokens; 0: off
-    overlong_penalty: NonNegativeFloat = 1.0  # its largest value; it never changes polarity
+    overlong_penalty: PositiveFloat = 1.0  # its largest value; it never changes polarity
     workers: Positive = 1  # grader processes per engine
     timeout_seconds: PositiveFloat = 10.0  # per response; then the worker is killed and the verdict is invalid
     memory_bytes: Positive = 2 << 30  # per worker

@@ -8,6 +8,7 @@ whatever happened before, so that the only state is the position.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
         problem, answer = (_text(row, field, where) for field in (options.problem_field, options.answer_field))
         given = row.get(options.id_field)
         name = f"{path.name}/{line}" if given in (None, "") else str(given)
-        for kind, value in (("problem", problem), ("id", name)):
+        for kind, value in (("problem", problem.strip()), ("id", name)):
             if (kind, value) in seen:
                 raise RequestError(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
             seen[kind, value] = line
@@ -105,7 +106,8 @@ def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
         except UnicodeDecodeError as error:
             raise RequestError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
         except ValueError as error:
@@ -117,9 +119,21 @@ def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose fields stand once: JSON itself would keep the last of two silently."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a field of {sorted(row)} stands twice")
+    return row
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _text(row: dict[str, Any], field: str, where: str) -> str:
     value = row.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{where}: the field {field!r} is {'missing' if field not in row else 'empty or no text'}")

@@ -50,6 +50,10 @@ def _check_options(config: Config) -> None:
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} must be below trainer.steps = "
             f"{config.trainer.steps}"
         )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise RequestError(
+            f"optimizer.min_lr = {config.optimizer.min_lr:g} is above optimizer.lr = {config.optimizer.lr:g}"
+        )
     if config.trainer.mini_batches > config.trainer.prompts_per_step:
         raise RequestError(
             f"trainer.mini_batches = {config.trainer.mini_batches} is more than trainer.prompts_per_step = "

@@ -28,30 +28,49 @@ def default_folder(name: str) -> Path:
 def make_folder(folder: Path, config: Config, command: list[str]) -> IO[str]:
     """Makes and locks a run folder; the run is live as long as the returned file is open.
 
-    The lock belongs to the process, not to a file left behind: a killed run's folder is free at once. Raises
-    RequestError for a folder that holds a live run, or one that has trained already.
+    The lock belongs to the process, not to a file left behind: a killed run's folder is free at once. An unfinished run
+    starts again from its first step (this version saves no checkpoints); what it had written goes to `before-N/`.
+    Raises RequestError for a folder that holds a live run, or a finished one.
     """
     try:
         for part in ("rollouts", "logs"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        lock = (folder / "logs" / "launcher.lock").open("w")
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
-        raise RequestError(
-            f"{folder}: this folder holds a run that has trained already, and this version cannot continue one: "
-            "choose another --run-dir"
-        )
+    if (done := _steps_done(folder)) >= config.trainer.steps:
+        raise RequestError(f"{folder}: the run in this folder has done its {done} steps: choose another --run-dir")
+    if done or any((folder / "rollouts").iterdir()):
+        _set_aside(folder)
     for stale in (folder / "logs").glob("rank-*"):
         stale.unlink()
     save_resolved(config, folder / "config.yaml")
     (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
     return lock
+
+
+LEFTOVERS = ("metrics.jsonl", "rollouts", "logs", "tensorboard", "report.html", "config.yaml", "provenance.json")
+
+
+def _steps_done(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves what an unfinished run wrote into a folder of its own, the lock aside."""
+    number = 1 + sum(1 for _ in folder.glob("before-*"))
+    aside = folder / f"before-{number}"
+    aside.mkdir()
+    for name in LEFTOVERS:
+        if (folder / name).exists():
+            (folder / name).rename(aside / name)
+    for part in ("rollouts", "logs"):
+        (folder / part).mkdir()
 
 
 def installed() -> dict[str, str | None]:

@@ -27,6 +27,7 @@ GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault
 def rendezvous_port(wanted: int | None) -> int:
     """A port that is free now. Raises RequestError if the wanted one is not."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: TIME_WAIT is no user
         try:
             probe.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
@@ -53,6 +54,9 @@ def run_local(folder: Path, config: Config, started: float) -> None:
                 process.kill()
             process.wait()
         signal.signal(signal.SIGTERM, previous)
+        if sys.stdout.isatty():  # a rank that was killed left its progress bar, and the cursor hidden
+            sys.stdout.write("\r\x1b[?25h")
+            sys.stdout.flush()
 
 
 def _terminated(*_: object) -> None:

@@ -119,7 +119,7 @@ class Learner:
             if count == 0:  # padding alone: a loss of 0 that still reaches every parameter
                 total = logprobs.sum() * 0.0
             else:
-                farthest = max(farthest, float((tokens.ratio - 1).abs().max()))
+                farthest = _largest([farthest, float((tokens.ratio - 1).abs().max())])
             kl = kl_k3(logprobs.detach() - old).sum()
             clipped = [tokens.clipped_low.sum(), tokens.clipped_high.sum()]
             sums = torch.stack([total.detach(), torch.tensor(float(count)), *clipped, kl])
@@ -142,7 +142,7 @@ class Learner:
     def _metrics(self, totals: Tensor, norms: list[float], first: float) -> dict[str, float | None]:
         # Every rank of a replica computed the same sums.
         sums = dict(zip(_SUMS, self.cluster.sum_over_data(totals).tolist(), strict=True))
-        first = self.cluster.agree("the first mini-batch's largest ratio", first, max)
+        first = self.cluster.agree("the first mini-batch's largest ratio", first, _largest)
         tokens = sums["tokens"]
 
         def mean(name: str) -> float | None:
@@ -183,6 +183,11 @@ class Learner:
         return micro_batches + [micro_batch([], [], self.multiple) for _ in range(count - len(micro_batches))]
 
 
+def _largest(values: list[float]) -> float:
+    """The maximum; NaN if one of them is (Python's `max` would lose it)."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
+
+
 def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
     return {(number, name): p for number, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
 
@@ -210,14 +215,15 @@ def _optimizer(
 
 
 def _schedule(optimizer: MegatronOptimizer, options: OptimizerOptions, steps: int) -> OptimizerParamScheduler:
-    """RL step s (from 0) trains at the rate of s + 1, so that a warm-up does not begin with a step at rate 0."""
+    """RL step s (from 0) trains at the rate of s + 1, so that neither the first step of a warm-up nor the last of a
+    decay has rate 0."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
         lr_warmup_steps=options.warmup_steps,
-        lr_decay_steps=max(steps, options.warmup_steps + 1),
+        lr_decay_steps=steps + 1,
         lr_decay_style=options.schedule,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,

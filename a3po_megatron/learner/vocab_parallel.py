@@ -39,6 +39,8 @@ def logprob_and_entropy(
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits must be [T, V/tp] and targets [T]: got {tuple(logits.shape)}, {tuple(targets.shape)}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0: got {temperature}")
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
@@ -116,8 +118,9 @@ class _LogprobEntropy(torch.autograd.Function):
                 work.sub_(peak[span, None]).sub_(log_z[span, None])
                 probability = work.exp()
                 if ctx.with_entropy:
-                    work.clamp_(min=torch.finfo(torch.float32).min).add_(entropy[span, None])
-                    work.mul_(grad_entropy[span, None]).add_(grad_logprobs[span, None]).mul_(probability).neg_()
+                    # p (log p + H) first: at a logit of -inf it is 0, and stays 0 whatever the incoming gradient.
+                    work.clamp_(min=torch.finfo(torch.float32).min).add_(entropy[span, None]).mul_(probability)
+                    work.mul_(grad_entropy[span, None]).addcmul_(probability, grad_logprobs[span, None]).neg_()
                 else:
                     work = probability.mul_(-grad_logprobs[span, None])
                 work.scatter_add_(

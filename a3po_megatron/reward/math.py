@@ -258,7 +258,7 @@ def _read(text: str, original: str) -> list[Any] | None:
     mixed = _mixed(text)
     if mixed is not None:
         return mixed if isinstance(mixed, list) else None
-    one_line = re.sub(r"\\!\s*|^\\\$\s*", "", " ".join(text.split()))
+    one_line = re.sub(r"\\!\s*|^\\\$\s*", "", " ".join(text.split())).replace("\\%", "%")
     one_line = _PYTHON_POWER.sub(lambda power: f"^{{{power[1]}}}" if power[1] else "^", one_line)
     if _DELIMITED.search(one_line):  # formulas between words, or several
         attempts = [original, one_line]

@@ -1,6 +1,6 @@
 """One step's groups: sample, grade, keep those with spread, in prompt order.
 
-Dynamic sampling runs in rounds. Prompts of a round are dealt over the engines; every engine's leader grades what it
+Dynamic sampling runs in rounds. Prompts of a round are dealt over the engines; every engine's leaders grade what it
 sampled; the outcomes (not the tokens) are merged on all ranks. Groups are accepted in *prompt order*, never in order of
 arrival, which would favour short answers. Groups with spread beyond the step's need are carried into the next step, so
 that no finished work is lost. Tokens travel only within the model replica that trains on them.
@@ -90,10 +90,15 @@ class Collector:
             draws = [(prompt, sample) for prompt in mine for sample in range(self.trainer.rollouts_per_prompt)]
             seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
             completions = engine.sample([Request(p.tokens, seed) for (p, _), seed in zip(draws, seeds, strict=True)])
-            if self.cluster.engine_rank != 0:
-                return []  # the engine's leader answers for what all its ranks sampled
-            groups = {prompt.index: Group(prompt, []) for prompt in mine}
+            leaders = self.cluster.engine_leaders
+            if self.cluster.rank not in leaders:
+                return []  # all ranks of an engine hold the same completions: its leaders share them out
+            groups = {
+                prompt.index: Group(prompt, []) for prompt in mine[leaders.index(self.cluster.rank) :: len(leaders)]
+            }
             for (prompt, sample), seed, completion in zip(draws, seeds, completions, strict=True):
+                if prompt.index not in groups:
+                    continue
                 rollout = Rollout(
                     prompt=prompt,
                     sample=sample,

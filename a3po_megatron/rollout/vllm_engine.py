@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..cluster import Backend
-from ..compat.vllm import drop_requests, keep_process_group, process_state_kept
+from ..compat.vllm import drop_requests, keep_process_group, name_shared_memory, process_state_kept
 from ..config import RolloutOptions
 from ..errors import RequestError, RunFailed
 from ..model.family import Family
@@ -48,6 +48,7 @@ class VllmEngine:
         self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
         self._family, self._stops, self._options = family, list(stops), options
         keep_process_group()
+        name_shared_memory()
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
 

@@ -41,6 +41,7 @@ class Clock:
     def begin(self, step: int) -> None:
         """A new step: its seconds start at 0."""
         self.step = step
+        self._stack[0] = "between phases"
         self.seconds.clear()
         self._announce()
 

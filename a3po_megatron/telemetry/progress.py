@@ -13,13 +13,20 @@ from rich.text import Text
 from .clock import CLOCK
 
 
+class _Patient(Console):
+    """A console whose reader may go away (`a3po train … | head`): then nobody looks, and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def open_console() -> Console:
     """The launcher's terminal where it handed one down (A3PO_CONSOLE_FD), else this process's standard output."""
     descriptor = os.environ.get("A3PO_CONSOLE_FD")
     if descriptor is None:
-        return Console(highlight=False)
+        return _Patient(highlight=False)
     stream: TextIO = os.fdopen(int(descriptor), "w", buffering=1, closefd=False)
-    return Console(file=stream, highlight=False, soft_wrap=True)
+    return _Patient(file=stream, highlight=False, soft_wrap=True)
 
 
 class _Left(ProgressColumn):

@@ -112,10 +112,11 @@ class Publisher:
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
         asked = list(dict.fromkeys(pair for part in self.cluster.gather_batch_group(mine) for pair in part))
         learner = dict(zip(asked, logprobs(asked), strict=True))
-        worst = max(
-            float((learner[pair] - torch.from_numpy(completion.logprobs)).abs().max())
+        differences = [
+            learner[pair] - torch.from_numpy(completion.logprobs)
             for pair, completion in zip(mine, completions, strict=True)
-        )
+        ]
+        worst = float(torch.cat(differences).abs().max())  # torch's max keeps a NaN, Python's loses it
         by_rank = self.cluster.agree("canary", worst, list)
         for rank, value in enumerate(by_rank):
             if not value <= bound:  # NaN too
