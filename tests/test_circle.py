@@ -20,7 +20,7 @@ def one_rank() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
-    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike)
+    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike, cases.publishes)
 
 
 def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: dict[str, list[Any]]) -> None:
@@ -54,17 +54,29 @@ def test_kept_logprobs_are_those_of_the_sampling_distribution(one_rank: dict[str
     assert one_rank["logprobs_are_of_the_sampling_distribution"][0] <= 5e-5
 
 
-def test_tensor_and_data_parallel_runs_tell_the_same_story(two_ranks: dict[str, list[Any]]) -> None:
-    tensor, data = (two_ranks["layouts_train_alike"][0][layout] for layout in ("2x1", "1x2"))
+@pytest.mark.parametrize("layout", ["1x2x1", "1x1x2"])
+def test_tensor_data_and_pipeline_parallel_runs_tell_the_same_story(
+    two_ranks: dict[str, list[Any]], layout: str
+) -> None:
+    tensor, other = (two_ranks["layouts_train_alike"][0][name] for name in ("2x1x1", layout))
     exact = ("reward/correct_rate", "rollout/length_mean", "rollout/kept_groups", "shaping/rho", "learner/lr")
-    assert {name: tensor[0][name] for name in exact} == {name: data[0][name] for name in exact}
+    assert {name: tensor[0][name] for name in exact} == {name: other[0][name] for name in exact}
     # The second step starts from weights that differ in their last bits.
     for name in ("learner/loss", "policy/grad_norm", "policy/entropy", "shaping/gradient_share_positive"):
-        assert tensor[0][name] == pytest.approx(data[0][name], rel=1e-4, abs=1e-6), name
-    for row in (*tensor, *data):
+        assert tensor[0][name] == pytest.approx(other[0][name], rel=1e-4, abs=1e-6), name
+    for row in (*tensor, *other):
         assert row["policy/ratio_first_max"] < 1e-4
         assert row["mismatch/logprob_abs_mean"] < 1e-5
         assert row["refit/canary"] < 1e-4
+
+
+def test_every_family_publishes_again_and_again_from_pipeline_sequence_and_expert_parallel_learners(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    for by_layout in two_ranks["publishes"]:
+        for layout, canaries in by_layout.items():
+            assert len(canaries) == 3, layout
+            assert max(canaries) < 1e-4, layout
 
 
 @pytest.mark.skipif("A3PO_TEST_DATA" not in os.environ, reason="A3PO_TEST_DATA does not name a folder with GSM8K")

@@ -5,6 +5,7 @@
 | `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
 | `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
 | `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
+| `drop_expert_kernels` | after a reload a mixture of experts still uses the experts it had, silently | the CPU backend packs experts into a kernel object once and does not make it anew |
 | `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
 """  # noqa: E501
 
@@ -69,6 +70,14 @@ def name_shared_memory() -> None:
     _CPUSHMDistributed.theirs = name  # type: ignore[attr-defined]
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)  # type: ignore[method-assign,assignment]
     _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Lets the next reload of a model on the CPU backend pack its experts again."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def drop_requests(engine: Any) -> None:

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from ..cluster import Backend
-from ..compat.vllm import drop_requests, keep_process_group, name_shared_memory, process_state_kept
+from ..compat.vllm import (
+    drop_expert_kernels,
+    drop_requests,
+    keep_process_group,
+    name_shared_memory,
+    process_state_kept,
+)
 from ..config import RolloutOptions
 from ..errors import RequestError, RunFailed
 from ..model.family import Family
@@ -60,6 +66,8 @@ class VllmEngine:
         return self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        if self._family.experts is not None:
+            self._llm.apply_model(drop_expert_kernels)
         # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(stream)})
         if not self._llm.reset_prefix_cache():

@@ -53,9 +53,33 @@ class Forgetful(VllmEngine):
         return (item for item in super()._with_head(stream) if item[0] != self.forgets)
 
 
+def publishes(ranks: Ranks) -> dict[str, list[float]]:
+    """Canaries of three publishes in a row, with other weights each time, for families and layouts of two ranks."""
+    found: dict[str, list[float]] = {}
+    for kind, layout in (
+        ("llama31", ["parallel.pipeline=2"]),
+        ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
+        ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
+        ("qwen3_moe", ["parallel.pipeline=2"]),
+    ):
+        folder = ranks.folder / kind
+        if ranks.rank == 0 and not folder.exists():
+            make_checkpoint(folder, kind)
+        torch.distributed.barrier()
+        run, _, engine, learner, _ = parts(ranks, 1, 1, *layout, f"model.path={folder}")
+        canaries = []
+        for _ in range(3):
+            canaries.append(run.publish(learner, engine).canary)
+            with torch.no_grad():
+                for parameter in learner.parameters().values():
+                    parameter.mul_(1.05)
+        found[f"{kind} {layout}"] = canaries
+    return found
+
+
 def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
     config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides])
-    cluster = ranks.arrange(tensor, data=data)
+    cluster = ranks.arrange(**config.parallel.model_dump())
     family = read_family(config.model.path)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
@@ -175,18 +199,19 @@ def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
 
 
 def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
-    """Two steps of the whole loop for both layouts of two ranks: what they wrote down."""
+    """Two steps of the whole loop for every dense layout of two ranks: what they wrote down."""
     from a3po_megatron.train import train
 
     rows = {}
-    for tensor, data in ((2, 1), (1, 2)):
-        config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", "trainer.steps=2"])
-        folder = ranks.folder / f"loop-{tensor}-{data}"
+    for tensor, data, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
+        config = load_config(DEMO, [*layout, "trainer.steps=2"])
+        folder = ranks.folder / f"loop-{tensor}-{data}-{pipeline}"
         os.makedirs(folder / "rollouts", exist_ok=True)
-        train(folder, config, ranks.arrange(tensor, data=data), InProcess(grade))
+        train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
         metrics = folder / "metrics.jsonl"
         if ranks.rank == 0:
-            rows[f"{tensor}x{data}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows[f"{tensor}x{data}x{pipeline}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
     return rows
 
 
