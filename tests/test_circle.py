@@ -20,7 +20,7 @@ def one_rank() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
-    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike, cases.publishes)
+    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike)
 
 
 def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: dict[str, list[Any]]) -> None:
@@ -70,10 +70,8 @@ def test_tensor_data_and_pipeline_parallel_runs_tell_the_same_story(
         assert row["refit/canary"] < 1e-4
 
 
-def test_every_family_publishes_again_and_again_from_pipeline_sequence_and_expert_parallel_learners(
-    two_ranks: dict[str, list[Any]],
-) -> None:
-    for by_layout in two_ranks["publishes"]:
+def test_every_family_publishes_again_and_again_from_pipeline_sequence_and_expert_parallel_learners() -> None:
+    for by_layout in run_ranks(2, cases.publishes)["publishes"]:
         for layout, canaries in by_layout.items():
             assert len(canaries) == 3, layout
             assert max(canaries) < 1e-4, layout
