@@ -26,9 +26,3 @@ class RunFailed(A3POError):
 
 class PublishError(RunFailed):
     """Learner and engine do not hold the same weights after a publish. The message names the tensor."""
-
-
-class Interrupted(A3POError):
-    """The run stopped early and can be resumed. Exit code 85."""
-
-    exit_code = 85

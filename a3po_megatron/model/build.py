@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import MegatronOptions, ModelOptions, ParallelOptions
+from ..config.passed import check_passed
 from ..errors import RequestError
 from .family import Family
 from .layout import Layout, check_layout, layout_of, padded_vocab
@@ -96,14 +96,8 @@ def transformer_config(
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": layout.etp,
         }
-    free = [f.name for f in dataclasses.fields(TransformerConfig) if f.init and f.name not in OWNED | ours.keys()]
-    for name in megatron.extra:
-        if name in OWNED or name in ours:
-            raise RequestError(f"megatron.extra.{name}: this field follows from the model and the other options")
-        if name not in free:
-            close = difflib.get_close_matches(name, free, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise RequestError(f"megatron.extra.{name}: Megatron's TransformerConfig has no such field{hint}")
+    fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
+    check_passed("megatron.extra", megatron.extra, fields, OWNED | ours.keys(), "Megatron's TransformerConfig")
     try:
         return TransformerConfig(**ours, **megatron.extra)
     except (AssertionError, TypeError, ValueError) as error:

@@ -7,7 +7,6 @@ of being equal by chance because both sides read the same files.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from ..compat.vllm import (
     process_state_kept,
 )
 from ..config import RolloutOptions
-from ..errors import RequestError, RunFailed
+from ..config.passed import check_passed
+from ..errors import RunFailed
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD
 from .engine import Completion, Request
@@ -138,14 +138,8 @@ def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, 
     if options.engine_args:
         from vllm.engine.arg_utils import EngineArgs
 
-        free = [f.name for f in dataclasses.fields(EngineArgs) if f.name not in OWNED | ours.keys()]
-        for name in options.engine_args:
-            if name in OWNED or name in ours:
-                raise RequestError(f"rollout.engine_args.{name}: this argument follows from other options")
-            if name not in free:
-                close = difflib.get_close_matches(name, free, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise RequestError(f"rollout.engine_args.{name}: vLLM has no such engine argument{hint}")
+        fields = [field.name for field in dataclasses.fields(EngineArgs)]
+        check_passed("rollout.engine_args", options.engine_args, fields, OWNED | ours.keys(), "vLLM's EngineArgs")
     return {**defaults, **ours, **options.engine_args}
 
 
