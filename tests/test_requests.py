@@ -306,8 +306,8 @@ def test_pass_through_options_that_the_libraries_lack_or_that_are_ours_are_refus
         "megatron.extra.num_layers=3": "follows from the model and the other options",
         "megatron.extra.tensor_model_parallel_size=1": "follows from the model and the other options",
         "rollout.engine_args.max_num_batched_token=64": "did you mean max_num_batched_tokens?",
-        "rollout.engine_args.max_model_len=64": "follows from other options",
-        "rollout.engine_args.seed=1": "follows from other options",
+        "rollout.engine_args.max_model_len=64": "follows from the model and the other options",
+        "rollout.engine_args.seed=1": "follows from the model and the other options",
     }
     code = (
         "import sys\n"
