@@ -132,10 +132,4 @@ def _main(folder: Path, timeout: float, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from a3po_megatron.launch import environment
-
-    environment.prepare()
-    from a3po_megatron import compat
-
-    compat.prepare()
     _main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
