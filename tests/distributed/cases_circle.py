@@ -31,7 +31,8 @@ from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
 
 DEMO = ROOT / "configs/demo.yaml"
-STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+# Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
+STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
 
 class InProcess:
@@ -146,10 +147,10 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
             parameter.add_(0.01 * torch.ones_like(parameter))
     attempt("stale", lambda name, tensor: before[name] if name == STALE else tensor)
     attempt("sound again", None)
-    with torch.no_grad():
-        for parameter in learner.parameters().values():
-            parameter.mul_(1.05)
     for forgotten in (DROPPED, "lm_head.weight"):
+        with torch.no_grad():
+            for parameter in learner.parameters().values():
+                parameter.mul_(1.05)
         engine.forgets = forgotten
         attempt(f"engine forgets {forgotten}", None)
     engine.forgets = None
