@@ -45,7 +45,6 @@ class Run:
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._step_start = time.perf_counter()
-        self._own_carried: dict[int, object] = {}
         self._warned = False
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
@@ -105,8 +104,9 @@ class Run:
             self._metrics.close()
 
     def _save_rollouts(self, step: int, collected: Collected, batch: Batch) -> None:
-        fresh = {group.prompt.index for group in collected.sampled}
-        carried = [g for g in collected.groups if g.prompt.index in self._own_carried and g.prompt.index not in fresh]
+        # All ranks of a batch group hold its carried-over groups: the first of them, a leader too, writes them down.
+        writer = self.cluster.batch_group.rank() == 0
+        carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
         accepted = set(collected.accepted)
         save_rollouts(
             self.folder / "rollouts",
@@ -118,7 +118,6 @@ class Run:
             self.config.telemetry.texts_per_step,
             self.tokens.pieces,
         )
-        self._own_carried = {index: None for index in {*self._own_carried, *fresh} - accepted}
 
     def _warn(self, row: dict[str, float | None]) -> None:
         """Says once when shaping scales tokens that have no gradient to scale."""
