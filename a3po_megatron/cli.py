@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_convert import app as convert_app
 from .errors import A3POError
 
 app = typer.Typer(
@@ -58,6 +59,9 @@ def report(
     from .report.page import write_report
 
     typer.echo(f"report: {write_report(run_dirs, out)}")
+
+
+app.add_typer(convert_app, name="convert")
 
 
 @app.command()

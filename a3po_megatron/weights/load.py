@@ -1,94 +1,66 @@
-"""HF safetensors → this rank's shards: only the slices that this rank needs are read."""
+"""HF safetensors → this rank's shards: only the rows that this rank needs are read, a bounded part at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from ..checkpoint.safetensors import DTYPES, Stored, locate, read_rows
 from ..errors import RequestError
 from ..model.family import Family
 from ..model.layout import HEAD, Piece, hf_tensors
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PART_BYTES = 64 << 20  # what is read at once
 
 
-def locate(folder: Path) -> dict[str, Path]:
-    """HF tensor name → file. Raises RequestError for a missing file or an unreadable index."""
-    index = folder / INDEX
-    if index.exists():
-        try:
-            files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
-    elif (single := folder / SINGLE).exists():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    else:
-        raise RequestError(f"{folder}: there is neither {SINGLE} nor {INDEX}: model.path must hold safetensors weights")
-    for name, path in files.items():
-        if not path.exists():
-            raise RequestError(f"{index}: {name} is said to be in {path.name}, which is missing")
-    return files
-
-
-def check_checkpoint(folder: Path, family: Family) -> dict[str, Path]:
+def check_checkpoint(folder: Path, family: Family) -> dict[str, Stored]:
     """Compares names and shapes in the files with what config.json implies; returns where each tensor is."""
-    files, expected = locate(folder), hf_tensors(family)
+    found, expected = locate(folder), hf_tensors(family)
     tolerated = {HEAD} if family.tied else set()  # some tied checkpoints store the output layer again
-    if missing := sorted(expected.keys() - files.keys()):
+    if missing := sorted(expected.keys() - found.keys()):
         raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
-    if extra := sorted(name for name in files.keys() - expected.keys() - tolerated if "rotary_emb" not in name):
+    if extra := sorted(name for name in found.keys() - expected.keys() - tolerated if "rotary_emb" not in name):
         raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
-    for path in sorted(set(files.values())):
-        with _open(path) as file:
-            held = set(file.keys())
-            for name in [name for name, where in files.items() if where == path]:
-                if name not in held:
-                    raise RequestError(f"{path}: {name} is said to be in this file ({INDEX}), which does not hold it")
-                if name not in expected:
-                    continue
-                stored = file.get_slice(name)
-                if tuple(stored.get_shape()) != expected[name]:
-                    raise RequestError(
-                        f"{path}: {name} has shape {tuple(stored.get_shape())}, config.json implies {expected[name]}"
-                    )
-                if stored.get_dtype() not in FLOATS:
-                    raise RequestError(
-                        f"{path}: {name} is stored as {stored.get_dtype()}: expected {', '.join(FLOATS)}"
-                    )
-    return files
+    for name, shape in expected.items():
+        stored = found[name]
+        if stored.shape != shape:
+            raise RequestError(f"{stored.path}: {name} has shape {stored.shape}, config.json implies {shape}")
+        if stored.code not in DTYPES:
+            raise RequestError(f"{stored.path}: {name} is stored as {stored.code}: expected {', '.join(DTYPES)}")
+    return found
 
 
 @torch.no_grad()
 def load_shards(
-    folder: Path, family: Family, pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], torch.Tensor]
+    folder: Path, family: Family, pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor]
 ) -> None:
     """Fills `parameters` from the checkpoint; rows that pad the vocabulary become 0.
 
     Raises RequestError for tensors that are missing, misshapen or not finite, and RuntimeError if a parameter of the
     model is not covered by the map.
     """
-    files = check_checkpoint(folder, family)
+    places = check_checkpoint(folder, family)
     filled = dict.fromkeys(parameters, 0)
-    by_file: dict[Path, list[Piece]] = {}
-    for piece in pieces:
-        by_file.setdefault(files[piece.tensor], []).append(piece)
-    for path, wanted in by_file.items():
-        with _open(path) as file:
-            for piece in wanted:
-                window = slice(piece.start, piece.start + piece.length)
-                source = file.get_slice(piece.tensor)
-                values = source[window] if piece.dim == 0 else source[:, window]
-                if not torch.isfinite(values).all():
-                    raise RequestError(f"{path}: {piece.tensor} holds a value that is not finite")
-                target = parameters[piece.key]
-                target.narrow(piece.dim, piece.offset, piece.length).copy_(values)
-                filled[piece.key] += piece.numel
+    with contextlib.ExitStack() as stack:
+        files = {path: stack.enter_context(path.open("rb")) for path in {stored.path for stored in places.values()}}
+        for piece in pieces:
+            stored = places[piece.tensor]
+            target = parameters[piece.key].narrow(piece.dim, piece.offset, piece.length)
+            first = piece.start if piece.dim == 0 else 0
+            for begin, rows in _parts(stored, first, target.shape[0]):
+                values = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
+                read_rows(files[stored.path], stored, begin, values)
+                if piece.dim == 1:
+                    values = values[:, piece.start : piece.start + piece.length]
+                if not all_finite(values):
+                    raise RequestError(f"{stored.path}: {piece.tensor} holds a value that is not finite")
+                target[begin - first : begin - first + rows].copy_(values)
+            filled[piece.key] += piece.numel
     for key, parameter in parameters.items():
         name, padding = key[1], parameter.numel() - filled[key]
         if padding and name.endswith(("word_embeddings.weight", "output_layer.weight")):
@@ -97,8 +69,14 @@ def load_shards(
             raise RuntimeError(f"model/layout.py leaves {padding} elements of {name} without a source")
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: not a readable safetensors file: {error}") from error
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is infinite or NaN: their sum shows it, unless it overflows by itself."""
+    total = values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(values).all())
+
+
+def _parts(stored: Stored, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """(row, number of rows) of bounded parts of `count` rows from `first` on."""
+    step = max(1, PART_BYTES // (math.prod(stored.shape[1:]) * stored.dtype.itemsize))
+    for row in range(first, first + count, step):
+        yield row, min(step, first + count - row)

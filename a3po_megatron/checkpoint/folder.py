@@ -1,0 +1,122 @@
+"""A folder that appears whole or not at all: it is written under a hidden name beside its place, then renamed.
+
+    parent/.NAME.partial/   while it is being written, locked by the writer
+    parent/NAME/            once every byte is on the disk
+
+A killed writer leaves its partial folder behind, without the lock: the next one throws it away and begins again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RequestError
+
+DIGESTS = "digests.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file with weights, as it was written."""
+
+    name: str  # relative to its folder
+    bytes: int
+    blake3: str
+
+
+def check_free(folder: Path) -> None:
+    """Raises RequestError where `folder` cannot become a new folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder}: exists already and is not an empty folder: name another one, or remove it")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """The partial folder to write into; it becomes `folder` when the block ends, and vanishes if the block raises.
+
+    Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process.
+    """
+    check_free(folder)
+    folder = Path(os.path.abspath(folder))
+    partial = folder.parent / f".{folder.name}.partial"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent, os.O_RDONLY)
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
+    try:
+        holder = _claim(partial, lock)
+    finally:
+        os.close(lock)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            _sync(path)
+        _sync(partial)
+        if folder.exists():
+            folder.rmdir()  # an empty folder that was there before
+        os.rename(partial, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(holder)
+
+
+def _claim(partial: Path, parent: int) -> int:
+    """Makes the partial folder anew and locks it; two that start at once are told apart by a lock on the parent."""
+    fcntl.flock(parent, fcntl.LOCK_EX)
+    try:
+        if partial.exists():
+            stale = os.open(partial, os.O_RDONLY)
+            try:
+                fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RequestError(f"{partial}: another process is writing this folder") from error
+            finally:
+                os.close(stale)
+            shutil.rmtree(partial)
+        partial.mkdir()
+        holder = os.open(partial, os.O_RDONLY)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        return holder
+    except OSError as error:
+        raise RequestError(f"{partial}: cannot make it: {error.strerror}") from error
+    finally:
+        fcntl.flock(parent, fcntl.LOCK_UN)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_digests(folder: Path, files: Iterable[Written]) -> None:
+    """Writes size and BLAKE3 digest of every file with weights."""
+    entries = {file.name: {"bytes": file.bytes, "blake3": file.blake3} for file in files}
+    (folder / DIGESTS).write_text(json.dumps({"algorithm": "blake3", "files": entries}, indent=2) + "\n")
+
+
+def read_digests(folder: Path) -> dict[str, Written]:
+    """What `save_digests` wrote, by file name; empty where the folder has none. Raises RequestError if unreadable."""
+    path = folder / DIGESTS
+    if not path.exists():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        if stored["algorithm"] != "blake3":
+            raise ValueError(f"unknown algorithm {stored['algorithm']!r}")
+        return {name: Written(name, entry["bytes"], entry["blake3"]) for name, entry in stored["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path}: not a readable list of digests: {error!r}") from error

@@ -1,0 +1,187 @@
+"""The safetensors format: headers read and held against the file, bytes read where they lie, files written in a stream.
+
+    8 bytes: length of the header (little endian) | JSON: name → dtype, shape, [begin, end) | the tensors' bytes
+
+The library maps files into memory; here bytes are read straight into their destination, so that what a conversion holds
+is its buffers and nothing else. Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ..errors import RequestError
+from .folder import Written
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MAX_HEADER = 100 << 20  # the library's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies."""
+
+    path: Path
+    code: str  # dtype, in the format's words
+    shape: tuple[int, ...]
+    offset: int  # of its first byte, in the file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.code]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Name → place of every tensor in a file. Raises RequestError for one that is cut off or not safetensors."""
+
+    def refuse(what: str) -> RequestError:
+        return RequestError(f"{path}: not a readable safetensors file: {what}")
+
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+            if length < 0 or length > MAX_HEADER or 8 + length > size:
+                raise refuse(f"it has {size} bytes, less than its header says")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise refuse(error.strerror or repr(error)) from error
+    except ValueError as error:
+        raise refuse(f"its header is not JSON: {error}") from error
+    try:
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+        found = {
+            name: Stored(path, str(entry["dtype"]), tuple(entry["shape"]), 8 + length + spans[name][0])
+            for name, entry in entries.items()
+        }
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise refuse(f"its header is malformed: {error!r}") from error
+    position = 0
+    for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        stored = found[name]
+        if begin != position or end < begin:
+            raise refuse(f"{name} does not begin where the tensor before it ends")
+        if stored.code in DTYPES and end - begin != math.prod(stored.shape) * stored.dtype.itemsize:
+            raise refuse(f"{name} has {end - begin} bytes, its shape {stored.shape} {stored.code} takes another number")
+        position = end
+    if 8 + length + position != size:
+        raise refuse(f"it has {size} bytes, its header accounts for {8 + length + position}")
+    return found
+
+
+def locate(folder: Path) -> dict[str, Stored]:
+    """Every tensor of an HF folder. Raises RequestError for a missing or damaged file and an index that is wrong."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise RequestError(
+                f"{folder}: there is neither {SINGLE} nor {INDEX}: model.path must hold safetensors weights"
+            )
+        return read_header(folder / SINGLE)
+    try:
+        files = {name: folder / str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
+    for name, path in files.items():
+        if not path.exists():
+            raise RequestError(f"{index}: {name} is said to be in {path.name}, which is missing")
+    headers = {path: read_header(path) for path in sorted(set(files.values()))}
+    for name, path in files.items():
+        if name not in headers[path]:
+            raise RequestError(f"{path}: {name} is said to be in this file ({INDEX}), which does not hold it")
+    for path, header in headers.items():
+        if strays := [name for name in header if files.get(name) != path]:
+            raise RequestError(f"{index}: {path.name} holds {strays[0]}, which the index does not place there")
+    return {name: headers[path][name] for name, path in files.items()}
+
+
+def read_rows(file: IO[bytes], stored: Stored, start: int, rows: Tensor) -> None:
+    """Fills `rows` (contiguous, of the stored dtype) with the tensor's rows from `start` on."""
+    stride = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    read_into(file, stored.offset + start * stride, rows)
+
+
+def read_into(file: IO[bytes], offset: int, values: Tensor) -> None:
+    """Fills a contiguous tensor with the file's bytes from `offset` on. Raises RequestError if they are not there."""
+    assert values.is_contiguous()
+    view = bytes_of(values)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if count == 0:
+            raise RequestError(f"{file.name}: it ended {len(view) - done} bytes too early while it was read")
+        done += count
+
+
+def write_file(
+    folder: Path,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    parts: Iterable[Tensor],
+) -> Written:
+    """Writes one safetensors file from `parts`: all tensors' elements in order, in pieces of any size.
+
+    Raises RuntimeError if the parts do not amount to exactly the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtypes[tensor].itemsize
+        header[tensor] = {"dtype": CODES[dtypes[tensor]], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest, written = blake3(), 0
+    with (folder / name).open("wb", buffering=0) as file:
+        for head in (len(text).to_bytes(8, "little"), text):
+            digest.update(head)
+            file.write(head)
+        for part in parts:
+            view = bytes_of(part.contiguous())
+            digest.update(view)
+            write_all(file, view)
+            written += len(view)
+    if written != end:
+        raise RuntimeError(f"{name}: {written} bytes were written, its tensors have {end}")
+    return Written(name, 8 + len(text) + end, digest.hexdigest())
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(cast(Any, values.view(-1).view(torch.uint8).numpy()))
+
+
+def write_all(file: IO[bytes], view: memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def file_names(count: int) -> list[str]:
+    """The names of a checkpoint's files, as transformers chooses them."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def save_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
+    """Tensor → file, where a checkpoint has several files."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")

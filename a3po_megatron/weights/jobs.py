@@ -1,0 +1,70 @@
+"""Jobs over processes, with one count of the bytes that are done: what a conversion runs on.
+
+One worker runs in this process; several are spawned. A worker whose parent is gone stops at its next count.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+POLL_SECONDS = 0.1
+
+
+Count = Callable[[int], None]  # takes the bytes that were done since it was last called
+Job = Callable[[Count], Any]  # picklable: a functools.partial of a module's function
+_shared: Any = None  # in a worker: the count that it shares with its parent
+_parent = 0
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, show: Count) -> list[Any]:
+    """Every job's result, in their order; `show` is called in this process. Raises what a job raised first."""
+    if workers == 1 or len(jobs) == 1:
+        return [job(show) for job in jobs]
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's thread pools, locked
+    total = context.Value("q", 0)
+    shown = 0
+    with concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(jobs)), context, initializer=_start, initargs=(total, os.getpid())
+    ) as pool:
+        futures = [pool.submit(_run, job) for job in jobs]
+        try:
+            waiting: set[Any] = set(futures)
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, POLL_SECONDS, concurrent.futures.FIRST_EXCEPTION)
+                now = total.value
+                show(now - shown)
+                shown = now
+                for future in done:
+                    future.result()
+        except BaseException:
+            total.value = -1  # tells the others to stop
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [future.result() for future in futures]
+
+
+class Stopped(Exception):
+    """This worker's result is not wanted any more."""
+
+
+def _start(total: Any, parent: int) -> None:
+    global _shared, _parent
+    _shared, _parent = total, parent
+
+
+def _run(job: Job) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+
+    def count(amount: int) -> None:
+        with _shared.get_lock():
+            if _shared.value < 0 or os.getppid() != _parent:
+                raise Stopped
+            _shared.value += amount
+
+    return job(count)

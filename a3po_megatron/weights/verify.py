@@ -1,0 +1,201 @@
+"""Does a checkpoint survive a layout? Proved by doing it, in one process, a parameter at a time.
+
+For every parameter of the undivided model (q, k and v share one; gate and up do): its HF tensors are read, every rank's
+shard is filled from them as loading does, and the tensors are put together again from what the owners hold, as export
+does. Every copy must equal the file's bytes. Before that, without any bytes: each rank's parameters are covered without
+gap or overlap (vocabulary padding aside), and every element is owned by exactly one rank of a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ..checkpoint.safetensors import Stored, read_rows
+from ..errors import RequestError, RunFailed
+from ..model.family import Family, read_family
+from ..model.layout import EMBEDDING, HEAD, Layout, Piece, Place, hf_tensors, padded_vocab, pieces
+from ..model.stored import stored_parameters
+from .jobs import Count
+from .load import all_finite, check_checkpoint
+
+
+@dataclass
+class RankShare:
+    """What one rank of a replica holds."""
+
+    place: Place
+    layers: list[int] = field(default_factory=list)
+    held: int = 0  # bytes of its parameters that come from the checkpoint
+    owned: int = 0  # of them, those that it answers for
+    padding: int = 0  # bytes of vocabulary padding
+
+
+@dataclass(frozen=True)
+class Verified:
+    layout: Layout
+    tensors: int
+    bytes: int
+    ranks: list[RankShare]
+    shown: list[tuple[int, Piece]]  # rank and piece of the tensor that was asked for
+
+
+def verify_layout(folder: Path, layout: Layout, progress: Callable[[int], Count], show: str | None = None) -> Verified:
+    """Raises RequestError for a checkpoint or layout that cannot be, RunFailed if a byte would not come back."""
+    family = read_family(folder)
+    places = check_checkpoint(folder, family)
+    shapes = hf_tensors(family)
+    if show is not None and show not in shapes:
+        raise RequestError(f"--show {show}: the checkpoint has no such tensor")
+    by_tensor: dict[str, list[tuple[int, Piece]]] = {name: [] for name in shapes}
+    shares = []
+    for rank, place in enumerate(layout.places()):
+        mine = pieces(family, layout, place)
+        shares.append(_share(family, layout, place, mine, places))
+        _check_parameters(rank, mine)
+        for piece in mine:
+            by_tensor[piece.tensor].append((rank, piece))
+    total = sum(places[name].bytes for name in shapes)
+    count = progress(total)
+    for name, found in by_tensor.items():
+        _check_owners(name, shapes[name], found)
+    for parameter in stored_parameters(family):
+        names = list(dict.fromkeys(span.tensor for span in parameter.spans))
+        _check_bytes({name: places[name] for name in names}, {name: by_tensor[name] for name in names})
+        count(sum(places[name].bytes for name in names))
+    return Verified(layout, len(shapes), total, shares, by_tensor.get(show or "", []))
+
+
+def _share(
+    family: Family, layout: Layout, place: Place, mine: tuple[Piece, ...], places: dict[str, Stored]
+) -> RankShare:
+    share = RankShare(place)
+    layers = {int(piece.tensor.split(".")[2]) for piece in mine if piece.tensor.startswith("model.layers.")}
+    share.layers = sorted(layers)
+    for piece in mine:
+        size = piece.numel * places[piece.tensor].dtype.itemsize
+        share.held += size
+        share.owned += size if piece.owner else 0
+        if piece.shape[0] == family.vocab and piece.tensor in (EMBEDDING, HEAD):
+            rows = padded_vocab(family, layout.tensor) // layout.tensor - piece.length
+            share.padding += rows * size // piece.length
+    return share
+
+
+def _check_parameters(rank: int, mine: tuple[Piece, ...]) -> None:
+    """A parameter's pieces follow each other without gap or overlap."""
+    ends: dict[tuple[int, str], int] = {}
+    for piece in sorted(mine, key=lambda piece: piece.offset):
+        if piece.offset != ends.get(piece.key, 0):
+            raise RunFailed(
+                f"rank {rank}: {piece.parameter} is covered up to {ends.get(piece.key, 0)}, then from {piece.offset}: "
+                "the map in model/layout.py is wrong"
+            )
+        ends[piece.key] = piece.offset + piece.length
+
+
+def _check_owners(name: str, shape: tuple[int, ...], found: list[tuple[int, Piece]]) -> None:
+    """Every element has one owner."""
+    end = 0
+    owned = sorted((piece.start, piece.length, piece.dim) for _, piece in found if piece.owner)
+    for start, length, dim in owned:
+        if start != end:
+            raise RunFailed(f"{name}: owned up to {end}, then from {start}, of {shape}: model/layout.py is wrong")
+        end = start + length
+        last = shape[dim]
+    if not owned or end != last:
+        raise RunFailed(f"{name}: owned up to {end} of {shape}: model/layout.py is wrong")
+
+
+def _check_bytes(places: dict[str, Stored], found: dict[str, list[tuple[int, Piece]]]) -> None:
+    """Fills every rank's shard of one parameter and joins the owners' parts; raises RunFailed where a bit differs."""
+    whole = {name: _read(name, stored) for name, stored in places.items()}
+    joined = {name: torch.full_like(values, float("nan")) for name, values in whole.items()}
+    by_shard: dict[tuple[int, tuple[int, str]], list[Piece]] = {}
+    for rank, piece in (item for items in found.values() for item in items):
+        by_shard.setdefault((rank, piece.key), []).append(piece)
+    for (rank, (_, parameter)), mine in by_shard.items():
+        first = whole[mine[0].tensor]
+        shape = list(first.shape)
+        shape[mine[0].dim] = max(piece.offset + piece.length for piece in mine)
+        shard = torch.full(shape, float("nan"), dtype=first.dtype)
+        for piece in mine:
+            _in_shard(shard, piece).copy_(_in_tensor(whole[piece.tensor], piece))
+        for piece in mine:
+            if not torch.equal(_bits(_in_shard(shard, piece)), _bits(_in_tensor(whole[piece.tensor], piece))):
+                raise RunFailed(f"{piece.tensor}: rank {rank} ({parameter}) does not give back what it was given")
+            if piece.owner:
+                _in_tensor(joined[piece.tensor], piece).copy_(_in_shard(shard, piece))
+    for name, values in whole.items():
+        if not torch.equal(_bits(joined[name]), _bits(values)):
+            raise RunFailed(f"{name}: what the owners hold together is not the tensor: model/layout.py is wrong")
+
+
+def _read(name: str, stored: Stored) -> Tensor:
+    values = torch.empty(stored.shape, dtype=stored.dtype)
+    with stored.path.open("rb") as file:
+        read_rows(file, stored, 0, values)
+    if not all_finite(values):
+        raise RequestError(f"{stored.path}: {name} holds a value that is not finite")
+    return values
+
+
+def _in_shard(shard: Tensor, piece: Piece) -> Tensor:
+    return shard.narrow(piece.dim, piece.offset, piece.length)
+
+
+def _in_tensor(values: Tensor, piece: Piece) -> Tensor:
+    return values.narrow(piece.dim, piece.start, piece.length)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Equal as bits: −0 and 0 differ."""
+    return values.contiguous().view(torch.uint8)
+
+
+def tables(found: Verified) -> Iterator[Table]:
+    """Where the bytes go, for a person."""
+    layout = found.layout
+    table = Table(title="one replica")
+    for name in ("rank", "pipeline", "tensor", "expert", "layers", "bytes held", "answers for", "padding"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+
+    def row(rank: str, where: Sequence[int], layers: str, sizes: Sequence[int]) -> None:
+        table.add_row(rank, *map(str, where), layers, *(f"{size:,}" for size in sizes))
+
+    for rank, share in enumerate(found.ranks):
+        where = (share.place.pipeline, share.place.tensor, share.place.expert)
+        row(str(rank), where, _runs(share.layers), (share.held, share.owned, share.padding))
+    table.add_section()
+    sums = [sum(sizes) for sizes in zip(*((s.held, s.owned, s.padding) for s in found.ranks), strict=True)]
+    row("all", (layout.pipeline, layout.tensor, layout.expert), "", sums)
+    yield table
+    if found.shown:
+        table = Table(title=found.shown[0][1].tensor)
+        table.add_column("rank", justify="right")
+        table.add_column("parameter", overflow="fold")
+        for name in ("its …", "hold the tensor's", "owner"):
+            table.add_column(name)
+        for rank, piece in found.shown:
+            axis = "rows" if piece.dim == 0 else "columns"
+            here = f"{axis} {piece.offset}–{piece.offset + piece.length - 1}"
+            there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
+            parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
+            table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
+        yield table
+
+
+def _runs(numbers: list[int]) -> str:
+    """0–3, 8–11"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
