@@ -86,6 +86,7 @@ class Cluster:
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         self.batch_group = parallel_state.get_model_parallel_group()
         self.data_group = parallel_state.get_data_parallel_group()
+        self.expert_group = parallel_state.get_expert_tensor_and_model_parallel_group()
         self.replica_group = self._replica_group(parallel)
         self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.data_group.size()
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)

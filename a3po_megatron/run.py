@@ -23,7 +23,7 @@ from .data.tokens import Tokens
 from .learner.learner import Learner
 from .model.family import Family
 from .model.layout import layout_of
-from .rollout.engine import Engine
+from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK
 from .telemetry.metrics import MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
@@ -41,7 +41,12 @@ class Run:
         self.folder, self.config, self.cluster, self.tokens = folder, config, cluster, tokens
         layout = layout_of(config.parallel, cluster.backend.spec)
         canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
-        self.publisher = Publisher(cluster, family, layout, config.publish, canary)
+        rollout, experts = config.rollout, family.experts.count if family.experts else 0
+
+        def engine_experts(rank: int) -> tuple[int, int]:
+            return local_experts(rank, rollout.tensor, rollout.expert, experts)
+
+        self.publisher = Publisher(cluster, family, layout, config.publish, canary, engine_experts)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._step_start = time.perf_counter()

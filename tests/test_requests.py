@@ -220,7 +220,7 @@ def test_a_port_in_use_is_refused(place: Place, a3po: Callable[..., Ended]) -> N
         (lambda p: (p.model / "model.safetensors").unlink(), ["model.safetensors"]),
         (lambda p: (p.model / "model.safetensors").write_bytes(b"\0" * 100), ["model.safetensors"]),
         (lambda p: p.alter_weights(lambda t: t.pop("model.norm.weight")), ["lacks model.norm.weight"]),
-        (lambda p: p.alter_model(intermediate_size=96), ["mlp.gate_proj.weight", "(48, 80)", "(48, 96)"]),
+        (lambda p: p.alter_model(intermediate_size=96), ["mlp.gate_proj.weight", "(80, 48)", "(96, 48)"]),
         (lambda p: p.alter_model(architectures=["MistralForCausalLM"]), ["MistralForCausalLM", "Qwen3ForCausalLM"]),
         (lambda p: p.alter_model(use_sliding_window=True), ["use_sliding_window"]),
         (lambda p: p.replace_model(head_dim=48), ["head_dim 48", "64"]),

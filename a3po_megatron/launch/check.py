@@ -33,7 +33,6 @@ def _check_options(config: Config) -> None:
     for option, value in (
         ("parallel.virtual", config.parallel.virtual),
         ("parallel.context", config.parallel.context),
-        ("rollout.expert", config.rollout.expert),
     ):
         if value > 1:
             raise RequestError(f"{option} = {value} is not supported yet: only 1 is")
@@ -85,6 +84,7 @@ def _check_layout(config: Config, family: Family) -> None:
             f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
             f"{family.max_positions} (max_position_embeddings)"
         )
+    _check_engine_experts(config, family)
     if family.head_dim not in CPU_HEAD_DIMS:
         raise RequestError(
             f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
@@ -99,6 +99,23 @@ def _check_layout(config: Config, family: Family) -> None:
         raise RequestError(
             f"rollout.kv_cache_bytes = {config.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens: "
             f"that takes {per_token * length} bytes"
+        )
+
+
+def _check_engine_experts(config: Config, family: Family) -> None:
+    tensor, expert = config.rollout.tensor, config.rollout.expert
+    if expert == 1:
+        return
+    if family.experts is None:
+        raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
+    if expert != tensor:
+        raise RequestError(
+            f"rollout.expert = {expert} must be 1 or rollout.tensor = {tensor}: vLLM deals the experts of an engine over "
+            "all of its ranks"
+        )
+    if family.experts.count % expert:
+        raise RequestError(
+            f"rollout.expert = {expert} does not divide the model's num_experts = {family.experts.count}"
         )
 
 

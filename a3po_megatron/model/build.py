@@ -156,6 +156,9 @@ def _local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        # Before experts the norm stands alone in both schemes, and only here would a checkpoint name it otherwise.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

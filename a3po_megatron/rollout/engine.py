@@ -31,10 +31,24 @@ class Completion:
     finish: Finish
 
 
+def local_experts(rank: int, tensor: int, expert: int, count: int) -> tuple[int, int]:
+    """First and last + 1 of the experts that a rank's part of its engine holds.
+
+    An engine over `tensor` neighbouring ranks that is expert-parallel deals whole experts over them, in order; one that
+    is not cuts every expert.
+    """
+    if expert == 1:
+        return 0, count
+    share = count // expert
+    place = rank % tensor
+    return place * share, (place + 1) * share
+
+
 class Engine(Protocol):
     dtype: torch.dtype  # of its weights
     receipt_strength: str
     weight_version: int  # of the weights it holds; set by a publish
+    fused_experts: bool  # takes a layer's experts as one tensor (weights/fuse.py)
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in their order."""
@@ -43,7 +57,10 @@ class Engine(Protocol):
         """Short completions at temperature 1 from the whole distribution, for the canary of a publish."""
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        """Takes a whole set of HF-named weights and forgets everything computed with the old ones."""
+        """Takes a whole set of HF-named weights."""
+
+    def forget(self) -> None:
+        """Drops everything that was computed with the weights before."""
 
     def sleep(self) -> None:
         """Gives device memory back, as far as this engine can; weights and cache are lost."""

@@ -32,7 +32,7 @@ from .engine import Completion, Request
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
 OWNED = {
-    *("tokenizer", "quantization", "enable_expert_parallel", "pipeline_parallel_size", "data_parallel_size"),
+    *("tokenizer", "quantization", "expert_placement_strategy", "pipeline_parallel_size", "data_parallel_size"),
     *("enable_sleep_mode", "weight_transfer_config", "worker_cls", "hf_overrides", "gpu_memory_utilization"),
 }
 
@@ -53,6 +53,8 @@ class VllmEngine:
 
         self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
         self._family, self._stops, self._options = family, list(stops), options
+        # An expert-parallel engine is sent its own experts only, which vLLM takes one by one.
+        self.fused_experts = family.experts is not None and options.expert == 1
         keep_process_group()
         name_shared_memory()
         with process_state_kept():
@@ -70,6 +72,8 @@ class VllmEngine:
             self._llm.apply_model(drop_expert_kernels)
         # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(stream)})
+
+    def forget(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RunFailed("vLLM did not drop its prefix cache after a publish: it holds keys of the old weights")
 
@@ -124,6 +128,7 @@ def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, 
         "load_format": "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel_size": options.tensor,
+        "enable_expert_parallel": options.expert > 1,
         "distributed_executor_backend": "external_launcher",
         "max_model_len": length,
         "max_num_seqs": options.max_sequences,

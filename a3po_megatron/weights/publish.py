@@ -11,7 +11,7 @@ its checksum or the stream's check, by name; a tensor that the engine itself fai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,10 @@ from ..model.family import Family
 from ..model.layout import Layout, hf_tensors, pieces
 from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
+from .fuse import FusedExperts
 from .receipt import Receipt, shard_checksums, tensor_checksum
-from .reshard import gather, plan
+from .reshard import Groups, Parameters, Timings, fresh, gather, plan
 
-Parameters = Mapping[tuple[int, str], Tensor]  # (model chunk, Megatron name) → shard
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
@@ -43,14 +43,30 @@ class Publisher:
         layout: Layout,
         options: PublishOptions,
         canary: Sequence[Sequence[int]],
+        engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
     ) -> None:
         self.cluster, self.family, self.options = cluster, family, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
         self._strength: str | None = None
         by_rank = [pieces(family, layout, place) for place in layout.places()]
-        self.pieces = by_rank[cluster.replica_group.rank()]
-        self.plan = plan(by_rank, list(hf_tensors(family)), options.bucket_bytes, itemsize=4)
+        self.rank = cluster.replica_group.rank()
+        self.pieces = by_rank[self.rank]
+        every = (0, family.experts.count if family.experts else 0)
+        ranks = dist.get_process_group_ranks(cluster.replica_group)
+        experts = [engine_experts(rank) if engine_experts else every for rank in ranks]
+        self.plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, experts)
+        self.export_plan = self.plan  # whole models, for who writes them down
+        if any(needed != every for needed in experts):
+            whole = [every] * len(by_rank)
+            self.export_plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, whole)
+        self.groups = Groups(
+            stage=cluster.coordinates.pipeline,
+            within=cluster.within,
+            stages=cluster.pipeline_group,
+            tensor=cluster.tensor_group,
+            experts=cluster.expert_group,
+        )
 
     def publish(
         self,
@@ -60,16 +76,32 @@ class Publisher:
     ) -> Receipt:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
         with phase("publish"):
-            start = time.perf_counter()
-            self.cluster.agree("publish plan", self.plan.digest(), same)
-            shapes = self.plan.shapes()
-            if shapes != hf_tensors(self.family):
+            start, timings = time.perf_counter(), Timings()
+            self.cluster.agree("publish plan", [ranks_of(self.cluster), self.plan.digest()], one_plan_a_replica)
+            shapes = self.plan.shapes(self.rank)
+            if self.export_plan.shapes(self.rank) != hf_tensors(self.family):
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
-            expected = self._expected(parameters, engine.dtype, list(shapes))
-            group = self.cluster.replica_group
+            expected = self._expected(parameters, engine.dtype)
+            timings.receipt += time.perf_counter() - start
             got: dict[str, int] = {}
-            engine.load(checked(gather(self.plan, parameters, group, engine.dtype), shapes, engine.dtype, got))
-            self._compare(expected, got)
+            fused = FusedExperts(self.family) if engine.fused_experts else None
+            allocate = fused.allocate if fused else fresh
+            stream = checked(
+                gather(self.plan, parameters, self.groups, engine.dtype, allocate, timings),
+                shapes,
+                engine.dtype,
+                got,
+                timings,
+            )
+            loading = time.perf_counter()
+            spent = timings.gather + timings.send + timings.receipt
+            engine.load(fused.fuse(stream) if fused else stream)
+            spent = timings.gather + timings.send + timings.receipt - spent
+            timings.load = time.perf_counter() - loading - spent
+            self._compare({name: expected[name] for name in shapes}, got)
+            timings.resume = time.perf_counter()
+            engine.forget()
+            timings.resume = time.perf_counter() - timings.resume
             strength = self.cluster.agree("receipt strength", engine.receipt_strength, same)
             if self._strength not in (None, strength):
                 raise PublishError(f"the receipt's strength changed from {self._strength} to {strength}")
@@ -81,11 +113,14 @@ class Publisher:
                 strength=strength,
                 tensors=len(shapes),
                 bytes=sum(torch.Size(shape).numel() for shape in shapes.values()) * engine.dtype.itemsize,
+                received_bytes=self.plan.received(self.rank, engine.dtype.itemsize),
                 seconds=time.perf_counter() - start,
+                timings=timings,
                 canary=self._canary(logprobs, engine) if self.canary else None,
             )
 
-    def _expected(self, parameters: Parameters, dtype: torch.dtype, names: list[str]) -> dict[str, int]:
+    def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
+        names = list(hf_tensors(self.family))
         sums = shard_checksums(self.pieces, parameters, dtype, names)
         if self.cluster.replica_group.size() > 1:
             dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should
@@ -128,8 +163,23 @@ class Publisher:
         return max(by_rank)
 
 
+def ranks_of(cluster: Cluster) -> list[int]:
+    return dist.get_process_group_ranks(cluster.replica_group)
+
+
+def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
+    """For `agree`: ValueError where two ranks of a replica have different plans."""
+    for rank, (ranks, digest) in enumerate(values):
+        if digest != values[ranks[0]][1]:
+            raise ValueError(f"rank {rank} has another plan than rank {ranks[0]} of its replica")
+
+
 def checked(
-    stream: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, sums: dict[str, int]
+    stream: Iterable[tuple[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    sums: dict[str, int],
+    timings: Timings,
 ) -> Iterator[tuple[str, Tensor]]:
     """Hands on a stream of HF tensors, each only after its check; `sums` gets the checksum of what was handed on.
 
@@ -137,6 +187,7 @@ def checked(
     the end: vLLM itself would take most of these silently, or be unusable afterwards.
     """
     for name, tensor in stream:
+        start = time.perf_counter()
         if name not in shapes or name in sums:
             raise PublishError(f"publish: {name} is {'sent twice' if name in sums else 'no tensor of this model'}")
         if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
@@ -146,6 +197,7 @@ def checked(
         if not torch.isfinite(tensor).all():
             raise PublishError(f"publish: {name} holds a value that is not finite")
         sums[name] = tensor_checksum(tensor)
+        timings.receipt += time.perf_counter() - start
         yield name, tensor
     if missing := [name for name in shapes if name not in sums]:
         raise PublishError(f"publish: {missing[0]} was not sent ({len(missing)} tensors missing)")

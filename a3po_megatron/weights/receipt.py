@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model.layout import Piece
+from .reshard import Timings
 
 CHUNK = 1 << 22  # elements hashed at once: bounds the int64 work space to 100 MB
 _BITS = {4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -27,9 +28,11 @@ class Receipt:
 
     version: int  # of the weights now in the engine
     strength: str  # engine: read back · requantised: compared after the same quantisation · stream: as consumed
-    tensors: int
-    bytes: int
-    seconds: float
+    tensors: int  # that this rank's engine took
+    bytes: int  # of them
+    received_bytes: int  # that came from other ranks
+    seconds: float  # all in all, without the canary
+    timings: Timings
     canary: float | None  # largest |log-prob difference| learner − engine on the canary; None: switched off
 
 

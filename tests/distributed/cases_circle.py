@@ -60,6 +60,11 @@ def publishes(ranks: Ranks) -> dict[str, list[float]]:
     for kind, layout in (
         # Experts first: vLLM makes their group with the first engine of a process, or never.
         ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
+        ("qwen3_moe", ["parallel.data=2", "parallel.expert=2", "rollout.tensor=2", "rollout.expert=2"]),
+        ("qwen3_moe", ["parallel.pipeline=2", "rollout.tensor=2", "rollout.expert=2"]),
+        ("qwen3_moe", ["parallel.data=2", "rollout.tensor=2"]),
+        ("qwen3", ["parallel.pipeline=2", "rollout.tensor=2"]),
+        ("qwen3", ["parallel.data=2", "rollout.tensor=2"]),
         ("qwen3_moe", ["parallel.pipeline=2"]),
         ("llama31", ["parallel.pipeline=2"]),
         ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
@@ -83,7 +88,7 @@ def publishes(ranks: Ranks) -> dict[str, list[float]]:
 
 def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
     config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides])
-    cluster = ranks.arrange(**config.parallel.model_dump())
+    cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
     family = read_family(config.model.path)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
@@ -159,8 +164,7 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
 
 
 def _gather_arguments(run: Run, learner: Learner) -> tuple[Any, ...]:
-    publisher = run.publisher
-    return publisher.plan, learner.parameters(), publisher.cluster.replica_group, torch.float32
+    return run.publisher.plan, learner.parameters(), run.publisher.groups, torch.float32
 
 
 def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
