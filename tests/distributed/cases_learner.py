@@ -168,6 +168,7 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
     },
     4: {
         "qwen3_tp2_dp2": ("qwen3", 2, 2, {}),
+        "qwen3_tp2_dp2_sp": ("qwen3", 2, 2, {"sequence": True}),
         "qwen3_tp2_pp2": ("qwen3", 2, 1, {"pipeline": 2}),
         "qwen3_tp2_pp2_sp": ("qwen3", 2, 1, {"pipeline": 2, "sequence": True}),
         "qwen3_pp2_dp2": ("qwen3", 1, 2, {"pipeline": 2}),
