@@ -15,7 +15,8 @@ from tests.tiny import KINDS, make_checkpoint
 def test_one_update_equals_plain_pytorch_on_the_hf_model(world: int, tmp_path: Path) -> None:
     for kind in KINDS:
         make_checkpoint(tmp_path / kind, kind)
-    make_checkpoint(tmp_path / "qwen3_deep", "qwen3", num_hidden_layers=5)
+    for kind in ("qwen3", "qwen2", "qwen3_moe"):
+        make_checkpoint(tmp_path / f"{kind}_deep", kind, num_hidden_layers=5)
     wrong = []
     for name, by_rank in run_ranks(world, *CASES[world], folder=tmp_path, timeout=500).items():
         for rank, found in enumerate(by_rank):

@@ -31,7 +31,6 @@ def check_request(config: Config) -> None:
 
 def _check_options(config: Config) -> None:
     for option, value in (
-        ("parallel.virtual", config.parallel.virtual),
         ("parallel.context", config.parallel.context),
     ):
         if value > 1:

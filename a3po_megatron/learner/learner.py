@@ -33,7 +33,7 @@ from ..model.layout import layout_of, pieces
 from ..schedule.packing import pack
 from ..telemetry.clock import phase
 from ..weights.load import load_shards
-from .micro_batch import MicroBatch, micro_batch
+from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .pipeline import Pipeline
 
 _SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
@@ -82,9 +82,9 @@ class Learner:
             batch.old_logprobs[index], batch.entropy[index] = results
             return batch
 
-    def logprobs(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    def logprobs(self, sequences: Sequence[PromptAndResponse]) -> list[Tensor]:
         """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank."""
-        packed = self._filled([micro_batch(sequences, [0] * len(sequences), self.multiple)])
+        packed = self._packed([(sequences, [0] * len(sequences))])
         values = self.pipeline.forward(packed, 1.0, with_entropy=False)[0]
         return list(values.split([len(response) for _, response in sequences]))
 
@@ -163,24 +163,26 @@ class Learner:
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
         bins = pack([len(prompt) + len(response) - 1 for prompt, response in sequences], self.limit)
-        packed = [
-            micro_batch([sequences[i] for i in items], [starts[chosen[i]] for i in items], self.multiple)
-            for items in bins or [[]]
-        ]
-        return self._filled(packed)
+        return self._packed(
+            [([sequences[i] for i in items], [starts[chosen[i]] for i in items]) for items in bins or [[]]]
+        )
 
-    def _filled(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """As many micro-batches as the layout needs, the further ones of padding alone.
+    def _packed(self, contents: Sequence[tuple[Sequence[PromptAndResponse], Sequence[int]]]) -> list[MicroBatch]:
+        """A micro-batch of each of the contents, then as many of padding alone as the layout needs.
 
-        Experts exchange tokens between data-parallel ranks in every micro-batch, so all must run equally many; the
-        interleaved schedule wants a multiple of the pipeline's size.
+        Experts exchange tokens between data-parallel ranks in every micro-batch, so all must run equally many. The
+        interleaved schedule wants a multiple of the pipeline's size, and (model/build.py) all of one length; that of
+        the longest will do, because all ranks between which activations travel hold the same micro-batches.
         """
-        count = len(micro_batches)
+        count, multiple = len(contents), self.multiple
         if self.layout.expert > 1:
             count = self.cluster.agree("micro-batches", count, max)
         if self.layout.virtual > 1:
             count = -(-count // self.layout.pipeline) * self.layout.pipeline
-        return micro_batches + [micro_batch([], [], self.multiple) for _ in range(count - len(micro_batches))]
+            longest = max(sum(len(prompt) + len(response) - 1 for prompt, response in held) for held, _ in contents)
+            multiple *= max(1, -(-longest // multiple))
+        packed = [micro_batch(sequences, starts, multiple) for sequences, starts in contents]
+        return packed + [micro_batch([], [], multiple) for _ in range(count - len(packed))]
 
 
 def _largest(values: list[float]) -> float:

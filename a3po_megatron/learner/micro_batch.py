@@ -14,6 +14,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+PromptAndResponse = tuple[Sequence[int], Sequence[int]]  # the tokens of one rollout
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -26,7 +28,7 @@ class MicroBatch:
 
 
 def micro_batch(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],  # (prompt tokens, response tokens) of each rollout
+    sequences: Sequence[PromptAndResponse],
     starts: Sequence[int],  # where each rollout's response begins among the batch's response tokens
     multiple: int = 1,
 ) -> MicroBatch:

@@ -20,7 +20,8 @@ LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, 
 
 
 class Pipeline:
-    """The model under Megatron's schedule. Every rank of a replica must bring the same micro-batches."""
+    """The model under Megatron's schedule. Every rank of a batch group must bring the same micro-batches; with virtual
+    stages those of one call must be equally long, and as many as a multiple of the pipeline's size."""
 
     def __init__(self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int) -> None:
         self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
@@ -74,7 +75,7 @@ class Pipeline:
             data_iterator=[iter(micro_batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(micro_batches),
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=1,  # ignored: packed lengths vary
+            seq_length=micro_batches[0].tokens.shape[1],  # with virtual stages the length of all; else ignored
             micro_batch_size=1,
             **options,
         )

@@ -32,6 +32,7 @@ OWNED = {
         "expert_tensor_parallel_size",
         "sequence_parallel",
         "pipeline_model_parallel_layout",
+        "microbatch_group_size_per_vp_stage",
     ),
     *("num_moe_experts", "fp16", "fp8", "fp4", "finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
 }
@@ -68,8 +69,13 @@ def transformer_config(
         "bf16": dtype == torch.bfloat16,
         "use_cpu_initialization": True,
         # Packed micro-batches differ in length; Megatron ties that to this dispatcher even in dense models.
-        "variable_seq_lengths": True,
+        "variable_seq_lengths": parallel.virtual == 1,
         "moe_token_dispatcher_type": "alltoall",
+        # Where there are two stages with virtual ones, each is the other's previous and its next. Megatron's batched
+        # exchange, and always its exchange of shapes, sends to the previous one first and receives from the previous
+        # one first: activations and gradients change places, unnoticed where they are equally long. Unbatched they are
+        # kept apart, and micro-batches of one length (learner/learner.py) need no exchange of shapes.
+        "batch_p2p_comm": parallel.virtual == 1,
         # The loss is a sum over response tokens; Megatron divides gradients by their number over all ranks.
         "calculate_per_token_loss": True,
         # The fused kernels are CUDA's.

@@ -67,13 +67,14 @@ def publishes(ranks: Ranks) -> dict[str, list[float]]:
         ("qwen3", ["parallel.data=2", "rollout.tensor=2"]),
         ("qwen3_moe", ["parallel.pipeline=2"]),
         ("llama31", ["parallel.pipeline=2"]),
+        ("qwen3", ["parallel.pipeline=2", "parallel.virtual=2"]),
         ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
     ):
         folder = ranks.folder / kind
         if ranks.rank == 0 and not folder.exists():
             # 48 and 24 are no sizes that vLLM's CPU kernel for experts takes.
             wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
-            make_checkpoint(folder, kind, **wide)
+            make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
         torch.distributed.barrier()
         run, _, engine, learner, _ = parts(ranks, 1, 1, *layout, f"model.path={folder}")
         canaries = []

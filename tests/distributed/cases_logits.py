@@ -1,0 +1,58 @@
+"""Logits of the learner's model and of transformers', for the same checkpoint and sequences (tests/test_logits.py)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
+from a3po_megatron.learner.micro_batch import micro_batch
+from a3po_megatron.model.build import build_model, transformer_config
+from a3po_megatron.model.family import read_family
+from a3po_megatron.model.layout import layout_of, pieces
+from a3po_megatron.weights.load import load_shards
+from tests.distributed.runner import Ranks
+from tests.tiny import KINDS, VOCAB, hf_model
+
+LENGTHS = (1, 2, 15, 16, 17, 40, 97, 200, 256)  # below, at and beyond llama31's original context of 16
+
+
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, VOCAB, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@torch.no_grad()
+def our_logits(ranks: Ranks, kind: str, dtype: str) -> Tensor:
+    """[T, V] float32, all sequences in one packed micro-batch."""
+    folder, parallel, megatron = ranks.folder / kind, ParallelOptions(), MegatronOptions()
+    family, layout = read_family(folder), layout_of(parallel)
+    options = ModelOptions(path=str(folder), dtype=dtype)
+    chunks = build_model(family, layout, transformer_config(family, parallel, options, megatron))
+    here = pieces(family, layout, layout.place(0, 0))
+    load_shards(folder, family, here, {(0, name): p for name, p in chunks[0].named_parameters()})
+    packed = micro_batch([(tokens, [0]) for tokens in sequences()], [0] * len(LENGTHS))
+    logits = chunks[0].eval()(packed.tokens, packed.positions, None, packed_seq_params=packed.packing)
+    return logits[0].float()
+
+
+@torch.no_grad()
+def hf_logits(ranks: Ranks, kind: str, dtype: torch.dtype) -> Tensor:
+    """[T, V] float32, each sequence by itself."""
+    model = hf_model(ranks.folder / kind, dtype)
+    return torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in sequences()]).float()
+
+
+def differences(ranks: Ranks) -> dict[str, dict[str, float]]:
+    """For each kind of model: the error in float32, and that of bfloat16 beside transformers' own."""
+    ranks.arrange()
+    found = {}
+    for kind in KINDS:
+        reference = hf_logits(ranks, kind, torch.float32)
+        exact = our_logits(ranks, kind, "float32")
+        rounded = {"our": our_logits(ranks, kind, "bfloat16"), "their": hf_logits(ranks, kind, torch.bfloat16)}
+        found[kind] = {"error": float((exact - reference).abs().max() / reference.abs().max())}
+        for whose, logits in rounded.items():
+            found[kind][f"{whose}_rms"] = float((logits - reference).square().mean().sqrt())
+            found[kind][f"{whose}_misses"] = float((logits.argmax(1) != reference.argmax(1)).float().mean())
+    return found
