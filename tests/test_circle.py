@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,26 @@ def test_tensor_data_and_pipeline_parallel_runs_tell_the_same_story(
         assert row["refit/canary"] < 1e-4
 
 
-def test_every_family_publishes_again_and_again_from_pipeline_sequence_and_expert_parallel_learners() -> None:
-    for by_layout in run_ranks(2, cases.publishes)["publishes"]:
-        for layout, canaries in by_layout.items():
-            assert len(canaries) == 3, layout
-            assert max(canaries) < 1e-4, layout
+@pytest.mark.parametrize(
+    "case", [cases.publishes_into_engines_of_one_rank, cases.publishes_into_engines_of_two_ranks]
+)
+def test_every_family_publishes_again_and_again_from_any_learner_layout_into_any_engine_layout(
+    case: Callable[..., Any],
+) -> None:
+    by_rank = run_ranks(2, case)[case.__name__]
+    for found in by_rank:
+        for layout, publishes in found.items():
+            assert len(publishes["canary"]) == 3, layout
+            assert max(publishes["canary"]) < 1e-4, layout
+            assert publishes["tokens"] == by_rank[0][layout]["tokens"], layout  # all engines, all ranks of an engine
+    wholes = {
+        "qwen3_moe parallel.data=2 parallel.expert=2 rollout.expert=2",  # the experts are where they are needed
+        "qwen3_moe parallel.data=2",
+        "llama parallel.data=2",
+    }
+    for layout, publishes in by_rank[0].items():
+        assert (publishes["received"] == 0) == (layout in wholes), layout
+        assert publishes["received"] < publishes["bytes"], layout
 
 
 @pytest.mark.skipif("A3PO_TEST_DATA" not in os.environ, reason="A3PO_TEST_DATA does not name a folder with GSM8K")

@@ -5,6 +5,7 @@
 | `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
 | `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
 | `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
+| `map_experts` | `rollout.expert` > 1 on a CPU: segmentation fault in `cpu_fused_moe` | the CPU experts hand global expert numbers to a kernel that has the local experts only (`expert_map` is ignored) |
 | `drop_expert_kernels` | after a reload a mixture of experts still uses the experts it had, silently | the CPU backend packs experts into a kernel object once and does not make it anew |
 | `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
 """  # noqa: E501
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import inspect
 import os
 import random
 from collections.abc import Iterator
@@ -70,6 +72,28 @@ def name_shared_memory() -> None:
     _CPUSHMDistributed.theirs = name  # type: ignore[attr-defined]
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)  # type: ignore[method-assign,assignment]
     _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
+
+
+def map_experts() -> None:
+    """Lets the CPU backend's experts be dealt over ranks: a choice of another rank's expert counts with weight 0 here."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    apply = CPUUnquantizedExperts.apply
+    if getattr(apply, "maps_experts", False):
+        return
+    names = list(inspect.signature(apply).parameters)
+
+    def mapped(*args: Any, **kwargs: Any) -> None:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        expert_map = given["expert_map"]
+        if expert_map is not None:
+            local = expert_map[given["topk_ids"].long()]
+            given["topk_weights"] = given["topk_weights"] * (local >= 0)
+            given["topk_ids"] = local.clamp(min=0).to(given["topk_ids"].dtype)
+        apply(**given)
+
+    mapped.maps_experts = True  # type: ignore[attr-defined]
+    CPUUnquantizedExperts.apply = mapped  # type: ignore[method-assign]
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:

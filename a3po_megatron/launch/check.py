@@ -30,9 +30,7 @@ def check_request(config: Config) -> None:
 
 
 def _check_options(config: Config) -> None:
-    for option, value in (
-        ("parallel.context", config.parallel.context),
-    ):
+    for option, value in (("parallel.context", config.parallel.context),):
         if value > 1:
             raise RequestError(f"{option} = {value} is not supported yet: only 1 is")
     ranks = config.parallel.ranks()
@@ -109,8 +107,8 @@ def _check_engine_experts(config: Config, family: Family) -> None:
         raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
     if expert != tensor:
         raise RequestError(
-            f"rollout.expert = {expert} must be 1 or rollout.tensor = {tensor}: vLLM deals the experts of an engine over "
-            "all of its ranks"
+            f"rollout.expert = {expert} must be 1 or rollout.tensor = {tensor}: vLLM deals the experts of an engine "
+            "over all of its ranks"
         )
     if family.experts.count % expert:
         raise RequestError(

@@ -20,6 +20,7 @@ from ..compat.vllm import (
     drop_expert_kernels,
     drop_requests,
     keep_process_group,
+    map_experts,
     name_shared_memory,
     process_state_kept,
 )
@@ -57,6 +58,8 @@ class VllmEngine:
         self.fused_experts = family.experts is not None and options.expert == 1
         keep_process_group()
         name_shared_memory()
+        if options.expert > 1 and backend.device == "cpu":
+            map_experts()
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
 

@@ -291,7 +291,8 @@ class _Executor:
         buffer = self._pack([v for pieces in sent for v in self._chosen(column, pieces)])
         sizes = [[sum(piece.numel for piece in pieces) for pieces in part] for part in (got, sent)]
         incoming = self._empty(sum(sizes[0]))
-        self._timed(lambda: dist.all_to_all_single(incoming, buffer, *sizes, group=self.groups.experts))
+        group = self.groups.experts
+        self._timed(lambda: dist.all_to_all_single(incoming, buffer, sizes[0], sizes[1], group=group))
         self._lay_out(tensors, self._unpack(incoming, [piece for pieces in got for piece in pieces]))
 
     def _all_gather(

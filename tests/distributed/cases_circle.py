@@ -54,36 +54,51 @@ class Forgetful(VllmEngine):
         return (item for item in super()._with_head(stream) if item[0] != self.forgets)
 
 
-def publishes(ranks: Ranks) -> dict[str, list[float]]:
-    """Canaries of three publishes in a row, with other weights each time, for families and layouts of two ranks."""
-    found: dict[str, list[float]] = {}
-    for kind, layout in (
-        # Experts first: vLLM makes their group with the first engine of a process, or never.
-        ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
-        ("qwen3_moe", ["parallel.data=2", "parallel.expert=2", "rollout.tensor=2", "rollout.expert=2"]),
-        ("qwen3_moe", ["parallel.pipeline=2", "rollout.tensor=2", "rollout.expert=2"]),
-        ("qwen3_moe", ["parallel.data=2", "rollout.tensor=2"]),
-        ("qwen3", ["parallel.pipeline=2", "rollout.tensor=2"]),
-        ("qwen3", ["parallel.data=2", "rollout.tensor=2"]),
-        ("qwen3_moe", ["parallel.pipeline=2"]),
-        ("llama31", ["parallel.pipeline=2"]),
-        ("qwen3", ["parallel.pipeline=2", "parallel.virtual=2"]),
-        ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
-    ):
-        folder = ranks.folder / kind
-        if ranks.rank == 0 and not folder.exists():
-            # 48 and 24 are no sizes that vLLM's CPU kernel for experts takes.
-            wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
-            make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
-        torch.distributed.barrier()
-        run, _, engine, learner, _ = parts(ranks, 1, 1, *layout, f"model.path={folder}")
-        canaries = []
-        for _ in range(3):
-            canaries.append(run.publish(learner, engine).canary)
-            with torch.no_grad():
-                for parameter in learner.parameters().values():
-                    parameter.mul_(1.05)
-        found[f"{kind} {layout}"] = canaries
+# vLLM makes the groups of an engine with the first one of a process, experts' too: experts come first, and engines over
+# one rank and over two have processes of their own.
+NARROW = (
+    ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
+    ("qwen3_moe", ["parallel.pipeline=2"]),
+    ("llama31", ["parallel.pipeline=2"]),
+    ("qwen3", ["parallel.pipeline=2", "parallel.virtual=2"]),
+    ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
+)
+WIDE = (
+    ("qwen3_moe", ["parallel.data=2", "parallel.expert=2", "rollout.expert=2"]),
+    ("qwen3_moe", ["parallel.pipeline=2", "rollout.expert=2"]),
+    ("qwen3_moe", ["parallel.data=2"]),
+    ("qwen3", ["parallel.pipeline=2"]),
+    ("llama", ["parallel.data=2"]),
+)
+
+
+def publishes_into_engines_of_one_rank(ranks: Ranks) -> dict[str, Any]:
+    return {" ".join([kind, *layout]): _publishes(ranks, kind, layout) for kind, layout in NARROW}
+
+
+def publishes_into_engines_of_two_ranks(ranks: Ranks) -> dict[str, Any]:
+    return {" ".join([kind, *layout]): _publishes(ranks, kind, [*layout, "rollout.tensor=2"]) for kind, layout in WIDE}
+
+
+def _publishes(ranks: Ranks, kind: str, layout: list[str]) -> dict[str, Any]:
+    """Three publishes in a row, with other weights each time: canaries, and bytes that came from the other rank."""
+    folder = ranks.folder / kind
+    if ranks.rank == 0 and not folder.exists():
+        # 48 and 24 are no sizes that vLLM's CPU kernel for experts takes.
+        wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
+        make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
+    torch.distributed.barrier()
+    run, _, engine, learner, prompts = parts(ranks, 1, 1, *layout, f"model.path={folder}")
+    found: dict[str, Any] = {"canary": [], "received": 0, "bytes": 0}
+    for _ in range(3):
+        receipt = run.publish(learner, engine)
+        found["canary"].append(receipt.canary)
+        found["received"], found["bytes"] = receipt.received_bytes, receipt.bytes
+        with torch.no_grad():
+            for parameter in learner.parameters().values():
+                parameter.mul_(1.05)
+    requests = [Request(prompt.tokens, seed) for seed, prompt in enumerate(prompts.take(4))]
+    found["tokens"] = [completion.tokens.tolist() for completion in engine.sample(requests)]
     return found
 
 
