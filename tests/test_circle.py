@@ -71,9 +71,7 @@ def test_tensor_data_and_pipeline_parallel_runs_tell_the_same_story(
         assert row["refit/canary"] < 1e-4
 
 
-@pytest.mark.parametrize(
-    "case", [cases.publishes_into_engines_of_one_rank, cases.publishes_into_engines_of_two_ranks]
-)
+@pytest.mark.parametrize("case", [cases.publishes_into_engines_of_one_rank, cases.publishes_into_engines_of_two_ranks])
 def test_every_family_publishes_again_and_again_from_any_learner_layout_into_any_engine_layout(
     case: Callable[..., Any],
 ) -> None:

@@ -442,9 +442,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(7.0)
-        # The empty states that Megatron's linear layers carry for FP8 are no weights: a checkpoint may lack them.
-        state = {key: value for key, value in model.sharded_state_dict().items() if "_extra_state" not in key}
-        loaded = dist_checkpointing.load(state, str(ranks.folder / f"{kind}-megatron"))
+        loaded = dist_checkpointing.load(model.sharded_state_dict(), str(ranks.folder / f"{kind}-megatron"))
         model.load_state_dict(loaded)
         wanted = {(0, name): torch.nn.Parameter(torch.zeros_like(value)) for name, value in model.named_parameters()}
         load_shards(hf, family, layout_module.pieces(family, layout, place), wanted)

@@ -18,9 +18,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed import checkpoint
 
-# Parameters of stacked layers under one key: what Megatron writes by default, and `a3po convert` too.
-METADATA = {"singleton_local_shards": False}
-
 
 class _Direct(TorchDistSaveShardedStrategy):
     """Writes from this process, with torch's writer."""
@@ -36,7 +33,7 @@ class _Direct(TorchDistSaveShardedStrategy):
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
     """Writes a sharded state dict into an existing, empty folder. A collective over all ranks."""
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_Direct("torch_dist", 1), content_metadata=METADATA)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=_Direct("torch_dist", 1))
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Megatron's `torch_dist` format, written and read as rows of tensors, without ranks.
 
     metadata.json      which format this is (Megatron)
-    common.pt          what is not sharded (Megatron): here only the version of the key scheme
+    common.pt          what is not sharded (Megatron): nothing here
     .metadata          key → global shape, chunks; chunk → file, offset (torch.distributed.checkpoint)
     __W_0.distcp       the chunks that writer W wrote, each a torch.save archive
+    __objects.distcp   the one value, none, of the objects that Megatron's loader demands
 
 A *chunk* is a box of a tensor. Megatron stacks the layers, and the experts of a layer, along leading dimensions, so a
 chunk is addressed here as (key, leading indices) plus rows and columns of the matrix (or vector) below them.
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
@@ -42,6 +44,7 @@ from ..errors import RequestError
 from .folder import Written, read_digests
 from .safetensors import read_into, write_all
 
+OBJECTS = "__objects.distcp"
 FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -98,15 +101,19 @@ def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) 
         with sink.file:
             for box, values in chunks:
                 begin = sink.bytes
-                torch.save(values, cast(IO[bytes], sink))
+                stacked = values.view(*[1] * len(box.lead), *values.shape)
+                torch.save(stacked, cast(IO[bytes], sink))
                 kept.append(Kept(box, tuple(values.shape), values.dtype, name, begin, sink.bytes - begin))
     finally:
         set_crc32_options(checksums)
     return kept, Written(name, sink.bytes, sink.digest.hexdigest())
 
 
-def write_metadata(folder: Path, shapes: dict[str, tuple[int, ...]], kept: Sequence[Kept]) -> None:
-    """Completes a checkpoint: `shapes` are the global ones, leading dimensions included."""
+def write_metadata(
+    folder: Path, shapes: dict[str, tuple[int, ...]], kept: Sequence[Kept], objects: Iterable[str]
+) -> Written:
+    """Completes a checkpoint; `shapes` are the global ones, leading dimensions included, `objects` the keys of empty
+    objects. Returns the file that it wrote for those."""
     tensors: dict[str, TensorStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for item in kept:
@@ -118,12 +125,18 @@ def write_metadata(folder: Path, shapes: dict[str, tuple[int, ...]], kept: Seque
         )
         places[MetadataIndex(box.key, offsets, len(tensor.chunks))] = _StorageInfo(item.file, item.offset, item.length)
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
-    metadata = Metadata(cast(Any, tensors), planner_data={}, storage_data=places, version=CURRENT_DCP_VERSION)
+    sink = _Sink(folder / OBJECTS)
+    with sink.file:
+        torch.save([None], cast(IO[bytes], sink))
+    entries: dict[str, Any] = {**tensors, **{key: BytesStorageMetadata() for key in objects}}
+    for key in entries.keys() - tensors.keys():
+        places[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, sink.bytes)
+    metadata = Metadata(entries, planner_data={}, storage_data=places, version=CURRENT_DCP_VERSION)
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
-    # What Megatron-LM asks a checkpoint before it decides which keys to look for.
-    torch.save({"content_metadata": {"singleton_local_shards": False}}, folder / "common.pt")
+    torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
+    return Written(OBJECTS, sink.bytes, sink.digest.hexdigest())
 
 
 @dataclass(frozen=True)

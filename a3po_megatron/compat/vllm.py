@@ -75,7 +75,7 @@ def name_shared_memory() -> None:
 
 
 def map_experts() -> None:
-    """Lets the CPU backend's experts be dealt over ranks: a choice of another rank's expert counts with weight 0 here."""
+    """Lets the CPU backend's experts be dealt over ranks: the choice of another rank's expert has weight 0 here."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     apply = CPUUnquantizedExperts.apply

@@ -64,6 +64,21 @@ def stored_shapes(family: Family, parameters: Iterable[Parameter]) -> dict[str, 
     return {p.key: (*counts[: len(p.lead)], *p.shape) for p in parameters}
 
 
+def stored_objects(family: Family, parameters: Iterable[Parameter]) -> list[str]:
+    """The keys of the objects, all of them empty, without which Megatron's loader refuses a checkpoint.
+
+    Every linear layer of Megatron has an `_extra_state`, whether or not there is any FP8 state to keep in it.
+    """
+    counts = (family.layers, family.experts.count if family.experts else 0)
+    found = []
+    for parameter in parameters:
+        layer, _, kind = parameter.key.rpartition(".")
+        if kind == "weight" and layer.rpartition(".")[2].startswith("linear_"):
+            index, size = (".".join(map(str, numbers)) for numbers in (parameter.lead, counts[: len(parameter.lead)]))
+            found.append(f"{layer}._extra_state/shard_{index}_{size}")
+    return found
+
+
 def _address(name: str) -> tuple[str, tuple[int, ...]]:
     """Key and leading indices of a parameter of the undivided model."""
     layer = _LAYER.fullmatch(name)

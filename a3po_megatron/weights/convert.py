@@ -27,7 +27,7 @@ from ..errors import RequestError
 from ..model.family import Family, read_family
 from ..model.files import copy_side_files
 from ..model.layout import hf_tensors
-from ..model.stored import Parameter, Span, stored_parameters, stored_shapes
+from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
 from .jobs import Count, run_jobs
 from .load import all_finite, check_checkpoint
 
@@ -79,9 +79,10 @@ def import_checkpoint(
             for number, share in enumerate(shares)
         ]
         results: list[tuple[list[Kept], Written]] = run_jobs(jobs, workers, progress(total))
-        write_metadata(folder, stored_shapes(family, parameters), [kept for part, _ in results for kept in part])
+        kept = [item for part, _ in results for item in part]
+        objects = write_metadata(folder, stored_shapes(family, parameters), kept, stored_objects(family, parameters))
         copy_side_files(source, folder / HF)
-        save_digests(folder, [written for _, written in results])
+        save_digests(folder, [*(written for _, written in results), objects])
     return Converted(len(hf_tensors(family)), total, len(results))
 
 
@@ -236,6 +237,8 @@ def _wanted(family: Family, reader: Reader) -> list[_Wanted]:
         padded = key in PADDED and len(found) == 2 and found[0] >= shape[0] and found[1] == shape[1]
         if found != shape and not padded:
             raise RequestError(f"{reader.folder}: {key} has shape {found}, {HF}/config.json implies {shape}")
+        if padded:
+            _check_padding(reader, key, shape[0])
     for key in reader.shapes.keys() - expected.keys():
         if key.startswith(("decoder.", "embedding.", "output_layer.")):
             raise RequestError(f"{reader.folder}: the checkpoint holds {key}, which config.json does not account for")
@@ -247,6 +250,17 @@ def _wanted(family: Family, reader: Reader) -> list[_Wanted]:
         _Wanted(name, shape, reader.dtype(parts[name][0][0]), tuple(sorted(parts[name], key=lambda p: p[2].start)))
         for name, shape in hf_tensors(family).items()
     ]
+
+
+def _check_padding(reader: Reader, key: str, vocab: int) -> None:
+    """Rows beyond the vocabulary are zeros, and no weights that the configuration forgets."""
+    rows, width = reader.shapes[key]
+    values = torch.empty((rows - vocab, width), dtype=reader.dtype(key))
+    reader.read(Box(key, (), vocab, rows - vocab), values, 0)
+    if values.any():
+        raise RequestError(
+            f"{reader.folder}: {key} has {rows} rows, {HF}/config.json implies {vocab}, and those beyond hold weights"
+        )
 
 
 def _bytes(tensor: _Wanted, dtype: torch.dtype | None) -> int:

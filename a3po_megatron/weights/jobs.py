@@ -1,6 +1,6 @@
 """Jobs over processes, with one count of the bytes that are done: what a conversion runs on.
 
-One worker runs in this process; several are spawned. A worker whose parent is gone stops at its next count.
+One worker runs in this process; several are spawned. They end with their parent, however it ends.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +19,6 @@ POLL_SECONDS = 0.1
 Count = Callable[[int], None]  # takes the bytes that were done since it was last called
 Job = Callable[[Count], Any]  # picklable: a functools.partial of a module's function
 _shared: Any = None  # in a worker: the count that it shares with its parent
-_parent = 0
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, show: Count) -> list[Any]:
@@ -52,8 +53,15 @@ class Stopped(Exception):
 
 
 def _start(total: Any, parent: int) -> None:
-    global _shared, _parent
-    _shared, _parent = total, parent
+    global _shared
+    _shared = total
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os._exit(1)  # nothing else ends a pool's worker whose parent was killed
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(job: Job) -> Any:
@@ -63,7 +71,7 @@ def _run(job: Job) -> Any:
 
     def count(amount: int) -> None:
         with _shared.get_lock():
-            if _shared.value < 0 or os.getppid() != _parent:
+            if _shared.value < 0:
                 raise Stopped
             _shared.value += amount
 
