@@ -51,8 +51,8 @@ def export(
     import torch
 
     from .errors import RequestError
-    from .model.files import has_tokenizer
-    from .weights.convert import HF, export_checkpoint, newest_checkpoint
+    from .model.files import HF, has_tokenizer
+    from .weights.convert import export_checkpoint, newest_checkpoint
 
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:

@@ -183,6 +183,11 @@ def same(values: list[Any]) -> Any:
     return values[0]
 
 
+def sum_lists(values: list[list[Any]]) -> list[Any]:
+    """An operation for `agree`: all ranks' lists, one after the other."""
+    return [item for value in values for item in value]
+
+
 def _decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], Any]) -> dict[str, Any]:
     for rank, (other, _) in enumerate(given):
         if other != tag:

@@ -1,6 +1,6 @@
 """A run and its folder: publish, record, and what a step leaves behind.
 
-    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/
+    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/  checkpoints/step-N/  hf/step-N/
 
 The launcher makes the folder (launch/folder.py); every rank opens it here. Rank 0 writes metrics and shows progress;
 every engine's leaders write their share of its rollouts.
@@ -8,6 +8,9 @@ every engine's leaders write their share of its rollouts.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import resource
 import time
@@ -16,15 +19,19 @@ from pathlib import Path
 
 from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected
-from .cluster import Cluster
+from .checkpoint.folder import Written, digest_of, partial_of, save_digests, whole_folder
+from .checkpoint.store import save_sharded
+from .cluster import Cluster, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
 from .learner.learner import Learner
+from .model.build import DTYPES
 from .model.family import Family
+from .model.files import HF, copy_side_files
 from .model.layout import layout_of
 from .rollout.engine import Engine, local_experts
-from .telemetry.clock import CLOCK
+from .telemetry.clock import CLOCK, phase
 from .telemetry.metrics import MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
 from .telemetry.rollouts import save_rollouts
@@ -50,6 +57,7 @@ class Run:
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._step_start = time.perf_counter()
+        self._saving = 0.0  # seconds of the checkpoint after the step before: a step's row is written before its own
         self._warned = False
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
@@ -67,7 +75,45 @@ class Run:
 
     def publish(self, learner: Learner, engine: Engine) -> Receipt:
         """The learner's weights into the engine, with proof."""
-        return self.publisher.publish(learner.parameters(), learner.logprobs, engine)
+        options, model = self.config.publish, self.config.model
+        receipt = self.publisher.publish(learner.parameters(), learner.logprobs, engine)
+        first, every = receipt.version == 1 and options.witness_at_start, options.witness_every
+        if options.canary_prompts and (first or (every and receipt.version % every == 0)):
+            scratch = self.folder / "witness"
+            witness = self.publisher.witness(learner.parameters(), DTYPES[model.dtype], Path(model.path), scratch)
+            receipt = dataclasses.replace(receipt, witness=witness)
+            if self.cluster.rank == 0:
+                self._progress.say(f"publish {receipt.version}: learner and transformers agree to {witness:.1e}")
+        return receipt
+
+    def checkpoint(self, step: int, learner: Learner) -> None:
+        """Saves the weights after a step where that is due, and after the last one."""
+        done, options, model = step + 1, self.config.checkpoint, self.config.model
+        last, start = done == self.config.trainer.steps, time.perf_counter()
+        with phase("checkpoint"):
+            if last or done % options.every_steps == 0:
+                self._save(self.folder / "checkpoints" / f"step-{done:06d}", done, learner)
+            if options.export_hf_every and (last or done % options.export_hf_every == 0):
+                target = self.folder / "hf" / f"step-{done:06d}"
+                self.publisher.export(learner.parameters(), DTYPES[model.dtype], Path(model.path), target)
+        self._saving = time.perf_counter() - start
+
+    def _save(self, target: Path, done: int, learner: Learner) -> None:
+        """A Megatron checkpoint with what makes it a model: it appears whole or not at all."""
+        with contextlib.ExitStack() as stack:
+            if self.cluster.rank == 0:
+                stack.enter_context(whole_folder(target))
+            self.cluster.agree("checkpoint folder", True, all)
+            partial = partial_of(target)
+            save_sharded(learner.sharded_state(), partial)
+            mine = [digest_of(path) for path in sorted(partial.glob(f"__{self.cluster.rank}_*.distcp"))]
+            written = self.cluster.agree("checkpoint files", [dataclasses.asdict(file) for file in mine], sum_lists)
+            if self.cluster.rank == 0:
+                copy_side_files(Path(self.config.model.path), partial / HF, self.config.model.dtype)
+                save_digests(partial, [Written(**file) for file in written])
+                manifest = {"step": done, "weight_version": self.publisher.version}
+                (partial / "manifest.json").write_text(json.dumps(manifest) + "\n")
+        self.cluster.agree("checkpoint", True, all)
 
     def record(
         self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
@@ -75,7 +121,7 @@ class Run:
         """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere."""
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
         sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
-        seconds = self.cluster.agree("seconds", dict(CLOCK.seconds), _slowest)
+        seconds = self.cluster.agree("seconds", CLOCK.seconds | {"checkpoint": self._saving}, _slowest)
         elapsed = self.cluster.agree("step seconds", time.perf_counter() - self._step_start, max)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         memory = self.cluster.agree("peak memory", peak, max)
@@ -93,6 +139,7 @@ class Run:
                 "refit/seconds": receipt.seconds,
                 "refit/bytes": receipt.bytes,
                 "refit/canary": receipt.canary,
+                "refit/witness": receipt.witness,
                 "perf/tokens_per_second": sampled / elapsed,
                 **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
                 "startup/seconds": self._startup,

@@ -56,6 +56,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
         with residency.publishing():  # parameters and engine weights, nothing else
             receipt = run.publish(learner, engine)  # reshard, load, compare
         run.record(step, groups, batch, stats, receipt)
+        run.checkpoint(step, learner)  # when due, and at the end
     run.close()
 
 

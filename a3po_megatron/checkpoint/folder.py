@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from ..errors import RequestError
 
 DIGESTS = "digests.json"
@@ -37,6 +39,12 @@ def check_free(folder: Path) -> None:
         raise RequestError(f"{folder}: exists already and is not an empty folder: name another one, or remove it")
 
 
+def partial_of(folder: Path) -> Path:
+    """Where a folder is while it is being written."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent / f".{folder.name}.partial"
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The partial folder to write into; it becomes `folder` when the block ends, and vanishes if the block raises.
@@ -44,8 +52,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process.
     """
     check_free(folder)
-    folder = Path(os.path.abspath(folder))
-    partial = folder.parent / f".{folder.name}.partial"
+    folder, partial = Path(os.path.abspath(folder)), partial_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.parent, os.O_RDONLY)
@@ -100,6 +107,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest_of(path: Path) -> Written:
+    """Size and digest of a file as it is now."""
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return Written(path.name, path.stat().st_size, digest.hexdigest())
 
 
 def save_digests(folder: Path, files: Iterable[Written]) -> None:

@@ -181,6 +181,19 @@ def file_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
+def split_files(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Tensors in their order, in files of at most `limit` bytes of them (or one tensor, where that is larger)."""
+    groups: list[list[str]] = []
+    size = limit
+    for name, more in sizes.items():
+        if not groups or size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += more
+    return groups
+
+
 def save_index(folder: Path, files: Mapping[str, str], total_bytes: int) -> None:
     """Tensor → file, where a checkpoint has several files."""
     content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..errors import RequestError
-from .folder import Written, read_digests
+from .folder import Written, digest_of, read_digests
 from .safetensors import read_into, write_all
 
 OBJECTS = "__objects.distcp"
@@ -190,11 +190,8 @@ class Reader:
         if path.stat().st_size < need:
             raise RequestError(f"{path}: it has {path.stat().st_size} bytes of the {need} that .metadata places in it")
         written = read_digests(self.folder).get(name)
-        if written is not None:
-            digest = blake3(max_threads=blake3.AUTO)
-            digest.update_mmap(path)
-            if path.stat().st_size != written.bytes or digest.hexdigest() != written.blake3:
-                raise RequestError(f"{path}: its bytes are not those that were written (digests.json): it is damaged")
+        if written is not None and digest_of(path) != written:
+            raise RequestError(f"{path}: its bytes are not those that were written (digests.json): it is damaged")
 
     def read(self, box: Box, into: Tensor, lead_dims: int) -> None:
         """Fills `into` [rows, ...] (contiguous, of the stored dtype) with a box.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
+from .checkpoint import CheckpointOptions
 from .cluster import ClusterOptions, ParallelOptions
 from .config import Config
 from .data import ARITHMETIC, DataOptions
@@ -18,6 +19,7 @@ from .weights import PublishOptions
 __all__ = [
     "ARITHMETIC",
     "AdvantageOptions",
+    "CheckpointOptions",
     "ClusterOptions",
     "Config",
     "CorrectionOptions",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
+from .checkpoint import CheckpointOptions
 from .cluster import ClusterOptions, ParallelOptions
 from .data import ARITHMETIC, DataOptions
 from .learner import LearnerOptions, OptimizerOptions
@@ -36,6 +37,7 @@ class Config(Section):
     learner: LearnerOptions = LearnerOptions()
     megatron: MegatronOptions = MegatronOptions()
     publish: PublishOptions = PublishOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     telemetry: TelemetryOptions = TelemetryOptions()
     cluster: ClusterOptions = ClusterOptions()
 
@@ -67,7 +69,7 @@ WITHOUT_EFFECT = (
     NoEffect(("optimizer.betas", "optimizer.eps"), lambda c: c.optimizer.name == "sgd", "optimizer.name is sgd"),
     NoEffect(("optimizer.min_lr",), lambda c: c.optimizer.schedule != "cosine", "optimizer.schedule is constant"),
     NoEffect(
-        ("publish.canary_tokens", "publish.canary_bound"),
+        ("publish.canary_tokens", "publish.canary_bound", "publish.witness_at_start", "publish.witness_every"),
         lambda c: c.publish.canary_prompts == 0,
         "publish.canary_prompts is 0 (off)",
     ),

@@ -29,8 +29,8 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> IO[str]:
     """Makes and locks a run folder; the run is live as long as the returned file is open.
 
     The lock belongs to the process, not to a file left behind: a killed run's folder is free at once. An unfinished run
-    starts again from its first step (this version saves no checkpoints); what it had written goes to `before-N/`.
-    Raises RequestError for a folder that holds a live run, or a finished one.
+    starts again from its first step (this version saves weights, not yet all that a resume needs); what it had written
+    goes to `before-N/`. Raises RequestError for a folder that holds a live run, or a finished one.
     """
     try:
         for part in ("rollouts", "logs"):
@@ -53,7 +53,17 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> IO[str]:
     return lock
 
 
-LEFTOVERS = ("metrics.jsonl", "rollouts", "logs", "tensorboard", "report.html", "config.yaml", "provenance.json")
+LEFTOVERS = (
+    "metrics.jsonl",
+    "rollouts",
+    "logs",
+    "tensorboard",
+    "report.html",
+    "config.yaml",
+    "provenance.json",
+    "checkpoints",
+    "hf",
+)
 
 
 def _steps_done(folder: Path) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -71,6 +72,11 @@ class Learner:
     def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
         """This rank's shard: (model chunk, Megatron name) → parameter."""
         return _named([chunk.module for chunk in self.chunks])
+
+    def sharded_state(self) -> dict[str, Any]:
+        """The weights as Megatron's sharded state dict: what a checkpoint stores of this rank."""
+        states = [chunk.module.sharded_state_dict() for chunk in self.chunks]
+        return {"model" if len(states) == 1 else f"model{n}": state for n, state in enumerate(states)}
 
     def score(self, batch: Batch) -> Batch:
         """Adds old log-probs and entropies [T] of the training engine to the batch."""

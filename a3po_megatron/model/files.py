@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 CONFIG = "config.json"
+HF = "hf"  # the folder within a Megatron checkpoint that holds these files
 _TOKENIZER = (
     *("tokenizer*.json", "tokenizer.model", "*.tiktoken", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.*"),

@@ -24,7 +24,7 @@ METRICS = (
     *("shaping/shaped_rate_negative", "shaping/inert_rate_negative", "shaping/gradient_share_negative"),
     *("mismatch/logprob_abs_mean", "mismatch/kl_k3"),
     *("learner/loss", "learner/lr"),
-    *("refit/seconds", "refit/bytes", "refit/canary"),
+    *("refit/seconds", "refit/bytes", "refit/canary", "refit/witness"),
     "perf/tokens_per_second",
     *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
     *("startup/seconds", "memory/peak_bytes"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,17 +21,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import Written, check_free, save_digests, whole_folder
-from ..checkpoint.safetensors import Stored, file_names, read_rows, save_index, write_file
+from ..checkpoint.safetensors import Stored, file_names, read_rows, save_index, split_files, write_file
 from ..checkpoint.torch_dist import Box, Kept, Reader, write_chunks, write_metadata
 from ..errors import RequestError
 from ..model.family import Family, read_family
-from ..model.files import copy_side_files
+from ..model.files import HF, copy_side_files
 from ..model.layout import hf_tensors
 from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
 from .jobs import Count, run_jobs
 from .load import all_finite, check_checkpoint
 
-HF = "hf"  # the folder within a checkpoint that holds the model's configuration and tokenizer
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
 
 
@@ -173,7 +172,7 @@ class _Wanted:
 @dataclass(frozen=True)
 class _File:
     name: str
-    tensors: list[_Wanted] = field(default_factory=list)
+    tensors: list[_Wanted]
 
 
 def export_checkpoint(
@@ -268,16 +267,10 @@ def _bytes(tensor: _Wanted, dtype: torch.dtype | None) -> int:
 
 
 def _files(wanted: Sequence[_Wanted], shard_bytes: int, dtype: torch.dtype | None) -> list[_File]:
-    groups: list[list[_Wanted]] = []
-    size = shard_bytes
-    for tensor in wanted:
-        more = _bytes(tensor, dtype)
-        if size + more > shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += more
-    return [_File(name, group) for name, group in zip(file_names(len(groups)), groups, strict=True)]
+    groups = split_files({tensor.name: _bytes(tensor, dtype) for tensor in wanted}, shard_bytes)
+    by_name = {tensor.name: tensor for tensor in wanted}
+    names = file_names(len(groups))
+    return [_File(name, [by_name[n] for n in group]) for name, group in zip(names, groups, strict=True)]
 
 
 def _check_file(source: Path, name: str, _: Count) -> None:

@@ -10,8 +10,10 @@ its checksum or the stream's check, by name; a tensor that the engine itself fai
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,9 +27,11 @@ from ..model.family import Family
 from ..model.layout import Layout, hf_tensors, pieces
 from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
+from .export import export_stream
 from .fuse import FusedExperts
 from .receipt import Receipt, shard_checksums, tensor_checksum
 from .reshard import Groups, Parameters, Timings, fresh, gather, plan
+from .witness import Scored, largest_difference
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -48,6 +52,7 @@ class Publisher:
         self.cluster, self.family, self.options = cluster, family, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
+        self.scored: Scored = {}  # the last canary, as the learner scored it
         self._strength: str | None = None
         by_rank = [pieces(family, layout, place) for place in layout.places()]
         self.rank = cluster.replica_group.rank()
@@ -119,6 +124,38 @@ class Publisher:
                 canary=self._canary(logprobs, engine) if self.canary else None,
             )
 
+    def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
+        """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
+        if 0 in dist.get_process_group_ranks(self.cluster.replica_group):
+            stream = gather(self.export_plan, parameters, self.groups, dtype)
+            export_stream(stream, hf_tensors(self.family), dtype, source, target if self.cluster.rank == 0 else None)
+        self.cluster.agree("export", True, all)
+
+    def witness(self, parameters: Parameters, dtype: torch.dtype, source: Path, scratch: Path) -> float:
+        """Holds the learner against transformers on the last canary. Raises PublishError on every rank if they differ.
+
+        Rank 0 holds the whole model while it is asked.
+        """
+        with phase("publish"):
+            self.export(parameters, dtype, source, scratch)
+            worst = 0.0
+            if self.cluster.rank == 0:
+                try:
+                    worst = largest_difference(scratch, self.scored, dtype)
+                finally:
+                    shutil.rmtree(scratch)
+            worst, bound = self.cluster.agree("witness", worst, lambda values: values[0]), self._bound(dtype)
+            if not worst <= bound:  # NaN too
+                raise PublishError(
+                    f"publish {self.version}: the learner and transformers, on an export of the learner's weights, "
+                    f"differ by {worst:.2e} in a log-prob of the canary (bound {bound:.0e}): the learner's model is "
+                    f"not the one that {source} describes"
+                )
+            return worst
+
+    def _bound(self, dtype: torch.dtype) -> float:
+        return self.options.canary_bound or CANARY_BOUND[dtype]
+
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
         names = list(hf_tensors(self.family))
         sums = shard_checksums(self.pieces, parameters, dtype, names)
@@ -138,7 +175,7 @@ class Publisher:
 
     def _canary(self, logprobs: Callable[[Sequences], list[Tensor]], engine: Engine) -> float:
         """Every engine continues the same prompts; the learner says how likely it finds those very tokens."""
-        bound = self.options.canary_bound or CANARY_BOUND[engine.dtype]
+        bound = self._bound(engine.dtype)
         completions = engine.probe(self.canary, self.options.canary_tokens)
         mine = [
             (tuple(request.prompt), tuple(completion.tokens.tolist()))
@@ -146,7 +183,7 @@ class Publisher:
         ]
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
         asked = list(dict.fromkeys(pair for part in self.cluster.gather_batch_group(mine) for pair in part))
-        learner = dict(zip(asked, logprobs(asked), strict=True))
+        self.scored = learner = dict(zip(asked, logprobs(asked), strict=True))
         differences = [
             learner[pair] - torch.from_numpy(completion.logprobs)
             for pair, completion in zip(mine, completions, strict=True)

@@ -34,6 +34,7 @@ class Receipt:
     seconds: float  # all in all, without the canary
     timings: Timings
     canary: float | None  # largest |log-prob difference| learner − engine on the canary; None: switched off
+    witness: float | None = None  # the same, learner − transformers on an export; None: not asked this time
 
 
 def _splitmix64(index: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""A learner's weights as an HF folder, written while they are gathered: no rank holds more than a bucket of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.folder import save_digests, whole_folder
+from ..checkpoint.safetensors import file_names, save_index, split_files, write_file
+from ..errors import RunFailed
+from ..model.files import copy_side_files
+
+SHARD_BYTES = 5_000_000_000
+
+
+def export_stream(
+    stream: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],  # in the order of the stream
+    dtype: torch.dtype,
+    source: Path,  # an HF folder with the configuration and tokenizer of the model
+    target: Path | None,  # None: this rank takes part in gathering, and writes nothing
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes `target`, whole or not at all. Raises RunFailed if the stream is not exactly the tensors of `shapes`."""
+    if target is None:
+        for _ in stream:
+            pass
+        return
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    groups = split_files(sizes, shard_bytes)
+    names = file_names(len(groups))
+    with whole_folder(target) as folder:
+        written = [
+            write_file(folder, file, {n: shapes[n] for n in group}, dict.fromkeys(group, dtype), _next(stream, group))
+            for file, group in zip(names, groups, strict=True)
+        ]
+        if more := next(stream, None):
+            raise RunFailed(f"export: {more[0]} is no tensor of this model")
+        if len(groups) > 1:
+            where = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+            save_index(folder, where, sum(sizes.values()))
+        copy_side_files(source, folder, str(dtype).removeprefix("torch."))
+        save_digests(folder, written)
+
+
+def _next(stream: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[Tensor]:
+    for name in names:
+        found, tensor = next(stream, ("nothing", None))
+        if found != name or tensor is None:
+            raise RunFailed(f"export: {name} was expected next, {found} came")
+        yield tensor.cpu()
