@@ -24,7 +24,7 @@ def import_(
     hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint: config.json and safetensors.")],
     ckpt_dir: Annotated[Path, typer.Argument(help="A new folder for the Megatron checkpoint.")],
     workers: Workers = 1,
-    bucket_bytes: BucketBytes = 64 << 20,
+    bucket_bytes: BucketBytes = 16 << 20,
 ) -> None:
     """HF → a Megatron checkpoint that loads at any layout."""
     from .model.files import has_tokenizer
@@ -43,7 +43,7 @@ def export(
     source: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_DIR", help="A Megatron checkpoint, or a run.")],
     hf_dir: Annotated[Path, typer.Argument(help="A new folder for the HF checkpoint.")],
     workers: Workers = 1,
-    bucket_bytes: BucketBytes = 64 << 20,
+    bucket_bytes: BucketBytes = 16 << 20,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest safetensors file.")] = 5_000_000_000,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the weights are stored.")] = None,
 ) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
@@ -31,6 +33,36 @@ class Written:
     name: str  # relative to its folder
     bytes: int
     blake3: str
+
+
+class HashedFile(io.RawIOBase):
+    """A new file that is hashed as it is written."""
+
+    _STEP = 1 << 20  # hashed and written while it is in the processor's cache
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self.bytes = path.open("wb", buffering=0), blake3(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), self._STEP):
+            part = view[begin : begin + self._STEP]
+            self._digest.update(part)
+            while len(part):  # an unbuffered file may take less than it is given
+                part = part[self._file.write(part) :]
+        self.bytes += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def written(self) -> Written:
+        """What was written so far."""
+        return Written(Path(self._file.name).name, self.bytes, self._digest.hexdigest())
 
 
 def check_free(folder: Path) -> None:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from ..errors import RequestError
-from .folder import Written
+from .folder import HashedFile, Written
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -148,30 +147,19 @@ def write_file(
         header[tensor] = {"dtype": CODES[dtypes[tensor]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest, written = blake3(), 0
-    with (folder / name).open("wb", buffering=0) as file:
-        for head in (len(text).to_bytes(8, "little"), text):
-            digest.update(head)
-            file.write(head)
+    with HashedFile(folder / name) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
         for part in parts:
-            view = bytes_of(part.contiguous())
-            digest.update(view)
-            write_all(file, view)
-            written += len(view)
-    if written != end:
-        raise RuntimeError(f"{name}: {written} bytes were written, its tensors have {end}")
-    return Written(name, 8 + len(text) + end, digest.hexdigest())
+            file.write(bytes_of(part.contiguous()))
+    if file.bytes != 8 + len(text) + end:
+        raise RuntimeError(f"{name}: {file.bytes - 8 - len(text)} bytes were written, its tensors have {end}")
+    return file.written()
 
 
 def bytes_of(values: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(cast(Any, values.view(-1).view(torch.uint8).numpy()))
-
-
-def write_all(file: IO[bytes], view: memoryview) -> None:
-    """An unbuffered file may take less than it is given."""
-    while len(view):
-        view = view[file.write(view) :]
 
 
 def file_names(count: int) -> list[str]:

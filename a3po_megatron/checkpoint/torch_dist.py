@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -41,8 +40,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..errors import RequestError
-from .folder import Written, digest_of, read_digests
-from .safetensors import read_into, write_all
+from .folder import HashedFile, Written, digest_of, read_digests
+from .safetensors import read_into
 
 OBJECTS = "__objects.distcp"
 FORMAT = {
@@ -75,38 +74,21 @@ class Kept:
     length: int
 
 
-class _Sink(io.RawIOBase):
-    """A file that is hashed as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.file, self.digest, self.bytes = path.open("wb", buffering=0), blake3(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self.digest.update(view)
-        write_all(self.file, view)
-        self.bytes += len(view)
-        return len(view)
-
-
 def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) -> tuple[list[Kept], Written]:
     """Writes one file of chunks; each tensor is held no longer than it takes to write it."""
     kept: list[Kept] = []
-    sink, checksums = _Sink(folder / name), get_crc32_options()
+    checksums = get_crc32_options()
     set_crc32_options(False)  # the archive's own checksum, which nothing reads: the file is hashed as a whole
     try:
-        with sink.file:
+        with HashedFile(folder / name) as file:
             for box, values in chunks:
-                begin = sink.bytes
+                begin = file.bytes
                 stacked = values.view(*[1] * len(box.lead), *values.shape)
-                torch.save(stacked, cast(IO[bytes], sink))
-                kept.append(Kept(box, tuple(values.shape), values.dtype, name, begin, sink.bytes - begin))
+                torch.save(stacked, cast(IO[bytes], file))
+                kept.append(Kept(box, tuple(values.shape), values.dtype, name, begin, file.bytes - begin))
     finally:
         set_crc32_options(checksums)
-    return kept, Written(name, sink.bytes, sink.digest.hexdigest())
+    return kept, file.written()
 
 
 def write_metadata(
@@ -125,18 +107,17 @@ def write_metadata(
         )
         places[MetadataIndex(box.key, offsets, len(tensor.chunks))] = _StorageInfo(item.file, item.offset, item.length)
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
-    sink = _Sink(folder / OBJECTS)
-    with sink.file:
-        torch.save([None], cast(IO[bytes], sink))
+    with HashedFile(folder / OBJECTS) as empty:
+        torch.save([None], cast(IO[bytes], empty))
     entries: dict[str, Any] = {**tensors, **{key: BytesStorageMetadata() for key in objects}}
     for key in entries.keys() - tensors.keys():
-        places[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, sink.bytes)
+        places[MetadataIndex(key)] = _StorageInfo(OBJECTS, 0, empty.bytes)
     metadata = Metadata(entries, planner_data={}, storage_data=places, version=CURRENT_DCP_VERSION)
     with (folder / ".metadata").open("wb") as file:
         pickle.dump(metadata, file)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(FORMAT))
-    return Written(OBJECTS, sink.bytes, sink.digest.hexdigest())
+    return empty.written()
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,13 @@ def _shares(records: Sequence[_Record], workers: int) -> list[list[_Record]]:
 def _write_records(folder: Path, name: str, records: Sequence[_Record], count: Count) -> tuple[list[Kept], Written]:
     files: dict[Path, IO[bytes]] = {}
 
+    # One buffer for all chunks: memory that was never touched costs more than reading into it.
+    buffer = bytearray(max(record.bytes for record in records))
+
     def chunks() -> Iterator[tuple[Box, Tensor]]:
         for record in records:
-            values = torch.empty(record.shape, dtype=record.dtype)
+            count_of = record.bytes // record.dtype.itemsize
+            values = torch.frombuffer(buffer, dtype=record.dtype, count=count_of).view(record.shape)
             for tensor, stored, start, row, rows in record.sources:
                 if stored.path not in files:
                     files[stored.path] = stored.path.open("rb")
@@ -280,11 +284,11 @@ def _check_file(source: Path, name: str, _: Count) -> None:
 def _write_tensors(
     source: Path, folder: Path, file: _File, bucket_bytes: int, dtype: torch.dtype | None, count: Count
 ) -> Written:
-    reader = Reader(source)
+    reader, buffer = Reader(source), bytearray(bucket_bytes)
 
     def parts() -> Iterator[Tensor]:
         for tensor in file.tensors:
-            for values in _read_tensor(reader, tensor, bucket_bytes):
+            for values in _read_tensor(reader, tensor, buffer):
                 yield values if dtype is None else values.to(dtype)
                 count(values.nbytes)
 
@@ -296,12 +300,15 @@ def _write_tensors(
         reader.close()
 
 
-def _read_tensor(reader: Reader, tensor: _Wanted, bucket_bytes: int) -> Iterator[Tensor]:
-    """A tensor's rows in order, in parts within the bucket."""
-    step = max(1, bucket_bytes // (math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+def _read_tensor(reader: Reader, tensor: _Wanted, buffer: bytearray) -> Iterator[Tensor]:
+    """A tensor's rows in order, in parts that fit the buffer (or of one row); each is overwritten by the next."""
+    width = math.prod(tensor.shape[1:])
+    if width * tensor.dtype.itemsize > len(buffer):
+        buffer = bytearray(width * tensor.dtype.itemsize)
+    step = len(buffer) // (width * tensor.dtype.itemsize)
     for row in range(0, tensor.shape[0], step):
         rows = min(step, tensor.shape[0] - row)
-        values = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+        values = torch.frombuffer(buffer, dtype=tensor.dtype, count=rows * width).view(rows, *tensor.shape[1:])
         for key, lead, span in tensor.parts:
             begin, end = max(span.start, row), min(span.start + span.rows, row + rows)
             if begin < end:

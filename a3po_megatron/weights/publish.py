@@ -29,6 +29,7 @@ from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
 from .export import export_stream
 from .fuse import FusedExperts
+from .load import all_finite
 from .receipt import Receipt, shard_checksums, tensor_checksum
 from .reshard import Groups, Parameters, Timings, fresh, gather, plan
 from .witness import Scored, largest_difference
@@ -231,7 +232,7 @@ def checked(
             raise PublishError(
                 f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shapes[name]} {dtype}"
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise PublishError(f"publish: {name} holds a value that is not finite")
         sums[name] = tensor_checksum(tensor)
         timings.receipt += time.perf_counter() - start
