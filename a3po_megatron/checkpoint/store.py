@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints: every rank writes and reads its own shards.
+"""Megatron's distributed checkpoints: every rank writes its own shards.
 
 Megatron's own writer starts processes for every save, 8–11 s the first time on a CPU, to write in the background;
 where a save is waited for anyway, torch's writer puts the same bytes into the same files from this process.
@@ -34,8 +34,3 @@ class _Direct(TorchDistSaveShardedStrategy):
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
     """Writes a sharded state dict into an existing, empty folder. A collective over all ranks."""
     dist_checkpointing.save(state, str(folder), sharded_strategy=_Direct("torch_dist", 1))
-
-
-def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint, for a sharded state dict that says what this rank needs. A collective."""
-    return dist_checkpointing.load(state, str(folder))
