@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from a3po_megatron.model.family import Family
-from a3po_megatron.model.layout import Piece, hf_tensors
+from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.weights import receipt
-from a3po_megatron.weights.receipt import checksum, shard_checksums, tensor_checksum
-from a3po_megatron.weights.reshard import Plan, gather, plan
+from a3po_megatron.weights.receipt import block_checksum, shard_checksums, tensor_checksum
 from tests.test_layout import megatron_parameters
 from tests.tiny import tensor_pieces
 
@@ -102,17 +101,15 @@ def test_the_checksum_does_not_depend_on_how_much_is_hashed_at_once(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1))
-def test_the_sums_of_any_pieces_in_any_order_add_up_to_the_whole(rows: int, columns: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.randn(rows, columns, generator=generator)
-    index = torch.arange(rows * columns).view(rows, columns)
-    owner = torch.randint(0, 4, (rows, columns), generator=generator)  # scattered, as no layout would
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_the_sums_of_any_blocks_in_any_order_add_up_to_the_whole(rows: int, columns: int, data: st.DataObject) -> None:
+    tensor = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    row, column = data.draw(st.integers(0, rows)), data.draw(st.integers(0, columns))
+    blocks = [(0, row, 0, column), (0, row, column, columns), (row, rows, 0, column), (row, rows, column, columns)]
     total = 0
-    for part in torch.randperm(4, generator=generator).tolist():
-        values, places = tensor[owner == part], index[owner == part]
-        order = torch.randperm(values.numel(), generator=generator)
-        total += checksum(values[order], places[order])
+    for top, bottom, left, right in data.draw(st.permutations(blocks)):
+        block = tensor[top:bottom, left:right]
+        total += block_checksum(block, top * columns + left, columns, tensor.dtype)
     assert wrapped(total) == literal_checksum(tensor)
 
 
@@ -175,62 +172,3 @@ def test_zero_and_minus_zero_and_another_dtype_are_different_bits() -> None:
     assert tensor_checksum(torch.zeros(3)) != tensor_checksum(-torch.zeros(3))
     tensor = torch.tensor([1.0, 2.0])  # exact in both
     assert tensor_checksum(tensor) != tensor_checksum(tensor.to(torch.bfloat16))
-
-
-# --- the plan ----------------------------------------------------------------------------------------------------
-
-
-ORDER = list(hf_tensors(FAMILY))
-
-
-def by_rank(tensor: int) -> list[tuple[Piece, ...]]:
-    return [tensor_pieces(FAMILY, tensor, rank) for rank in range(tensor)]
-
-
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("limit", [1, 500, 1000, 5000, 10**9])
-def test_every_tensor_travels_once_in_layer_order_in_bounded_buckets(tensor: int, limit: int) -> None:
-    made = plan(by_rank(tensor), ORDER, limit, 4)
-    shapes = hf_tensors(FAMILY)
-    travelled = [entry for bucket in made.buckets for entry in bucket.tensors]
-    # Layers in their order (vLLM holds tensors back until a layer is whole), every tensor once, with its shape.
-    assert dict(travelled) == made.shapes() == shapes
-    assert len(travelled) == len(shapes)
-    layers = [int(name.split(".")[2]) for name, _ in travelled if ".layers." in name]
-    assert layers == sorted(layers)
-    for bucket in made.buckets:
-        sizes = [4 * torch.Size(shape).numel() for _, shape in bucket.tensors]
-        assert sum(sizes) <= limit or len(sizes) == 1
-        sent = [piece for rank in bucket.pieces for piece in rank]
-        assert sum(piece.numel for piece in sent) == sum(sizes) // 4, "every element is sent by exactly one rank"
-        assert all(piece.owner for piece in sent)
-    for first, second in zip(made.buckets, made.buckets[1:], strict=False):
-        together = [*first.tensors, second.tensors[0]]
-        assert sum(4 * torch.Size(shape).numel() for _, shape in together) > limit, "no bucket is closed too early"
-
-
-def test_different_plans_have_different_digests_and_equal_ones_equal_digests() -> None:
-    digests = {plan(by_rank(tensor), ORDER, limit, 4).digest() for tensor in (1, 2, 4) for limit in (1, 1000, 10**9)}
-    assert len(digests) == 9
-    assert plan(by_rank(2), ORDER, 1000, 4).digest() == plan(by_rank(2), ORDER, 1000, 4).digest()
-    assert plan(by_rank(2), ORDER, 500, 2).digest() == plan(by_rank(2), ORDER, 1000, 4).digest()  # the same buckets
-    assert plan(by_rank(2)[::-1], ORDER, 1000, 4).digest() != plan(by_rank(2), ORDER, 1000, 4).digest()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("limit", [1, 1000, 10**9])
-def test_gathering_on_one_rank_gives_the_hf_tensors_and_leaves_the_parameters_alone(
-    limit: int, dtype: torch.dtype
-) -> None:
-    weights = random_weights()
-    parameters = keyed(megatron_parameters(FAMILY, 1, 0, weights))
-    before = {name: value.clone() for name, value in parameters.items()}
-    made: Plan = plan(by_rank(1), ORDER, limit, dtype.itemsize)
-    # All are kept to the end: a later bucket must not write over what was handed on.
-    found = list(gather(made, parameters, None, dtype))
-    assert [name for name, _ in found] == [name for bucket in made.buckets for name, _ in bucket.tensors]
-    for name, value in found:
-        assert value.dtype == dtype
-        assert torch.equal(value, weights[name].to(dtype)), name
-        value.zero_()
-    assert all(torch.equal(parameters[name], value) for name, value in before.items())

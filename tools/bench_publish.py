@@ -1,0 +1,188 @@
+"""What a publish costs, stage by stage, with real Megatron shards and real vLLM engines on this machine.
+
+    python tools/bench_publish.py                           TP 2 learner, two engines, a model of 60 M parameters
+    python tools/bench_publish.py --set parallel.pipeline=2 --set rollout.tensor=2
+    python tools/bench_publish.py --model DIR --publishes 5 --json out.json
+
+Prints, per rank: bytes that the engine took and bytes that came from other ranks; seconds of each stage, the median
+over the publishes after the first; and what the receipt costs per GB. Stages:
+
+    gather     shards packed, tensors laid out       load      vLLM takes the tensors up
+    send       collectives                           resume    what was computed with the old weights is dropped
+    receipt    checks and checksums, both sides      canary    every engine continues prompts, the learner scores them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from a3po_megatron.launch import environment
+
+environment.prepare()
+
+from a3po_megatron import compat  # noqa: E402
+
+compat.prepare()
+
+SIZES = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+STAGES = ("gather", "send", "receipt", "load", "resume")
+
+
+def make_model(folder: Path) -> None:
+    """Random weights of a size at which bytes count, with a configuration and nothing else."""
+    import torch
+
+    from a3po_megatron.checkpoint.safetensors import write_file
+    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.layout import hf_tensors
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    shapes = hf_tensors(read_family(folder))
+    generator = torch.Generator().manual_seed(0)
+    parts = (0.02 * torch.randn(shape, generator=generator) for shape in shapes.values())
+    write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.float32), parts)
+
+
+def measure(folder: Path, publishes: int) -> None:
+    """One rank: publishes again and again, and leaves its numbers in the folder."""
+    from a3po_megatron.cluster import connect
+    from a3po_megatron.config import load_resolved
+    from a3po_megatron.learner.learner import Learner
+    from a3po_megatron.model.build import DTYPES
+    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.layout import layout_of
+    from a3po_megatron.rollout.engine import local_experts
+    from a3po_megatron.rollout.vllm_engine import VllmEngine
+    from a3po_megatron.weights.publish import Publisher
+
+    config = load_resolved(folder / "config.yaml")
+    cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)
+    path = Path(config.model.path)
+    family = read_family(path)
+    engine = VllmEngine(path, family, family.eos, config.rollout, DTYPES[config.model.dtype], cluster.backend)
+    learner = Learner(cluster, family, config)
+    count, rollout = family.experts.count if family.experts else 0, config.rollout
+    canary = [tuple(range(2 + n, 12 + n)) for n in range(config.publish.canary_prompts)]
+    publisher = Publisher(
+        cluster,
+        family,
+        layout_of(config.parallel, cluster.backend.spec),
+        config.publish,
+        canary,
+        lambda rank: local_experts(rank, rollout.tensor, rollout.expert, count),
+    )
+    rows: list[dict[str, float]] = []
+    for _ in range(publishes + 1):
+        start = time.perf_counter()
+        receipt = publisher.publish(learner.parameters(), learner.logprobs, engine)
+        row = {stage: getattr(receipt.timings, stage) for stage in STAGES}
+        rows.append(row | {"canary": time.perf_counter() - start - receipt.seconds, "publish": receipt.seconds})
+    seconds = {name: median(row[name] for row in rows[1:]) for name in rows[0]}
+    found = {
+        "rank": cluster.rank,
+        "bytes": receipt.bytes,
+        "received_bytes": receipt.received_bytes,
+        "buckets": len(publisher.plan.buckets),
+        "seconds": seconds,
+        "receipt_ms_per_gb": seconds["receipt"] * 1e3 / (receipt.bytes / 1e9),
+        "largest_canary_difference": receipt.canary,
+    }
+    (folder / f"rank-{cluster.rank}.json").write_text(json.dumps(found))
+
+
+def start_ranks(folder: Path, ranks: int, publishes: int) -> None:
+    from a3po_megatron.launch.local import rendezvous_port
+
+    port, running = rendezvous_port(None), []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        words = [sys.executable, __file__, "--rank-in", str(folder), "--publishes", str(publishes)]
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            settings = {**environment.LOOPBACK, **os.environ, **place, **meet}
+            die = environment.die_with_parent
+            running.append(subprocess.Popen(words, env=settings, stdout=log, stderr=log, preexec_fn=die))
+    for rank, process in enumerate(running):
+        if process.wait(timeout=900):
+            raise SystemExit(f"rank {rank} failed:\n{(folder / f'rank-{rank}.log').read_text()[-2000:]}")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    names = (*STAGES, "canary", "publish")
+    print(
+        f"{'rank':>4}{'GB taken':>10}{'GB received':>13}" + "".join(f"{name:>9}" for name in names) + "  receipt ms/GB"
+    )
+    for row in rows:
+        seconds = "".join(f"{row['seconds'][name]:9.3f}" for name in names)
+        sizes = f"{row['bytes'] / 1e9:10.3f}{row['received_bytes'] / 1e9:13.3f}"
+        print(f"{row['rank']:4}{sizes}{seconds}{row['receipt_ms_per_gb']:15.0f}")
+    slowest = max(row["seconds"]["publish"] for row in rows)
+    parts = {name: max(row["seconds"][name] for row in rows) / slowest for name in STAGES}
+    print("\nof the slowest rank's publish: " + ", ".join(f"{name} {part:.0%}" for name, part in parts.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="an HF folder; default: a random Qwen3 of 60 M parameters")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
+    parser.add_argument("--publishes", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_in:
+        environment.report_failures(options.rank_in, lambda folder: measure(folder, options.publishes))
+    from a3po_megatron.config import load_config, save_resolved
+
+    with tempfile.TemporaryDirectory(prefix="bench-publish-") as place:
+        folder = Path(place)
+        (folder / "logs").mkdir()
+        model = options.model or folder / "model"
+        if options.model is None:
+            make_model(model)
+        base = folder / "bench.yaml"
+        tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
+        lengths = "{max_prompt_tokens: 64, max_tokens: 64, max_sequences: 8}"
+        base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\nrollout: {lengths}\n")
+        config = load_config(base, [*tensor, *options.overrides])
+        save_resolved(config, folder / "config.yaml")
+        ranks = config.parallel.ranks()
+        start_ranks(folder, ranks, options.publishes)
+        rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    layout = {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
+    engines = {"tensor": config.rollout.tensor, "expert": config.rollout.expert}
+    print(
+        f"learner {layout}, engines {engines}, {rows[0]['buckets']} buckets, median of {options.publishes} publishes\n"
+    )
+    show(rows)
+    if options.json:
+        options.json.write_text(json.dumps({"learner": layout, "engines": engines, "ranks": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
