@@ -21,7 +21,9 @@ def one_rank() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
-    return run_ranks(2, cases.one_step_of_rollouts, cases.publish_faults, cases.layouts_train_alike)
+    return run_ranks(
+        2, cases.one_step_of_rollouts, cases.publish_faults, cases.witness_faults, cases.layouts_train_alike
+    )
 
 
 def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: dict[str, list[Any]]) -> None:
@@ -35,6 +37,17 @@ def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: di
             assert cases.STALE in found[fault], found[fault]
         for name in (cases.DROPPED, "lm_head.weight"):  # every byte was sent: only the canary can see it
             assert "canary" in found[f"engine forgets {name}"], found
+
+
+def test_a_map_of_tensors_that_is_wrong_in_every_room_alike_is_found_by_the_independent_witness(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    for found in two_ranks["witness_faults"]:
+        assert found["sound"].startswith("agree"), found
+        assert (
+            "the learner and transformers, on an export of the learner's weights, differ"
+            in found["gate and up swapped"]
+        ), found
 
 
 def test_rollouts_are_the_same_for_one_and_two_engines_any_order_and_again(

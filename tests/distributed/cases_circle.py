@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
+from a3po_megatron.model import layout
 from a3po_megatron.model.family import read_family
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.collect import Collector
@@ -73,14 +75,14 @@ WIDE = (
 
 
 def publishes_into_engines_of_one_rank(ranks: Ranks) -> dict[str, Any]:
-    return {" ".join([kind, *layout]): _publishes(ranks, kind, layout) for kind, layout in NARROW}
+    return {" ".join([kind, *options]): _publishes(ranks, kind, options) for kind, options in NARROW}
 
 
 def publishes_into_engines_of_two_ranks(ranks: Ranks) -> dict[str, Any]:
     return {" ".join([kind, *layout]): _publishes(ranks, kind, [*layout, "rollout.tensor=2"]) for kind, layout in WIDE}
 
 
-def _publishes(ranks: Ranks, kind: str, layout: list[str]) -> dict[str, Any]:
+def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
     """Three publishes in a row, with other weights each time: canaries, and bytes that came from the other rank."""
     folder = ranks.folder / kind
     if ranks.rank == 0 and not folder.exists():
@@ -88,7 +90,7 @@ def _publishes(ranks: Ranks, kind: str, layout: list[str]) -> dict[str, Any]:
         wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
         make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
     torch.distributed.barrier()
-    run, _, engine, learner, prompts = parts(ranks, 1, 1, *layout, f"model.path={folder}")
+    run, _, engine, learner, prompts = parts(ranks, 1, 1, *options, f"model.path={folder}")
     found: dict[str, Any] = {"canary": [], "received": 0, "bytes": 0}
     for _ in range(3):
         receipt = run.publish(learner, engine)
@@ -176,6 +178,35 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
         attempt(f"engine forgets {forgotten}", None)
     engine.forgets = None
     attempt("sound at last", None)
+    return found
+
+
+def witness_faults(ranks: Ranks) -> dict[str, str]:
+    """What transformers says of a sound learner, and of one whose map of tensors is wrong in every room alike."""
+    found = {}
+    whole = layout._layer
+    for name in ("sound", "gate and up swapped"):
+
+        def swapped(*args: Any) -> Iterator[layout.Piece]:
+            for piece in whole(*args):
+                half = piece.length if piece.tensor.endswith(("gate_proj.weight", "up_proj.weight")) else 0
+                yield dataclasses.replace(piece, offset=half - piece.offset) if half else piece
+
+        layout._layer = whole if name == "sound" else swapped
+        try:
+            run, _, engine, learner, _ = parts(ranks, 2, 1, "publish.canary_bound=1e9")
+            run.publish(learner, engine)  # at this bound neither canary nor witness refuses
+            publisher = run.publisher
+            publisher.options = publisher.options.model_copy(update={"canary_bound": None})
+            folder, scratch = Path(run.config.model.path), ranks.folder / "witness"
+            try:
+                worst = publisher.witness(learner.parameters(), torch.float32, folder, scratch)
+                found[name] = f"agree to {worst:.1e}" if worst < 1e-4 else f"differ by {worst}"
+            except PublishError as error:
+                found[name] = str(error)
+            assert not scratch.exists()
+        finally:
+            layout._layer = whole
     return found
 
 
