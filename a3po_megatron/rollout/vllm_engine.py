@@ -58,7 +58,7 @@ class VllmEngine:
         self.fused_experts = family.experts is not None and options.expert == 1
         keep_process_group()
         name_shared_memory()
-        if options.expert > 1 and backend.device == "cpu":
+        if options.expert > 1:
             map_experts()
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
