@@ -321,6 +321,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("optimizer.min_lr", 1e-8, {}),
     ("publish.canary_tokens", 8, {"publish.canary_prompts": 0}),
     ("publish.canary_bound", 0.1, {"publish.canary_prompts": 0}),
+    ("publish.witness_every", 2, {"publish.canary_prompts": 0}),
     ("telemetry.texts_per_step", 2, {"telemetry.rollouts": False}),
     ("data.problem_field", "question", {"data.path": "builtin:arithmetic"}),
     ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),

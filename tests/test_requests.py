@@ -159,7 +159,7 @@ def test_the_request_that_all_cases_spoil_is_sound(place: Place, a3po: Callable[
         ("parallel", {"virtual": 2, "pipeline": 2}, ["parallel.virtual = 4 chunks", "2 layers"]),
         ("parallel", {"context": 2}, ["parallel.context = 2", "not supported"]),
         ("parallel", {"expert": 2}, ["parallel.expert = 2", "no experts"]),
-        ("rollout", {"expert": 2}, ["rollout.expert = 2", "not supported"]),
+        ("rollout", {"expert": 2}, ["rollout.expert = 2", "no experts"]),
         ("rollout", {"tensor": 4}, ["rollout.tensor = 4", "2 ranks"]),
         ("rollout", {"data": 3}, ["rollout.data = 3", "2 engines"]),
         ("rollout", {"max_tokens": 241}, ["257", "256", "rollout.max_tokens", "max_position_embeddings"]),

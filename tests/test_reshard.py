@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,18 @@ def fused(case: Case, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def by_layer(names: Iterable[str]) -> list[str]:
+    """The order of the layers: within one, experts may come in any order."""
+    return [name.partition(".experts.")[0] for name in names]
+
+
 @property_test
 @given(cases())
 def test_every_rank_gets_exactly_the_tensors_that_it_needs_in_the_order_of_the_layers(case: Case) -> None:
     (found, _), the_plan = run(case), case.plan()
     for rank, (stream, want) in enumerate(zip(found, wanted(case), strict=True)):
-        assert [name for name, _ in stream] == list(want)
+        assert by_layer(name for name, _ in stream) == by_layer(want)
+        assert len(stream) == len(want)
         assert the_plan.shapes(rank) == {name: tuple(value.shape) for name, value in want.items()}
         for name, value in stream:
             assert value.dtype == DTYPE and torch.equal(value, want[name]), f"{name} on rank {rank}"
@@ -177,7 +183,7 @@ def test_a_rank_receives_what_it_needs_and_lacks_and_what_it_relays_to_its_exper
                     relayed += piece.numel * any(piece.tensor in needed[r] for r in group)
         assert fake.received[case.global_rank(rank)] == lacked + relayed
         assert the_plan.received(rank, 2) == 2 * (lacked + relayed)
-        assert fake.padding[case.global_rank(rank)] <= unused or case.count
+        assert fake.padding[case.global_rank(rank)] <= unused
 
 
 def small(experts: int = 0, layers: int = 3, tied: bool = False) -> Family:
@@ -240,7 +246,10 @@ def test_a_bucket_takes_one_call_per_group_and_hop_and_all_ranks_of_a_group_make
 @given(cases())
 def test_buckets_are_bounded_and_hold_neighbours_of_one_stage_in_the_order_of_the_layers(case: Case) -> None:
     layout, the_plan = case.layout, case.plan()
-    assert [tensor for bucket in the_plan.buckets for tensor in bucket.tensors] == list(hf_tensors(case.family).items())
+    travelled = [tensor for bucket in the_plan.buckets for tensor in bucket.tensors]
+    shapes = hf_tensors(case.family)
+    assert sorted(travelled) == sorted(shapes.items())
+    assert by_layer(name for name, _ in travelled) == by_layer(shapes)
     stage_of = {EMBEDDING: 0, FINAL_NORM: layout.pipeline - 1, HEAD: layout.pipeline - 1}
     for stage in range(layout.pipeline):
         for layer in (layer for chunk in layout.chunk_layers(case.family.layers, stage) for layer in chunk):

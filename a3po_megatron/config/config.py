@@ -69,7 +69,7 @@ WITHOUT_EFFECT = (
     NoEffect(("optimizer.betas", "optimizer.eps"), lambda c: c.optimizer.name == "sgd", "optimizer.name is sgd"),
     NoEffect(("optimizer.min_lr",), lambda c: c.optimizer.schedule != "cosine", "optimizer.schedule is constant"),
     NoEffect(
-        ("publish.canary_tokens", "publish.canary_bound", "publish.witness_at_start", "publish.witness_every"),
+        ("publish.canary_tokens", "publish.canary_bound", "publish.witness_every"),
         lambda c: c.publish.canary_prompts == 0,
         "publish.canary_prompts is 0 (off)",
     ),

@@ -128,8 +128,11 @@ class Publisher:
     def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
         """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
         if 0 in dist.get_process_group_ranks(self.cluster.replica_group):
-            stream = gather(self.export_plan, parameters, self.groups, dtype)
-            export_stream(stream, hf_tensors(self.family), dtype, source, target if self.cluster.rank == 0 else None)
+            stream, shapes = (
+                gather(self.export_plan, parameters, self.groups, dtype),
+                self.export_plan.shapes(self.rank),
+            )
+            export_stream(stream, shapes, dtype, source, target if self.cluster.rank == 0 else None)
         self.cluster.agree("export", True, all)
 
     def witness(self, parameters: Parameters, dtype: torch.dtype, source: Path, scratch: Path) -> float:

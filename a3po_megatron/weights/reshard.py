@@ -10,17 +10,21 @@ and travels in at most three hops, each one packed collective over a group that 
     stages     rank (s, j) → (p, j) for every other stage p      broadcast over the pipeline group
     tensor     the slices of dense tensors                       all-gather over the tensor-parallel group
     experts    experts and their slices                          all-gather over the expert group, or all-to-all where
-                                                                 expert-parallel engines need different experts
+                                                                 ranks give or need different amounts
 
 What a rank holds already is not sent to it: whole tensors (norms, routers) take no second hop, data-parallel copies of
-dense weights never move, and a tied embedding stays on both ends of the pipeline. Only experts that some engine rank
-of the group needs travel. Every bucket gets fresh memory: a tensor that was handed on is never overwritten, however
-long the engine holds it back.
+dense weights never move, and a tied embedding stays on both ends of a pipeline of two (of more, the last stage gets its
+slice again with the broadcast to those between). Only experts that some engine rank of the group needs travel. Within
+a layer experts are taken round robin from the ranks that hold them, so that all have about the same to give in every
+bucket. Every bucket gets fresh memory: a tensor that was handed on is never overwritten, however long the engine holds
+it back.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +34,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..model.layout import Layout, Piece
+from ..model.layout import EMBEDDING, HEAD, Layout, Piece
 
 Parameters = Mapping[tuple[int, str], Tensor]  # (model chunk, Megatron name) → shard
 Allocate = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
 
+@functools.cache
 def expert_of(name: str) -> int | None:
     """The number of the expert that an HF tensor belongs to."""
     found = _EXPERT.search(name)
@@ -132,7 +137,7 @@ def plan(
             buckets.append(Bucket(tensors, stage, bucket.held, crossing))
             names.clear()
 
-    for name in order:
+    for name in _dealt(order, layout.expert):
         bytes_here = torch.Size(holders[name][0][1].shape).numel() * itemsize
         where = owners[name][0] // layout.stage_ranks
         if names and (size + bytes_here > bucket_bytes or where != stage):
@@ -143,6 +148,25 @@ def plan(
         size += bytes_here
     close()
     return Plan(layout, tuple(experts), tuple(buckets))
+
+
+def _dealt(order: Sequence[str], expert_ranks: int) -> list[str]:
+    """The same order of layers, the experts of each in turn from every rank: a turn's gates, then its ups, …"""
+    found: list[str] = []
+    for layer, group in itertools.groupby(order, _expert_layer):
+        names = list(group)
+        if layer is not None:
+            parts = {name: _EXPERT.split(name) for name in names}  # prefix, number, kind
+            kinds = list(dict.fromkeys(kind for _, _, kind in parts.values()))
+            share = len({number for _, number, _ in parts.values()}) // expert_ranks
+            places = {name: (int(number), kinds.index(kind)) for name, (_, number, kind) in parts.items()}
+            names.sort(key=lambda name: (places[name][0] % share, places[name][1], places[name][0]))
+        found += names
+    return found
+
+
+def _expert_layer(name: str) -> str | None:
+    return _EXPERT.split(name)[0] if expert_of(name) is not None else None
 
 
 def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:
@@ -165,7 +189,9 @@ def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:
 def _slices(plan: Plan, bucket: Bucket, within: int) -> list[Piece]:
     """What a column gives to its tensor-parallel group: its slices of dense tensors; all have whole ones already."""
     held = bucket.held[plan.rank(bucket.stage, within)]
-    return [p for p in held if expert_of(p.tensor) is None and p.length < p.shape[p.dim]]
+    return [
+        p for p in held if expert_of(p.tensor) is None and (p.length < p.shape[p.dim] or p.tensor in (EMBEDDING, HEAD))
+    ]
 
 
 def _experts(plan: Plan, bucket: Bucket, within: int, receiver: int) -> list[Piece]:
@@ -280,10 +306,11 @@ class _Executor:
         # given[sender][receiver]: pieces
         receivers = [self.plan.rank(self.groups.stage, member) for member in members]
         given = [[_experts(self.plan, bucket, member, to) for to in receivers] for member in members]
-        if len(members) == 1 or not any(pieces for by_receiver in given for pieces in by_receiver):
+        if not any(given[a][b] for a in range(len(members)) for b in range(len(members)) if a != b):
             return
-        if all(pieces == by_receiver[0] for by_receiver in given for pieces in by_receiver):
-            first = [by_receiver[0] for by_receiver in given]
+        first = [by_receiver[0] for by_receiver in given]
+        alike = all(pieces == mine for by_receiver, mine in zip(given, first, strict=True) for pieces in by_receiver)
+        if alike and len({sum(piece.numel for piece in pieces) for pieces in first}) == 1:
             self._all_gather(self._chosen(column, first[me]), members, first, self.groups.experts, tensors)
             return
         sent = [[] if to == me else given[me][to] for to in range(len(members))]
