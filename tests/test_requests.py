@@ -182,6 +182,37 @@ def test_an_option_that_cannot_work_is_refused_by_name(
     assert_refused(place, a3po, *named)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "parallel", "rollout", "named"),
+    [
+        ({}, {"tensor": 2}, {}, ["parallel.tensor = 2", "parallel.sequence: true"]),
+        ({"hidden_size": 48}, {"data": 2}, {}, ["hidden_size 48", "multiple of 32"]),
+        ({}, {"data": 2}, {"expert": 2}, ["rollout.expert = 2", "rollout.tensor = 1"]),
+        ({}, {"data": 3, "expert": 3}, {}, ["parallel.expert = 3", "num_experts = 4"]),
+        (
+            {"moe_intermediate_size": 33},
+            {"data": 2},
+            {"tensor": 2},
+            ["rollout.tensor = 2", "moe_intermediate_size = 33"],
+        ),
+        ({"num_experts": 3}, {"data": 2}, {"tensor": 2, "expert": 2}, ["rollout.expert = 2", "num_experts = 3"]),
+    ],
+)
+def test_a_layout_that_a_mixture_of_experts_cannot_have_is_refused_by_name(
+    place: Place,
+    a3po: Callable[..., Ended],
+    sizes: dict[str, int],
+    parallel: dict[str, Any],
+    rollout: dict[str, Any],
+    named: list[str],
+) -> None:
+    place.replace_model(kind="qwen3_moe", **{"hidden_size": 64, "moe_intermediate_size": 32} | sizes)
+    place.options["parallel"] = {}
+    place.set("parallel", **parallel)
+    place.set("rollout", **rollout)
+    assert_refused(place, a3po, *named)
+
+
 def test_the_longest_context_that_the_model_has_is_accepted(place: Place, a3po: Callable[..., Ended]) -> None:
     place.set("rollout", max_tokens=240)  # and 16 prompt tokens: 256
     assert STARTED in a3po("train", place.config).err

@@ -13,7 +13,7 @@ from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..model.family import Family, read_family
 from ..model.layout import check_layout, layout_of
-from ..rollout.engine import CPU_HEAD_DIMS
+from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
 
@@ -100,20 +100,30 @@ def _check_layout(config: Config, family: Family) -> None:
 
 
 def _check_engine_experts(config: Config, family: Family) -> None:
-    tensor, expert = config.rollout.tensor, config.rollout.expert
-    if expert == 1:
+    tensor, expert, experts = config.rollout.tensor, config.rollout.expert, family.experts
+    if experts is None:
+        if expert > 1:
+            raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
         return
-    if family.experts is None:
-        raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
+    if family.hidden % CPU_EXPERT_SIZE:
+        raise RequestError(
+            f"{config.model.path}: hidden_size {family.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
+            "need it on a CPU"
+        )
+    if expert == 1:
+        if experts.ffn % tensor:
+            raise RequestError(
+                f"rollout.tensor = {tensor} does not divide the model's moe_intermediate_size = {experts.ffn}; "
+                f"rollout.expert = {tensor} keeps experts whole"
+            )
+        return
     if expert != tensor:
         raise RequestError(
             f"rollout.expert = {expert} must be 1 or rollout.tensor = {tensor}: vLLM deals the experts of an engine "
             "over all of its ranks"
         )
-    if family.experts.count % expert:
-        raise RequestError(
-            f"rollout.expert = {expert} does not divide the model's num_experts = {family.experts.count}"
-        )
+    if experts.count % expert:
+        raise RequestError(f"rollout.expert = {expert} does not divide the model's num_experts = {experts.count}")
 
 
 def _check_extra(config: Config, family: Family) -> None:
