@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,10 @@ import typer
 from .errors import A3POError, RequestError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .weights.convert import Converted
+    from .weights.verify import Verified
 
 app = typer.Typer(
     add_completion=False,
@@ -77,7 +81,7 @@ def doctor() -> None:
 convert_app = typer.Typer(no_args_is_help=True, help="Between HF checkpoints and Megatron's (torch_dist), bit for bit.")
 app.add_typer(convert_app, name="convert")
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes that read and write side by side.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that read and write side by side, each its own files.")]
 BucketBytes = Annotated[int, typer.Option(min=1 << 12, help="What a process holds of the weights at once.")]
 
 
@@ -89,15 +93,12 @@ def import_(
     bucket_bytes: BucketBytes = 16 << 20,
 ) -> None:
     """HF → a Megatron checkpoint that loads at any layout."""
-    from .model.files import has_tokenizer
     from .weights.convert import import_checkpoint
 
     with _progress("import") as progress:
         start = time.perf_counter()
         done = import_checkpoint(hf_dir, ckpt_dir, workers, bucket_bytes, progress)
     _say("imported", done, time.perf_counter() - start, ckpt_dir)
-    if not has_tokenizer(hf_dir):
-        _warn_of_tokenizer(hf_dir)
 
 
 @convert_app.command()
@@ -108,59 +109,69 @@ def export(
     bucket_bytes: BucketBytes = 16 << 20,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest safetensors file.")] = 5_000_000_000,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the weights are stored.")] = None,
+    drop_padding: Annotated[
+        bool, typer.Option("--drop-padding", help="Leave out rows beyond the vocabulary even if they hold weights.")
+    ] = False,
 ) -> None:
     """A Megatron checkpoint (of a run: its newest) → HF: safetensors, index, configuration, tokenizer."""
     import torch
 
-    from .model.files import HF, has_tokenizer
-    from .weights.convert import export_checkpoint, newest_checkpoint
+    from .weights.convert import ExportOptions, export_checkpoint, newest_checkpoint
 
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
         raise RequestError(f"--dtype {dtype}: expected float32 or bfloat16")
-    checkpoint = newest_checkpoint(source)
+    options = ExportOptions(workers, bucket_bytes, shard_bytes, dtypes[dtype], drop_padding)
     with _progress("export") as progress:
         start = time.perf_counter()
-        done = export_checkpoint(checkpoint, hf_dir, workers, bucket_bytes, shard_bytes, dtypes[dtype], progress)
+        done = export_checkpoint(newest_checkpoint(source), hf_dir, options, progress)
     _say("exported", done, time.perf_counter() - start, hf_dir)
-    if not has_tokenizer(checkpoint / HF):
-        _warn_of_tokenizer(checkpoint / HF)
 
 
 @convert_app.command()
 def verify(
     hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint.")],
-    tensor: Annotated[int, typer.Option(min=1)] = 1,
-    pipeline: Annotated[int, typer.Option(min=1)] = 1,
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 1,
     virtual: Annotated[int, typer.Option(min=1, help="Model chunks per pipeline rank.")] = 1,
-    expert: Annotated[int, typer.Option(min=1)] = 1,
-    expert_tensor: Annotated[int | None, typer.Option(min=1, help="Default: as --tensor.")] = None,
+    expert: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks.")] = 1,
+    expert_tensor: Annotated[
+        int | None, typer.Option(min=1, help="Tensor-parallel ranks of an expert. Default: as --tensor.")
+    ] = None,
     scheme: Annotated[str, typer.Option(help="Names of Megatron's spec: local (CPU) or te (GPU).")] = "local",
     show: Annotated[str | None, typer.Option(metavar="HF_TENSOR", help="Say where each of its rows goes.")] = None,
 ) -> None:
-    """Prove, in this process, that a checkpoint survives a layout bit for bit, and say where each byte goes."""
+    """Prove, in this process, that a checkpoint survives a layout bit for bit, and say where each byte goes.
+
+    Holds the model's largest parameter a few times over.
+    """
     from rich.console import Console
 
     from .model.layout import Layout
-    from .weights.verify import tables, verify_layout
+    from .weights.verify import verify_layout
 
     if scheme not in ("local", "te"):
         raise RequestError(f"--scheme {scheme}: expected local or te")
     layout = Layout(tensor, pipeline, virtual, expert, expert_tensor, scheme=scheme)  # type: ignore[arg-type]
     with _progress("verify") as progress:
-        found = verify_layout(hf_dir, layout, progress, show)
+        try:
+            found = verify_layout(hf_dir, layout, progress, show)
+        except RequestError as error:  # a layout's options have other names in a configuration
+            words = str(error).replace("parallel.expert_tensor", "--expert-tensor").replace("parallel.", "--")
+            raise RequestError(words) from error
     console = Console(highlight=False)
-    for table in tables(found):
+    for table in _tables(found):
         console.print(table)
     typer.echo(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
 
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar of bytes on a terminal, nothing elsewhere: the last line says it all."""
+    """A bar of bytes on a terminal, nothing elsewhere: the last line says it all. SIGTERM ends the work tidily."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console()
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -177,10 +188,53 @@ def _say(what: str, done: Converted, seconds: float, folder: Path) -> None:
     speed = done.bytes / max(seconds, 1e-9) / 1e9
     size = f"{done.bytes / 1e9:.3f} GB in {seconds:.1f} s ({speed:.2f} GB/s)"
     typer.echo(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
+    for remark in done.remarks:
+        typer.echo(f"warning: {remark}", err=True)
 
 
-def _warn_of_tokenizer(folder: Path) -> None:
-    typer.echo(f"warning: {folder} holds no tokenizer files: the converted folder has none either", err=True)
+def _tables(found: Verified) -> Iterator[Table]:
+    """Where the bytes go, for a person."""
+    from rich.table import Table
+
+    layout = found.layout
+    table = Table(title="one replica")
+    for name in ("rank", "pipeline", "tensor", "expert", "layers", "bytes held", "answers for", "padding"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+
+    def row(rank: str, where: Sequence[int], layers: str, sizes: Sequence[int]) -> None:
+        table.add_row(rank, *map(str, where), layers, *(f"{size:,}" for size in sizes))
+
+    for rank, share in enumerate(found.ranks):
+        where = (share.place.pipeline, share.place.tensor, share.place.expert)
+        row(str(rank), where, _runs(share.layers), (share.held, share.owned, share.padding))
+    table.add_section()
+    sums = [sum(sizes) for sizes in zip(*((s.held, s.owned, s.padding) for s in found.ranks), strict=True)]
+    row("all", (layout.pipeline, layout.tensor, layout.expert), "", sums)
+    yield table
+    if found.shown:
+        table = Table(title=found.shown[0][1].tensor)
+        table.add_column("rank", justify="right")
+        table.add_column("parameter", overflow="fold")
+        for name in ("its …", "hold the tensor's", "owner"):
+            table.add_column(name)
+        for rank, piece in found.shown:
+            axis = "rows" if piece.dim == 0 else "columns"
+            here = f"{axis} {piece.offset}–{piece.offset + piece.length - 1}"
+            there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
+            parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
+            table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
+        yield table
+
+
+def _runs(numbers: list[int]) -> str:
+    """0–3, 8–11"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def main() -> None:

@@ -21,10 +21,12 @@ from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected
 from .checkpoint.folder import Written, digest_of, partial_of, save_digests, whole_folder
 from .checkpoint.store import save_sharded
+from .checkpoint.torch_dist import INDEXES
 from .cluster import Cluster, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
+from .errors import RunFailed
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.family import Family
@@ -35,10 +37,12 @@ from .telemetry.clock import CLOCK, phase
 from .telemetry.metrics import MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
 from .telemetry.rollouts import save_rollouts
+from .weights.load import all_finite
 from .weights.publish import Publisher
 from .weights.receipt import Receipt
 
 INERT_WARNING = 0.95
+MANIFEST = "manifest.json"  # last of a checkpoint's files: one without it is not whole
 
 
 class Run:
@@ -100,6 +104,9 @@ class Run:
 
     def _save(self, target: Path, done: int, learner: Learner) -> None:
         """A Megatron checkpoint with what makes it a model: it appears whole or not at all."""
+        broken = [name for (_, name), p in learner.parameters().items() if not all_finite(p.detach())]
+        if found := self.cluster.agree("finite weights", broken, sum_lists):
+            raise RunFailed(f"step {done - 1}: {found[0]} holds a value that is not finite: nothing is saved")
         with contextlib.ExitStack() as stack:
             if self.cluster.rank == 0:
                 stack.enter_context(whole_folder(target))
@@ -110,9 +117,9 @@ class Run:
             written = self.cluster.agree("checkpoint files", [dataclasses.asdict(file) for file in mine], sum_lists)
             if self.cluster.rank == 0:
                 copy_side_files(Path(self.config.model.path), partial / HF, self.config.model.dtype)
-                save_digests(partial, [Written(**file) for file in written])
                 manifest = {"step": done, "weight_version": self.publisher.version}
-                (partial / "manifest.json").write_text(json.dumps(manifest) + "\n")
+                (partial / MANIFEST).write_text(json.dumps(manifest) + "\n")
+                save_digests(partial, [Written(**file) for file in written], [*INDEXES, MANIFEST])
         self.cluster.agree("checkpoint", True, all)
 
     def record(

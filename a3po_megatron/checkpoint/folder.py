@@ -21,7 +21,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..errors import RequestError
+from ..errors import RequestError, RunFailed
 
 DIGESTS = "digests.json"
 
@@ -36,23 +36,28 @@ class Written:
 
 
 class HashedFile(io.RawIOBase):
-    """A new file that is hashed as it is written."""
+    """A new file that is hashed as it is written. A failed write is kept in `failure` too: C++ callers lose it."""
 
     _STEP = 1 << 20  # hashed and written while it is in the processor's cache
 
     def __init__(self, path: Path) -> None:
         self._file, self._digest, self.bytes = path.open("wb", buffering=0), blake3(), 0
+        self.failure: RunFailed | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        for begin in range(0, len(view), self._STEP):
-            part = view[begin : begin + self._STEP]
-            self._digest.update(part)
-            while len(part):  # an unbuffered file may take less than it is given
-                part = part[self._file.write(part) :]
+        try:
+            for begin in range(0, len(view), self._STEP):
+                part = view[begin : begin + self._STEP]
+                self._digest.update(part)
+                while len(part):  # an unbuffered file may take less than it is given
+                    part = part[self._file.write(part) :]
+        except OSError as error:
+            self.failure = RunFailed(f"{self._file.name}: cannot write it: {error.strerror}")
+            raise self.failure from error
         self.bytes += len(view)
         return len(view)
 
@@ -65,15 +70,23 @@ class HashedFile(io.RawIOBase):
         return Written(Path(self._file.name).name, self.bytes, self._digest.hexdigest())
 
 
-def check_free(folder: Path) -> None:
-    """Raises RequestError where `folder` cannot become a new folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder}: exists already and is not an empty folder: name another one, or remove it")
+def check_free(folder: Path, need: int = 0) -> None:
+    """Raises RequestError where `folder` cannot become a new folder of `need` bytes."""
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RequestError(f"{folder}: exists already and is not an empty folder: name another one, or remove it")
+        if folder.is_dir() and os.path.ismount(folder):
+            raise RequestError(f"{folder}: it is a mount point, which cannot be replaced: name a folder within it")
+        parent = next(path for path in folder.resolve().parents if path.is_dir())
+        if (free := shutil.disk_usage(parent).free) < need:
+            raise RequestError(f"{folder}: {need:,} bytes are to be written, and {free:,} are free there")
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a folder is while it is being written."""
-    folder = Path(os.path.abspath(folder))
+    """Where a folder is while it is being written. Of a link, the place it points to counts."""
+    folder = folder.resolve()
     return folder.parent / f".{folder.name}.partial"
 
 
@@ -83,17 +96,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process.
     """
-    check_free(folder)
-    folder, partial = Path(os.path.abspath(folder)), partial_of(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent, os.O_RDONLY)
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
-    try:
-        holder = _claim(partial, lock)
-    finally:
-        os.close(lock)
+    folder, partial = folder.resolve(), partial_of(folder)
+    holder = _claim(folder, partial)
     try:
         yield partial
         for path in partial.rglob("*"):
@@ -110,27 +114,28 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.close(holder)
 
 
-def _claim(partial: Path, parent: int) -> int:
+def _claim(folder: Path, partial: Path) -> int:
     """Makes the partial folder anew and locks it; two that start at once are told apart by a lock on the parent."""
-    fcntl.flock(parent, fcntl.LOCK_EX)
-    try:
-        if partial.exists():
-            stale = os.open(partial, os.O_RDONLY)
-            try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            parent = os.open(folder.parent, os.O_RDONLY)
+            stack.callback(os.close, parent)
+            fcntl.flock(parent, fcntl.LOCK_EX)
+            check_free(folder)  # now that nobody else can finish it
+            if partial.exists():
+                stale = os.open(partial, os.O_RDONLY)
+                stack.callback(os.close, stale)
                 fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RequestError(f"{partial}: another process is writing this folder") from error
-            finally:
-                os.close(stale)
-            shutil.rmtree(partial)
-        partial.mkdir()
-        holder = os.open(partial, os.O_RDONLY)
-        fcntl.flock(holder, fcntl.LOCK_EX)
-        return holder
-    except OSError as error:
-        raise RequestError(f"{partial}: cannot make it: {error.strerror}") from error
-    finally:
-        fcntl.flock(parent, fcntl.LOCK_UN)
+                shutil.rmtree(partial)
+            partial.mkdir()
+            holder = os.open(partial, os.O_RDONLY)
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            return holder
+        except BlockingIOError as error:
+            raise RequestError(f"{partial}: another process is writing this folder") from error
+        except OSError as error:
+            raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
 
 
 def _sync(path: Path) -> None:
@@ -148,10 +153,23 @@ def digest_of(path: Path) -> Written:
     return Written(path.name, path.stat().st_size, digest.hexdigest())
 
 
-def save_digests(folder: Path, files: Iterable[Written]) -> None:
-    """Writes size and BLAKE3 digest of every file with weights."""
-    entries = {file.name: {"bytes": file.bytes, "blake3": file.blake3} for file in files}
+def save_digests(folder: Path, files: Iterable[Written], others: Iterable[str] = ()) -> None:
+    """Writes size and digest of every file with weights, and of the `others`, which say where the weights lie."""
+    everything = [*files, *(digest_of(folder / name) for name in others)]
+    entries = {file.name: {"bytes": file.bytes, "blake3": file.blake3} for file in everything}
     (folder / DIGESTS).write_text(json.dumps({"algorithm": "blake3", "files": entries}, indent=2) + "\n")
+
+
+def check_digest(path: Path, stored: dict[str, Written]) -> None:
+    """Raises RequestError if a file is not what was hashed when it was written; no digests at all: nothing to hold."""
+    if not path.is_file():
+        raise RequestError(f"{path}: the file is missing")
+    if not stored:
+        return
+    if path.name not in stored:
+        raise RequestError(f"{path}: {DIGESTS} does not know this file: it is not one of those that were written")
+    if digest_of(path) != stored[path.name]:
+        raise RequestError(f"{path}: its bytes are not those that were written ({DIGESTS}): it is damaged")
 
 
 def read_digests(folder: Path) -> dict[str, Written]:

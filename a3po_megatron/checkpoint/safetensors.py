@@ -61,16 +61,19 @@ def read_header(path: Path) -> dict[str, Stored]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise refuse(error.strerror or repr(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"its header is not JSON: {error}") from error
     try:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
-        found = {
-            name: Stored(path, str(entry["dtype"]), tuple(entry["shape"]), 8 + length + spans[name][0])
-            for name, entry in entries.items()
-        }
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        spans, found = {}, {}
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
+                raise TypeError(f"{name}: sizes must be whole numbers")
+            spans[name] = begin, end
+            found[name] = Stored(path, str(entry["dtype"]), shape, 8 + length + begin)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise refuse(f"its header is malformed: {error!r}") from error
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
@@ -94,11 +97,15 @@ def locate(folder: Path) -> dict[str, Stored]:
                 f"{folder}: there is neither {SINGLE} nor {INDEX}: model.path must hold safetensors weights"
             )
         return read_header(folder / SINGLE)
+    if (folder / SINGLE).exists():
+        raise RequestError(f"{folder}: there are both {SINGLE} and {INDEX}: remove the one that is not meant")
     try:
         files = {name: folder / str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
     for name, path in files.items():
+        if path.parent != folder:
+            raise RequestError(f"{index}: {name} is said to be in {path}, which is not in this folder")
         if not path.exists():
             raise RequestError(f"{index}: {name} is said to be in {path.name}, which is missing")
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
@@ -143,6 +150,7 @@ def write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor, shape in shapes.items():
+        assert dtypes[tensor] in CODES, f"{tensor} is {dtypes[tensor]}"
         begin, end = end, end + math.prod(shape) * dtypes[tensor].itemsize
         header[tensor] = {"dtype": CODES[dtypes[tensor]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -23,6 +25,10 @@ class _Direct(TorchDistSaveShardedStrategy):
     """Writes from this process, with torch's writer."""
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        # A transposed view would be stored in its memory's order, which only torch's own reader undoes.
+        for tensor in nested_values(sharded_state_dict):
+            if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+                tensor.data = tensor.data.contiguous()
         keyed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         checkpoint.save(
             mcore_to_pyt_state_dict(keyed, False),

@@ -76,7 +76,7 @@ def read_family(folder: Path | str) -> Family:
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     family = family_of(_read_json(path), str(path))
     # Chat models name further tokens that end a turn there.
-    more = _eos(_read_json(generation)) if generation.exists() else ()
+    more = _eos(_read_json(generation), str(generation)) if generation.exists() else ()
     return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more})))
 
 
@@ -87,117 +87,170 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise RequestError(f"{path}: expected an object of settings")
     return config
 
 
-def _eos(config: dict[str, Any]) -> tuple[int, ...]:
-    eos = config.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
+def _eos(config: dict[str, Any], where: str) -> tuple[int, ...]:
+    given = config.get("eos_token_id")
+    tokens = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(token) is not int or token < 0 for token in tokens):
+        raise RequestError(f"{where}: eos_token_id = {given!r} is no token id, nor a list of them")
+    return tuple(tokens)
+
+
+# Fields that would change what the model computes, and the values at which they do not. The first ones are read by
+# transformers 5.19 or vllm 0.32 for these architectures; the rest belong to others, where they would be misplaced.
+NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu",), "only silu"),
+    "attention_bias": ((False,), "biased projections"),
+    "mlp_bias": ((False,), "biased projections"),
+    "bias": ((False,), "biased projections"),
+    "qkv_bias": ((False,), "biased projections"),
+    "qk_norm": ((False,), "normed queries and keys"),
+    "is_causal": ((True,), "attention to later tokens"),
+    "use_sliding_window": ((False,), "attention over a window"),
+    "use_mrope": ((False,), "multimodal rope"),
+    "pretraining_tp": ((1,), "only 1"),
+    "partial_rotary_factor": ((1, 1.0), "rope on a part of each head"),
+    "original_max_position_embeddings": ((), "it belongs into the rope's own settings"),
+    "attention_dropout": ((0, 0.0), "dropout"),
+    "dual_chunk_attention_config": ((), "attention in chunks"),
+    "per_layer_config": (({},), "layers that differ"),
+    "quantization_config": (({},), "quantised weights cannot be trained"),
+    "compression_config": (({},), "quantised weights cannot be trained"),
+    "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
+    "mlp_only_layers": (([],), "every layer must be a mixture of experts"),
+    "shared_expert_intermediate_size": ((0,), "shared experts"),
+    "n_shared_experts": ((0,), "shared experts"),
+    "logit_scale": ((1, 1.0), "scaled logits"),
+    "logits_scaling": ((1, 1.0), "scaled logits"),
+    "embedding_multiplier": ((1, 1.0), "scaled embeddings"),
+    "residual_multiplier": ((1, 1.0), "scaled residuals"),
+    "attention_multiplier": ((), "scaled attention"),
+    "query_pre_attn_scalar": ((), "scaled attention"),
+    "attn_logit_softcapping": ((), "capped attention"),
+    "final_logit_softcapping": ((), "capped logits"),
+    "attn_temperature_tuning": ((False,), "scaled attention"),
+    "no_rope_layers": (([],), "layers without rope"),
+}
+
+
+class _Fields:
+    """A config's fields, each with the type that it must have; `where` names the file in errors."""
+
+    def __init__(self, config: dict[str, Any], where: str) -> None:
+        self.config, self.where = config, where
+
+    def refuse(self, name: str, what: str) -> RequestError:
+        return RequestError(f"{self.where}: {name} = {self.config.get(name)!r} {what}")
+
+    def need(self, name: str) -> Any:
+        if self.config.get(name) is None:
+            raise RequestError(f"{self.where}: the field {name} is missing")
+        return self.config[name]
+
+    def size(self, name: str) -> int:
+        value = self.need(name)
+        if type(value) is not int or value < 1:
+            raise self.refuse(name, "is no size")
+        return value
+
+    def positive(self, name: str) -> float:
+        if not _is_positive(self.need(name)):
+            raise self.refuse(name, "is no positive number")
+        return float(self.config[name])
+
+    def flag(self, name: str) -> bool:
+        value = self.config.get(name)
+        if value is not None and type(value) is not bool:
+            raise self.refuse(name, "is neither true nor false")
+        return bool(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
     """The facts of a parsed config.json; `where` names it in errors."""
-
-    def need(name: str) -> Any:
-        if config.get(name) is None:
-            raise RequestError(f"{where}: the field {name} is missing")
-        return config[name]
-
-    def size(name: str) -> int:
-        value = need(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise RequestError(f"{where}: {name} = {value!r} is no size")
-        return value
-
-    architectures = config.get("architectures") or []
-    known = [name for name in architectures if name in ARCHITECTURES]
-    if not known:
-        supported = ", ".join(ARCHITECTURES)
-        raise RequestError(
-            f"{where}: architecture {architectures or 'not given'} is not supported; supported: {supported}"
-        )
-    kind = ARCHITECTURES[known[0]]
-
-    def refuse(name: str, meaning: str) -> None:
-        raise RequestError(f"{where}: {name} = {config.get(name)!r} is not supported ({meaning})")
-
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", "only silu")
-    if config.get("use_sliding_window"):
-        refuse("use_sliding_window", "attention over a window")
-    if any(kind_of != "full_attention" for kind_of in config.get("layer_types") or []):
-        refuse("layer_types", "only full_attention")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            refuse(name, "biased projections")
-    if config.get("pretraining_tp", 1) != 1:
-        refuse("pretraining_tp", "only 1")
-    if config.get("use_mrope"):
-        refuse("use_mrope", "multimodal rope")
-    if config.get("quantization_config"):
-        refuse("quantization_config", "quantised weights cannot be trained")
-    if kind == "qwen3_moe":
-        if config.get("decoder_sparse_step", 1) != 1:
-            refuse("decoder_sparse_step", "every layer must be a mixture of experts")
-        if config.get("mlp_only_layers"):
-            refuse("mlp_only_layers", "every layer must be a mixture of experts")
-    heads, hidden, kv_heads = size("num_attention_heads"), size("hidden_size"), size("num_key_value_heads")
+    fields = _Fields(config, where)
+    architecture, kind = _architecture(config, where)
+    for name, (neutral, meaning) in NEUTRAL.items():
+        value = config.get(name)
+        if value is not None and not any(type(value) is type(other) and value == other for other in neutral):
+            raise fields.refuse(name, f"is not supported ({meaning})")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
+        raise fields.refuse("layer_types", "is not supported (only full_attention)")
+    heads, hidden, kv_heads = (
+        fields.size(name) for name in ("num_attention_heads", "hidden_size", "num_key_value_heads")
+    )
     if heads % kv_heads:
         raise RequestError(f"{where}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
     # Qwen3's own default is 128, whatever the other sizes are: guessing would be wrong for one of the families.
-    head_dim = size("head_dim") if kind[:5] == "qwen3" or config.get("head_dim") is not None else hidden // heads
+    own = kind.startswith("qwen3") or config.get("head_dim") is not None
     return Family(
-        architecture=known[0],
-        layers=size("num_hidden_layers"),
+        architecture=architecture,
+        layers=fields.size("num_hidden_layers"),
         hidden=hidden,
-        ffn=size("intermediate_size"),
+        ffn=fields.size("intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab=size("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        head_dim=fields.size("head_dim") if own else hidden // heads,
+        vocab=fields.size("vocab_size"),
+        tied=fields.flag("tie_word_embeddings"),
+        qk_norm=kind.startswith("qwen3"),
         qkv_bias=kind == "qwen2",
-        norm_eps=need("rms_norm_eps"),
+        norm_eps=fields.positive("rms_norm_eps"),
         rope_theta=_rope_theta(config, where),
         rope_scaling=_rope_scaling(config, where),
-        max_positions=size("max_position_embeddings"),
-        experts=Experts(
-            count=_experts(config, where),
-            per_token=size("num_experts_per_tok"),
-            ffn=size("moe_intermediate_size"),
-            norm_topk=bool(config.get("norm_topk_prob", False)),
-        )
-        if kind == "qwen3_moe"
-        else None,
-        eos=_eos(config),
+        max_positions=fields.size("max_position_embeddings"),
+        experts=_experts(fields) if kind == "qwen3_moe" else None,
+        eos=_eos(config, where),
     )
 
 
-def _experts(config: dict[str, Any], where: str) -> int:
+def _architecture(config: dict[str, Any], where: str) -> tuple[str, str]:
+    """The architecture and its family; transformers goes by `model_type`, vLLM by `architectures`: they must agree."""
+    given = config.get("architectures")
+    supported = ", ".join(ARCHITECTURES)
+    if not isinstance(given, list) or len(given) != 1 or given[0] not in list(ARCHITECTURES):
+        raise RequestError(f"{where}: architecture {given or 'not given'} is not supported; supported: {supported}")
+    kind = ARCHITECTURES[given[0]]
+    if config.get("model_type", kind) != kind:
+        raise RequestError(f"{where}: model_type = {config['model_type']!r} contradicts architecture {given[0]}")
+    return given[0], kind
+
+
+def _experts(fields: _Fields) -> Experts:
     """transformers 5 writes num_local_experts, the checkpoints of the hub have num_experts."""
-    counts = {config[name] for name in ("num_experts", "num_local_experts") if config.get(name) is not None}
-    if len(counts) != 1:
-        raise RequestError(f"{where}: num_experts is {'missing' if not counts else f'contradictory: {sorted(counts)}'}")
-    return counts.pop()
+    names = [name for name in ("num_experts", "num_local_experts") if fields.config.get(name) is not None]
+    if not names:
+        raise RequestError(f"{fields.where}: num_experts is missing")
+    counts = sorted({fields.size(name) for name in names})
+    if len(counts) > 1:
+        raise RequestError(f"{fields.where}: num_experts is contradictory: {counts}")
+    per_token = fields.size("num_experts_per_tok")
+    if per_token > counts[0]:
+        raise RequestError(f"{fields.where}: num_experts_per_tok = {per_token} is more than num_experts = {counts[0]}")
+    return Experts(counts[0], per_token, fields.size("moe_intermediate_size"), fields.flag("norm_topk_prob"))
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
-    thetas = {config["rope_theta"]} if config.get("rope_theta") is not None else set()
-    thetas |= {
-        values["rope_theta"] for _, values in _rope_fields(config, where) if values.get("rope_theta") is not None
-    }
-    if len(thetas) != 1:
-        found = "missing" if not thetas else f"contradictory: {sorted(map(str, thetas))}"
-        raise RequestError(f"{where}: rope_theta is {found}")
-    theta = thetas.pop()
-    if not isinstance(theta, int | float) or not theta > 0:
-        raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
-    return float(theta)
+    found = [config["rope_theta"]] if config.get("rope_theta") is not None else []
+    found += [values["rope_theta"] for _, values in _rope_fields(config, where) if values.get("rope_theta") is not None]
+    if not found:
+        raise RequestError(f"{where}: rope_theta is missing")
+    for theta in found:
+        if not _is_positive(theta):
+            raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
+        if theta != found[0]:
+            raise RequestError(f"{where}: rope_theta is contradictory: {found}")
+    return float(found[0])
 
 
 def _rope_fields(config: dict[str, Any], where: str) -> list[tuple[str, dict[str, Any]]]:
@@ -209,25 +262,33 @@ def _rope_fields(config: dict[str, Any], where: str) -> list[tuple[str, dict[str
     return found
 
 
+SCALED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def _rope_scaling(config: dict[str, Any], where: str) -> RopeScaling | None:
     """The scaling in either form; a second, different one, an unknown type and unknown fields are refused by name."""
     found: set[RopeScaling | None] = set()
     for name, given in _rope_fields(config, where):
-        values = dict(given)
-        kind = values.pop("rope_type", None) or values.get("type", "default")
-        values.pop("type", None)
-        values.pop("rope_theta", None)
-        if kind == "default" and not values:
-            found.add(None)
-            continue
-        if kind != "llama3":
+        values = {key: value for key, value in given.items() if key not in ("rope_type", "type", "rope_theta")}
+        kinds = {str(given[key]) for key in ("rope_type", "type") if given.get(key) is not None} or {"default"}
+        if len(kinds) > 1:
+            raise RequestError(f"{where}: {name} has two types: {', '.join(sorted(kinds))}")
+        kind = kinds.pop()
+        if values.get("partial_rotary_factor") in (1, 1.0):
+            del values["partial_rotary_factor"]
+        if kind not in ("default", "llama3"):
             raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled and llama3 rope are")
-        fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        if set(values) != set(fields):
-            raise RequestError(
-                f"{where}: {name} must hold exactly {', '.join(fields)}: got {', '.join(sorted(values))}"
-            )
-        found.add(RopeScaling(*(values[field] for field in fields)))
+        wanted = SCALED if kind == "llama3" else ()
+        if odd := sorted(set(values) ^ set(wanted)):
+            state = "is not supported" if odd[0] in values else "is missing"
+            needs = f"; it must hold exactly {', '.join(wanted)}" if wanted else ""
+            raise RequestError(f"{where}: {name}.{odd[0]} {state} for rope of type {kind!r}{needs}")
+        for key in wanted:
+            if not _is_positive(values[key]):
+                raise RequestError(f"{where}: {name}.{key} = {values[key]!r} is no positive number")
+        if wanted and not values["high_freq_factor"] > values["low_freq_factor"]:
+            raise RequestError(f"{where}: {name}.high_freq_factor must be above low_freq_factor")
+        found.add(RopeScaling(*(values[key] for key in wanted)) if wanted else None)
     if len(found) > 1:
         raise RequestError(f"{where}: rope_scaling and rope_parameters contradict each other")
     return found.pop() if found else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,24 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import Written, check_free, save_digests, whole_folder
-from ..checkpoint.safetensors import Stored, file_names, read_rows, save_index, split_files, write_file
-from ..checkpoint.torch_dist import Box, Kept, Reader, write_chunks, write_metadata
+from ..checkpoint.folder import Written, check_digest, check_free, read_digests, save_digests, whole_folder
+from ..checkpoint.safetensors import (
+    CODES,
+    INDEX,
+    Stored,
+    file_names,
+    read_rows,
+    save_index,
+    split_files,
+    write_file,
+)
+from ..checkpoint.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
 from ..errors import RequestError
 from ..model.family import Family, read_family
-from ..model.files import HF, copy_side_files
-from ..model.layout import hf_tensors
+from ..model.files import CONFIG, HF, copy_side_files, dtype_of, has_tokenizer, side_files
+from ..model.layout import FINAL_NORM, hf_tensors
 from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
-from .jobs import Count, run_jobs
+from .jobs import Count, deal, run_jobs
 from .load import all_finite, check_checkpoint
 
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
@@ -36,11 +46,12 @@ PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their ro
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did."""
+    """What a conversion did, and what its reader should know."""
 
     tensors: int
     bytes: int  # of the weights that were read
     files: int
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,22 +78,41 @@ def import_checkpoint(
     check_free(target)
     family = read_family(source)
     places = check_checkpoint(source, family)
+    sides = side_files(source)
     parameters = stored_parameters(family)
     records = [record for p in parameters for record in _records(p, places, bucket_bytes)]
     _check_dtypes(records)
     total = sum(record.bytes for record in records)
+    check_free(target, total)
+    digests = read_digests(source)
+    held = sorted({places[name].path for name in hf_tensors(family)}) if digests else []
+    count = progress(total + sum(path.stat().st_size for path in held))
+    run_jobs([functools.partial(_check_hf_files, share, digests) for share in deal(held, workers)], workers, count)
     with whole_folder(target) as folder:
-        shares = _shares(records, workers)
         jobs = [
             functools.partial(_write_records, folder, f"__{number}_0.distcp", share)
-            for number, share in enumerate(shares)
+            for number, share in enumerate(_shares(records, workers))
         ]
-        results: list[tuple[list[Kept], Written]] = run_jobs(jobs, workers, progress(total))
+        results: list[tuple[list[Kept], Written]] = run_jobs(jobs, workers, count)
         kept = [item for part, _ in results for item in part]
         objects = write_metadata(folder, stored_shapes(family, parameters), kept, stored_objects(family, parameters))
         copy_side_files(source, folder / HF)
-        save_digests(folder, [*(written for _, written in results), objects])
-    return Converted(len(hf_tensors(family)), total, len(results))
+        save_digests(folder, [*(written for _, written in results), objects], INDEXES)
+    named, stored = dtype_of(source), str(places[FINAL_NORM].dtype).removeprefix("torch.")
+    remarks = [] if has_tokenizer(sides) else [_no_tokenizer(source)]
+    if named not in (None, stored):
+        remarks.append(f"{source / CONFIG} says {named}, but the weights are {stored}: both are kept as they are")
+    return Converted(len(hf_tensors(family)), total, len(results), tuple(remarks))
+
+
+def _no_tokenizer(folder: Path) -> str:
+    return f"{folder} holds no tokenizer files: the converted folder has none either"
+
+
+def _check_hf_files(paths: Sequence[Path], digests: dict[str, Written], count: Count) -> None:
+    for path in paths:
+        check_digest(path, digests)
+        count(path.stat().st_size)
 
 
 def _records(parameter: Parameter, places: dict[str, Stored], bucket_bytes: int) -> Iterator[_Record]:
@@ -179,42 +209,50 @@ class _File:
     tensors: list[_Wanted]
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    workers: int = 1
+    bucket_bytes: int = 16 << 20  # what a process holds of the weights
+    shard_bytes: int = 5_000_000_000  # the largest file, or one tensor where that is larger
+    dtype: torch.dtype | None = None  # None: as it is stored
+    drop_padding: bool = False  # rows beyond the vocabulary may hold weights
+
+
 def export_checkpoint(
-    source: Path,
-    target: Path,
-    workers: int,
-    bucket_bytes: int,
-    shard_bytes: int,
-    dtype: torch.dtype | None,  # None: as it is stored
-    progress: Callable[[int], Count],
+    source: Path, target: Path, options: ExportOptions, progress: Callable[[int], Count]
 ) -> Converted:
-    """Megatron checkpoint → HF folder of files of at most `shard_bytes` (or one tensor, where that is larger).
+    """Megatron checkpoint → HF folder.
 
     Raises RequestError, naming file and tensor, for a source that is not whole, unaltered and finite; then nothing is
     written.
     """
     check_free(target)
-    hf = source / HF
-    if not (hf / "config.json").is_file():
-        raise RequestError(f"{hf / 'config.json'}: the file is missing: it says what model the checkpoint holds")
-    family = read_family(hf)
-    reader = Reader(source)
-    wanted = _wanted(family, reader)
-    reader.close()
-    files = _files(wanted, shard_bytes, dtype)
+    hf, dtype, workers = source / HF, options.dtype, options.workers
+    if not (hf / CONFIG).is_file():
+        raise RequestError(f"{hf / CONFIG}: the file is missing: it says what model the checkpoint holds")
+    family, sides = read_family(hf), side_files(hf)
+    with Reader(source) as reader:
+        names = reader.check_folder()
+        wanted = _wanted(family, reader, options)
+    files = _files(wanted, options.shard_bytes, dtype)
     total = sum(_bytes(tensor, None) for tensor in wanted)
-    count = progress(total)
-    checks = [functools.partial(_check_file, source, name) for name in reader.files()]
-    run_jobs(checks, workers, count)
+    check_free(target, sum(_bytes(tensor, dtype) for tensor in wanted))
+    unverified = not read_digests(source)
+    count = progress(total + (0 if unverified else sum((source / name).stat().st_size for name in names)))
+    if not unverified:
+        run_jobs([functools.partial(_check_files, source, share) for share in deal(names, workers)], workers, count)
     with whole_folder(target) as folder:
-        jobs = [functools.partial(_write_tensors, source, folder, file, bucket_bytes, dtype) for file in files]
-        written: list[Written] = run_jobs(jobs, workers, count)
+        jobs = [functools.partial(_write_files, source, folder, share, options) for share in deal(files, workers)]
+        written: list[Written] = [file for part in run_jobs(jobs, workers, count) for file in part]
         if len(files) > 1:
             where = {tensor.name: file.name for file in files for tensor in file.tensors}
             save_index(folder, where, sum(_bytes(tensor, dtype) for tensor in wanted))
         copy_side_files(hf, folder, None if dtype is None else str(dtype).removeprefix("torch."))
-        save_digests(folder, written)
-    return Converted(len(wanted), total, len(files))
+        save_digests(folder, sorted(written, key=lambda file: file.name), [INDEX] if len(files) > 1 else [])
+    remarks = [] if has_tokenizer(sides) else [_no_tokenizer(hf)]
+    if unverified:
+        remarks.append(f"{source} has no digests.json: nothing says whether its bytes are those that were written")
+    return Converted(len(wanted), total, len(files), tuple(remarks))
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -229,41 +267,49 @@ def newest_checkpoint(folder: Path) -> Path:
     return whole[-1].parent
 
 
-def _wanted(family: Family, reader: Reader) -> list[_Wanted]:
+def _wanted(family: Family, reader: Reader, options: ExportOptions) -> list[_Wanted]:
     """Every HF tensor, after the checkpoint's keys and shapes were held against the configuration's."""
     parameters = stored_parameters(family)
     expected = stored_shapes(family, parameters)
     for key, shape in expected.items():
         found = reader.shapes.get(key)
         if found is None:
-            raise RequestError(f"{reader.folder}: the checkpoint lacks {key}")
-        padded = key in PADDED and len(found) == 2 and found[0] >= shape[0] and found[1] == shape[1]
+            apart = any(re.match(r"decoder\.layers\.\d+\.", other) for other in reader.shapes)
+            hint = ": its layers are saved apart (singleton_local_shards), which is not read" if apart else ""
+            raise RequestError(f"{reader.folder}: the checkpoint lacks {key}{hint}")
+        padded = key in PADDED and len(found) == 2 and found[0] > shape[0] and found[1] == shape[1]
         if found != shape and not padded:
-            raise RequestError(f"{reader.folder}: {key} has shape {found}, {HF}/config.json implies {shape}")
-        if padded:
-            _check_padding(reader, key, shape[0])
+            raise RequestError(f"{reader.folder}: {key} has shape {found}, {HF}/{CONFIG} implies {shape}")
+        if reader.dtypes[key] not in CODES:
+            raise RequestError(f"{reader.folder}: {key} is stored as {reader.dtypes[key]}, which is not read")
+        if padded and not options.drop_padding:
+            _check_padding(reader, key, shape[0], options.bucket_bytes)
     for key in reader.shapes.keys() - expected.keys():
-        if key.startswith(("decoder.", "embedding.", "output_layer.")):
-            raise RequestError(f"{reader.folder}: the checkpoint holds {key}, which config.json does not account for")
+        if not re.match(r"(chained_\d+\.)?optimizer\.", key):
+            raise RequestError(f"{reader.folder}: the checkpoint holds {key}, which {CONFIG} does not account for")
     parts: dict[str, list[tuple[str, tuple[int, ...], Span]]] = {}
     for parameter in parameters:
         for span in parameter.spans:
             parts.setdefault(span.tensor, []).append((parameter.key, parameter.lead, span))
     return [
-        _Wanted(name, shape, reader.dtype(parts[name][0][0]), tuple(sorted(parts[name], key=lambda p: p[2].start)))
+        _Wanted(name, shape, reader.dtypes[parts[name][0][0]], tuple(sorted(parts[name], key=lambda p: p[2].start)))
         for name, shape in hf_tensors(family).items()
     ]
 
 
-def _check_padding(reader: Reader, key: str, vocab: int) -> None:
+def _check_padding(reader: Reader, key: str, vocab: int, bucket_bytes: int) -> None:
     """Rows beyond the vocabulary are zeros, and no weights that the configuration forgets."""
-    rows, width = reader.shapes[key]
-    values = torch.empty((rows - vocab, width), dtype=reader.dtype(key))
-    reader.read(Box(key, (), vocab, rows - vocab), values, 0)
-    if values.any():
-        raise RequestError(
-            f"{reader.folder}: {key} has {rows} rows, {HF}/config.json implies {vocab}, and those beyond hold weights"
-        )
+    (end, width), dtype = reader.shapes[key], reader.dtypes[key]
+    step = max(1, bucket_bytes // (width * dtype.itemsize))
+    for row in range(vocab, end, step):
+        values = torch.empty((min(step, end - row), width), dtype=dtype)
+        reader.read(Box(key, (), row, len(values)), values)
+        if values.any():
+            raise RequestError(
+                f"{reader.folder}: {key} has {end} rows, {HF}/{CONFIG} implies {vocab}, and those beyond hold weights; "
+                "if they only pad the vocabulary (some programs initialise them like others), --drop-padding leaves "
+                "them out"
+            )
 
 
 def _bytes(tensor: _Wanted, dtype: torch.dtype | None) -> int:
@@ -277,27 +323,37 @@ def _files(wanted: Sequence[_Wanted], shard_bytes: int, dtype: torch.dtype | Non
     return [_File(name, [by_name[n] for n in group]) for name, group in zip(names, groups, strict=True)]
 
 
-def _check_file(source: Path, name: str, _: Count) -> None:
-    Reader(source).check_file(name)
+def _check_files(source: Path, names: Sequence[str], count: Count) -> None:
+    with Reader(source) as reader:
+        for name in names:
+            count(reader.check_file(name))
 
 
-def _write_tensors(
-    source: Path, folder: Path, file: _File, bucket_bytes: int, dtype: torch.dtype | None, count: Count
-) -> Written:
-    reader, buffer = Reader(source), bytearray(bucket_bytes)
+def _write_files(
+    source: Path, folder: Path, files: Sequence[_File], options: ExportOptions, count: Count
+) -> list[Written]:
+    buffer = bytearray(options.bucket_bytes)
+    with Reader(source) as reader:
 
-    def parts() -> Iterator[Tensor]:
-        for tensor in file.tensors:
-            for values in _read_tensor(reader, tensor, buffer):
-                yield values if dtype is None else values.to(dtype)
-                count(values.nbytes)
+        def parts(file: _File) -> Iterator[Tensor]:
+            for tensor in file.tensors:
+                for values in _read_tensor(reader, tensor, buffer):
+                    cast = values if options.dtype is None else values.to(options.dtype)
+                    if not all_finite(cast):
+                        raise RequestError(f"{source}: {tensor.name} holds a value that is not finite as {cast.dtype}")
+                    yield cast
+                    count(values.nbytes)
 
-    try:
-        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
-        dtypes = {tensor.name: dtype or tensor.dtype for tensor in file.tensors}
-        return write_file(folder, file.name, shapes, dtypes, parts())
-    finally:
-        reader.close()
+        return [
+            write_file(
+                folder,
+                file.name,
+                {tensor.name: tensor.shape for tensor in file.tensors},
+                {tensor.name: options.dtype or tensor.dtype for tensor in file.tensors},
+                parts(file),
+            )
+            for file in files
+        ]
 
 
 def _read_tensor(reader: Reader, tensor: _Wanted, buffer: bytearray) -> Iterator[Tensor]:
@@ -313,7 +369,5 @@ def _read_tensor(reader: Reader, tensor: _Wanted, buffer: bytearray) -> Iterator
             begin, end = max(span.start, row), min(span.start + span.rows, row + rows)
             if begin < end:
                 box = Box(key, lead, span.row + begin - span.start, end - begin)
-                reader.read(box, values[begin - row : end - row], len(lead))
-        if not all_finite(values):
-            raise RequestError(f"{reader.folder}: {tensor.name} holds a value that is not finite")
+                reader.read(box, values[begin - row : end - row])
         yield values

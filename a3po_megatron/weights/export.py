@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folder import save_digests, whole_folder
-from ..checkpoint.safetensors import file_names, save_index, split_files, write_file
+from ..checkpoint.safetensors import INDEX, file_names, save_index, split_files, write_file
 from ..errors import RunFailed
 from ..model.files import copy_side_files
+from .load import all_finite
 
 SHARD_BYTES = 5_000_000_000
 
@@ -44,7 +45,7 @@ def export_stream(
             where = {name: file for file, group in zip(names, groups, strict=True) for name in group}
             save_index(folder, where, sum(sizes.values()))
         copy_side_files(source, folder, str(dtype).removeprefix("torch."))
-        save_digests(folder, written)
+        save_digests(folder, written, [INDEX] if len(groups) > 1 else [])
 
 
 def _next(stream: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[Tensor]:
@@ -52,4 +53,6 @@ def _next(stream: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[Te
         found, tensor = next(stream, ("nothing", None))
         if found != name or tensor is None:
             raise RunFailed(f"export: {name} was expected next, {found} came")
+        if not all_finite(tensor):
+            raise RunFailed(f"export: {name} holds a value that is not finite")
         yield tensor.cpu()

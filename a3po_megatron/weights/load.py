@@ -13,9 +13,10 @@ from torch import Tensor
 from ..checkpoint.safetensors import DTYPES, Stored, locate, read_rows
 from ..errors import RequestError
 from ..model.family import Family
-from ..model.layout import HEAD, Piece, hf_tensors
+from ..model.layout import EMBEDDING, HEAD, Piece, hf_tensors
 
-PART_BYTES = 64 << 20  # what is read at once
+PART_BYTES = 16 << 20  # what is read at once
+ROTARY = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which follow from config.json
 
 
 def check_checkpoint(folder: Path, family: Family) -> dict[str, Stored]:
@@ -24,7 +25,7 @@ def check_checkpoint(folder: Path, family: Family) -> dict[str, Stored]:
     tolerated = {HEAD} if family.tied else set()  # some tied checkpoints store the output layer again
     if missing := sorted(expected.keys() - found.keys()):
         raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
-    if extra := sorted(name for name in found.keys() - expected.keys() - tolerated if "rotary_emb" not in name):
+    if extra := sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(ROTARY)):
         raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
     for name, shape in expected.items():
         stored = found[name]
@@ -32,7 +33,25 @@ def check_checkpoint(folder: Path, family: Family) -> dict[str, Stored]:
             raise RequestError(f"{stored.path}: {name} has shape {stored.shape}, config.json implies {shape}")
         if stored.code not in DTYPES:
             raise RequestError(f"{stored.path}: {name} is stored as {stored.code}: expected {', '.join(DTYPES)}")
+    if family.tied and HEAD in found:
+        _check_tied(found[EMBEDDING], found[HEAD])
     return found
+
+
+def _check_tied(embedding: Stored, head: Stored) -> None:
+    """An output layer that is stored again must be the embedding: transformers would use it as it is if it were not."""
+    same = (embedding.shape, embedding.code) == (head.shape, head.code)
+    if same:
+        with embedding.path.open("rb") as first, head.path.open("rb") as second:
+            for row, rows in _parts(embedding, 0, embedding.shape[0]):
+                parts = [torch.empty((rows, embedding.shape[1]), dtype=embedding.dtype) for _ in range(2)]
+                read_rows(first, embedding, row, parts[0])
+                read_rows(second, head, row, parts[1])
+                same = same and torch.equal(*(part.view(torch.uint8) for part in parts))
+    if not same:
+        raise RequestError(
+            f"{head.path}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings: one of them is wrong"
+        )
 
 
 @torch.no_grad()

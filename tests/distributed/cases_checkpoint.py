@@ -16,7 +16,7 @@ from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
 from a3po_megatron.run import Run
-from a3po_megatron.weights.convert import export_checkpoint
+from a3po_megatron.weights.convert import ExportOptions, export_checkpoint
 from tests.distributed.runner import Ranks
 from tests.tiny import hf_model
 
@@ -100,7 +100,12 @@ def greedy_tokens(ranks: Ranks) -> dict[str, dict[str, list[list[int]]]]:
     found: dict[str, dict[str, list[list[int]]]] = {}
     for kind in ("qwen3_moe", "qwen3", "qwen2", "llama31"):
         exported = ranks.folder / f"{kind}-exported"
-        export_checkpoint(ranks.folder / f"{kind}-megatron", exported, 1, 4096, 100_000, None, lambda _: lambda _: None)
+        export_checkpoint(
+            ranks.folder / f"{kind}-megatron",
+            exported,
+            ExportOptions(bucket_bytes=4096, shard_bytes=100_000),
+            lambda _: lambda _: None,
+        )
         llm = LLM(
             model=str(exported),
             dtype="float32",
