@@ -12,8 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ..cluster import Cluster
+from ..model.modules import GPT
+from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
-from .vocab_parallel import logprob_and_entropy
 
 # (micro-batch, log-probs [R], entropy [R]) → (summed loss, number of tokens, sums to collect)
 LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, Tensor]]
@@ -25,12 +26,14 @@ class Pipeline:
 
     def __init__(self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int) -> None:
         self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
+        for chunk in chunks:
+            chunk.module.headless = True
 
     def forward(self, micro_batches: Sequence[MicroBatch], temperature: float, with_entropy: bool) -> Tensor:
         """Per-token results without gradient: [1 + with_entropy, R] of all micro-batches, laid end to end."""
 
-        def collect(batch: MicroBatch, logits: Tensor) -> Tensor:
-            logprobs, entropy = self._logprobs(batch, logits, temperature, with_entropy)
+        def collect(batch: MicroBatch, model: GPT, hidden: Tensor) -> Tensor:
+            logprobs, entropy = self._logprobs(batch, model, hidden, temperature, with_entropy)
             return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
 
         for chunk in self.chunks:
@@ -48,26 +51,32 @@ class Pipeline:
     ) -> list[Tensor]:
         """Accumulates gradients of the summed loss over the tokens of all ranks; returns what the loss collected."""
 
-        def loss(batch: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, tokens, sums = loss_function(batch, *self._logprobs(batch, logits, temperature, False))
+        def loss(batch: MicroBatch, model: GPT, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, tokens, sums = loss_function(batch, *self._logprobs(batch, model, hidden, temperature, False))
             return total, torch.tensor(tokens, dtype=torch.int), sums
 
         return self._run(micro_batches, loss, forward_only=False)
 
     def _logprobs(
-        self, batch: MicroBatch, logits: Tensor, temperature: float, with_entropy: bool
+        self, batch: MicroBatch, model: GPT, hidden: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        rows = logits[0].index_select(0, batch.predicting)  # [R, V/tp]
-        group = self.cluster.tensor_group if self.cluster.tensor > 1 else None
         return logprob_and_entropy(
-            rows, batch.targets, group, temperature, vocab_size=self.vocab_size, with_entropy=with_entropy
+            hidden[:, 0],  # [T, H], or this rank's share of T under sequence parallelism
+            model.output_weight(),
+            batch.targets,
+            self.cluster.tensor_group if self.cluster.tensor > 1 else None,
+            temperature,
+            vocab_size=self.vocab_size,
+            with_entropy=with_entropy,
+            sequence_parallel=model.config.sequence_parallel,
+            rows=batch.predicting,
         )
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], **options: Any) -> list[Any]:
         def step(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
-            logits = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
-            return logits, lambda output, non_loss_data=False: finish(batch, output)
+            hidden = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+            return hidden, lambda output, non_loss_data=False: finish(batch, model.module, output)
 
         return get_forward_backward_func()(
             forward_step_func=step,

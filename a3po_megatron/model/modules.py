@@ -23,9 +23,22 @@ class GPT(GPTModel):
     """Megatron's GPTModel, whose two copies of a tied embedding (PP > 1) are filled by the loader.
 
     Megatron would bring them into line with an all-reduce when it builds the model, for which it moves them to CUDA.
+    With `headless` the last stage ends with the hidden states [T, 1, H] (under sequence parallelism this rank's share):
+    learner/fused_head.py goes on from there.
     """
 
+    headless = False
     _loading = False
+
+    def output_weight(self) -> Tensor:
+        """The output layer's weight [V/tp, H], which a tied model shares with its embedding."""
+        shared = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.post_process and self.headless:
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, **kwargs)
 
     def setup_embeddings_and_output_layer(self) -> None:
         self._loading = True
