@@ -110,3 +110,4 @@ class Batch:
     entropy: Tensor | None = None  # [T] float32, from the training engine (score)
     token_weights: Tensor | None = None  # [T] float32 (shape)
     rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)
+    rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied

@@ -36,7 +36,7 @@ from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
 from .telemetry.metrics import MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
-from .telemetry.rollouts import save_rollouts
+from .telemetry.rollouts import save_rejected, save_rollouts
 from .weights.load import all_finite
 from .weights.publish import Publisher
 from .weights.receipt import Receipt
@@ -62,6 +62,7 @@ class Run:
         self._startup: float | None = None
         self._step_start = time.perf_counter()
         self._saving = 0.0  # seconds of the checkpoint after the step before: a step's row is written before its own
+        self._rejected = 0  # updates in a row that were not finite
         self._warned = False
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
@@ -126,6 +127,7 @@ class Run:
         self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
     ) -> dict[str, float | None] | None:
         """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere."""
+        self._keep_rejected(step, batch)
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
         sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
         seconds = self.cluster.agree("seconds", CLOCK.seconds | {"checkpoint": self._saving}, _slowest)
@@ -156,6 +158,25 @@ class Run:
         self._progress.step(step + 1, row)
         self._warn(row)
         return row
+
+    def _keep_rejected(self, step: int, batch: Batch) -> None:
+        """Saves what went into updates that were not finite; raises RunFailed when too many came in a row."""
+        limit = self.config.trainer.max_rejected_updates
+        for number in range(batch.mini_batches):
+            if number not in batch.rejected:
+                self._rejected = 0
+                continue
+            self._rejected += 1
+            if self.cluster.batch_group.rank() == 0:
+                save_rejected(self.folder / "rejected", step, number, self.cluster.rank, batch)
+            what = f"step {step}: the update of mini-batch {number} was not finite and was not applied"
+            if self._rejected >= limit:
+                raise RunFailed(
+                    f"{what}, the {limit}. in a row (trainer.max_rejected_updates); {self.folder / 'rejected'} holds "
+                    "what went into them"
+                )
+            if self.cluster.rank == 0:
+                self._progress.say(f"{what}: its batch is in rejected/")
 
     def close(self) -> None:
         if self.cluster.rank == 0:

@@ -50,6 +50,21 @@ def test_a_map_of_tensors_that_is_wrong_in_every_room_alike_is_found_by_the_inde
         ), found
 
 
+def test_a_run_whose_updates_are_not_finite_keeps_their_batches_and_ends_after_so_many_in_a_row(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    for found in two_ranks["never_finite"]:
+        assert "step 1: the update of mini-batch 0 was not finite and was not applied, the 3. in a row" in found["said"]
+        assert "trainer.max_rejected_updates" in found["said"]
+        assert [name.partition(".rank")[0] for name in found["kept"]] == [
+            "step-00000.mini-batch-0",
+            "step-00000.mini-batch-1",
+            "step-00001.mini-batch-0",
+        ]
+        assert all(count == whole > 0 for count, whole in found["kept"].values())
+        assert found["rejected"] == [2.0]
+
+
 def test_rollouts_are_the_same_for_one_and_two_engines_any_order_and_again(
     one_rank: dict[str, list[Any]], two_ranks: dict[str, list[Any]]
 ) -> None:

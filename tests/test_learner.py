@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import cases_learner
 from tests.distributed.cases_learner import CASES
 from tests.distributed.runner import run_ranks
 from tests.tiny import KINDS, make_checkpoint
@@ -34,3 +35,14 @@ def test_one_update_equals_plain_pytorch_on_the_hf_model(world: int, tmp_path: P
             }
             wrong += [f"{name}, rank {rank}: {k} = {found[k]:.1e} > {b:.0e}" for k, b in bounds.items() if found[k] > b]
     assert not wrong, wrong
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "qwen3", "qwen3")
+    for by_layout in run_ranks(2, cases_learner.rejected_updates, folder=tmp_path)["rejected_updates"]:
+        for layout, found in by_layout.items():
+            assert found["rejected"] == [int(layout[-1])], layout
+            assert found["metric"] == 1.0
+            assert found["finite"], layout
+            assert found["loss"] is not None
+            assert found["moved"] == 0.0, layout  # bit for bit as if the mini-batch had never been

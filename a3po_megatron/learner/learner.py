@@ -9,6 +9,7 @@ response tokens of the mini-batch over all ranks, whatever the packing and the n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ..model.family import Family
 from ..model.layout import layout_of, pieces
 from ..schedule.packing import pack
 from ..telemetry.clock import phase
-from ..weights.load import load_shards
+from ..weights.load import all_finite, load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .pipeline import Pipeline
 
@@ -86,6 +87,8 @@ class Learner:
             results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
             index = torch.cat([part.index for part in micro_batches])
             batch.old_logprobs[index], batch.entropy[index] = results
+            if self.cluster.agree("scores", not bool(torch.isfinite(results).all()), any):
+                raise RunFailed("the learner's log-probs of this batch are not finite: its weights cannot be trusted")
             return batch
 
     def logprobs(self, sequences: Sequence[PromptAndResponse]) -> list[Tensor]:
@@ -95,7 +98,10 @@ class Learner:
         return list(values.split([len(response) for _, response in sequences]))
 
     def update(self, batch: Batch) -> dict[str, float | None]:
-        """One optimiser step per mini-batch; returns the step's metrics, the same on every rank."""
+        """One optimiser step per mini-batch; returns the step's metrics, the same on every rank.
+
+        An update that is not finite on any rank is applied on none; `batch.rejected` names its mini-batch.
+        """
         with phase("update"):
             assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
             advantages = batch.token_weights * batch.advantages[batch.rollout_index]
@@ -105,10 +111,13 @@ class Learner:
             for number in range(batch.mini_batches):
                 chosen = torch.nonzero(batch.mini_batch == number)[:, 0].tolist()
                 sums, farthest = self._accumulate(self._micro_batches(batch, chosen), batch, advantages, correction)
-                totals += sums
                 first = farthest if number == 0 else first
+                if self._is_broken(sums):
+                    batch.rejected.append(number)
+                    continue
+                totals += sums
                 norms.append(self._step(number))
-            return self._metrics(totals, norms, first)
+            return self._metrics(totals, norms, first, len(batch.rejected))
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], batch: Batch, advantages: Tensor, correction: Tensor
@@ -138,6 +147,12 @@ class Learner:
         sums = torch.stack(collected).sum(dim=0) if collected else torch.zeros(len(_SUMS), dtype=torch.float64)
         return self.pipeline.from_last_stage(sums), farthest
 
+    def _is_broken(self, sums: Tensor) -> bool:
+        """Whether the loss or a gradient is not finite on any rank."""
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        sound = bool(torch.isfinite(sums).all()) and all(all_finite(buffer.grad_data) for buffer in buffers)
+        return bool(self.cluster.agree("update", not sound, any))
+
     def _step(self, number: int) -> float:
         _, norm, _ = self.optimizer.step()
         norm = float(norm)
@@ -145,7 +160,7 @@ class Learner:
             raise RunFailed(f"the gradient norm of mini-batch {number} is {norm}: the update cannot be trusted")
         return norm
 
-    def _metrics(self, totals: Tensor, norms: list[float], first: float) -> dict[str, float | None]:
+    def _metrics(self, totals: Tensor, norms: list[float], first: float, rejected: int) -> dict[str, float | None]:
         # Every rank of a replica computed the same sums.
         sums = dict(zip(_SUMS, self.cluster.sum_over_data(totals).tolist(), strict=True))
         first = self.cluster.agree("the first mini-batch's largest ratio", first, _largest)
@@ -161,7 +176,8 @@ class Learner:
             "policy/clip_low_rate": mean("clipped_low"),
             "policy/clip_high_rate": mean("clipped_high"),
             "policy/grad_norm": sum(norms) / len(norms) if norms else None,
-            "policy/ratio_first_max": first if norms else None,
+            "policy/ratio_first_max": first if math.isfinite(first) else None,
+            "policy/rejected_updates": float(rejected),
         }
 
     def _micro_batches(self, batch: Batch, chosen: Sequence[int]) -> list[MicroBatch]:

@@ -18,7 +18,7 @@ METRICS = (
     *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
     *("rollout/kept_groups", "rollout/carried_groups", "rollout/rounds"),
     *("policy/entropy", "policy/old_logprob_mean", "policy/kl_old", "policy/clip_low_rate", "policy/clip_high_rate"),
-    *("policy/grad_norm", "policy/ratio_first_max"),
+    *("policy/grad_norm", "policy/ratio_first_max", "policy/rejected_updates"),
     "shaping/rho",
     *("shaping/shaped_rate_positive", "shaping/inert_rate_positive", "shaping/gradient_share_positive"),
     *("shaping/shaped_rate_negative", "shaping/inert_rate_negative", "shaping/gradient_share_negative"),

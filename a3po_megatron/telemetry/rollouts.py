@@ -43,6 +43,34 @@ def save_rollouts(
     return path
 
 
+def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Batch) -> Path:
+    """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
+
+    One entry a rollout of the mini-batch: names and tokens, log-probs of both engines, advantage and token weights.
+    """
+    import torch
+
+    ends = batch.lengths.cumsum(0).tolist()
+    entries = []
+    for row in torch.nonzero(batch.mini_batch == mini_batch)[:, 0].tolist():
+        rollout, tokens = batch.rollouts[row], slice(ends[row] - len(batch.rollouts[row].tokens), ends[row])
+        per_token = {"rollout_logprobs": batch.rollout_logprobs, "old_logprobs": batch.old_logprobs}
+        per_token |= {"token_weights": batch.token_weights}
+        entries.append(
+            {
+                "name": rollout.name,
+                "prompt": list(rollout.prompt.tokens),
+                "tokens": rollout.tokens.tolist(),
+                "advantage": batch.advantages[row].clone(),
+                **{name: None if v is None else v[tokens].clone() for name, v in per_token.items()},
+            }
+        )
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step-{step:05d}.mini-batch-{mini_batch}.rank-{rank}.pt"
+    torch.save(entries, path)
+    return path
+
+
 def _trained(batch: Batch) -> dict[str, dict[str, Any]]:
     """Rollout name → what the learner knows of it."""
     known: dict[str, dict[str, Any]] = {}

@@ -270,6 +270,36 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     return rows
 
 
+def never_finite(ranks: Ranks) -> dict[str, Any]:
+    """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
+    from a3po_megatron import train as loop
+
+    class Broken(Learner):
+        def _accumulate(self, *args: Any) -> Any:
+            found = super()._accumulate(*args)
+            if self.cluster.rank == 1:
+                next(iter(self.parameters().values())).main_grad.view(-1)[0] = float("inf")
+            return found
+
+    config = load_config(DEMO, ["parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3"])
+    folder = ranks.folder / "never-finite"
+    os.makedirs(folder / "rollouts", exist_ok=True)
+    loop.Learner = Broken  # type: ignore[misc]
+    try:
+        loop.train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
+        said = "it ended"
+    except RunFailed as error:
+        said = str(error)
+    finally:
+        loop.Learner = Learner  # type: ignore[misc]
+    kept = {}
+    for path in sorted((folder / "rejected").iterdir()):
+        entries = torch.load(path)
+        kept[path.name] = [len(entries), sum(len(entry["tokens"]) == len(entry["old_logprobs"]) for entry in entries)]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {"said": said, "kept": kept, "rejected": [row["policy/rejected_updates"] for row in rows]}
+
+
 def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
     """Real text, a byte-pair tokenizer and random weights: one step with the real grader, one with spread."""
     from a3po_megatron.train import train

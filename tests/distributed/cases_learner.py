@@ -143,6 +143,53 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     return results
 
 
+class Broken(Learner):
+    """A learner whose gradient comes out as NaN, on rank 1 and in one mini-batch only."""
+
+    breaks, calls = 0, 0  # which mini-batch
+
+    def _accumulate(self, *args: Any) -> Any:
+        found = super()._accumulate(*args)
+        if self.cluster.rank == 1 and self.calls == self.breaks:
+            next(iter(self.parameters().values())).main_grad.view(-1)[3] = float("nan")
+        self.calls += 1
+        return found
+
+
+def rejected_updates(ranks: Ranks) -> dict[str, Any]:
+    """Of two mini-batches one breaks on one rank: what every layout's ranks hold and say afterwards."""
+    folder, found = ranks.folder / "qwen3", {}
+    collected = make_collected(groups=4, size=4)
+    for tensor, data, distributed in ((2, 1, True), (1, 2, True), (1, 2, False)):
+        cluster, family = ranks.arrange(tensor, data=data), read_family(folder)
+        options = settings(folder, tensor, data, optimizer={"distributed": distributed})
+
+        def batch(cluster: Any = cluster) -> Batch:
+            made = assemble(
+                share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 2
+            )
+            made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
+            return shape(made, STEP, Config.model_fields["shaping"].default)
+
+        for broken in (0, 1):
+            sound, learner = Learner(cluster, family, options), Broken(cluster, family, options)
+            learner.breaks = broken
+            one, two = batch(), batch()
+            # The sound learner never sees the broken mini-batch: nothing of it may be in the other's weights.
+            one.mini_batch, one.mini_batches = torch.where(one.mini_batch == broken, 9, 0), 1
+            sound.update(one)
+            stats = learner.update(two)
+            pairs = zip(sound.parameters().values(), learner.parameters().values(), strict=True)
+            found[f"{tensor}x{data} {distributed} {broken}"] = {
+                "rejected": two.rejected,
+                "metric": stats["policy/rejected_updates"],
+                "finite": all(bool(torch.isfinite(p).all()) for p in learner.parameters().values()),
+                "moved": max(float((a - b).abs().max()) for a, b in pairs),
+                "loss": stats["learner/loss"],
+            }
+    return found
+
+
 # World size → name → (model, tensor, data, further options of the layout).
 GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
     1: {
