@@ -22,7 +22,12 @@ def one_rank() -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Any]]:
     return run_ranks(
-        2, cases.one_step_of_rollouts, cases.publish_faults, cases.witness_faults, cases.layouts_train_alike
+        2,
+        cases.one_step_of_rollouts,
+        cases.publish_faults,
+        cases.witness_faults,
+        cases.never_finite,
+        cases.layouts_train_alike,
     )
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.family import Experts, Family, RopeScaling, family_of, read_family
+from a3po_megatron.model.family import NEUTRAL, Experts, Family, RopeScaling, family_of, read_family
 from a3po_megatron.model.layout import Layout, Piece, check_layout, hf_tensors, padded_vocab, pieces
 from tests.tiny import tensor_pieces
 
@@ -297,9 +297,65 @@ def test_both_forms_of_the_rope_parameters_read_equal() -> None:
     assert family_of(without("rope_theta") | {"rope_parameters": {"rope_theta": 5e5}}, "e").rope_theta == 5e5
 
 
+# Fields that change what a model computes, each at a value at which it does.
+CHANGING: dict[str, Any] = {
+    "hidden_act": "gelu",
+    **dict.fromkeys(["attention_bias", "mlp_bias", "bias", "qkv_bias", "qk_norm"], True),
+    **dict.fromkeys(["use_sliding_window", "use_mrope", "attn_temperature_tuning"], True),
+    "is_causal": False,
+    **dict.fromkeys(["pretraining_tp", "decoder_sparse_step", "n_shared_experts"], 2),
+    **dict.fromkeys(["partial_rotary_factor", "attention_dropout", "logit_scale", "logits_scaling"], 0.5),
+    **dict.fromkeys(["embedding_multiplier", "residual_multiplier", "attention_multiplier"], 3.0),
+    **dict.fromkeys(["attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"], 30.0),
+    **dict.fromkeys(["original_max_position_embeddings", "shared_expert_intermediate_size"], 64),
+    "dual_chunk_attention_config": {"chunk_size": 8},
+    "per_layer_config": {"1": {"rms_norm_eps": 0.5}},
+    **{name: {"quant_method": "fp8"} for name in ("quantization_config", "compression_config")},
+    **{name: [0] for name in ("mlp_only_layers", "no_rope_layers")},
+}
+SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
+LLAMA3: dict[str, Any] = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 64,
+}
+LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
+        *((CONFIG | {name: value}, f"{name} = ") for name, value in CHANGING.items()),
+        *((CONFIG | {name: number}, f"{name} = ") for name, number in (("qk_norm", 0), ("is_causal", 1))),
+        *((CONFIG | {n: value}, f"{n} = ") for n in SIZES for value in ("4", 4.0, True, [4], 0, -4)),
+        *((CONFIG | MOE | {n: v}, n) for n in MOE if n != "architectures" for v in ("4", 4.0, [4], 0, -4)),
+        *((CONFIG | MOE | {name: True}, name) for name in ("num_experts", "num_experts_per_tok")),
+        *(
+            (CONFIG | {name: value}, f"{name} = ")
+            for name in ("rms_norm_eps", "rope_theta")
+            for value in ("1", True, [1], 0, -1.0, float("nan"), float("inf"))
+        ),
+        *((CONFIG | MOE | {n: "false"}, f"{n} = ") for n in ("tie_word_embeddings", "norm_topk_prob")),
+        *((CONFIG | {"tie_word_embeddings": value}, "tie_word_embeddings = ") for value in (1, 0, [])),
+        *((CONFIG | {"eos_token_id": value}, "eos_token_id = ") for value in ("<eos>", 1.5, True, -1, [[1]], ["a", 1])),
+        *((CONFIG | {"model_type": kind}, f"model_type = {kind!r}") for kind in ("llama", "granite", 5)),
+        *((CONFIG | {"architectures": given}, "architecture") for given in (5, [["a"]], [], "Qwen3ForCausalLM")),
+        (CONFIG | {"architectures": ["MistralForCausalLM", "Qwen3ForCausalLM"]}, "MistralForCausalLM"),
+        *((CONFIG | {"layer_types": value}, "layer_types = ") for value in (5, "full_attention", ["linear_attention"])),
+        (CONFIG | MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 is more than num_experts = 8"),
+        (CONFIG | MOE | {"num_local_experts": 4}, "num_experts is contradictory"),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"type": "yarn"}}, "two types: llama3, yarn"),
+        *((LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": low}}, "high_freq_factor") for low in (4.0, 5.0)),
+        *(
+            (LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 1e4, name: value}}, f"rope_parameters.{name} = ")
+            for name in LLAMA3
+            if name != "rope_type"
+            for value in ("4", True, [4], 0, None)
+        ),
+        (LLAMA | {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters.full_attention"),
         (CONFIG | {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
         (CONFIG | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         (CONFIG | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
@@ -335,6 +391,12 @@ def test_a_config_that_cannot_be_represented_is_refused_by_name(config: dict[str
         family_of(config, "some/config.json")
     assert str(caught.value).startswith("some/config.json: ")
     assert named in str(caught.value)
+
+
+def test_every_field_that_changes_what_a_model_computes_is_among_the_cases() -> None:
+    assert CHANGING.keys() == NEUTRAL.keys()
+    assert family_of(LLAMA | {"rope_scaling": LLAMA3}, "sound").rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert family_of(CONFIG | MOE | {"num_experts_per_tok": 8}, "sound").experts == Experts(8, 8, 24, True)
 
 
 def test_settings_that_change_nothing_are_not_refused() -> None:
