@@ -1,19 +1,19 @@
 """Who this rank is, who it shares the model with, what its device is like, and how all ranks decide together.
 
-Ranks are laid out as Megatron lays them out, tensor parallel fastest, then data, then pipeline:
+Ranks are laid out as Megatron lays them out, tensor parallel fastest, then context, data, pipeline:
 
-    rank = tensor + TP * (data + DP * pipeline)
+    rank = tensor + TP * (context + CP * (data + DP * pipeline))
 
-A *replica* is the smallest set of ranks that hold every weight together. Its ranks train on one batch, except that
-experts spread over data-parallel neighbours: then a replica holds several *batch groups*, each the tensor × pipeline
-ranks that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks.
+A *replica* is the smallest set of ranks that hold every weight together: the tensor × pipeline ranks, or, since experts
+spread over context- and data-parallel neighbours, several times as many. A *batch group* is the tensor × context ×
+pipeline ranks that train on the same rollouts. An *engine* is a run of `rollout.tensor` neighbouring ranks.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class Coordinates:
     tensor: int = 0
     pipeline: int = 0
     data: int = 0
+    context: int = 0
 
 
 class Cluster:
@@ -81,19 +82,24 @@ class Cluster:
             tensor=parallel_state.get_tensor_model_parallel_rank(),
             pipeline=parallel_state.get_pipeline_model_parallel_rank(),
             data=parallel_state.get_data_parallel_rank(),
+            context=parallel_state.get_context_parallel_rank(),
         )
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        self.batch_group = parallel_state.get_model_parallel_group()
+        self.context_group = parallel_state.get_context_parallel_group()
         self.data_group = parallel_state.get_data_parallel_group()
+        self.tokens_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.context, self.data = parallel.context, self.data_group.size()
+        self.batch_group = self._batch_group(parallel)
         self.expert_group = parallel_state.get_expert_tensor_and_model_parallel_group()
         self.replica_group = self._replica_group(parallel)
-        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.data_group.size()
+        self.tensor, self.pipeline = parallel.tensor, parallel.pipeline
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
         self.engines = self.world // engine_ranks
         self.engine_leaders = self._engine_leaders(engine_ranks)
         # This rank's place among the ranks of its stage that hold one copy of the stage's weights.
-        self.within = self.coordinates.tensor + self.tensor * (self.coordinates.data % self._neighbours(parallel))
+        copy = self.coordinates.context + self.context * self.coordinates.data
+        self.within = self.coordinates.tensor + self.tensor * (copy % self._neighbours(parallel))
         self._store = dist.PrefixStore("agree", store)
         self._round = 0
 
@@ -104,31 +110,47 @@ class Cluster:
         """
         first: dict[int, int] = {}
         for rank in range(self.engine * engine_ranks, (self.engine + 1) * engine_ranks):
-            first.setdefault(rank // self.tensor % self.data, rank)
+            first.setdefault(rank // (self.tensor * self.context) % self.data, rank)
         return sorted(first.values())
 
     def _neighbours(self, parallel: ParallelOptions) -> int:
-        """Data-parallel ranks of one replica: more than one only where experts spread over them."""
+        """Context- and data-parallel ranks of one replica: more than one only where experts spread over them."""
         return parallel.stage_ranks() // parallel.tensor
+
+    def _batch_group(self, parallel: ParallelOptions) -> dist.ProcessGroup:
+        """The group of the ranks that train on the same rollouts, pipeline stage after stage."""
+        from megatron.core import parallel_state
+
+        if parallel.context == 1:
+            return parallel_state.get_model_parallel_group()
+        wide = parallel.tensor * parallel.context
+        return self._own_group(
+            [k + wide * (d + self.data * p) for p in range(parallel.pipeline) for k in range(wide)]
+            for d in range(self.data)
+        )
 
     def _replica_group(self, parallel: ParallelOptions) -> dist.ProcessGroup:
         """The group of this rank's replica, stage after stage, the ranks of a stage as in `within`."""
+        from megatron.core import parallel_state
+
         neighbours = self._neighbours(parallel)
         if neighbours == 1:
-            return self.batch_group
-        mine = None
-        tensor, data = parallel.tensor, self.data_group.size()
-        for first in range(0, data, neighbours):  # every rank takes part in making every group
-            ranks = [
-                t + tensor * (d + data * p)
+            return parallel_state.get_model_parallel_group()
+        tensor, copies = parallel.tensor, self.context * self.data
+        return self._own_group(
+            [
+                t + tensor * (d + copies * p)
                 for p in range(parallel.pipeline)
                 for d in range(first, first + neighbours)
                 for t in range(tensor)
             ]
-            group = dist.new_group(ranks)
-            mine = group if self.rank in ranks else mine
-        assert mine is not None
-        return mine
+            for first in range(0, copies, neighbours)
+        )
+
+    def _own_group(self, groups: Iterable[list[int]]) -> dist.ProcessGroup:
+        """Makes all the groups, as every rank must, and returns the one that this rank is in."""
+        made = [(ranks, dist.new_group(ranks)) for ranks in groups]
+        return next(group for ranks, group in made if self.rank in ranks)
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         """One decision of all ranks: every rank gives a JSON value and gets the same result.
@@ -166,6 +188,18 @@ class Cluster:
             return [value]
         values: list[Any] = [None] * self.batch_group.size()
         dist.all_gather_object(values, value, group=self.batch_group)
+        return values
+
+    def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that hold different tokens: context- and data-parallel ones."""
+        if self.data * self.context > 1:
+            dist.all_reduce(values, group=self.tokens_group)
+        return values
+
+    def sum_over_context(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that hold parts of the same sequences."""
+        if self.context > 1:
+            dist.all_reduce(values, group=self.context_group)
         return values
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:

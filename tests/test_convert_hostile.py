@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
@@ -21,12 +22,13 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from a3po_megatron.weights import convert as convert_module
 from tests.distributed.runner import Ranks, run_ranks
@@ -96,6 +98,10 @@ def assert_exported(folder: Path, source: Path, *options: object) -> str:
     return ended.err
 
 
+def holding(name: str, value: torch.Tensor) -> Change:
+    return lambda tensors: tensors | {name: value}
+
+
 def flip(file: Path, place: int) -> None:
     data = bytearray(file.read_bytes())
     data[place] ^= 1
@@ -122,7 +128,7 @@ def saved(megatron: Path, folder: Path, change: Change) -> Path:
 
 
 @contextlib.contextmanager
-def metadata_of(folder: Path) -> Iterator[Metadata]:
+def metadata_of(folder: Path) -> Iterator[Any]:
     """`.metadata`, written again as it is at the end; nothing holds it against a digest any more."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     yield metadata
@@ -224,8 +230,8 @@ def layers_apart(tensors: Tensors) -> Tensors:
     ("change", "named"),
     [
         (layers_apart, ["decoder.layers.", "singleton_local_shards"]),
-        (lambda t: t | {"mtp.x": torch.ones(3)}, ["mtp.x"]),
-        (lambda t: t | {"decoder.optimizer.x": torch.ones(3)}, ["decoder.optimizer.x"]),
+        (holding("mtp.x", torch.ones(3)), ["mtp.x"]),
+        (holding("decoder.optimizer.x", torch.ones(3)), ["decoder.optimizer.x"]),
         (lambda t: t | {WORDS: (10 * t[WORDS]).to(torch.int8)}, [WORDS, "int8"]),
         (lambda t: t | {PROJ: t[PROJ].to(torch.float8_e4m3fn)}, [PROJ, "float8"]),
         (lambda t: t | {WORDS: t[WORDS][:-2].clone()}, [WORDS, "(65, 48)"]),
@@ -245,12 +251,10 @@ def test_the_state_of_an_optimizer_is_left_out(source: Path, megatron: Path, tmp
 
 
 def test_padding_that_holds_weights_is_left_out_only_if_asked(source: Path, megatron: Path, tmp_path: Path) -> None:
-    zeros, late = torch.zeros(61, 48), torch.zeros(61, 48)
+    words, zeros, late = stored(megatron)[WORDS], torch.zeros(61, 48), torch.zeros(61, 48)
     late[-1, -1] = 1e-30  # not in the first bucket of them
     for rows in (zeros, late):
-        folder = saved(
-            megatron, tmp_path / str(rows is late), lambda t, rows=rows: t | {WORDS: torch.cat([t[WORDS], rows])}
-        )
+        folder = saved(megatron, tmp_path / str(rows is late), holding(WORDS, torch.cat([words, rows])))
         if rows is late:
             assert_refused(*("export", folder, WORDS, "128", "67", "--drop-padding"), options=["--bucket-bytes", 4096])
         assert_exported(folder, source, *["--drop-padding"] * (rows is late))
@@ -292,10 +296,9 @@ def test_code_that_a_checkpoint_names_is_refused_and_not_run(megatron: Path, tmp
         folder = saved(megatron, tmp_path / f"{name}-archive", lambda t: t)
         with metadata_of(folder) as metadata, (folder / "__0_0.distcp").open("r+b") as file:
             place = metadata.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))]
-            place.offset = file.seek(0, os.SEEK_END)
-            with zipfile.ZipFile(file, "a") as archive:
+            with zipfile.ZipFile(other := io.BytesIO(), "w") as archive:
                 archive.writestr("archive/data.pkl", pickled)
-            place.length = file.seek(0, os.SEEK_END) - place.offset
+            place.offset, place.length = file.seek(0, os.SEEK_END), file.write(other.getvalue())
         assert_refused("export", folder, WORDS, name)
     assert not marker.exists()
 
@@ -323,12 +326,9 @@ def test_an_hf_folder_is_held_against_the_digests_that_it_has(source: Path, mega
 def test_a_value_that_a_cast_makes_infinite_is_refused_by_its_tensor(
     source: Path, tmp_path: Path, dtype: torch.dtype, value: float, asked: str
 ) -> None:
-    def change(tensors: Tensors) -> Tensors:
-        tensors[NORM] = tensors[NORM].to(dtype)
-        tensors[NORM][-1] = value
-        return tensors
-
-    folder = copy_hf(source, tmp_path / "hf", 1, change)
+    norm = read_tensors(source)[NORM].to(dtype)
+    norm[-1] = value
+    folder = copy_hf(source, tmp_path / "hf", 1, holding(NORM, norm))
     converted("import", folder, tmp_path / "megatron")
     assert_refused("export", tmp_path / "megatron", NORM, "not finite", asked, options=["--dtype", asked])
     assert_exported(tmp_path / "megatron", folder)
@@ -341,8 +341,7 @@ def test_a_tied_output_layer_that_is_not_the_embedding_is_refused(source: Path, 
 
     other = [one_bit, lambda values: values[:-1].clone(), lambda values: values.mT.contiguous(), torch.Tensor.double]
     for number, head in enumerate([*other, torch.clone]):
-        add: Change = lambda t, head=head: t | {HEAD: head(t[EMBEDDING].clone())}  # noqa: E731
-        folder = copy_hf(source, tmp_path / str(number), 3, add)
+        folder = copy_hf(source, tmp_path / str(number), 3, holding(HEAD, head(read_tensors(source)[EMBEDDING])))
         if head is not torch.clone:
             assert_hf_refused(folder, HEAD, "tie_word_embeddings")
     converted("import", folder, tmp_path / "megatron")
@@ -394,10 +393,10 @@ def test_a_header_whose_sizes_are_no_whole_numbers_is_refused_by_the_file(source
 def test_only_the_stored_frequencies_of_the_rope_may_be_left_over(source: Path, tmp_path: Path) -> None:
     for number, name in enumerate(("rotary_emb.evil.weight", "rotary_emb.inv_freq.weight", "my_rotary_emb_x")):
         name = f"model.layers.0.self_attn.{name}"
-        folder = copy_hf(source, tmp_path / str(number), 1, lambda t, name=name: t | {name: torch.ones(4)})
+        folder = copy_hf(source, tmp_path / str(number), 1, holding(name, torch.ones(4)))
         assert_hf_refused(folder, name)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    converted("import", copy_hf(source, tmp_path / "old", 1, lambda t: t | {name: torch.ones(16)}), tmp_path / "done")
+    converted("import", copy_hf(source, tmp_path / "old", 1, holding(name, torch.ones(16))), tmp_path / "done")
 
 
 def test_a_tokenizer_file_that_is_no_file_is_refused_before_anything_is_written(

@@ -338,7 +338,7 @@ LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
             for value in ("1", True, [1], 0, -1.0, float("nan"), float("inf"))
         ),
         *((CONFIG | MOE | {n: "false"}, f"{n} = ") for n in ("tie_word_embeddings", "norm_topk_prob")),
-        *((CONFIG | {"tie_word_embeddings": value}, "tie_word_embeddings = ") for value in (1, 0, [])),
+        *((CONFIG | {"tie_word_embeddings": value}, "tie_word_embeddings = ") for value in (1, 0, "no")),
         *((CONFIG | {"eos_token_id": value}, "eos_token_id = ") for value in ("<eos>", 1.5, True, -1, [[1]], ["a", 1])),
         *((CONFIG | {"model_type": kind}, f"model_type = {kind!r}") for kind in ("llama", "granite", 5)),
         *((CONFIG | {"architectures": given}, "architecture") for given in (5, [["a"]], [], "Qwen3ForCausalLM")),

@@ -27,7 +27,7 @@ class ParallelOptions(Section):
 
     def data_ranks(self) -> int:
         """Data-parallel size on one machine: as given, else the smallest that the experts' ranks fill."""
-        return self.data or self.stage_ranks() // self.tensor
+        return self.data or max(1, self.stage_ranks() // (self.tensor * self.context))
 
     def stage_ranks(self) -> int:
         """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""

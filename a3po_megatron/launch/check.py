@@ -30,9 +30,13 @@ def check_request(config: Config) -> None:
 
 
 def _check_options(config: Config) -> None:
-    for option, value in (("parallel.context", config.parallel.context),):
-        if value > 1:
-            raise RequestError(f"{option} = {value} is not supported yet: only 1 is")
+    parallel = config.parallel
+    spread = parallel.stage_ranks() // parallel.tensor
+    if (copies := parallel.context * parallel.data_ranks()) % spread:
+        raise RequestError(
+            f"the experts of this layout spread over {spread} ranks beside tensor parallelism, but parallel.context × "
+            f"parallel.data = {copies} is no multiple of that"
+        )
     ranks = config.parallel.ranks()
     if ranks % config.rollout.tensor:
         raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the {ranks} ranks of the layout")

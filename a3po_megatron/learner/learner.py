@@ -9,6 +9,7 @@ response tokens of the mini-batch over all ranks, whatever the packing and the n
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,20 +83,29 @@ class Learner:
     def score(self, batch: Batch) -> Batch:
         """Adds old log-probs and entropies [T] of the training engine to the batch."""
         with phase("score"):
-            batch.old_logprobs, batch.entropy = torch.zeros(2, batch.rollout_index.numel())
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
             results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
-            index = torch.cat([part.index for part in micro_batches])
-            batch.old_logprobs[index], batch.entropy[index] = results
+            batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())
             if self.cluster.agree("scores", not bool(torch.isfinite(results).all()), any):
                 raise RunFailed("the learner's log-probs of this batch are not finite: its weights cannot be trusted")
             return batch
 
     def logprobs(self, sequences: Sequence[PromptAndResponse]) -> list[Tensor]:
         """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank."""
-        packed = self._packed([(sequences, [0] * len(sequences))])
-        values = self.pipeline.forward(packed, 1.0, with_entropy=False)[0]
-        return list(values.split([len(response) for _, response in sequences]))
+        starts = itertools.accumulate((len(response) for _, response in sequences), initial=0)
+        packed = self._packed([(sequences, list(starts)[:-1])])
+        lengths = [len(response) for _, response in sequences]
+        values = self.pipeline.forward(packed, 1.0, with_entropy=False)
+        return list(self._whole(packed, values, sum(lengths))[0].split(lengths))
+
+    def _whole(self, micro_batches: list[MicroBatch], results: Tensor, tokens: int) -> Tensor:
+        """Per-token results [K, R] of micro-batches, laid out as the batch's response tokens [K, tokens].
+
+        Context-parallel ranks hold results of different tokens: 4 bytes a token travel between them.
+        """
+        whole = torch.zeros(len(results), tokens)
+        whole[:, torch.cat([part.index for part in micro_batches])] = results
+        return self.cluster.sum_over_context(whole)
 
     def update(self, batch: Batch) -> dict[str, float | None]:
         """One optimiser step per mini-batch; returns the step's metrics, the same on every rank.
@@ -161,8 +171,8 @@ class Learner:
         return norm
 
     def _metrics(self, totals: Tensor, norms: list[float], first: float, rejected: int) -> dict[str, float | None]:
-        # Every rank of a replica computed the same sums.
-        sums = dict(zip(_SUMS, self.cluster.sum_over_data(totals).tolist(), strict=True))
+        # Ranks of a tensor- or pipeline-parallel group computed the same sums.
+        sums = dict(zip(_SUMS, self.cluster.sum_over_tokens(totals).tolist(), strict=True))
         first = self.cluster.agree("the first mini-batch's largest ratio", first, _largest)
         tokens = sums["tokens"]
 
@@ -197,14 +207,14 @@ class Learner:
         the longest will do, because all ranks between which activations travel hold the same micro-batches.
         """
         count, multiple = len(contents), self.multiple
+        context = self.cluster.context, self.cluster.coordinates.context
         if self.layout.expert > 1:
             count = self.cluster.agree("micro-batches", count, max)
         if self.layout.virtual > 1:
             count = -(-count // self.layout.pipeline) * self.layout.pipeline
-            longest = max(sum(len(prompt) + len(response) - 1 for prompt, response in held) for held, _ in contents)
-            multiple *= max(1, -(-longest // multiple))
-        packed = [micro_batch(sequences, starts, multiple) for sequences, starts in contents]
-        return packed + [micro_batch([], [], multiple) for _ in range(count - len(packed))]
+            multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at in contents)
+        packed = [micro_batch(held, at, multiple, context) for held, at in contents]
+        return packed + [micro_batch([], [], multiple, context) for _ in range(count - len(packed))]
 
 
 def _largest(values: list[float]) -> float:

@@ -2,11 +2,17 @@
 
 A sequence of prompt tokens p and response tokens r (n of them) enters the model without its last token; the model's
 output at the positions len(p) - 1 … len(p) + n - 2 predicts the response. Positions restart with every sequence.
-Padding, where the layout demands a multiple, belongs to the last sequence and predicts nothing that counts.
+Padding, where the layout demands a multiple, belongs to the end of a sequence and predicts nothing that counts.
+
+Under context parallelism of C ranks every sequence is padded to a multiple of 2 C and cut into as many chunks; rank c
+holds chunks c and 2 C - 1 - c, so that causal attention costs all ranks the same (Megatron's and Transformer Engine's
+order). `predicting`, `targets` and `index` are of the tokens on this rank; the packing describes whole sequences.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +25,7 @@ PromptAndResponse = tuple[Sequence[int], Sequence[int]]  # the tokens of one rol
 
 @dataclass(frozen=True)
 class MicroBatch:
-    tokens: Tensor  # [1, T] int64
+    tokens: Tensor  # [1, T] int64, those on this rank
     positions: Tensor  # [1, T] int64
     packing: PackedSeqParams
     predicting: Tensor  # [R] int64, where in T the output predicts a response token
@@ -28,18 +34,27 @@ class MicroBatch:
 
 
 def micro_batch(
-    sequences: Sequence[PromptAndResponse],
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],  # (prompt tokens, response tokens) of each rollout
     starts: Sequence[int],  # where each rollout's response begins among the batch's response tokens
-    multiple: int = 1,
+    multiple: int = 1,  # of which T must be one
+    context: tuple[int, int] = (1, 0),  # context-parallel size and rank
 ) -> MicroBatch:
     """Packs the sequences. Without any it holds one sequence of padding that predicts nothing, for a rank that has no
     share in an optimiser step but must take part in its collectives."""
+    size, rank = context
+    grain = 2 * size if size > 1 else 1
     tokens: list[int] = []
     positions: list[int] = []
     predicting: list[int] = []
     targets: list[int] = []
     index: list[int] = []
     ends = [0]
+
+    def pad(count: int) -> None:
+        follows = positions[-1] + 1 if tokens else 0
+        positions.extend(range(follows, follows + count))
+        tokens.extend([0] * count)
+
     for (prompt, response), start in zip(sequences, starts, strict=True):
         begin = len(tokens) + len(prompt) - 1
         tokens += [*prompt, *response][:-1]
@@ -47,17 +62,21 @@ def micro_batch(
         predicting += range(begin, begin + len(response))
         targets += response
         index += range(start, start + len(response))
+        pad(-len(tokens) % grain)
         ends.append(len(tokens))
-    padding = -len(tokens) % multiple if tokens else multiple
-    if padding:
-        positions += range(positions[-1] + 1, positions[-1] + 1 + padding) if tokens else range(padding)
-        tokens += [0] * padding
-        ends = [*ends[:-1], len(tokens)] if len(ends) > 1 else [0, len(tokens)]
+    whole = math.lcm(grain, size * multiple)
+    pad(-len(tokens) % whole if tokens else whole)
+    ends = [*ends[:-1], len(tokens)] if len(ends) > 1 else [0, len(tokens)]
     bounds = torch.tensor(ends, dtype=torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
+    here = local_tokens(ends, size, rank)
+    place = torch.full((len(tokens),), -1)
+    place[here] = torch.arange(len(here))
+    found = place[torch.tensor(predicting, dtype=torch.int64)]
+    mine = found >= 0
     return MicroBatch(
-        tokens=torch.tensor([tokens]),
-        positions=torch.tensor([positions]),
+        tokens=torch.tensor([tokens])[:, here],
+        positions=torch.tensor([positions])[:, here],
         packing=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=bounds,
@@ -65,7 +84,19 @@ def micro_batch(
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         ),
-        predicting=torch.tensor(predicting, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        index=torch.tensor(index, dtype=torch.int64),
+        predicting=found[mine],
+        targets=torch.tensor(targets, dtype=torch.int64)[mine],
+        index=torch.tensor(index, dtype=torch.int64)[mine],
     )
+
+
+def local_tokens(ends: Sequence[int], size: int, rank: int) -> Tensor:
+    """Which of the packed tokens a context-parallel rank holds, in its order [T / size] int64."""
+    if size == 1:
+        return torch.arange(ends[-1])
+    parts = []
+    for begin, end in itertools.pairwise(ends):
+        chunk = (end - begin) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(begin + number * chunk, begin + (number + 1) * chunk))
+    return torch.cat(parts)

@@ -84,7 +84,8 @@ class Pipeline:
             data_iterator=[iter(micro_batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(micro_batches),
             model=self.chunks,
             num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens.shape[1],  # with virtual stages the length of all; else ignored
+            # With virtual stages the length of all, which Megatron divides by the context ranks; else ignored.
+            seq_length=micro_batches[0].tokens.shape[1] * self.cluster.context,
             micro_batch_size=1,
             **options,
         )

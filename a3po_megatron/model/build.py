@@ -63,6 +63,7 @@ def transformer_config(
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -58,13 +59,24 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention within each sequence of a packed micro-batch, by torch's scaled_dot_product_attention."""
+    """Causal attention within each sequence of a packed micro-batch, by torch's scaled_dot_product_attention.
+
+    Under context parallelism (C ranks, rank c holds chunks c and 2 C - 1 - c of every sequence: learner/micro_batch.py)
+    keys and values are gathered over the ranks, and each of the two chunks attends to all that comes before its end.
+    """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        pg_collection: Any = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.context = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -78,16 +90,53 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:  # [T, heads/tp * head_dim]
         assert packed_seq_params is not None and packed_seq_params.qkv_format == "thd", "sequences must be packed"
         ends = packed_seq_params.cu_seqlens_q.tolist()
+        if self.context is not None:
+            return self._over_ranks(query, key, value, ends)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, T, head_dim]
         outputs = [
-            F.scaled_dot_product_attention(
-                query[None, :, begin:end],
-                key[None, :, begin:end],
-                value[None, :, begin:end],
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0]
+            self._attend(query[:, begin:end], key[:, begin:end], value[:, begin:end])
             for begin, end in itertools.pairwise(ends)
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int]) -> Tensor:
+        assert self.context is not None
+        size, rank, width = self.context.size(), self.context.rank(), key.shape[2]
+        gathered = _GatherContext.apply(torch.cat([key, value], dim=2), self.context)  # [C, T, kv_heads, 2 head_dim]
+        outputs = []
+        for begin, end in itertools.pairwise(ends):
+            chunk, first = (end - begin) // (2 * size), begin // size
+            halves = gathered[:, first : first + 2 * chunk].unflatten(1, (2, chunk))  # [C, 2, chunk, …]
+            whole = torch.cat([halves[:, 0], halves[:, 1].flip(0)]).flatten(0, 1).transpose(0, 1)
+            for half, number in enumerate((rank, 2 * size - 1 - rank)):
+                asked = query[first + half * chunk : first + (half + 1) * chunk].transpose(0, 1)
+                known = whole[:, : (number + 1) * chunk]
+                outputs.append(self._attend(asked, known[:, :, :width], known[:, :, width:], number * chunk))
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, before: int = 0) -> Tensor:
+        """[heads, t, head_dim]: the queries are the last of the keys' positions; `before` keys lie before the first."""
+        mask = None
+        if before:
+            positions = torch.arange(key.shape[1], device=key.device)
+            mask = positions <= before + torch.arange(query.shape[1], device=key.device)[:, None]
+        return F.scaled_dot_product_attention(
+            query[None], key[None], value[None], mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )[0]
+
+
+class _GatherContext(torch.autograd.Function):
+    """[T, …] of every context-parallel rank → [C, T, …]; backward, the sum of all ranks' gradients of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(gathered, values.contiguous(), group=group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total[ctx.group.rank()], None
