@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,3 +47,41 @@ def test_an_update_that_is_not_finite_on_one_rank_is_applied_on_none(tmp_path: P
             assert found["finite"], layout
             assert found["loss"] is not None
             assert found["moved"] == 0.0, layout  # bit for bit as if the mini-batch had never been
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("steps")
+    make_checkpoint(folder / "qwen3", "qwen3")
+    found: dict[str, Any] = {}
+    for world in cases_learner.STEPS:
+        for by_layout in run_ranks(world, cases_learner.whole_steps, folder=folder)["whole_steps"]:
+            for layout, step in by_layout.items():
+                tokens = found.setdefault(layout, step | {"tokens": {}, "worst": []})
+                tokens["tokens"] |= step["tokens"]
+                tokens["worst"].append((step["loss"], step["gradient"]))
+    return found
+
+
+def test_a_whole_step_of_score_shape_and_update_is_the_papers_under_tensor_context_pipeline_and_data_parallelism(
+    steps: dict[str, Any],
+) -> None:
+    assert "tp2 cp2 pp1 dp1" in steps
+    for layout, step in steps.items():
+        for loss, gradient in step["worst"]:
+            assert loss <= 1e-6, layout
+            assert gradient <= 5e-6, layout
+
+
+def test_across_layouts_only_tokens_next_to_the_threshold_may_change_sides(steps: dict[str, Any]) -> None:
+    alone = steps["tp1 cp1 pp1 dp1"]["tokens"]
+    for layout, step in steps.items():
+        assert step["tokens"].keys() == alone.keys(), layout
+        for name, (old, weights) in step["tokens"].items():
+            old_alone, weights_alone = alone[name]
+            assert max(abs(a - b) for a, b in zip(old, old_alone, strict=True)) < 1e-5, (layout, name)
+            moved = [t for t, (a, b) in enumerate(zip(weights, weights_alone, strict=True)) if a != b]
+            assert len(moved) % 2 == 0  # as many leave as come
+            if moved:
+                values = [old_alone[t] for t in moved]
+                assert max(values) - min(values) < 1e-5, (layout, name)

@@ -55,7 +55,9 @@ def heads(ranks: Ranks) -> dict[str, float]:
         rows = torch.tensor([0, 4, 5, 11, 19]) if picked else None
         count = TOKENS if rows is None else len(rows)
         targets = torch.randint(0, VOCAB, (count,))
+        # With chosen rows all targets lie in the first slice: the other ranks hold none.
         targets[:3] = torch.tensor([0, VOCAB - 1, 1])
+        targets = torch.arange(count) % 3 if picked else targets
         g, h = torch.randn(count), torch.randn(count) if entropy else None
         padded = torch.full((columns * world, HIDDEN), 3.0 * scale, dtype=dtype)  # would win if it counted
         padded[:VOCAB] = weight

@@ -98,7 +98,8 @@ def as_hf(learner: Learner, values: dict[tuple[int, str], torch.Tensor]) -> dict
 def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
-    cluster = ranks.arrange(tensor, data=data, **parallel)
+    layout = {name: value for name, value in parallel.items() if name != "micro_batch_tokens"}
+    cluster = ranks.arrange(tensor, data=data, **layout)
     family = read_family(folder)
     collected = make_collected(groups=5, size=4)
     reference = hf_model(folder)
@@ -109,8 +110,11 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     grads = hf_tensors_of({name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
     norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
 
+    limit = {"micro_batch_tokens": parallel.pop("micro_batch_tokens", 64)}
+
     def learner_with(**optimizer: Any) -> Learner:
-        return Learner(cluster, family, settings(folder, tensor, data, optimizer=optimizer, parallel=parallel))
+        options = settings(folder, tensor, data, optimizer=optimizer, parallel=parallel, learner=limit)
+        return Learner(cluster, family, options)
 
     results: dict[str, float] = {}
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
@@ -141,6 +145,55 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     adam.step()
     results["second_loss"] = abs(second - float(literal_loss(reference, collected, old)))
     return results
+
+
+def whole_steps(ranks: Ranks) -> dict[str, Any]:
+    """Score, shape and update in one go, for layouts of this many ranks: errors against the literal step, and what
+    each rollout's tokens were given."""
+    folder, found = ranks.folder / "qwen3", {}
+    family, collected = read_family(folder), make_collected(groups=5, size=4)
+    reference = hf_model(folder)
+    rollouts = [r for group in collected.groups for r in group.rollouts]
+    with torch.no_grad():
+        exact = [hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE).float() for r in rollouts]
+    loss = literal_loss(reference, collected, exact)
+    loss.backward()
+    grads = hf_tensors_of({name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
+    for tensor, context, pipeline, data in STEPS[ranks.world]:
+        cluster = ranks.arrange(tensor, context=context, pipeline=pipeline, data=data)
+        parallel = {"context": context, "pipeline": pipeline}
+        options = settings(folder, tensor, data, parallel=parallel, optimizer={"name": "sgd", "distributed": False})
+        learner = Learner(cluster, family, options)
+        batch = learner.score(
+            assemble(
+                share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1
+            )
+        )
+        shape(batch, STEP, Config.model_fields["shaping"].default)
+        stats = learner.update(batch)
+        ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
+        # main_grad holds the clipped gradient: what was clipped away is the norm's.
+        scale = max(1.0, stats["policy/grad_norm"])
+        errors = [float((ours[n] * scale - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()]
+        pieces = zip(
+            batch.rollouts,
+            *(v.split(batch.lengths.tolist()) for v in (batch.old_logprobs, batch.token_weights)),
+            strict=True,
+        )
+        found[f"tp{tensor} cp{context} pp{pipeline} dp{data}"] = {
+            "loss": abs(stats["learner/loss"] - float(loss)),
+            "gradient": max(errors),
+            "tokens": {r.name: [old.tolist(), weights.tolist()] for r, old, weights in pieces},
+        }
+    return found
+
+
+# World size → (tensor, context, pipeline, data)
+STEPS = {
+    1: [(1, 1, 1, 1)],
+    2: [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
+    4: [(2, 2, 1, 1), (1, 2, 1, 2), (1, 2, 2, 1), (1, 4, 1, 1)],
+}
 
 
 class Broken(Learner):
@@ -240,6 +293,16 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
         "moe_tp2_dp2_ep4_etp1_sp": ("qwen3_moe", 2, 2, {"expert": 4, "expert_tensor": 1, "sequence": True}),
     },
 }
+
+
+# One batch, split over ranks and micro-batches: 1 to 8 of them on a rank.
+SPLITS = {
+    f"split_dp{data}_{limit}": ("qwen3", 1, data, {"micro_batch_tokens": limit})
+    for data in (1, 2, 4)
+    for limit in (100_000, 150, 80, 48)
+}
+for _name, _cell in SPLITS.items():
+    GRID[_cell[2]][_name] = _cell
 
 
 def _case(name: str, kind: str, tensor: int, data: int, parallel: dict[str, Any]) -> Case:
