@@ -88,11 +88,11 @@ def test_kept_logprobs_are_those_of_the_sampling_distribution(one_rank: dict[str
     assert one_rank["logprobs_are_of_the_sampling_distribution"][0] <= 5e-5
 
 
-@pytest.mark.parametrize("layout", ["1x2x1", "1x1x2"])
-def test_tensor_data_and_pipeline_parallel_runs_tell_the_same_story(
+@pytest.mark.parametrize("layout", ["1x2x1x1", "1x1x2x1", "1x1x1x2"])
+def test_tensor_data_pipeline_and_context_parallel_runs_tell_the_same_story(
     two_ranks: dict[str, list[Any]], layout: str
 ) -> None:
-    tensor, other = (two_ranks["layouts_train_alike"][0][name] for name in ("2x1x1", layout))
+    tensor, other = (two_ranks["layouts_train_alike"][0][name] for name in ("2x1x1x1", layout))
     exact = ("reward/correct_rate", "rollout/length_mean", "rollout/kept_groups", "shaping/rho", "learner/lr")
     assert {name: tensor[0][name] for name in exact} == {name: other[0][name] for name in exact}
     # The second step starts from weights that differ in their last bits.

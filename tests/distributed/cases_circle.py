@@ -258,15 +258,16 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     from a3po_megatron.train import train
 
     rows = {}
-    for tensor, data, pipeline in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+    for tensor, data, pipeline, context in ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)):
         layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
+        layout.append(f"parallel.context={context}")
         config = load_config(DEMO, [*layout, "trainer.steps=2"])
-        folder = ranks.folder / f"loop-{tensor}-{data}-{pipeline}"
+        folder = ranks.folder / f"loop-{tensor}-{data}-{pipeline}-{context}"
         os.makedirs(folder / "rollouts", exist_ok=True)
         train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
         metrics = folder / "metrics.jsonl"
         if ranks.rank == 0:
-            rows[f"{tensor}x{data}x{pipeline}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows[f"{tensor}x{data}x{pipeline}x{context}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
     return rows
 
 
