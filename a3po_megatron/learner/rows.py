@@ -7,7 +7,8 @@
     H        = log Z - S / Z                d H / d x        = -p (x - M - log Z + H)
 
 H in this form does not cancel; the textbook M + log Z - Σ x e^(x-M) / Z loses 1e-3 at logits of 1e4. M and log Z are
-kept apart: their float32 sum would lose as much. Everything here works in place, in float32.
+kept apart: their float32 sum would lose as much. Everything here works in place, in float32; on CUDA in one pass over x
+each (rows_triton.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def measure(
     out: Tensor,  # [4, t] float32: m, Z, S, x_y - m
     work: Tensor | None = None,  # [t, v] float32 for the exponentials; only entropy needs it
 ) -> None:
+    if x.is_cuda:
+        from . import rows_triton
+
+        rows_triton.measure(x, here, column, with_entropy, out)
+        return
     peak = out[0]
     torch.amax(x, dim=1, out=peak)
     # A row of -inf alone has no probability in this slice: its shift must not make NaN of it.
@@ -72,6 +78,10 @@ def gradient(
     work: Tensor | None = None,  # [t, v] float32; only entropy needs it
 ) -> Tensor:
     """The gradient with respect to x, [t, v], in x's or work's memory."""
+    if x.is_cuda:
+        from . import rows_triton
+
+        return rows_triton.gradient(x, here, column, kept, of_logprob, of_entropy)
     peak, log_z, entropy = kept
     x.sub_(peak[:, None]).sub_(log_z[:, None])  # log p of every column
     if of_entropy is None:

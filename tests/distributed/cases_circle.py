@@ -267,7 +267,9 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
         train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
         metrics = folder / "metrics.jsonl"
         if ranks.rank == 0:
-            rows[f"{tensor}x{data}x{pipeline}x{context}"] = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows[f"{tensor}x{data}x{pipeline}x{context}"] = [
+                json.loads(line) for line in metrics.read_text().splitlines()
+            ]
     return rows
 
 
