@@ -83,3 +83,17 @@ def test_nan_is_refused() -> None:
     logprobs, index = laid_out([[-0.1, float("nan")]])
     with pytest.raises(ValueError, match="NaN"):
         token_weights(logprobs, index, torch.tensor([True]), 0, ShapingOptions())
+
+
+def test_ties_zeros_of_both_signs_and_infinities_are_ranked_as_the_rule_says() -> None:
+    values = [0.0, -0.0, -1e-8, -1e-40, -0.5, -3.0, -700.0, float("-inf")]
+    for seed in range(200):
+        draw = random.Random(seed)
+        rollouts = [draw.choices(values, k=draw.randint(1, 30)) for _ in range(6)]
+        positive = [draw.random() < 0.5 for _ in rollouts]
+        index = torch.repeat_interleave(torch.arange(6), torch.tensor([len(rollout) for rollout in rollouts]))
+        flat = torch.tensor([value for rollout in rollouts for value in rollout])
+        found = token_weights(flat, index, torch.tensor(positive), 3, ShapingOptions())
+        literal = literal_token_weights(rollouts, positive, 3, 0.2, 2.0, 0.005)
+        wanted = torch.tensor([weight for rollout in literal for weight in rollout])
+        assert torch.allclose(found, wanted, rtol=1e-6), (rollouts, positive)

@@ -46,10 +46,11 @@ def token_weights(
     if ranked.isnan().any():
         raise ValueError("token_weights: cannot rank NaN")
     is_positive = positive[rollout_index]
-    key = torch.where(is_positive, ranked, -ranked)
-    # Two stable sorts order by (rollout, key, position); the position of a token in its segment is its rank.
+    # One stable sort by (rollout, key, position), both in one integer: the position of a token in its segment is its
+    # rank. Bits of a float32 order like integers once those of negative numbers are turned round; + 0.0 makes -0.0 0.0.
+    bits = (torch.where(is_positive, ranked, -ranked).to(torch.float32) + 0.0).view(torch.int32)
+    key = (rollout_index << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
     order = torch.argsort(key, stable=True)
-    order = order[torch.argsort(rollout_index[order], stable=True)]
     length = torch.bincount(rollout_index, minlength=positive.numel())
     start = length.cumsum(0) - length
     rank = torch.empty_like(order)
