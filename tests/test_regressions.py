@@ -41,6 +41,7 @@ def test_an_index_that_names_the_wrong_file_is_refused_by_tensor_and_file(tmp_pa
         save_file({name: tensors[name] for name in part}, folder / file)
     where = {name: file for file, part in halves.items() for name in part}
     where[names[0]] = "b.safetensors"
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(RequestError, match=rf"b.safetensors: {names[0]} is said to be in this file"):
         check_checkpoint(folder, read_family(folder))

@@ -157,7 +157,6 @@ def test_the_request_that_all_cases_spoil_is_sound(place: Place, a3po: Callable[
         ("parallel", {"tensor": 4}, ["parallel.tensor = 4", "num_key_value_heads = 2"]),
         ("parallel", {"virtual": 2}, ["parallel.virtual = 2", "parallel.pipeline > 1"]),
         ("parallel", {"virtual": 2, "pipeline": 2}, ["parallel.virtual = 4 chunks", "2 layers"]),
-        ("parallel", {"context": 2}, ["parallel.context = 2", "not supported"]),
         ("parallel", {"expert": 2}, ["parallel.expert = 2", "no experts"]),
         ("rollout", {"expert": 2}, ["rollout.expert = 2", "no experts"]),
         ("rollout", {"tensor": 4}, ["rollout.tensor = 4", "2 ranks"]),

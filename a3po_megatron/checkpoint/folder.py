@@ -94,7 +94,8 @@ def partial_of(folder: Path) -> Path:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """The partial folder to write into; it becomes `folder` when the block ends, and vanishes if the block raises.
 
-    Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process.
+    Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process,
+    and RunFailed if the disk fails while it is being written.
     """
     folder, partial = folder.resolve(), partial_of(folder)
     holder = _claim(folder, partial)
@@ -107,6 +108,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             folder.rmdir()  # an empty folder that was there before
         os.rename(partial, folder)
         _sync(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunFailed(f"{error.filename2 or error.filename or folder}: cannot write it: {error.strerror}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -343,6 +343,16 @@ class _Part(io.RawIOBase):
         return len(data)
 
 
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "IntStorage": torch.int32,  # not read, but named in the refusal
+    "LongStorage": torch.int64,
+}
+
+
 @dataclass(frozen=True)
 class _TensorOf:
     """What a torch.save archive says of its tensor."""
@@ -362,8 +372,8 @@ class _Described(pickle.Unpickler):
             return lambda storage, offset, shape, stride, *_: _TensorOf(
                 storage[0], storage[1], offset, tuple(shape), tuple(stride)
             )
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         raise pickle.UnpicklingError(f"it names {module}.{name}")

@@ -41,6 +41,7 @@ from ..model.stored import Parameter, Span, stored_objects, stored_parameters, s
 from .jobs import Count, deal, run_jobs
 from .load import all_finite, check_checkpoint
 
+OPEN_FILES = 16  # of the source, at once
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
 
 
@@ -87,13 +88,13 @@ def import_checkpoint(
     digests = read_digests(source)
     held = sorted({places[name].path for name in hf_tensors(family)}) if digests else []
     count = progress(total + sum(path.stat().st_size for path in held))
-    run_jobs([functools.partial(_check_hf_files, share, digests) for share in deal(held, workers)], workers, count)
+    run_jobs([functools.partial(_check_hf_files, share, digests) for share in deal(held, workers)], count)
     with whole_folder(target) as folder:
         jobs = [
             functools.partial(_write_records, folder, f"__{number}_0.distcp", share)
             for number, share in enumerate(_shares(records, workers))
         ]
-        results: list[tuple[list[Kept], Written]] = run_jobs(jobs, workers, count)
+        results: list[tuple[list[Kept], Written]] = run_jobs(jobs, count)
         kept = [item for part, _ in results for item in part]
         objects = write_metadata(folder, stored_shapes(family, parameters), kept, stored_objects(family, parameters))
         copy_side_files(source, folder / HF)
@@ -178,6 +179,8 @@ def _write_records(folder: Path, name: str, records: Sequence[_Record], count: C
             values = torch.frombuffer(buffer, dtype=record.dtype, count=count_of).view(record.shape)
             for tensor, stored, start, row, rows in record.sources:
                 if stored.path not in files:
+                    if len(files) >= OPEN_FILES:
+                        files.pop(next(iter(files))).close()
                     files[stored.path] = stored.path.open("rb")
                 part = values[row : row + rows]
                 read_rows(files[stored.path], stored, start, part)
@@ -240,10 +243,10 @@ def export_checkpoint(
     unverified = not read_digests(source)
     count = progress(total + (0 if unverified else sum((source / name).stat().st_size for name in names)))
     if not unverified:
-        run_jobs([functools.partial(_check_files, source, share) for share in deal(names, workers)], workers, count)
+        run_jobs([functools.partial(_check_files, source, share) for share in deal(names, workers)], count)
     with whole_folder(target) as folder:
         jobs = [functools.partial(_write_files, source, folder, share, options) for share in deal(files, workers)]
-        written: list[Written] = [file for part in run_jobs(jobs, workers, count) for file in part]
+        written: list[Written] = [file for part in run_jobs(jobs, count) for file in part]
         if len(files) > 1:
             where = {tensor.name: file.name for file in files for tensor in file.tensors}
             save_index(folder, where, sum(_bytes(tensor, dtype) for tensor in wanted))

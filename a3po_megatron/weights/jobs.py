@@ -1,17 +1,20 @@
 """Jobs over processes, with one count of the bytes that are done: what a conversion runs on.
 
-One worker runs in this process; several are spawned. They end with their parent, however it ends.
+One job runs in this process; several run in a process each. They end with their parent, however it ends, and it
+learns of a worker's death whenever it comes (concurrent.futures does not, of the one that was started last). No lock
+is shared: a killed process could hold it for ever.
 """
 
 from __future__ import annotations
 
-import concurrent.futures.process
+import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 from ..errors import RunFailed
@@ -22,7 +25,6 @@ POLL_SECONDS = 0.1
 Count = Callable[[int], None]  # takes the bytes that were done since it was last called
 Item = TypeVar("Item")
 Job = Callable[[Count], Any]  # picklable: a functools.partial of a module's function
-_shared: Any = None  # in a worker: the count that it shares with its parent
 
 
 def deal(items: Sequence[Item], workers: int) -> list[Sequence[Item]]:
@@ -30,68 +32,72 @@ def deal(items: Sequence[Item], workers: int) -> list[Sequence[Item]]:
     return [items[number::workers] for number in range(min(workers, len(items)))]
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, show: Count) -> list[Any]:
+def run_jobs(jobs: Sequence[Job], show: Count) -> list[Any]:
     """Every job's result, in their order; `show` is called in this process.
 
-    Raises what a job raised first, and RunFailed if a worker was killed.
+    Raises what a job raised first, and RunFailed if a worker was killed; then no worker is left.
     """
-    if workers == 1 or len(jobs) <= 1:
+    if len(jobs) <= 1:
         return [job(show) for job in jobs]
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's thread pools, locked
-    total = context.Value("q", 0)
-    done_bytes = total.get_obj()  # read without the lock, which a killed worker may hold for ever
-    shown = 0
-    with concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(jobs)), context, initializer=_start, initargs=(total, os.getpid())
-    ) as pool:
-        futures = [pool.submit(_run, job) for job in jobs]
-        try:
-            waiting: set[Any] = set(futures)
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, POLL_SECONDS, concurrent.futures.FIRST_EXCEPTION)
-                now = done_bytes.value
-                show(now - shown)
-                shown = now
-                for future in done:
-                    future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise RunFailed(
-                "a worker process was killed (by the system, if memory ran out): try fewer --workers or a smaller "
-                "--bucket-bytes"
-            ) from error
-        except BaseException:
-            done_bytes.value = -1  # tells the others to stop
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
+    counts = [context.RawValue(ctypes.c_longlong, 0) for _ in jobs]
+    results: dict[int, Any] = {}
+    processes, pipes = [], []
+    try:
+        for job, count in zip(jobs, counts, strict=True):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_run, args=(job, count, there, os.getpid()), daemon=True)
+            process.start()
+            there.close()  # its end is the worker's alone: that it closes is how a death shows
+            processes.append(process)
+            pipes.append(here)
+        shown = 0
+        while len(results) < len(jobs):
+            waiting = [pipe for number, pipe in enumerate(pipes) if number not in results]
+            ready = connection.wait(waiting, POLL_SECONDS)
+            done = sum(count.value for count in counts)
+            show(done - shown)
+            shown = done
+            for pipe in ready:
+                results[pipes.index(pipe)] = _received(pipe)  # type: ignore[arg-type]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [results[number] for number in range(len(jobs))]
 
 
-class Stopped(Exception):
-    """This worker's result is not wanted any more."""
+def _received(pipe: connection.Connection) -> Any:
+    try:
+        sound, value = pipe.recv()
+    except EOFError as error:
+        raise RunFailed(
+            "a worker process was killed (by the system, if memory ran out): try fewer --workers or a smaller "
+            "--bucket-bytes"
+        ) from error
+    if not sound:
+        raise value
+    return value
 
 
-def _start(total: Any, parent: int) -> None:
-    global _shared
-    _shared = total
+def _run(job: Job, count: Any, pipe: connection.Connection, parent: int) -> None:
+    """A worker: one job, its result or error through the pipe."""
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(POLL_SECONDS)
-        os._exit(1)  # nothing else ends a pool's worker whose parent was killed
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _run(job: Job) -> Any:
-    import torch
-
     torch.set_num_threads(1)
 
-    def count(amount: int) -> None:
-        with _shared.get_lock():
-            if _shared.value < 0:
-                raise Stopped
-            _shared.value += amount
+    def add(amount: int) -> None:
+        count.value += amount
 
-    return job(count)
+    try:
+        pipe.send((True, job(add)))
+    except Exception as error:  # whatever it is: the parent raises it
+        pipe.send((False, error))

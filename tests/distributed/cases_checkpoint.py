@@ -30,7 +30,7 @@ SAVED: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
     },
     4: {
         "qwen3_tp2_pp2": ("qwen3", "bfloat16", {"tensor": 2, "pipeline": 2}),
-        "llama_tp2_dp2": ("llama", "float32", {"tensor": 2, "data": 2}),
+        "llama_tp2_cp2": ("llama", "float32", {"tensor": 2, "context": 2}),
         "moe_tp2_ep2_sp": ("qwen3_moe_raw", "float32", {"tensor": 2, "data": 2, "expert": 2, "sequence": True}),
         "moe_pp2_ep2": ("qwen3_moe", "bfloat16", {"pipeline": 2, "data": 2, "expert": 2}),
     },
@@ -42,7 +42,7 @@ READ: dict[str, dict[str, Any]] = {
     "llama31_pp2_vp2": {"data": 2},
     "moe_ep2": {"tensor": 2, "sequence": True},
     "qwen3_tp2_pp2": {"pipeline": 2, "data": 2},
-    "llama_tp2_dp2": {"pipeline": 4},
+    "llama_tp2_cp2": {"pipeline": 4},
     "moe_tp2_ep2_sp": {"pipeline": 2, "data": 2},
     "moe_pp2_ep2": {"data": 4, "expert": 4},
 }

@@ -60,6 +60,7 @@ class Forgetful(VllmEngine):
 # one rank and over two have processes of their own.
 NARROW = (
     ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
+    ("qwen3_moe", ["parallel.context=2", "parallel.expert=2"]),
     ("qwen3_moe", ["parallel.pipeline=2"]),
     ("llama31", ["parallel.pipeline=2"]),
     ("qwen3", ["parallel.pipeline=2", "parallel.virtual=2"]),
