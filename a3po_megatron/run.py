@@ -127,7 +127,6 @@ class Run:
         self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
     ) -> dict[str, float | None] | None:
         """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere."""
-        self._keep_rejected(step, batch)
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
         sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
         seconds = self.cluster.agree("seconds", CLOCK.seconds | {"checkpoint": self._saving}, _slowest)
@@ -159,8 +158,11 @@ class Run:
         self._warn(row)
         return row
 
-    def _keep_rejected(self, step: int, batch: Batch) -> None:
+    def keep_rejected(self, step: int, batch: Batch) -> None:
         """Saves what went into updates that were not finite; raises RunFailed when too many came in a row."""
+        if not batch.rejected:  # the same on all ranks
+            self._rejected = 0
+            return
         limit = self.config.trainer.max_rejected_updates
         for number in range(batch.mini_batches):
             if number not in batch.rejected:
@@ -170,6 +172,7 @@ class Run:
             if self.cluster.batch_group.rank() == 0:
                 save_rejected(self.folder / "rejected", step, number, self.cluster.rank, batch)
             what = f"step {step}: the update of mini-batch {number} was not finite and was not applied"
+            self.cluster.agree("rejected", True, all)  # who raises first must not end another's writing
             if self._rejected >= limit:
                 raise RunFailed(
                     f"{what}, the {limit}. in a row (trainer.max_rejected_updates); {self.folder / 'rejected'} holds "

@@ -58,7 +58,8 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for by_layout in run_ranks(world, cases_learner.whole_steps, folder=folder)["whole_steps"]:
             for layout, step in by_layout.items():
                 tokens = found.setdefault(layout, step | {"tokens": {}, "worst": []})
-                tokens["tokens"] |= step["tokens"]
+                for name, given in step["tokens"].items():  # the same on all ranks that hold the rollout, bit for bit
+                    assert tokens["tokens"].setdefault(name, given)[1] == given[1], (layout, name)
                 tokens["worst"].append((step["loss"], step["gradient"]))
     return found
 

@@ -1,6 +1,6 @@
 """A3PO's token weights: one segmented sort against a top-k for every rollout.
 
-    python tools/bench_shaping.py                    256 rollouts of up to 16,384 tokens
+    python tools/bench_shaping.py                    256 rollouts of 16,384 tokens
     python tools/bench_shaping.py --rollouts 64 --tokens 4096 --json out.json
 
 Both must choose the same tokens; the loop is written as one would without a segmented sort. Prints times and the ratio.
@@ -34,13 +34,13 @@ def by_rows(old: Tensor, lengths: list[int], positive: Tensor, step: int, option
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=16384, help="of the longest; the others are drawn below it")
+    parser.add_argument("--tokens", type=int, default=16384, help="of each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(options.tokens // 4, options.tokens + 1, (options.rollouts,), generator=generator).tolist()
+    lengths = [options.tokens] * options.rollouts
     old = -torch.rand(sum(lengths), generator=generator, dtype=torch.float64).float()  # ties are rare
     index = torch.repeat_interleave(torch.arange(options.rollouts), torch.tensor(lengths))
     positive = torch.rand(options.rollouts, generator=generator) < 0.5

@@ -49,7 +49,7 @@ def token_weights(
     # One stable sort by (rollout, key, position), both in one integer: the position of a token in its segment is its
     # rank. Bits of a float32 order like integers once those of negative numbers are turned round; + 0.0 makes -0.0 0.0.
     bits = (torch.where(is_positive, ranked, -ranked).to(torch.float32) + 0.0).view(torch.int32)
-    key = (rollout_index << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    key = (rollout_index.long() << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
     order = torch.argsort(key, stable=True)
     length = torch.bincount(rollout_index, minlength=positive.numel())
     start = length.cumsum(0) - length

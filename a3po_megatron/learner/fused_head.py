@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .rows import check, combine, gradient, in_slice, measure
 
@@ -53,14 +54,15 @@ def logprob_and_entropy(
     if rows is not None and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < tokens):
         raise ValueError(f"rows must lie in 0 … {tokens - 1}")
     scored = tokens if rows is None else rows.numel()
-    targets, valid = check(targets, scored, len(weight), group, vocab_size, temperature, chunk_tokens)
+    first, valid = check(targets, scored, len(weight), group, vocab_size, temperature, chunk_tokens)
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * max(len(weight), 1)))
-    settings = (group, float(temperature), chunk, valid, with_entropy, sequence_parallel)
+    settings = (group, float(temperature), chunk, (first, valid), with_entropy, sequence_parallel)
     logprobs, entropy = _Head.apply(hidden, weight, targets, rows, settings)
     return logprobs, entropy if with_entropy else None
 
 
-Settings = tuple[dist.ProcessGroup | None, float, int, int, bool, bool]
+# group, temperature, chunk, (first column, number of columns that are no padding), with_entropy, sequence_parallel
+Settings = tuple[dist.ProcessGroup | None, float, int, tuple[int, int], bool, bool]
 
 
 class _Head(torch.autograd.Function):
@@ -68,9 +70,9 @@ class _Head(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor]:
-        group, temperature, chunk, valid, with_entropy, sequence_parallel = settings
+        group, temperature, chunk, (first, valid), with_entropy, sequence_parallel = settings
         whole = _gather(hidden, group) if sequence_parallel else hidden
-        here, column = in_slice(targets, valid)
+        here, column = in_slice(targets, first, valid)
         local = hidden.new_zeros((4, len(targets)), dtype=torch.float32)
         local[0] = float("-inf")
         work = _Work(chunk, valid, len(targets), with_entropy, hidden.device)
@@ -85,14 +87,16 @@ class _Head(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_logprob: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, peak, log_z, entropy, *more = ctx.saved_tensors
-        group, temperature, chunk, valid, with_entropy, sequence_parallel = ctx.settings
+        group, temperature, chunk, (first, valid), with_entropy, sequence_parallel = ctx.settings
         rows = more[0] if more else None
         whole = _gather(hidden, group) if sequence_parallel else hidden
-        here, column = in_slice(targets, valid)
+        here, column = in_slice(targets, first, valid)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(whole) if wants_hidden else None
+        # Contiguous, whatever the caller's strides: collectives go by memory.
+        d_hidden = torch.zeros_like(whole, memory_format=torch.contiguous_format) if wants_hidden else None
         sums = _weight_sums(weight) if wants_weight else None
         work = _Work(chunk, valid, len(targets), with_entropy, hidden.device)
         for span in work.spans:
@@ -124,7 +128,8 @@ class _Work:
         self.spans = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)] if valid else []
         shape = (min(chunk, tokens), valid)
         self._first = torch.empty(shape if valid else (0, 0), dtype=torch.float32, device=device)
-        self._second = torch.empty_like(self._first) if with_entropy else None
+        # Triton's kernels need no second one.
+        self._second = torch.empty_like(self._first) if with_entropy and device.type == "cpu" else None
 
     def logits(self, hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
         """hidden weightᵀ / temperature [t, valid] in float32."""

@@ -35,7 +35,7 @@ from ..model.family import Family
 from ..model.layout import layout_of, pieces
 from ..schedule.packing import pack
 from ..telemetry.clock import phase
-from ..weights.load import all_finite, load_shards
+from ..weights.load import load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .pipeline import Pipeline
 
@@ -158,9 +158,9 @@ class Learner:
         return self.pipeline.from_last_stage(sums), farthest
 
     def _is_broken(self, sums: Tensor) -> bool:
-        """Whether the loss or a gradient is not finite on any rank."""
+        """Whether the loss or a gradient is not finite on any rank, or so large that its norm would not be."""
         buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        sound = bool(torch.isfinite(sums).all()) and all(all_finite(buffer.grad_data) for buffer in buffers)
+        sound = bool(torch.isfinite(sums).all()) and all(_is_usable(buffer.grad_data) for buffer in buffers)
         return bool(self.cluster.agree("update", not sound, any))
 
     def _step(self, number: int) -> float:
@@ -194,7 +194,9 @@ class Learner:
         """The chosen rollouts, packed; at least one micro-batch, so that every rank joins every collective."""
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
-        bins = pack([len(prompt) + len(response) - 1 for prompt, response in sequences], self.limit)
+        grain = 2 * self.cluster.context if self.cluster.context > 1 else 1  # every sequence is padded to that
+        lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
+        bins = pack(lengths, self.limit)
         return self._packed(
             [([sequences[i] for i in items], [starts[chosen[i]] for i in items]) for items in bins or [[]]]
         )
@@ -215,6 +217,12 @@ class Learner:
             multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at in contents)
         packed = [micro_batch(held, at, multiple, context) for held, at in contents]
         return packed + [micro_batch([], [], multiple, context) for _ in range(count - len(packed))]
+
+
+def _is_usable(gradients: Tensor) -> bool:
+    """Finite, and so small that the square of the norm of 1e11 of them still is in float32."""
+    low, high = (float(extreme) for extreme in torch.aminmax(gradients)) if gradients.numel() else (0.0, 0.0)
+    return -1e13 < low <= high < 1e13  # false for NaN
 
 
 def _largest(values: list[float]) -> float:

@@ -56,6 +56,8 @@ def micro_batch(
         tokens.extend([0] * count)
 
     for (prompt, response), start in zip(sequences, starts, strict=True):
+        if not prompt:
+            raise ValueError("a rollout without a prompt has nothing that predicts its first token")
         begin = len(tokens) + len(prompt) - 1
         tokens += [*prompt, *response][:-1]
         positions += range(len(prompt) + len(response) - 1)

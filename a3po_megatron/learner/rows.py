@@ -94,8 +94,9 @@ def gradient(
     return found.scatter_add_(1, column[:, None], torch.where(here, of_logprob, 0.0)[:, None])
 
 
-def in_slice(targets: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Which targets (relative to the slice) lie in its first `valid` columns, and their column (0 for the others)."""
+def in_slice(targets: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the `valid` columns from `first` on, and their column there (0 for the others)."""
+    targets = targets - first
     here = (targets >= 0) & (targets < valid)
     return here, torch.where(here, targets, 0)
 
@@ -103,8 +104,8 @@ def in_slice(targets: Tensor, valid: int) -> tuple[Tensor, Tensor]:
 def check(
     targets: Tensor, tokens: int, columns: int, group: dist.ProcessGroup | None, vocab_size: int | None,
     temperature: float, chunk_tokens: int | None,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Targets relative to this rank's slice, and its number of columns that are no padding.
+) -> tuple[int, int]:  # fmt: skip
+    """This rank's first column, and its number of columns that are no padding.
 
     Raises ValueError for shapes that do not fit and for a target outside the vocabulary.
     """
@@ -112,8 +113,8 @@ def check(
         raise ValueError(f"targets must be [{tokens}], one a token: got {tuple(targets.shape)}")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1: got {chunk_tokens}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0: got {temperature}")
+    if not 1e-30 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite: got {temperature}")
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     vocab_size = columns * ranks if vocab_size is None else vocab_size
     if not columns * ranks >= vocab_size > 0:
@@ -121,4 +122,4 @@ def check(
     if targets.numel() and not bool(((targets >= 0) & (targets < vocab_size)).all()):
         raise ValueError(f"a target lies outside the vocabulary of {vocab_size}")
     first = rank * columns
-    return targets - first, min(max(vocab_size - first, 0), columns)
+    return first, min(max(vocab_size - first, 0), columns)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .rows import check, combine, gradient, in_slice, measure
 
@@ -36,9 +37,11 @@ def logprob_and_entropy(
     if logits.dim() != 2:
         raise ValueError(f"logits must be [T, V/tp]: got {tuple(logits.shape)}")
     tokens, columns = logits.shape
-    targets, valid = check(targets, tokens, columns, group, vocab_size, temperature, chunk_tokens)
+    first, valid = check(targets, tokens, columns, group, vocab_size, temperature, chunk_tokens)
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * max(columns, 1)))
-    logprobs, entropy = _LogprobEntropy.apply(logits, targets, group, float(temperature), chunk, valid, with_entropy)
+    logprobs, entropy = _LogprobEntropy.apply(
+        logits, targets, group, float(temperature), chunk, (first, valid), with_entropy
+    )
     return logprobs, entropy if with_entropy else None
 
 
@@ -47,16 +50,17 @@ class _LogprobEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,  # [T, V/tp]
-        targets: Tensor,  # [T] relative to this slice
+        targets: Tensor,  # [T]
         group: dist.ProcessGroup | None,
         temperature: float,
         chunk: int,
-        valid: int,
+        columns: tuple[int, int],  # of this slice: the first, and how many are no padding
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
+        valid = columns[1]
         tokens = logits.shape[0]
         spans = [slice(begin, min(begin + chunk, tokens)) for begin in range(0, tokens, chunk)]
-        here, column = in_slice(targets, valid)
+        here, column = in_slice(targets, *columns)
         local = logits.new_zeros((4, tokens), dtype=torch.float32)
         local[0] = float("-inf")
         for span in spans if valid else ():
@@ -64,22 +68,23 @@ class _LogprobEntropy(torch.autograd.Function):
             measure(rows, here[span], column[span], with_entropy, local[:, span])
         logprobs, entropy, peak, log_z = combine(local, here, group)
         ctx.save_for_backward(logits, targets, peak, log_z, entropy)
-        ctx.temperature, ctx.spans, ctx.valid, ctx.with_entropy = temperature, spans, valid, with_entropy
+        ctx.temperature, ctx.spans, ctx.columns, ctx.with_entropy = temperature, spans, columns, with_entropy
         if not with_entropy:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_logprob: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, *kept = ctx.saved_tensors
-        here, column = in_slice(targets, ctx.valid)
-        grad = torch.zeros_like(logits)
-        for span in ctx.spans if ctx.valid else ():
-            rows = _scaled(logits[span, : ctx.valid], ctx.temperature)
+        here, column = in_slice(targets, *ctx.columns)
+        grad, valid = torch.zeros_like(logits), ctx.columns[1]
+        for span in ctx.spans if valid else ():
+            rows = _scaled(logits[span, :valid], ctx.temperature)
             kept_here = (kept[0][span], kept[1][span], kept[2][span])
             entropy = of_entropy[span] if ctx.with_entropy else None
             found = gradient(rows, here[span], column[span], kept_here, of_logprob[span], entropy)
-            grad[span, : ctx.valid] = found.div_(ctx.temperature)
+            grad[span, :valid] = found.div_(ctx.temperature)
         return grad, None, None, None, None, None, None
 
 

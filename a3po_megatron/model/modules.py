@@ -137,6 +137,6 @@ class _GatherContext(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        return total[ctx.group.rank()], None
+        own = torch.empty_like(gradient[0], memory_format=torch.contiguous_format)
+        dist.reduce_scatter_tensor(own, gradient.contiguous().flatten(0, 1), group=ctx.group)
+        return own, None

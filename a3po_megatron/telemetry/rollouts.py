@@ -67,7 +67,9 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
         )
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:05d}.mini-batch-{mini_batch}.rank-{rank}.pt"
-    torch.save(entries, path)
+    temporary = path.with_suffix(".partial")
+    torch.save(entries, temporary)
+    temporary.replace(path)
     return path
 
 
