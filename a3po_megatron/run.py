@@ -160,12 +160,9 @@ class Run:
 
     def keep_rejected(self, step: int, batch: Batch) -> None:
         """Saves what went into updates that were not finite; raises RunFailed when too many came in a row."""
-        if not batch.rejected:  # the same on all ranks
-            self._rejected = 0
-            return
         limit = self.config.trainer.max_rejected_updates
         for number in range(batch.mini_batches):
-            if number not in batch.rejected:
+            if number not in batch.rejected:  # the same on all ranks
                 self._rejected = 0
                 continue
             self._rejected += 1

@@ -203,11 +203,6 @@ class Reader:
                 raise RequestError(f"{path}: it has {size} bytes of the {need} that .metadata places in it")
         return sorted(self._ends)
 
-    def check_file(self, name: str) -> int:
-        """Holds a file with chunks against its digest; returns its size. Raises RequestError if it is damaged."""
-        check_digest(self.folder / name, read_digests(self.folder))
-        return (self.folder / name).stat().st_size
-
     def read(self, box: Box, into: Tensor) -> None:
         """Fills `into` [rows, ...] (contiguous, of the stored dtype) with a box.
 

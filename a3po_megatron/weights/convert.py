@@ -88,7 +88,7 @@ def import_checkpoint(
     digests = read_digests(source)
     held = sorted({places[name].path for name in hf_tensors(family)}) if digests else []
     count = progress(total + sum(path.stat().st_size for path in held))
-    run_jobs([functools.partial(_check_hf_files, share, digests) for share in deal(held, workers)], count)
+    run_jobs([functools.partial(_check_files, share, digests) for share in deal(held, workers)], count)
     with whole_folder(target) as folder:
         jobs = [
             functools.partial(_write_records, folder, f"__{number}_0.distcp", share)
@@ -110,7 +110,7 @@ def _no_tokenizer(folder: Path) -> str:
     return f"{folder} holds no tokenizer files: the converted folder has none either"
 
 
-def _check_hf_files(paths: Sequence[Path], digests: dict[str, Written], count: Count) -> None:
+def _check_files(paths: Sequence[Path], digests: dict[str, Written], count: Count) -> None:
     for path in paths:
         check_digest(path, digests)
         count(path.stat().st_size)
@@ -235,15 +235,15 @@ def export_checkpoint(
         raise RequestError(f"{hf / CONFIG}: the file is missing: it says what model the checkpoint holds")
     family, sides = read_family(hf), side_files(hf)
     with Reader(source) as reader:
-        names = reader.check_folder()
+        chunked = [source / name for name in reader.check_folder()]
         wanted = _wanted(family, reader, options)
     files = _files(wanted, options.shard_bytes, dtype)
     total = sum(_bytes(tensor, None) for tensor in wanted)
     check_free(target, sum(_bytes(tensor, dtype) for tensor in wanted))
-    unverified = not read_digests(source)
-    count = progress(total + (0 if unverified else sum((source / name).stat().st_size for name in names)))
-    if not unverified:
-        run_jobs([functools.partial(_check_files, source, share) for share in deal(names, workers)], count)
+    digests = read_digests(source)
+    held = chunked if digests else []
+    count = progress(total + sum(path.stat().st_size for path in held))
+    run_jobs([functools.partial(_check_files, share, digests) for share in deal(held, workers)], count)
     with whole_folder(target) as folder:
         jobs = [functools.partial(_write_files, source, folder, share, options) for share in deal(files, workers)]
         written: list[Written] = [file for part in run_jobs(jobs, count) for file in part]
@@ -253,7 +253,7 @@ def export_checkpoint(
         copy_side_files(hf, folder, None if dtype is None else str(dtype).removeprefix("torch."))
         save_digests(folder, sorted(written, key=lambda file: file.name), [INDEX] if len(files) > 1 else [])
     remarks = [] if has_tokenizer(sides) else [_no_tokenizer(hf)]
-    if unverified:
+    if not digests:
         remarks.append(f"{source} has no digests.json: nothing says whether its bytes are those that were written")
     return Converted(len(wanted), total, len(files), tuple(remarks))
 
@@ -324,12 +324,6 @@ def _files(wanted: Sequence[_Wanted], shard_bytes: int, dtype: torch.dtype | Non
     by_name = {tensor.name: tensor for tensor in wanted}
     names = file_names(len(groups))
     return [_File(name, [by_name[n] for n in group]) for name, group in zip(names, groups, strict=True)]
-
-
-def _check_files(source: Path, names: Sequence[str], count: Count) -> None:
-    with Reader(source) as reader:
-        for name in names:
-            count(reader.check_file(name))
 
 
 def _write_files(

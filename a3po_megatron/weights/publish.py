@@ -59,13 +59,15 @@ class Publisher:
         self.rank = cluster.replica_group.rank()
         self.pieces = by_rank[self.rank]
         every = (0, family.experts.count if family.experts else 0)
-        ranks = dist.get_process_group_ranks(cluster.replica_group)
-        experts = [engine_experts(rank) if engine_experts else every for rank in ranks]
+        self.ranks = dist.get_process_group_ranks(cluster.replica_group)
+        experts = [engine_experts(rank) if engine_experts else every for rank in self.ranks]
         self.plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, experts)
         self.export_plan = self.plan  # whole models, for who writes them down
         if any(needed != every for needed in experts):
             whole = [every] * len(by_rank)
             self.export_plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, whole)
+        # Both follow from the plan alone, and take a second where it is a large one.
+        self.digest, self.received = self.plan.digest(), self.plan.received(self.rank, itemsize=1)
         self.groups = Groups(
             stage=cluster.coordinates.pipeline,
             within=cluster.within,
@@ -83,7 +85,7 @@ class Publisher:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
         with phase("publish"):
             start, timings = time.perf_counter(), Timings()
-            self.cluster.agree("publish plan", [ranks_of(self.cluster), self.plan.digest()], one_plan_a_replica)
+            self.cluster.agree("publish plan", [self.ranks, self.digest], one_plan_a_replica)
             shapes = self.plan.shapes(self.rank)
             if self.export_plan.shapes(self.rank) != hf_tensors(self.family):
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
@@ -119,7 +121,7 @@ class Publisher:
                 strength=strength,
                 tensors=len(shapes),
                 bytes=sum(torch.Size(shape).numel() for shape in shapes.values()) * engine.dtype.itemsize,
-                received_bytes=self.plan.received(self.rank, engine.dtype.itemsize),
+                received_bytes=self.received * engine.dtype.itemsize,
                 seconds=time.perf_counter() - start,
                 timings=timings,
                 canary=self._canary(logprobs, engine) if self.canary else None,
@@ -127,7 +129,7 @@ class Publisher:
 
     def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
         """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
-        if 0 in dist.get_process_group_ranks(self.cluster.replica_group):
+        if 0 in self.ranks:
             stream, shapes = (
                 gather(self.export_plan, parameters, self.groups, dtype),
                 self.export_plan.shapes(self.rank),
@@ -202,10 +204,6 @@ class Publisher:
                     "these weights"
                 )
         return max(by_rank)
-
-
-def ranks_of(cluster: Cluster) -> list[int]:
-    return dist.get_process_group_ranks(cluster.replica_group)
 
 
 def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
