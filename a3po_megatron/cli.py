@@ -48,12 +48,13 @@ def train(
     rendezvous_port(settings.cluster.port)
     check_request(settings)
     folder = run_dir or default_folder(settings.name)
-    with make_folder(folder, settings, sys.argv):
+    lock, remarks = make_folder(folder, settings, sys.argv)
+    with lock:
         ranks = settings.parallel.ranks()
-        if (folder / "before-1").exists():
-            typer.echo(f"{folder}: an unfinished run starts again from step 0; what it had written is in before-*/")
+        for remark in remarks:
+            typer.echo(f"{folder}: {remark}")
         typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
-        run_local(folder, settings, started)
+        run_local(folder, settings, started, lock)
         page = write_report([folder], None)
     typer.echo(f"run folder: {folder}\nreport:     {page}")
 

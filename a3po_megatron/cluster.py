@@ -96,6 +96,11 @@ class Cluster:
         self.tensor, self.pipeline = parallel.tensor, parallel.pipeline
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
         self.engines = self.world // engine_ranks
+        self.engine_group = (
+            self._own_group(list(range(first, first + engine_ranks)) for first in range(0, self.world, engine_ranks))
+            if engine_ranks > 1
+            else None
+        )
         self.engine_leaders = self._engine_leaders(engine_ranks)
         # This rank's place among the ranks of its stage that hold one copy of the stage's weights.
         copy = self.coordinates.context + self.context * self.coordinates.data
@@ -189,6 +194,14 @@ class Cluster:
         values: list[Any] = [None] * self.batch_group.size()
         dist.all_gather_object(values, value, group=self.batch_group)
         return values
+
+    def any_of_engine(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank of this rank's engine: they go through its steps together."""
+        if self.engine_group is None:
+            return flag
+        value = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.engine_group)
+        return bool(value)
 
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks that hold different tokens: context- and data-parallel ones."""

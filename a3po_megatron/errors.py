@@ -24,5 +24,11 @@ class RunFailed(A3POError):
     exit_code = 1
 
 
+class Interrupted(A3POError):
+    """A run that was told to stop, or that got stuck: the same command continues it. Exit code 85."""
+
+    exit_code = 85
+
+
 class PublishError(RunFailed):
     """Learner and engine do not hold the same weights after a publish. The message names the tensor."""

@@ -1,9 +1,12 @@
-"""A run and its folder: publish, record, and what a step leaves behind.
+"""A run and its folder: publish, record, save, and what a step leaves behind.
 
-    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/  checkpoints/step-N/  hf/step-N/
+    config.yaml  provenance.json  metrics.jsonl  rollouts/  logs/  tensorboard/  checkpoints/  journal/  hf/  rejected/
 
 The launcher makes the folder (launch/folder.py); every rank opens it here. Rank 0 writes metrics and shows progress;
 every engine's leaders write their share of its rollouts.
+
+What must survive a restart is declared here, in `inventory`, and in a _Boundary: the state between two steps. Weights
+and optimizer are saved as they are at such a boundary; what a step finished since then is in the journal.
 """
 
 from __future__ import annotations
@@ -15,25 +18,31 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .algorithm.statistics import batch_metrics, batch_sums
-from .batch import Batch, Collected
-from .checkpoint.folder import Written, digest_of, partial_of, save_digests, whole_folder
-from .checkpoint.store import save_sharded
+from .batch import Batch, Collected, Group
+from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, whole_folder
+from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
+from .checkpoint.manifest import Manifest, Stateful, name_latest, prune, read_manifest, saved_steps, step_of
+from .checkpoint.store import Saving
+from .checkpoint.streams import random_state, restore_random_state
 from .checkpoint.torch_dist import INDEXES
 from .cluster import Cluster, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
-from .errors import RunFailed
+from .errors import Interrupted, RequestError, RunFailed
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.family import Family
 from .model.files import HF, copy_side_files
 from .model.layout import layout_of
+from .rollout.collect import Collector, first
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
 from .telemetry.metrics import MetricsWriter
@@ -44,14 +53,52 @@ from .weights.publish import Publisher
 from .weights.receipt import Receipt
 
 INERT_WARNING = 0.95
-MANIFEST = "manifest.json"  # last of a checkpoint's files: one without it is not whole
+
+
+@dataclass(frozen=True)
+class _Boundary:
+    """Everything but weights and optimizer, as it was between two steps."""
+
+    step: int  # steps done
+    weight_version: int  # that the engines hold
+    state: dict[str, dict[str, Any]]  # of the inventory, the same on all ranks
+    held: list[Group]  # carried over, on this rank
+    random: dict[str, Any]  # this rank's streams
+    metrics_bytes: int
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    boundary: _Boundary
+    target: Path
+    saving: Saving
+    place: contextlib.ExitStack  # of the folder, on rank 0
 
 
 class Run:
     def __init__(
-        self, folder: Path, config: Config, cluster: Cluster, family: Family, tokens: Tokens, prompts: Prompts
+        self,
+        folder: Path,
+        config: Config,
+        cluster: Cluster,
+        family: Family,
+        tokens: Tokens,
+        prompts: Prompts,
+        collect: Collector,
+        learner: Learner,
+        checkpoint: Path | None = None,  # where the run goes on from; the learner has its share
     ) -> None:
         self.folder, self.config, self.cluster, self.tokens = folder, config, cluster, tokens
+        self.collect, self.journal, self.interrupt = collect, collect.journal, collect.interrupt
+        # What all ranks know alike and must survive a restart. Later parts register here.
+        self.inventory: dict[str, Stateful] = {
+            "prompts": prompts,
+            "collector": collect,
+            "learner": learner,
+            "rejected": self,
+        }
         layout = layout_of(config.parallel, cluster.backend.spec)
         canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
         rollout, experts = config.rollout, family.experts.count if family.experts else 0
@@ -67,26 +114,73 @@ class Run:
         self._rejected = 0  # updates in a row that were not finite
         self._gave_up = False  # too many of them
         self._warned = False
+        self._pending: _Pending | None = None
+        first_step = 0 if checkpoint is None else self._resume(checkpoint, prompts)
+        self._saved = first_step  # the step of the last checkpoint that is in place
         if cluster.rank == 0:
-            self._metrics = MetricsWriter(folder, config.telemetry.tensorboard)
-            self._progress = ProgressLine(config.trainer.steps, open_console())
+            self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
+            self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
+        self._boundary = self._state(first_step)
+        self.interrupt.limit(config.checkpoint.time_limit_seconds, max(0.0, time.time() - self._started))
 
     def steps(self) -> Iterator[int]:
         """The steps still to do."""
-        self._startup = time.time() - self._started
+        self._startup = max(0.0, time.time() - self._started)  # the clock may have been set back
+        start, steps = self._boundary.step, self.config.trainer.steps
         if self.cluster.rank == 0:
-            self._progress.say(f"started in {self._startup:.0f} s: {self.config.trainer.steps} steps to go")
-        for step in range(self.config.trainer.steps):
+            goes_on = f", goes on at step {start}" if start else ""
+            self._progress.say(f"started in {self._startup:.0f} s{goes_on}: {steps - start} steps to go")
+        if leave := self.cluster.agree("leave at the start", self.interrupt.due("score"), first):
+            raise Interrupted(leave)
+        for step in range(start, steps):
             CLOCK.begin(step)
             self._step_start = time.perf_counter()
             yield step
+
+    def _resume(self, checkpoint: Path, prompts: Prompts) -> int:
+        """Restores everything but weights and optimizer; returns the step to go on with."""
+        manifest = read_manifest(checkpoint)
+        if unlike := sorted(manifest.state.keys() ^ self.inventory.keys()):
+            raise RequestError(
+                f"{checkpoint}: it holds the state of {', '.join(manifest.state)}, this version needs that of "
+                f"{', '.join(self.inventory)}: {', '.join(unlike)} differ, so it cannot go on from there"
+            )
+        for name, part in self.inventory.items():
+            part.restore(manifest.state[name])
+        self.publisher.version = manifest.weight_version - 1  # the publish that every start begins with gives it again
+        before = Config.model_validate(manifest.config)
+        if (before.parallel, before.rollout.tensor) == (self.config.parallel, self.config.rollout.tensor):
+            restore_random_state(json.loads((checkpoint / f"rank-{self.cluster.rank}.json").read_text()))
+            self.collect.take_over(self._surplus(checkpoint / f"surplus.rank-{self.cluster.rank}", prompts))
+        elif self.cluster.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
+            files = sorted(checkpoint.glob("surplus.rank-*"))
+            groups = sorted((g for file in files for g in self._surplus(file, prompts)), key=lambda g: g.prompt.index)
+            self.collect.take_over(groups[self.cluster.coordinates.data :: self.cluster.data])
+        return manifest.step
+
+    def _surplus(self, file: Path, prompts: Prompts) -> list[Group]:
+        """Groups that were carried over, from a file of a checkpoint."""
+        groups = []
+        frames = list(read_frames(file))
+        for group, verdicts in zip(frames[::2], frames[1::2], strict=True):
+            whole = read_group(group, verdicts, prompts.at(group.header["prompt"]), self.tokens.decode)
+            if whole is None:
+                raise RequestError(f"{file}: the group of prompt {group.header['prompt']} is not of this run's prompts")
+            groups.append(whole)
+        return groups
+
+    def state(self) -> dict[str, Any]:
+        return {"in_a_row": self._rejected}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._rejected = state["in_a_row"]
 
     def publish(self, learner: Learner, engine: Engine) -> Receipt:
         """The learner's weights into the engine, with proof."""
         options, model = self.config.publish, self.config.model
         receipt = self.publisher.publish(learner.parameters(), learner.logprobs, engine)
-        first, every = receipt.version == 1 and options.witness_at_start, options.witness_every
-        if options.canary_prompts and (first or (every and receipt.version % every == 0)):
+        start, every = self._startup is None and options.witness_at_start, options.witness_every
+        if options.canary_prompts and (start or (every and receipt.version % every == 0)):
             scratch = self.folder / "witness"
             witness = self.publisher.witness(learner.parameters(), DTYPES[model.dtype], Path(model.path), scratch)
             receipt = dataclasses.replace(receipt, witness=witness)
@@ -95,36 +189,110 @@ class Run:
         return receipt
 
     def checkpoint(self, step: int, learner: Learner) -> None:
-        """Saves the weights after a step where that is due, and after the last one."""
+        """After a step: saves where that is due, and at the end. Raises Interrupted where all agreed to leave."""
         done, options, model = step + 1, self.config.checkpoint, self.config.model
         last, start = done == self.config.trainer.steps, time.perf_counter()
         with phase("checkpoint"):
+            self._complete_save(wait=False)
+            self._boundary = self._state(done)
             if last or done % options.every_steps == 0:
-                self._save(self.folder / "checkpoints" / f"step-{done:06d}", done, learner)
+                self._save(self._boundary, learner)
             if options.export_hf_every and (last or done % options.export_hf_every == 0):
                 target = self.folder / "hf" / f"step-{done:06d}"
                 self.publisher.export(learner.parameters(), DTYPES[model.dtype], Path(model.path), target)
+            if last:
+                self._complete_save(wait=True)
         self._saving = time.perf_counter() - start
+        self.interrupt.observe(CLOCK.seconds)
+        if not last and (leave := self.cluster.agree("leave after the step", self.interrupt.due("score"), first)):
+            raise Interrupted(leave)
 
-    def _save(self, target: Path, done: int, learner: Learner) -> None:
-        """A Megatron checkpoint with what makes it a model: it appears whole or not at all."""
+    @contextlib.contextmanager
+    def leaving(self, learner: Learner) -> Iterator[None]:
+        """Where an agreed interrupt ends up: saves what the weights in memory belong to, and ends the run so."""
+        try:
+            yield
+        except Interrupted as reason:
+            boundary = self._boundary
+            with phase("checkpoint"):
+                self._complete_save(wait=True)
+                if boundary.step not in (0, self._saved):  # at 0 there is nothing that the configuration does not say
+                    self._save(boundary, learner)
+                    self._complete_save(wait=True)
+            if self.cluster.rank == 0:
+                self._progress.close()
+            raise Interrupted(
+                f"{self.folder}: interrupted by {reason} in step {boundary.step} of {self.config.trainer.steps}; all "
+                "finished work is saved, the same command continues the run"
+            ) from reason
+
+    def _state(self, done: int) -> _Boundary:
+        """Everything but the weights, as it is between two steps. Cheap: of groups only references are kept."""
+        state = {name: part.state() for name, part in self.inventory.items()}
+        metrics = self._metrics.bytes() if self.cluster.rank == 0 else 0
+        return _Boundary(done, self.publisher.version, state, self.collect.held(), random_state(), metrics)
+
+    def _save(self, boundary: _Boundary, learner: Learner) -> None:
+        """Begins a checkpoint, which is written while the run goes on. It appears whole or not at all."""
+        self._complete_save(wait=True)
         broken = [name for (_, name), p in learner.parameters().items() if not all_finite(p.detach())]
         if found := self.cluster.agree("finite weights", broken, sum_lists):
-            raise RunFailed(f"step {done - 1}: {found[0]} holds a value that is not finite: nothing is saved")
-        with contextlib.ExitStack() as stack:
+            raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
+        target = self.folder / "checkpoints" / f"step-{boundary.step:06d}"
+        place = contextlib.ExitStack()
+        if self.cluster.rank == 0:
+            place.enter_context(whole_folder(target))
+        self.cluster.agree("checkpoint folder", True, all)
+        self._pending = _Pending(boundary, target, Saving(learner.sharded_state(), partial_of(target)), place)
+
+    def _complete_save(self, wait: bool) -> None:
+        """Puts a checkpoint in place once all ranks have written their shares; `wait`: now."""
+        if self._pending is None:
+            return
+        pending = self._pending
+        if not wait and not self.cluster.agree("written", pending.saving.written, all):
+            return
+        self._pending = None
+        with pending.place:
+            if wrong := self.cluster.agree("written well", pending.saving.wait(), first):
+                raise RunFailed(f"the checkpoint of step {pending.boundary.step} could not be written: {wrong}")
+            partial = partial_of(pending.target)
+            mine = [*pending.saving.finish(), *self._save_rank(pending.boundary, partial)]
+            files = self.cluster.agree("checkpoint files", [dataclasses.asdict(file) for file in mine], sum_lists)
             if self.cluster.rank == 0:
-                stack.enter_context(whole_folder(target))
-            self.cluster.agree("checkpoint folder", True, all)
-            partial = partial_of(target)
-            save_sharded(learner.sharded_state(), partial)
-            mine = [digest_of(path) for path in sorted(partial.glob(f"__{self.cluster.rank}_*.distcp"))]
-            written = self.cluster.agree("checkpoint files", [dataclasses.asdict(file) for file in mine], sum_lists)
-            if self.cluster.rank == 0:
-                copy_side_files(Path(self.config.model.path), partial / HF, self.config.model.dtype)
-                manifest = {"step": done, "weight_version": self.publisher.version}
-                (partial / MANIFEST).write_text(json.dumps(manifest) + "\n")
-                save_digests(partial, [Written(**file) for file in written], [*INDEXES, MANIFEST])
+                self._save_manifest(pending.boundary, partial, [Written(**file) for file in files])
+        if self.cluster.rank == 0:
+            options = self.config.checkpoint
+            name_latest(pending.target.parent, pending.target.name)
+            prune(pending.target.parent, options.keep_last, options.keep_every)
+            self.journal.forget(step_of(saved_steps(pending.target.parent)[-options.keep_last :][0]))
         self.cluster.agree("checkpoint", True, all)
+        self._saved = pending.boundary.step
+
+    def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
+        """What this rank alone holds; returns the files."""
+        rank = self.cluster.rank
+        with HashedFile(folder / f"rank-{rank}.json") as random:
+            random.write(json.dumps(boundary.random).encode())
+        with HashedFile(folder / f"surplus.rank-{rank}") as surplus:
+            for group in boundary.held:
+                write_group(surplus, group)
+                write_verdicts(surplus, group)
+        return [random.written(), surplus.written()]
+
+    def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
+        copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.dtype)
+        beside = [folder / name for name in INDEXES] + sorted((folder / HF).iterdir())
+        files += [dataclasses.replace(digest_of(path), name=str(path.relative_to(folder))) for path in beside]
+        Manifest(
+            step=boundary.step,
+            weight_version=boundary.weight_version,
+            ranks=self.cluster.world,
+            config=self.config.model_dump(mode="json"),
+            state=boundary.state,
+            metrics_bytes=boundary.metrics_bytes,
+            files={file.name: file for file in files},
+        ).save(folder)
 
     def record(
         self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Receipt
@@ -171,8 +339,16 @@ class Run:
             )
         return row
 
-    def keep_scored(self, step: int, batch: Batch) -> None:
-        """Raises RunFailed for old log-probs that are not finite, with the batch saved: its weights are broken."""
+    def recall(self, step: int, batch: Batch) -> Batch:
+        """Gives a batch the old log-probs and entropies that it had before the run was interrupted, if it had."""
+        known = self.journal.scores(step, batch.rollouts)
+        if self.cluster.agree("scored before", known is not None, all):
+            batch.old_logprobs, batch.entropy = torch.from_numpy(known)
+        return batch
+
+    def keep(self, step: int, batch: Batch) -> None:
+        """Makes a scored batch durable before its update. Raises Interrupted where all agreed to leave, and RunFailed
+        for old log-probs that are not finite, with the batch saved: its weights are broken."""
         assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
         sound = bool(torch.isfinite(batch.old_logprobs).all()) and bool(torch.isfinite(batch.entropy).all())
         if self.cluster.agree("scores", not sound, any):
@@ -182,6 +358,10 @@ class Run:
                 f"step {step}: the learner's log-probs are not finite: its weights cannot be trusted; "
                 f"{self.folder / 'rejected'} holds the batch"
             )
+        if self.cluster.batch_group.rank() == 0:
+            self.journal.add_scores(step, batch)
+        if leave := self.cluster.agree("leave before the update", self.interrupt.due("update", "publish"), first):
+            raise Interrupted(leave)
 
     def keep_rejected(self, step: int, batch: Batch) -> None:
         """Saves what went into updates that were not finite; `record` ends the run when too many came in a row."""

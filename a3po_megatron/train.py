@@ -6,6 +6,11 @@ from a3po_megatron.launch import environment
 
 environment.prepare()  # must precede every import of torch, Megatron and vLLM
 
+from a3po_megatron.checkpoint.interrupt import INTERRUPT  # noqa: E402
+
+if __name__ == "__main__":
+    INTERRUPT.install()  # a signal that comes while the rest is imported must not be lost
+
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -15,6 +20,8 @@ compat.prepare()  # at module level: Megatron's checkpoint writers import this m
 
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
+from a3po_megatron.checkpoint.journal import Journal  # noqa: E402
+from a3po_megatron.checkpoint.manifest import saved_steps  # noqa: E402
 from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
@@ -38,27 +45,30 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     dtype = DTYPES[config.model.dtype]
     engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
-    learner = Learner(cluster, family, config)
-    collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward)
+    checkpoint = next(reversed(saved_steps(folder / "checkpoints")), None)  # the launcher left whole ones only
+    learner = Learner(cluster, family, config, checkpoint)
+    journal = Journal(folder / "journal", cluster.rank)
+    collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
     residency = Residency(engine)
-    run = Run(folder, config, cluster, family, tokens, prompts)
+    run = Run(folder, config, cluster, family, tokens, prompts, collect, learner, checkpoint)
 
     with residency.publishing():
-        run.publish(learner, engine)  # never sample from weights that were not proven
-    for step in run.steps():
-        with residency.rollout():  # engine awake, learner asleep
-            groups = collect(engine, prompts, graders, step)  # sample, grade, keep groups with spread
-        with residency.training():  # learner awake, engine asleep
-            batch = assemble(groups, config.advantage, config.trainer.mini_batches)  # group-normalised advantages
-            batch = learner.score(batch)  # old log-probs, entropy: training engine
-            run.keep_scored(step, batch)
-            batch = shape(batch, step, config.shaping)  # A3PO: token weights from old log-probs and polarity
-            stats = learner.update(batch)  # clipped objective, mini-batches, one optimiser step each
-            run.keep_rejected(step, batch)  # what was not finite was not applied
-        with residency.publishing():  # parameters and engine weights, nothing else
-            receipt = run.publish(learner, engine)  # reshard, load, compare
-        run.record(step, groups, batch, stats, receipt)
-        run.checkpoint(step, learner)  # when due, and at the end
+        run.publish(learner, engine)  # also after a resume: never sample from weights that were not proven
+    with run.leaving(learner):  # when all ranks agreed that time is up
+        for step in run.steps():
+            with residency.rollout():  # engine awake, learner asleep
+                groups = collect(engine, prompts, graders, step)  # sample, grade, keep groups with spread
+            with residency.training():  # learner awake, engine asleep
+                batch = assemble(groups, config.advantage, config.trainer.mini_batches)  # group-normalised advantages
+                batch = learner.score(run.recall(step, batch))  # old log-probs, entropy: training engine
+                run.keep(step, batch)  # from here on nothing of it is lost
+                batch = shape(batch, step, config.shaping)  # A3PO: token weights from old log-probs and polarity
+                stats = learner.update(batch)  # clipped objective, mini-batches, one optimiser step each
+                run.keep_rejected(step, batch)  # what was not finite was not applied
+            with residency.publishing():  # parameters and engine weights, nothing else
+                receipt = run.publish(learner, engine)  # reshard, load, compare
+            run.record(step, groups, batch, stats, receipt)
+            run.checkpoint(step, learner)  # when due, and at the end
     run.close()
 
 

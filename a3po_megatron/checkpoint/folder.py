@@ -61,6 +61,12 @@ class HashedFile(io.RawIOBase):
         self.bytes += len(view)
         return len(view)
 
+    def tell(self) -> int:
+        return self.bytes
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
     def close(self) -> None:
         self._file.close()
         super().close()
@@ -102,12 +108,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if folder.exists():
             folder.rmdir()  # an empty folder that was there before
         os.rename(partial, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunFailed(f"{error.filename2 or error.filename or folder}: cannot write it: {error.strerror}") from error
@@ -142,7 +148,8 @@ def _claim(folder: Path, partial: Path) -> int:
             raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -177,9 +184,12 @@ def check_digest(path: Path, stored: dict[str, Written]) -> None:
 
 
 def read_digests(folder: Path) -> dict[str, Written]:
-    """What `save_digests` wrote, by file name; empty where the folder has none. Raises RequestError if unreadable."""
-    path = folder / DIGESTS
-    if not path.exists():
+    """Size and digest by file name, of `save_digests` or a run's manifest; empty where the folder has neither.
+
+    Raises RequestError if unreadable.
+    """
+    path = next((path for name in (DIGESTS, "manifest.json") if (path := folder / name).exists()), None)
+    if path is None:
         return {}
     try:
         stored = json.loads(path.read_text())

@@ -1,42 +1,160 @@
-"""Megatron's distributed checkpoints: every rank writes its own shards.
+"""Megatron's distributed checkpoints: every rank writes its own shards, while the run goes on.
 
-Megatron's own writer starts processes for every save, 8–11 s the first time on a CPU, to write in the background;
-where a save is waited for anyway, torch's writer puts the same bytes into the same files from this process.
+    begin     collective: plan who writes what, copy this rank's share aside; returns as soon as that is done
+    (writing) a thread of each rank hashes and writes its share, and returns when it is on the disk
+    finish    collective: waits for all threads, writes what says where everything lies
+
+What a save costs the run is the copy: bounded by bytes, not by the disk. Megatron's own writer starts processes for
+every save, 8–11 s the first time on a CPU; this one puts the same bytes into the same files from a thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint.filesystem import FileSystem, _StoragePrefix
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
+
+from ..errors import RunFailed
+from .folder import HashedFile, Written
 
 
-class _Direct(TorchDistSaveShardedStrategy):
-    """Writes from this process, with torch's writer."""
+class _HashedFiles(FileSystem):
+    """Files that are hashed while they are written, and on the disk when they are closed."""
 
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        # A transposed view would be stored in its memory's order, which only torch's own reader undoes.
-        for tensor in nested_values(sharded_state_dict):
-            if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-                tensor.data = tensor.data.contiguous()
+    def __init__(self) -> None:
+        self.written: list[Written] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        file = HashedFile(Path(path))
+        try:
+            with file:
+                yield file
+        except RuntimeError as error:
+            if file.failure is not None:  # torch's archive writer replaces it by one of its own
+                raise file.failure from error
+            raise
+        self.written.append(file.written())
+
+
+class _Staged(TorchDistSaveShardedStrategy):
+    """Plans and copies; leaves the writing to whoever calls the request."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+        self.results: list[WriteResult] = []
+        self.files = _HashedFiles()
+        self.metadata: Metadata | None = None  # on rank 0
+        self.writer: FileSystemWriter
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+        rank, world = dist.get_rank(), dist.get_world_size()
         keyed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        checkpoint.save(
-            mcore_to_pyt_state_dict(keyed, False),
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        for shards in keyed.values():
+            for shard in shards:
+                if isinstance(shard, ShardedTensor):
+                    # Contiguous: a transposed view would be stored in its memory's order, which only torch's own
+                    # reader undoes. A copy in any case: the next update writes over the original.
+                    shard.data = shard.data.detach().to("cpu", copy=True).contiguous()
+        self.writer = FileSystemWriter(checkpoint_dir)
+        self.writer.fs = self.files
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        # torch's `save`, cut open where bytes are written. Nothing is moved between ranks: each writes what it planned.
+        planner.set_up_planner(mcore_to_pyt_state_dict(keyed, False), self.writer.storage_meta(), rank == 0)
+        plan = planner.create_local_plan()
+        plans: list[Any] | None = [None] * world if rank == 0 else None
+        dist.gather_object(plan, plans)
+        if plans is not None:
+            _, self.metadata = planner.create_global_plan(plans)
+        plan = dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{rank}_"))
+
+        def write() -> None:
+            self.results = self.writer.write_data(plan, planner).wait()
+
+        return AsyncRequest(write, (), [])
+
+
+class Saving:
+    """A checkpoint on its way to the disk."""
+
+    def __init__(self, state: dict[str, Any], folder: Path) -> None:
+        """Plans and copies, and starts to write into an existing, empty folder. A collective over all ranks."""
+        self._strategy, self._folder, self._failure = _Staged(), folder, ""
+        request = dist_checkpointing.save(
+            state, str(folder), sharded_strategy=self._strategy, async_sharded_save=True, content_metadata=SHARDING
         )
+        self._thread = threading.Thread(target=self._write, args=(request.async_fn,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self, write: Any) -> None:
+        checksums = get_crc32_options()
+        set_crc32_options(False)  # the archive's own checksum, which nothing reads: the file is hashed as a whole
+        try:
+            write()
+        except RunFailed as error:
+            self._failure = str(error)
+        except Exception as error:  # whatever it is: the ranks that wait for this one must learn of it
+            self._failure = f"{self._folder}: rank {dist.get_rank()} cannot write its share: {error!r}"
+        finally:
+            set_crc32_options(checksums)
+
+    def wait(self) -> str:
+        """Waits for this rank's share; returns what went wrong with it, "" if nothing."""
+        self._thread.join()
+        return self._failure
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's share has been written, well or not."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> list[Written]:
+        """Completes the checkpoint, after every rank's share was written; returns this rank's files. A collective."""
+        results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self._strategy.results, results)
+        mine = list(self._strategy.files.written)
+        if results is not None:
+            assert self._strategy.metadata is not None
+            self._strategy.writer.finish(self._strategy.metadata, results)
+            save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
+        return mine
 
 
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Writes a sharded state dict into an existing, empty folder. A collective over all ranks."""
-    dist_checkpointing.save(state, str(folder), sharded_strategy=_Direct("torch_dist", 1))
+# How the distributed optimizer's state is stored: as tensors like the parameters', so that any layout can read it.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,  # gathered over gloo on one rank of each replica group
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fills a sharded state dict from a checkpoint of any layout. A collective over all ranks.
+
+    Raises RunFailed naming what the checkpoint lacks.
+    """
+    try:
+        return dist_checkpointing.load(state, str(folder), strict="raise_all")
+    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        raise RunFailed(f"{folder}: does not hold what this run needs: {error}") from error

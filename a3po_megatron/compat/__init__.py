@@ -1,22 +1,24 @@
 """The only place where third parties are patched. `prepare()` runs once, before anything imports Megatron or vLLM.
 
-Each patch names the version it was made for, the symptom without it and the cause. Patches are for the CPU path only
-and refuse to install where CUDA is present: there the libraries run as they are.
+Each patch names the version it was made for, the symptom without it and the cause. The patches of the CPU path refuse
+to install where CUDA is present.
 """
 
 from __future__ import annotations
 
 
 def prepare() -> None:
-    """Installs what the CPU path needs. Idempotent.
+    """Installs what this machine's path needs. Idempotent.
 
-    Called at module level by entry scripts, because Megatron's checkpoint writers start children that import the main
-    module again: a patch made under `if __name__ == "__main__"` would be missing in them.
+    Called at module level by entry scripts: whatever starts children that import the main module again must find the
+    patches in them too.
     """
     import torch
 
-    if torch.cuda.is_available():
-        return
-    from . import megatron_cpu
+    if not torch.cuda.is_available():
+        from . import megatron_cpu
 
-    megatron_cpu.install()
+        megatron_cpu.install()
+    from . import megatron
+
+    megatron.install()

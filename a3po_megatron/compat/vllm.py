@@ -7,7 +7,7 @@
 | `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
 | `map_experts` | `rollout.expert` > 1 on a CPU: segmentation fault in `cpu_fused_moe` | the CPU experts hand global expert numbers to a kernel that has the local experts only (`expert_map` is ignored) |
 | `drop_expert_kernels` | after a reload a mixture of experts still uses the experts it had, silently | the CPU backend packs experts into a kernel object once and does not make it anew |
-| `drop_requests` | after an exception inside `generate` the next call never returns | its requests stay in the scheduler |
+| `drop_requests` | after an exception between two engine steps the next call never returns | its requests stay in the scheduler |
 """  # noqa: E501
 
 from __future__ import annotations

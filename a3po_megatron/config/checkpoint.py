@@ -1,10 +1,13 @@
-"""Settings of `checkpoint/`: when a run saves its weights."""
+"""Settings of `checkpoint/`: when a run saves, what it keeps, and when it must end."""
 
 from __future__ import annotations
 
-from .section import Positive, Section
+from .section import Positive, PositiveFloat, Section
 
 
 class CheckpointOptions(Section):
-    every_steps: Positive = 50  # a Megatron checkpoint in checkpoints/, and one at the end of the run
+    every_steps: Positive = 50  # a checkpoint in checkpoints/, and one at the end of the run or when it is interrupted
+    keep_last: Positive = 2  # older ones are removed,
+    keep_every: Positive | None = None  # but for those whose step is a multiple of this; None: no others
+    time_limit_seconds: PositiveFloat | None = None  # of one start; None: the Slurm job's, if any
     export_hf_every: Positive | None = None  # an HF folder in hf/, and one at the end; None: none

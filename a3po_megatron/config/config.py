@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -83,3 +83,35 @@ WITHOUT_EFFECT = (
         ("advantage.ddof", "advantage.eps"), lambda c: not c.advantage.normalise_std, "advantage.normalise_std is false"
     ),
 )
+
+
+# What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
+RESUME_MAY_CHANGE = {
+    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "learner.micro_batch_tokens"),
+    *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
+    *("reward.workers", "reward.timeout_seconds", "reward.memory_bytes", "reward.max_invalid_rate"),
+    *("trainer.steps", "trainer.max_empty_steps", "trainer.max_rejected_updates"),
+}
+
+
+def unlike(before: dict[str, Any], config: Config) -> list[str]:
+    """Every option that keeps a run from going on as it is configured now: "option was …, is …"."""
+    then, now = _flat(before), _flat(config.model_dump(mode="json"))
+    experts = {then.get("parallel.expert"), now["parallel.expert"]}
+    reasons = {
+        "trainer.steps": ", and the learning rate's schedule ends with it"
+        if config.optimizer.schedule == "cosine"
+        else "",
+        "parallel.expert": ", and Megatron's optimizer keeps experts that are spread apart" if 1 in experts else "",
+    }
+    return [
+        f"{name} was {then.get(name)!r}, is {now.get(name)!r}{reasons.get(name, '')}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+        and (reasons.get(name) or not {name, name.partition(".")[0]} & RESUME_MAY_CHANGE)
+    ]
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    sections = {name: values if isinstance(values, dict) else {"": values} for name, values in tree.items()}
+    return {f"{s}.{name}" if name else s: value for s, values in sections.items() for name, value in values.items()}

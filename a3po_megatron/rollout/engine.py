@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,14 +46,19 @@ def local_experts(rank: int, tensor: int, expert: int, count: int) -> tuple[int,
     return place * share, (place + 1) * share
 
 
+def in_order(finished: Iterable[list[tuple[int, Completion]]]) -> list[Completion]:
+    """All completions of a `sample`, in the order of its requests."""
+    return [completion for _, completion in sorted((done for step in finished for done in step), key=lambda d: d[0])]
+
+
 class Engine(Protocol):
     dtype: torch.dtype  # of its weights
     receipt_strength: str
     weight_version: int  # of the weights it holds; set by a publish
     fused_experts: bool  # takes a layer's experts as one tensor (weights/fuse.py)
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion per request, in their order."""
+    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
+        """After every engine step, what it finished: (which request, its completion). Closing it drops the rest."""
 
     def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
         """Short completions at temperature 1 from the whole distribution, for the canary of a publish."""

@@ -7,7 +7,7 @@ of being equal by chance because both sides read the same files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..config.passed import check_passed
 from ..errors import RunFailed
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD
-from .engine import Completion, Request
+from .engine import Completion, Request, in_order
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
 OWNED = {
@@ -63,12 +63,12 @@ class VllmEngine:
         with process_state_kept():
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
         options = self._options
         return self._complete(requests, options.temperature, options.top_p, options.top_k, options.max_tokens)
 
     def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
-        return self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens)
+        return in_order(self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens))
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         if self._family.experts is not None:
@@ -95,31 +95,30 @@ class VllmEngine:
 
     def _complete(
         self, requests: Sequence[Request], temperature: float, top_p: float, top_k: int, max_tokens: int
-    ) -> list[Completion]:
+    ) -> Generator[list[tuple[int, Completion]]]:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        if not requests:
-            return []
-        inputs: Any = [{"prompt_token_ids": list(request.prompt)} for request in requests]
-        parameters = [
-            SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                max_tokens=max_tokens,
-                seed=request.seed,
-                logprobs=0,  # of the sampled token alone
-                stop_token_ids=self._stops,
-                detokenize=False,
-            )
-            for request in requests
-        ]
+        engine = self._llm.llm_engine
         try:
-            outputs = self._llm.generate(inputs, parameters, use_tqdm=False)
-        except BaseException:
-            drop_requests(self._llm.llm_engine)
-            raise
-        return [_completion(output.outputs[0]) for output in outputs]
+            for number, request in enumerate(requests):
+                parameters = SamplingParams(
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    max_tokens=max_tokens,
+                    seed=request.seed,
+                    logprobs=0,  # of the sampled token alone
+                    stop_token_ids=self._stops,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
+            while engine.has_unfinished_requests():
+                done: list[Any] = [output for output in engine.step() if output.finished]
+                yield [(int(output.request_id), _completion(output.outputs[0])) for output in done]
+        finally:
+            drop_requests(engine)
 
 
 def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend) -> dict[str, Any]:

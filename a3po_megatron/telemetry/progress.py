@@ -39,8 +39,8 @@ class _Left(ProgressColumn):
 class ProgressLine:
     """Shows steps as they end and phases as they change."""
 
-    def __init__(self, steps: int, console: Console) -> None:
-        self._steps, self._console, self._start = steps, console, time.monotonic()
+    def __init__(self, steps: int, console: Console, first: int = 0) -> None:
+        self._steps, self._console, self._start, self._first = steps, console, time.monotonic(), first
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -53,7 +53,7 @@ class ProgressLine:
                 redirect_stdout=False,  # what libraries print belongs into the rank's log
                 redirect_stderr=False,
             )
-            self._task = self._bar.add_task("", total=steps, phase="", facts="", left="")
+            self._task = self._bar.add_task("", total=steps, completed=first, phase="", facts="", left="")
             self._bar.start()
             CLOCK.listener = self._show_phase
 
@@ -63,7 +63,7 @@ class ProgressLine:
             f"correct {_number(row['reward/correct_rate'], '.3f')}  entropy {_number(row['policy/entropy'], '.3f')}  "
             f"{_number(row['perf/tokens_per_second'], ',.0f')} tokens/s"
         )
-        remaining = (time.monotonic() - self._start) / max(done, 1) * (self._steps - done)
+        remaining = (time.monotonic() - self._start) / max(done - self._first, 1) * (self._steps - done)
         left = f"{int(remaining) // 60}:{int(remaining) % 60:02d} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, facts=facts, left=left)

@@ -1,0 +1,189 @@
+"""What a run has finished since its last checkpoint, written down as it is finished, so that no finished work is lost.
+
+    journal/step-00012.rank-0      frames, one after the other, only ever appended
+    frame                          digest, space, header (JSON, one line), newline, payload (arrays, end to end)
+
+    group       the G rollouts of a prompt: tokens and log-probs, as soon as the last of them is sampled
+    verdicts    its verdicts and rewards, once it is graded
+    scores      old log-probs and entropy of the rollouts that a rank trains on: the batch before its update
+
+A frame is believed only if its digests are right: the last one of a killed run may be torn, and is cut off. What is
+missing is computed again; what is there is what would have been computed, since every rollout has its own seed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from blake3 import blake3
+
+from ..batch import Batch, Group, Prompt, Rollout, Verdict
+
+Decode = Callable[[Any], str]  # token ids → text
+
+
+@dataclass(frozen=True)
+class Frame:
+    header: dict[str, Any]
+    path: Path
+    offset: int  # of its payload
+
+    def payload(self) -> bytes | None:
+        """None if it is not what was written."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.header["bytes"])
+        return data if blake3(data).hexdigest() == self.header["blake3"] else None
+
+
+class _Sink(Protocol):
+    def write(self, data: bytes, /) -> Any: ...
+
+    def flush(self) -> None: ...
+
+
+def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> None:
+    payload = b"".join(array.tobytes() for array in arrays)
+    text = json.dumps(header | {"bytes": len(payload), "blake3": blake3(payload).hexdigest()}).encode()
+    file.write(blake3(text).hexdigest().encode() + b" " + text + b"\n" + payload)
+    file.flush()
+
+
+def read_frames(path: Path) -> Iterator[Frame]:
+    """The frames of a file up to the first that is not whole. Reads no payload."""
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        while line := file.readline():
+            digest, _, text = line.rstrip(b"\n").partition(b" ")
+            if blake3(text).hexdigest().encode() != digest:
+                return
+            header = json.loads(text)
+            frame = Frame(header, path, file.tell())
+            if frame.offset + header["bytes"] > size:
+                return
+            file.seek(header["bytes"], 1)
+            yield frame
+
+
+def cut_torn_frames(folder: Path) -> None:
+    """Cuts every file of a journal behind its last whole frame: what is appended must be found again."""
+    for path in folder.glob("step-*"):
+        whole = max((frame.offset + frame.header["bytes"] for frame in read_frames(path)), default=0)
+        with path.open("r+b") as file:
+            file.truncate(whole)
+
+
+def write_group(file: _Sink, group: Group) -> None:
+    samples = [[r.sample, r.seed, r.step, r.finish, r.weight_version, len(r.tokens)] for r in group.rollouts]
+    header = {"kind": "group", "prompt": group.prompt.index, "id": group.prompt.id, "samples": samples}
+    tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
+    write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs))
+
+
+def write_verdicts(file: _Sink, group: Group) -> None:
+    verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward] for r in group.rollouts]
+    write_frame(file, {"kind": "verdicts", "prompt": group.prompt.index, "verdicts": verdicts})
+
+
+def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Decode) -> Group | None:
+    """The group of a frame, graded if there are verdicts; None if it is not whole, or not of this prompt."""
+    data = frame.payload()
+    if data is None or frame.header["id"] != prompt.id:
+        return None
+    total = sum(sample[-1] for sample in frame.header["samples"])
+    tokens = np.frombuffer(data, "<i8", total)
+    logprobs = np.frombuffer(data, "<f4", total, offset=8 * total)
+    rollouts, begin = [], 0
+    for sample, seed, step, finish, version, length in frame.header["samples"]:
+        mine = slice(begin, begin := begin + length)
+        text = decode(tokens[mine])
+        rollouts.append(
+            Rollout(prompt, sample, seed, step, tokens[mine].copy(), logprobs[mine].copy(), finish, text, version)
+        )
+    for rollout, given in zip(rollouts, verdicts.header["verdicts"] if verdicts else [], strict=False):
+        rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]
+    return Group(prompt, rollouts)
+
+
+class Journal:
+    """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._file: IO[bytes] | None = None
+        self._frames: dict[tuple[int, str, Any], Frame] = {}
+        for path in sorted(folder.glob("step-*")):
+            step = _step_of(path)
+            for frame in read_frames(path):
+                kind = frame.header["kind"]
+                if kind == "scores":
+                    for name in frame.header["names"]:
+                        self._frames[step, kind, name] = frame
+                else:
+                    self._frames[step, kind, frame.header["prompt"]] = frame
+
+    def group(self, step: int, prompt: Prompt, decode: Decode) -> tuple[Group, bool] | None:
+        """What a step of before sampled for a prompt, and whether it is graded."""
+        frame = self._frames.get((step, "group", prompt.index))
+        verdicts = self._frames.get((step, "verdicts", prompt.index))
+        group = frame and read_group(frame, verdicts, prompt, decode)
+        return (group, verdicts is not None) if group else None
+
+    def add_group(self, step: int, group: Group) -> None:
+        write_group(self._open(step), group)
+
+    def add_verdicts(self, step: int, group: Group) -> None:
+        write_verdicts(self._open(step), group)
+
+    def add_scores(self, step: int, batch: Batch) -> None:
+        assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
+        names, lengths = [r.name for r in batch.rollouts], batch.lengths.tolist()
+        header = {"kind": "scores", "names": names, "lengths": lengths}
+        write_frame(self._open(step), header, batch.old_logprobs.numpy(), batch.entropy.numpy())
+
+    def scores(self, step: int, rollouts: Sequence[Rollout]) -> np.ndarray | None:
+        """Old log-probs and entropies [2, T] of the rollouts' tokens, end to end; None if any is missing."""
+        found: dict[str, np.ndarray] = {}
+        for rollout in rollouts:
+            frame = self._frames.get((step, "scores", rollout.name))
+            if frame is None:
+                return None
+            if rollout.name not in found:
+                found |= _scores_of(frame)
+            if found.get(rollout.name, np.empty((2, 0))).shape[1] != len(rollout.tokens):
+                return None
+        return np.concatenate([np.empty((2, 0), np.float32), *(found[r.name] for r in rollouts)], axis=1)
+
+    def forget(self, before: int) -> None:
+        """Deletes what belongs to earlier steps, of all ranks: a checkpoint has what came of it."""
+        for path in self._folder.glob("step-*"):
+            if _step_of(path) < before:
+                path.unlink(missing_ok=True)
+
+    def _open(self, step: int) -> IO[bytes]:
+        path = self._folder / f"step-{step:05d}.rank-{self._rank}"
+        if self._file is None or self._file.name != str(path):
+            if self._file is not None:
+                self._file.close()
+            self._folder.mkdir(exist_ok=True)
+            self._file = path.open("ab")
+        return self._file
+
+
+def _scores_of(frame: Frame) -> dict[str, np.ndarray]:
+    data = frame.payload()
+    if data is None:
+        return {}
+    lengths = frame.header["lengths"]
+    values = np.frombuffer(data, "<f4").reshape(2, sum(lengths))
+    parts = np.split(values, np.cumsum(lengths)[:-1], axis=1)
+    return dict(zip(frame.header["names"], parts, strict=True))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.partition(".")[0].removeprefix("step-"))

@@ -1,0 +1,140 @@
+"""A run's checkpoints: what each one holds, whether it is whole, and which one a run goes on from.
+
+    checkpoints/step-000012/manifest.json   everything else in the folder, with size and digest, and the run's state
+                            *.distcp …       Megatron's sharded state: weights and optimizer
+                            rank-R.json      the random streams of a rank
+                            surplus.rank-R   groups carried over into the step (frames, checkpoint/journal.py)
+                            hf/              what makes the weights a model: configuration, tokenizer
+    checkpoints/latest                      the name of the newest, written last
+
+`step` counts steps done, which is the number of the next. The manifest is the last file of a checkpoint to be written,
+and holds a digest of itself. A checkpoint is whole if every file that it names is as it was written, and there is no
+other. Nothing goes by a file's time: clocks jump.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from ..errors import RequestError
+from .folder import Written, digest_of, sync
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 1
+
+
+class Stateful(Protocol):
+    """Something that must survive a restart. Its state is JSON, and the same on all ranks."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Manifest:
+    step: int
+    weight_version: int
+    ranks: int
+    config: dict[str, Any]  # every option of the run that saved
+    state: dict[str, dict[str, Any]]  # of everything registered in the run's inventory
+    metrics_bytes: int  # of metrics.jsonl, written and on the disk
+    files: dict[str, Written]
+
+    def save(self, folder: Path) -> None:
+        body = asdict(self) | {"format": FORMAT, "algorithm": "blake3"}
+        body["files"] = {name: {"bytes": f.bytes, "blake3": f.blake3} for name, f in sorted(self.files.items())}
+        (folder / MANIFEST).write_text(json.dumps({"manifest_blake3": _digest(body)} | body, indent=1) + "\n")
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return blake3(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises RequestError where it is missing, torn, altered, or of another version's format."""
+    path = folder / MANIFEST
+    try:
+        body = json.loads(path.read_text())
+        stored, form = body.pop("manifest_blake3"), body["format"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{path}: not a readable manifest: {error!r}") from error
+    if _digest(body) != stored:
+        raise RequestError(f"{path}: it is not as it was written")
+    if form != FORMAT:
+        raise RequestError(f"{path}: its format is {form}, this version reads {FORMAT}")
+    files = {name: Written(name, entry["bytes"], entry["blake3"]) for name, entry in body.pop("files").items()}
+    return Manifest(**{k: v for k, v in body.items() if k not in ("format", "algorithm")}, files=files)
+
+
+def check_whole(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose every byte is as it was written. Raises RequestError naming what is not."""
+    manifest = read_manifest(folder)
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+    if missing := sorted(manifest.files.keys() - there):
+        raise RequestError(f"{folder / missing[0]}: the file is missing")
+    if extra := sorted(there - manifest.files.keys()):
+        raise RequestError(f"{folder / extra[0]}: the checkpoint's manifest does not know this file")
+    for name, written in manifest.files.items():
+        size = (folder / name).stat().st_size
+        if size != written.bytes:
+            raise RequestError(f"{folder / name}: it has {size} bytes, {written.bytes} were written")
+        if digest_of(folder / name).blake3 != written.blake3:
+            raise RequestError(f"{folder / name}: its bytes are not those that were written: it is damaged")
+    return manifest
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_steps(checkpoints: Path) -> list[Path]:
+    """The folders of a run's checkpoints, oldest first, whole or not."""
+    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+
+
+def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with those that are newer, which are put aside.
+
+    None: there never was one. Raises RequestError if there are checkpoints and none is whole.
+    """
+    wrong: list[str] = []
+    for folder in reversed(saved_steps(checkpoints)):
+        try:
+            check_whole(folder)
+        except RequestError as error:
+            wrong.append(str(error))
+            continue
+        for newer in saved_steps(checkpoints)[-len(wrong) :] if wrong else []:
+            aside = newer.with_name(f"torn-{newer.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            newer.rename(aside)
+        return folder, wrong
+    if wrong:
+        raise RequestError(f"{checkpoints}: no checkpoint is whole, there is none to go on from: {'; '.join(wrong)}")
+    return None, []
+
+
+def name_latest(checkpoints: Path, name: str) -> None:
+    """Writes `latest`, in place at once."""
+    temporary = checkpoints / f".{LATEST}.partial"
+    temporary.write_text(f"{name}\n")
+    sync(temporary)
+    os.replace(temporary, checkpoints / LATEST)
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
+    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every`."""
+    for folder in saved_steps(checkpoints)[:-keep_last]:
+        if keep_every is None or step_of(folder) % keep_every:
+            (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
+            shutil.rmtree(folder)
