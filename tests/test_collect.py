@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from a3po_megatron.batch import Collected, Group, Prompt, Verdict
+from a3po_megatron.checkpoint.interrupt import Interrupt
+from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
@@ -28,6 +32,9 @@ class FakeCluster:
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         return op([value])
+
+    def any_of_engine(self, flag: bool) -> bool:
+        return flag
 
     def gather_batch_group(self, value: Any) -> list[Any]:
         return [value]
@@ -59,7 +66,11 @@ class ScriptedEngine:
         self.weight_version = 1
         self.requests: list[Request] = []
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
+        """All in one engine step, the last request first."""
+        yield list(enumerate(self.complete(requests)))[::-1]
+
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
         seen: dict[int, int] = {}
         completions = []
         for request in requests:
@@ -102,6 +113,8 @@ class Setting:
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
             RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS),
             RewardOptions(**reward),
+            Journal(Path(tempfile.mkdtemp(prefix="journal-")), 0),
+            Interrupt(),
         )
 
     def step(self, number: int) -> Collected:

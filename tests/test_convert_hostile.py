@@ -201,13 +201,15 @@ def test_chunks_beside_each_other_that_overlap_are_refused(megatron: Path, tmp_p
 def transposed_shard(ranks: Ranks) -> list[bool]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from a3po_megatron.checkpoint.store import save_sharded
+    from a3po_megatron.checkpoint.store import Saving
     from a3po_megatron.checkpoint.torch_dist import Box, Reader
 
     wanted = torch.arange(24.0).view(6, 4).t()
     folder = ranks.folder / "saved"
     folder.mkdir()
-    save_sharded({"layer": {"w": ShardedTensor.from_rank_offsets("w", wanted)}}, folder)
+    saving = Saving({"layer": {"w": ShardedTensor.from_rank_offsets("w", wanted)}}, folder)
+    assert saving.wait() == ""
+    saving.finish()
     found = torch.zeros(4, 6)
     with Reader(folder) as reader:
         reader.read(Box("w", (), 0, 4), found)

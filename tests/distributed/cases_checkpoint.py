@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from a3po_megatron.checkpoint.interrupt import Interrupt
+from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import Config
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
+from a3po_megatron.rollout.collect import Collector
 from a3po_megatron.run import Run
 from a3po_megatron.weights.convert import ExportOptions, export_checkpoint
 from tests.distributed.runner import Ranks
@@ -72,7 +75,10 @@ def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
         folder = ranks.folder / name
         os.makedirs(folder, exist_ok=True)
         prompts = Prompts(config.data, tokens, 0, 64)
-        Run(folder, config, cluster, family, tokens, prompts).checkpoint(0, Learner(cluster, family, config))
+        learner = Learner(cluster, family, config)
+        journal = Journal(folder / "journal", cluster.rank)
+        collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
+        Run(folder, config, cluster, family, tokens, prompts, collect, learner).checkpoint(0, learner)
 
         config = _settings(ranks.folder / kind, dtype, READ[name])
         learner = Learner(ranks.arrange(**config.parallel.model_dump()), family, config)
@@ -80,7 +86,8 @@ def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
         with torch.no_grad():
             for value in learner.parameters().values():
                 value.fill_(7.0)
-        state = learner.sharded_state()
+        # By Megatron's own loader, weights alone.
+        state = {name: part for name, part in learner.sharded_state().items() if name != "optimizer"}
         loaded = dist_checkpointing.load(state, str(folder / "checkpoints" / "step-000001"))
         for number, chunk in enumerate(learner.chunks):
             chunk.module.load_state_dict(loaded["model" if len(learner.chunks) == 1 else f"model{number}"])

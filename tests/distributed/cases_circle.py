@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.batch import Verdict
+from a3po_megatron.checkpoint.interrupt import Interrupt
+from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.cluster import Cluster
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.data.order import named_seed
@@ -25,7 +27,7 @@ from a3po_megatron.model import layout
 from a3po_megatron.model.family import read_family
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.collect import Collector
-from a3po_megatron.rollout.engine import Request
+from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run import Run
 from a3po_megatron.weights import publish
@@ -101,7 +103,7 @@ def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
             for parameter in learner.parameters().values():
                 parameter.mul_(1.05)
     requests = [Request(prompt.tokens, seed) for seed, prompt in enumerate(prompts.take(4))]
-    found["tokens"] = [completion.tokens.tolist() for completion in engine.sample(requests)]
+    found["tokens"] = [completion.tokens.tolist() for completion in in_order(engine.sample(requests))]
     return found
 
 
@@ -115,7 +117,9 @@ def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, C
     learner = Learner(cluster, family, config)
     folder = ranks.folder / f"run-{tensor}-{data}"
     os.makedirs(folder / "rollouts", exist_ok=True)
-    return Run(folder, config, cluster, family, tokens, prompts), cluster, engine, learner, prompts
+    journal = Journal(folder / "journal", cluster.rank)
+    collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
+    return Run(folder, config, cluster, family, tokens, prompts, collect, learner), cluster, engine, learner, prompts
 
 
 def publish_faults(ranks: Ranks) -> dict[str, Any]:
@@ -220,8 +224,7 @@ def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
     run, cluster, engine, learner, prompts = parts(ranks, tensor=1, data=ranks.world)
     run.publish(learner, engine)
     config = run.config
-    collect = Collector(cluster, run.tokens, config.trainer, config.rollout, config.reward)
-    collected = collect(engine, prompts, InProcess(grade), 0)
+    collected = run.collect(engine, prompts, InProcess(grade), 0)
     rollouts = [r for group in collected.sampled for r in group.rollouts]
     result = {
         "tokens": {r.name: r.tokens.tolist() for r in rollouts},
@@ -232,8 +235,8 @@ def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
     }
     if ranks.world == 1:
         requests = [Request(r.prompt.tokens, r.seed) for r in rollouts]
-        backwards = engine.sample(requests[::-1])[::-1]
-        alone = [engine.sample([request])[0] for request in requests[:8]]
+        backwards = in_order(engine.sample(requests[::-1]))[::-1]
+        alone = [in_order(engine.sample([request]))[0] for request in requests[:8]]
         for other in (backwards, alone):
             for rollout, completion in zip(rollouts, other, strict=False):
                 assert rollout.tokens.tolist() == completion.tokens.tolist(), rollout.name
@@ -245,7 +248,7 @@ def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
     run, _, engine, learner, prompts = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
     run.publish(learner, engine)
     asked = prompts.take(16)
-    completions = engine.sample([Request(prompt.tokens, seed) for seed, prompt in enumerate(asked)])
+    completions = in_order(engine.sample([Request(prompt.tokens, seed) for seed, prompt in enumerate(asked)]))
     worst = 0.0
     for prompt, completion in zip(asked, completions, strict=True):
         packed = micro_batch([(prompt.tokens, completion.tokens.tolist())], [0])
