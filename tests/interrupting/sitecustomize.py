@@ -1,0 +1,91 @@
+"""Put first on PYTHONPATH, this hits a training run with a signal at one exact point (tests/resume_tools.py).
+
+Python imports a module of this name at every start. Polling a run from outside would miss phases of milliseconds; here
+the rank itself sends the signal in the moment in which it announces the phase. A3PO_TEST_INTERRUPT holds the point:
+
+    {"rank": 1, "step": 2, "phase": "update", "nth": 1,   the n-th announcement of this phase in this step, on this rank
+     "signal": "SIGUSR1", "to": "rank",                   or "launcher", or "all": every rank and the launcher at once
+     "times": 1, "delay": 0.0,                            so often; so many seconds later, to hit the middle of a phase
+     "marker": "/…/fired"}                                written when it fires: once it is there, nothing fires again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+RANK_PROGRAM = "a3po_megatron.train"
+GAP_SECONDS = 0.03  # between signals that come several times
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank; workers that it starts inherit RANK and import this module too."""
+    words = sys.orig_argv  # sys.argv does not know the module yet
+    return "RANK" in os.environ and "-m" in words and words[words.index("-m") + 1 :][:1] == [RANK_PROGRAM]
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The process ids of all ranks that a launcher started."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # processes end while one looks at them
+            parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+            if parent == launcher and RANK_PROGRAM.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def install(point: dict[str, Any]) -> None:
+    from a3po_megatron.telemetry.clock import Clock  # imports nothing heavy
+
+    me, launcher, announce, seen = os.getpid(), os.getppid(), Clock._announce, 0
+
+    def targets() -> list[int]:
+        if point["to"] == "rank":
+            return [me]
+        if point["to"] == "launcher":
+            return [launcher]
+        # The launcher first, lest it finds dead ranks and says so; this process last, or nobody sends the rest.
+        return [launcher, *(rank for rank in ranks_of(launcher) if rank != me), me]
+
+    def send() -> None:
+        time.sleep(point["delay"])
+        hit = targets()
+        with contextlib.suppress(FileExistsError), open(point["marker"], "x") as marker:
+            marker.write(json.dumps({"targets": hit, **point}))
+            marker.flush()
+            for number in range(point["times"]):
+                if number:
+                    time.sleep(GAP_SECONDS)
+                for process in hit:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(process, signal.Signals[point["signal"]])
+
+    def announce_and_hit(clock: Clock) -> None:
+        nonlocal seen
+        announce(clock)
+        if os.getpid() != me or (clock.step, clock._stack[-1]) != (point["step"], point["phase"]):
+            return  # a forked child's phases are not this rank's
+        seen += 1
+        if seen == point["nth"]:
+            if point["delay"] or point["times"] > 1:
+                threading.Thread(target=send, daemon=True).start()
+            else:
+                send()
+
+    Clock._announce = announce_and_hit
+
+
+if is_rank() and "A3PO_TEST_INTERRUPT" in os.environ:
+    wanted = json.loads(os.environ["A3PO_TEST_INTERRUPT"])
+    if int(os.environ["RANK"]) == wanted["rank"] and not Path(wanted["marker"]).exists():
+        install(wanted)

@@ -1,0 +1,221 @@
+"""A run that is interrupted and started again ends bit for bit as one that nothing disturbed.
+
+Twenty points: three layouts, every phase, polite signals (the run saves and exits 85) and kills. One of them:
+
+    pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
+
+An interrupted run and its resume take about half a minute; six points are always tested, all by `make soak`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import resume_tools as tools
+from tests.resume_tools import EVERY, LAYOUTS, STEPS, Interrupt
+
+
+def point(
+    layout: str, phase: str, step: int, signal: str, to: str, *, always: bool = False, times: int = 1, **more: Any
+) -> Any:
+    """One row of the table, as a case for pytest. `to`: "rank N", "launcher" or "all" (rank 0 then sends)."""
+    where, _, rank = to.partition(" ")
+    interrupt = Interrupt(phase, step, signal, where, rank=int(rank or 0), times=times, **more)
+    name = f"{layout}-{phase}-of-step-{step}-{signal}-to-{to.replace(' ', '-')}"
+    return pytest.param(layout, interrupt, id=name, marks=() if always else pytest.mark.soak)
+
+
+# Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
+POINTS = [
+    #     layout  phase    step  signal     to
+    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True),
+    point("tp2", "save", 3, "SIGKILL", "all", always=True),
+    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True),
+    point("pp2", "publish", 2, "SIGTERM", "launcher", always=True),
+    point("dp2", "reward", 2, "SIGKILL", "all", always=True),
+    point("dp2", "score", 4, "SIGTERM", "rank 1", always=True),
+    #
+    point("tp2", "rollout", 4, "SIGKILL", "rank 0", delay=0.02),  # the save after step 3 may still be going on
+    point("tp2", "reward", 1, "SIGTERM", "launcher"),
+    point("tp2", "score", 2, "SIGUSR1", "launcher", times=5),
+    point("tp2", "update", 3, "SIGUSR1", "rank 0", times=5),
+    point("tp2", "publish", 4, "SIGKILL", "all"),
+    #
+    point("pp2", "rollout", 2, "SIGKILL", "all", delay=0.02),
+    point("pp2", "reward", 3, "SIGUSR1", "rank 0"),
+    point("pp2", "score", 4, "SIGKILL", "rank 1"),
+    point("pp2", "save", 1, "SIGTERM", "rank 1"),
+    #
+    point("dp2", "rollout", 1, "SIGINT", "all"),  # Ctrl-C in a terminal hits all of them
+    point("dp2", "rollout", 0, "SIGKILL", "all", nth=2),  # a second round of sampling, before any save
+    point("dp2", "update", 4, "SIGKILL", "all"),
+    point("dp2", "publish", 3, "SIGKILL", "rank 1"),
+    point("dp2", "save", 3, "SIGKILL", "rank 0", delay=0.015),
+]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The finished folder of a layout's undisturbed run."""
+
+    def of(layout: str, *overrides: str) -> Path:
+        return tools.uninterrupted(layout, tmp_path_factory.mktemp, *overrides)
+
+    return of
+
+
+def least_saved(point: Interrupt) -> int:
+    """How many steps must be safe after the interruption: all that were done, or what was saved before a kill."""
+    if not point.kills:
+        return point.step + (point.phase == "save")
+    return (point.step - 1) // EVERY * EVERY if point.step else 0  # a save may take until the step after it has ended
+
+
+@pytest.mark.parametrize(("layout", "interrupt"), POINTS)
+def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
+    layout: str, interrupt: Interrupt, whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted, folder = whole(layout), tmp_path / "run"
+    tools.interrupted(folder, interrupt, *LAYOUTS[layout])
+    saved = tools.saved_steps(folder)
+    assert least_saved(interrupt) <= saved < STEPS
+    again = tools.trained(folder, *LAYOUTS[layout])
+    shown = tools.steps_shown(again)  # what lies in the newest checkpoint is not done again
+    assert saved + 1 <= shown[0] and shown == list(range(shown[0], STEPS + 1)), again.all
+    tools.assert_same_run(folder, wanted)
+
+
+@pytest.mark.soak
+def test_a_run_interrupted_time_and_again_ends_bit_for_bit_as_an_undisturbed_one(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted, folder = whole("dp2"), tmp_path / "run"
+    for interrupt in (
+        Interrupt("update", 1, "SIGINT", "launcher"),
+        Interrupt("rollout", 2, "SIGKILL", "rank", rank=1),
+        Interrupt("rollout", 2, "SIGKILL", "all", delay=0.02),
+        Interrupt("score", 3, "SIGTERM", "rank", rank=0),
+    ):
+        tools.interrupted(folder, interrupt, *LAYOUTS["dp2"])
+    tools.trained(folder, *LAYOUTS["dp2"])
+    tools.assert_same_run(folder, wanted)
+
+
+@pytest.mark.soak
+def test_a_run_killed_in_its_last_save_ends_bit_for_bit_as_an_undisturbed_one(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted, folder = whole("tp2"), tmp_path / "run"
+    tools.interrupted(folder, Interrupt("save", STEPS - 1, "SIGKILL", "all"), *LAYOUTS["tp2"])
+    tools.trained(folder, *LAYOUTS["tp2"])
+    tools.assert_same_run(folder, wanted)
+
+
+def test_a_finished_run_is_refused_and_nothing_in_its_folder_changes(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tools.copy_run(whole("tp2"), tmp_path / "run")
+    before = tools.snapshot(folder)
+    ended = tools.launch(folder, *LAYOUTS["tp2"])
+    assert (ended.code, ended.err.count("\n")) == (2, 1), ended.all
+    assert f"has done its {STEPS} steps" in ended.err
+    assert tools.snapshot(folder) == before
+
+
+@pytest.mark.soak
+def test_a_finished_run_with_more_steps_to_do_ends_bit_for_bit_as_the_longer_run(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tools.copy_run(whole("tp2"), tmp_path / "run")
+    more = f"trainer.steps={STEPS + 2}"
+    again = tools.trained(folder, *LAYOUTS["tp2"], more)
+    assert tools.steps_shown(again) == [STEPS + 1, STEPS + 2]
+    tools.assert_same_run(folder, whole("tp2", more), STEPS + 2)
+
+
+# What the comparison is worth: it must see everything that a wrong resume can change.
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_undisturbed_runs_are_the_same_bit_for_bit(layout: str, whole: Callable[..., Path], tmp_path: Path) -> None:
+    wanted, folder = whole(layout), tmp_path / "run"
+    tools.trained(folder, *LAYOUTS[layout])
+    tools.assert_same_run(folder, wanted)
+
+
+@pytest.mark.soak
+def test_a_run_of_another_seed_differs_in_metrics_rollouts_and_weights(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted, folder = whole("tp2"), tmp_path / "run"
+    tools.trained(folder, *LAYOUTS["tp2"], "trainer.seed=1")
+    with pytest.raises(AssertionError) as found:
+        tools.assert_same_run(folder, wanted)
+    for words in ("step 0: metric reward/", "rollouts/step-00000", ".weight at [0"):
+        assert words in str(found.value)
+
+
+def test_one_changed_bit_of_a_metric_a_rollout_or_a_weight_is_seen_and_named(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted = whole("tp2")
+    folder = tools.copy_run(wanted, tmp_path / "run")
+    tools.assert_same_run(folder, wanted)
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entropy = rows[3]["policy/entropy"]
+    rows[3] |= {"policy/entropy": entropy * (1 + 2**-52), "perf/seconds_rollout": 99.0, "startup/seconds": 1.0}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(AssertionError) as found:
+        tools.assert_same_run(folder, wanted)
+    assert len(str(found.value).splitlines()) == 2
+    assert "step 3: metric policy/entropy is " in str(found.value)
+    assert f"not {entropy!r}" in str(found.value)
+
+    (folder / "rollouts" / "step-00002.rank-1.jsonl.zst").unlink()
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*rows[:5], rows[4]]))
+    tools.flip_a_bit_of_a_weight(folder / "checkpoints" / f"step-{STEPS:06d}")
+    with pytest.raises(AssertionError) as found:
+        tools.assert_same_run(folder, wanted)
+    for words in ("the steps are [0, 1, 2, 3, 4, 4]", "step-00002.rank-1.jsonl.zst is only in", "1 of "):
+        assert words in str(found.value)
+
+
+def test_the_last_checkpoint_holds_weights_and_both_moments_of_the_optimiser(whole: Callable[..., Path]) -> None:
+    for layout in LAYOUTS:
+        found = tools.read_chunks(whole(layout) / "checkpoints" / f"step-{STEPS:06d}")
+        for kind in (r"linear_qkv\.weight", "exp_avg(?!_sq)", "exp_avg_sq"):
+            held = [v for k, v in found.items() if re.search(kind, k) and isinstance(v, torch.Tensor)]
+            assert any(v.count_nonzero() for v in held), f"{layout}: no {kind} in {sorted(found)}"
+
+
+def test_values_are_compared_to_the_bit() -> None:
+    def differ(one: Any, other: Any) -> bool:
+        return bool(list(tools.objects_differ(one, other, "value")))
+
+    nan = float("nan")
+    same = [0.1, nan, None, "a", {"a": [1, (2.0, nan)]}, torch.tensor([nan, 1.0]), torch.tensor(3), torch.empty(0)]
+    for value in same:
+        assert not differ(value, value)
+    assert not differ(torch.ones(2, 3).t(), torch.ones(3, 2))
+    for one, other in [
+        (0.0, -0.0),
+        (1, 1.0),
+        (1, True),
+        ([1], [1, 2]),
+        ({"a": 1}, {"b": 1}),
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.bfloat16)),
+        (torch.zeros(2), torch.zeros(2, 1)),
+        (torch.tensor(1), torch.tensor(2)),
+        ({"a": [torch.zeros(3)]}, {"a": [torch.tensor([0.0, 0.0, 1e-45])]}),
+    ]:
+        assert differ(one, other), (one, other)
