@@ -27,6 +27,8 @@ def two_ranks() -> dict[str, list[Any]]:
         cases.publish_faults,
         cases.witness_faults,
         cases.never_finite,
+        cases.rejected_in_a_row,
+        cases.score_never_finite,
         cases.layouts_train_alike,
     )
 
@@ -68,6 +70,38 @@ def test_a_run_whose_updates_are_not_finite_keeps_their_batches_and_ends_after_s
         ]
         assert all(count == whole > 0 for count, whole in found["kept"].values())
         assert found["rejected"] == [2.0, 2.0]
+
+
+def test_only_rejected_updates_in_a_row_end_a_run_across_steps_and_at_a_limit_of_one_at_once(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    for found in two_ranks["rejected_in_a_row"]:
+        # Steps of two updates: Bg gB gB gB Bg. Four lonely ones end nothing; the fifth follows one of the step before.
+        several, one = found["2 BggBgBgBBg"], found["1 gBg"]
+        assert several["said"].startswith("step 4: 2 updates in a row were not finite"), several
+        assert several["rejected"] == [1.0, 1.0, 1.0, 1.0, 1.0]
+        names = ((0, 0), (1, 1), (2, 1), (3, 1), (4, 0))
+        assert several["kept"] == [f"step-{step:05d}.mini-batch-{number}" for step, number in names]
+        assert one["said"].startswith("step 0: 1 updates in a row were not finite"), one
+        assert one["said"].endswith("(exit 1)")
+        assert one["rejected"] == [1.0]
+        assert one["kept"] == ["step-00000.mini-batch-1"]
+
+
+def test_a_score_that_is_not_finite_on_one_rank_ends_the_run_with_the_batch_kept_and_nothing_applied(
+    two_ranks: dict[str, list[Any]],
+) -> None:
+    for rank, found in enumerate(two_ranks["score_never_finite"]):
+        assert found["said"].startswith("step 1: the learner's log-probs are not finite"), found["said"]
+        assert found["said"].endswith("(exit 1)")
+        names = {f"step-00001.mini-batch-{number}.rank-{rank}.pt" for number in (0, 1) for rank in (0, 1)}
+        assert set(found["files"]) == names
+        assert found["kept"] == found["batch"]
+        assert found["bits"]
+        assert found["nan"] == ([3] if rank == 1 else [])
+        assert found["steps"] == 0
+        assert not found["moved"]
+        assert found["rows"] == [0]
 
 
 def test_rollouts_are_the_same_for_one_and_two_engines_any_order_and_again(

@@ -46,7 +46,7 @@ def save_rollouts(
 def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Batch) -> Path:
     """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
 
-    One entry a rollout of the mini-batch: names and tokens, log-probs of both engines, advantage and token weights.
+    One entry a rollout of the mini-batch: names and tokens, log-probs of both engines, entropy, advantage and weights.
     """
     import torch
 
@@ -55,7 +55,7 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
     for row in torch.nonzero(batch.mini_batch == mini_batch)[:, 0].tolist():
         rollout, tokens = batch.rollouts[row], slice(ends[row] - len(batch.rollouts[row].tokens), ends[row])
         per_token = {"rollout_logprobs": batch.rollout_logprobs, "old_logprobs": batch.old_logprobs}
-        per_token |= {"token_weights": batch.token_weights}
+        per_token |= {"entropy": batch.entropy, "token_weights": batch.token_weights}
         entries.append(
             {
                 "name": rollout.name,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.batch import Verdict
+from a3po_megatron.batch import Batch, Verdict
 from a3po_megatron.checkpoint.interrupt import Interrupt
 from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.cluster import Cluster
@@ -277,34 +277,120 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     return rows
 
 
-def never_finite(ranks: Ranks) -> dict[str, Any]:
-    """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
+def run_with(ranks: Ranks, name: str, learner: type[Learner], grader: Any, *options: str) -> tuple[str, Path]:
+    """The whole loop with another learner in it: what the run died of, and its folder."""
     from a3po_megatron import train as loop
 
-    class Broken(Learner):
-        def _accumulate(self, *args: Any) -> Any:
-            found = super()._accumulate(*args)
-            if self.cluster.rank == 1:
-                next(iter(self.parameters().values())).main_grad.view(-1)[0] = float("inf")
-            return found
-
-    config = load_config(DEMO, ["parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3"])
-    folder = ranks.folder / "never-finite"
+    config = load_config(DEMO, list(options))
+    folder = ranks.folder / name
     os.makedirs(folder / "rollouts", exist_ok=True)
-    loop.Learner = Broken  # type: ignore[misc]
+    loop.Learner = learner  # type: ignore[misc]
     try:
-        loop.train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
-        said = "it ended"
+        loop.train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grader))
+        return "it ended", folder
     except RunFailed as error:
-        said = str(error)
+        return f"{error} (exit {error.exit_code})", folder
     finally:
         loop.Learner = Learner  # type: ignore[misc]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Patterned(Learner):
+    """A learner whose gradient is not finite on rank 1 in the updates that are B; the last letter holds on."""
+
+    pattern = "B"
+    calls = 0
+
+    def _accumulate(self, *args: Any) -> Any:
+        found = super()._accumulate(*args)
+        letter = self.pattern[min(self.calls, len(self.pattern) - 1)]
+        self.calls += 1
+        if self.cluster.rank == 1 and letter == "B":
+            next(iter(self.parameters().values())).main_grad.view(-1)[0] = float("inf")
+        return found
+
+
+def never_finite(ranks: Ranks) -> dict[str, Any]:
+    """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
+    options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3")
+    said, folder = run_with(ranks, "never-finite", Patterned, grade, *options)
     kept = {}
     for path in sorted((folder / "rejected").iterdir()):
         entries = torch.load(path)
         kept[path.name] = [len(entries), sum(len(entry["tokens"]) == len(entry["old_logprobs"]) for entry in entries)]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {"said": said, "kept": kept, "rejected": [row["policy/rejected_updates"] for row in rows]}
+    return {"said": said, "kept": kept, "rejected": [row["policy/rejected_updates"] for row in rows_of(folder)]}
+
+
+# Two mini-batches a step. A coin grades: every step has groups with spread, whatever the model says.
+SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8")
+
+
+def rejected_in_a_row(ranks: Ranks) -> dict[str, Any]:
+    """Patterns of sound (g) and broken (B) updates under a limit: what the run says, and its steps' counts."""
+    found = {}
+    for limit, pattern in ((2, "BggBgBgBBg"), (1, "gBg")):
+        learner = type("Patterned", (Patterned,), {"pattern": pattern})
+        options = ("parallel.tensor=2", "trainer.steps=5", f"trainer.max_rejected_updates={limit}", *SHORT)
+        said, folder = run_with(ranks, f"in-a-row-{limit}", learner, coin, *options)
+        found[f"{limit} {pattern}"] = {
+            "said": said,
+            "rejected": [row["policy/rejected_updates"] for row in rows_of(folder)],
+            "kept": sorted(path.name.partition(".rank")[0] for path in (folder / "rejected").iterdir()),
+        }
+    return found
+
+
+def score_never_finite(ranks: Ranks) -> dict[str, Any]:
+    """A run of two replicas, in whose second step one rank's scores hold one NaN: what it says and leaves."""
+    made: list[Any] = []
+
+    class Blind(Learner):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+            self.scored = self.steps = 0
+
+        def score(self, batch: Batch) -> Batch:
+            batch = super().score(batch)
+            assert batch.old_logprobs is not None
+            if self.scored == 1:
+                if self.cluster.rank == 1:
+                    batch.old_logprobs[3] = float("nan")
+                self.batch, self.steps = batch, 0
+                self.before = [p.detach().clone() for p in self.parameters().values()]
+            self.scored += 1
+            return batch
+
+        def _step(self, number: int) -> float:
+            self.steps += 1
+            return super()._step(number)
+
+    options = ("parallel.tensor=1", "parallel.data=2", "trainer.steps=3", *SHORT)
+    said, folder = run_with(ranks, "score-never-finite", Blind, coin, *options)
+    (learner,) = made
+    entries = [
+        (number, entry)
+        for number in range(learner.batch.mini_batches)
+        for entry in torch.load(folder / "rejected" / f"step-00001.mini-batch-{number}.rank-{ranks.rank}.pt")
+    ]
+    kept = torch.cat([torch.zeros(0), *(entry["old_logprobs"] for _, entry in entries)])
+    return {
+        "said": said,
+        "files": sorted(path.name for path in (folder / "rejected").iterdir()),
+        "kept": [[number, entry["name"], entry["tokens"]] for number, entry in entries],
+        "batch": [
+            [number, r.name, r.tokens.tolist()]
+            for number, r in zip(learner.batch.mini_batch.tolist(), learner.batch.rollouts, strict=True)
+        ],
+        "bits": torch.equal(kept.view(torch.int32), learner.batch.old_logprobs.view(torch.int32)),
+        "nan": torch.nonzero(kept.isnan())[:, 0].tolist(),
+        "steps": learner.steps,
+        "moved": not all(torch.equal(a, b) for a, b in zip(learner.before, learner.parameters().values(), strict=True)),
+        "rows": [row["step"] for row in rows_of(folder)],
+    }
 
 
 def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:

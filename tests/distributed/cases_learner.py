@@ -13,18 +13,19 @@ from a3po_megatron.algorithm.shaping import shape
 from a3po_megatron.batch import Batch, Collected
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
+from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.family import read_family
 from a3po_megatron.model.layout import hf_tensors
 from tests.distributed.runner import Case, Ranks
 from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
 
-TEMPERATURE, STEP, LR = 0.8, 20, 1e-2
+TEMPERATURE, STEP, LR, NAN = 0.8, 20, 1e-2, float("nan")
 
 
 def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) -> Config:
     return Config.model_validate(
         {
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), **changes.get("model", {})},
             "data": {"path": "builtin:arithmetic"},
             "parallel": {"tensor": tensor, "data": data, **changes.get("parallel", {})},
             "rollout": {"temperature": TEMPERATURE},
@@ -70,14 +71,12 @@ def share(collected: Collected, replica: int, replicas: int) -> Collected:
     return Collected(collected.groups[replica::replicas], [], collected.accepted, {})
 
 
-def batch_of(collected: Collected, cluster: Any) -> Batch:
-    """The replica's batch, with the literal old log-probs of the whole batch cut to it."""
+def batch_of(collected: Collected, mine: Collected, mini_batches: int = 1) -> Batch:
+    """The batch of one replica's share, with the literal old log-probs of the whole batch cut to it."""
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = dict(zip((r.name for r in whole.rollouts), literal_old(whole).split(whole.lengths.tolist()), strict=True))
-    batch = assemble(
-        share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1
-    )
-    batch.old_logprobs = torch.cat([old[r.name] for r in batch.rollouts])
+    batch = assemble(mine, Config.model_fields["advantage"].default, mini_batches)
+    batch.old_logprobs = torch.cat([torch.zeros(0), *(old[r.name] for r in batch.rollouts)])
     batch.entropy = torch.zeros_like(batch.old_logprobs)
     return shape(batch, STEP, Config.model_fields["shaping"].default)
 
@@ -102,6 +101,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     cluster = ranks.arrange(tensor, data=data, **layout)
     family = read_family(folder)
     collected = make_collected(groups=5, size=4)
+    mine = share(collected, cluster.coordinates.data, cluster.data)
     reference = hf_model(folder)
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = list(literal_old(whole).split(whole.lengths.tolist()))
@@ -119,11 +119,12 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     results: dict[str, float] = {}
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
     learner = learner_with(name="sgd", distributed=False, clip_grad=0.0)
-    scored = learner.score(batch_of(collected, cluster))
+    scored = learner.score(batch_of(collected, mine))
     with torch.no_grad():
         exact = torch.cat([hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in scored.rollouts])
     results["score"] = float((scored.old_logprobs - exact).abs().max())
-    stats = learner.update(batch_of(collected, cluster))
+    results["padding"] = padding_moves(learner, batch_of(collected, mine))
+    stats = learner.update(batch_of(collected, mine))
     results["loss"] = abs(stats["learner/loss"] - float(loss))
     results["norm_sgd"] = abs(stats["policy/grad_norm"] / float(norm) - 1)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
@@ -138,12 +139,90 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in wanted.items())
     # The distributed optimizer: clipping and a second step.
     learner = learner_with()
-    results["norm"] = abs(learner.update(batch_of(collected, cluster))["policy/grad_norm"] / float(norm) - 1)
-    second = learner.update(batch_of(collected, cluster))["learner/loss"]
+    results["norm"] = abs(learner.update(batch_of(collected, mine))["policy/grad_norm"] / float(norm) - 1)
+    second = learner.update(batch_of(collected, mine))["learner/loss"]
     adam = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
     adam.step()
     results["second_loss"] = abs(second - float(literal_loss(reference, collected, old)))
+    return results
+
+
+def padding_moves(learner: Learner, batch: Batch) -> float:
+    """By how much micro-batches of padding alone, before and after the others, change gradients and sums."""
+    parts = learner._micro_batches(batch, range(len(batch.rollouts)))
+    long = parts[0].tokens.shape[1] if learner.layout.virtual > 1 else learner.multiple
+    at = learner.cluster.context, learner.cluster.coordinates.context
+    padding = [micro_batch([], [], long, at) for _ in range(learner.layout.pipeline)]
+    found = []
+    for micro_batches in (parts, [*padding, *parts, *padding]):
+        advantages = batch.token_weights * batch.advantages[batch.rollout_index]
+        sums, _ = learner._accumulate(micro_batches, batch, advantages, torch.ones_like(advantages))
+        found.append([sums, *(p.main_grad.clone() for p in learner.parameters().values())])
+    assert any(bool(g.any()) for g in found[0][1:])
+    return max(float((b - a).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in zip(*found, strict=True))
+
+
+class Watched(Learner):
+    """Keeps the gradient of every mini-batch as HF tensors (optimizer.distributed and clip_grad must be off)."""
+
+    def _step(self, number: int) -> float:
+        self.gradients = getattr(self, "gradients", [])
+        self.gradients.append(as_hf(self, {key: p.main_grad for key, p in self.parameters().items()}))
+        return super()._step(number)
+
+
+def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
+    """Two mini-batches over two replicas of which one has no rollout of the first and the other none of the second,
+    or of which one has nothing at all: differences from the literal mini-batches, one after the other."""
+    folder = ranks.folder / kind
+    cluster, family = ranks.arrange(tensor, data=data, **parallel), read_family(folder)
+    collected, reference = make_collected(groups=4, size=4), hf_model(folder)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = list(literal_old(whole).split(whole.lengths.tolist()))
+    with torch.no_grad():
+        exact = {r.name: hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in whole.rollouts}
+    losses, counts, norms, gradients = [], [], [], []
+    for half in (slice(0, 2), slice(2, 4)):
+        groups = collected.groups[half]
+        rollouts = slice(4 * half.start, 4 * half.stop)
+        loss = literal_loss(reference, Collected(groups, [], [], {}), old[rollouts])
+        reference.zero_grad()
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                p -= LR * grads[name]
+        losses.append(float(loss))
+        counts.append(sum(len(r.tokens) for group in groups for r in group.rollouts))
+        gradients.append(hf_tensors_of(grads))
+        norms.append(float(torch.sqrt(sum(g.square().sum() for g in gradients[-1].values()))))
+    wanted = hf_tensors_of({name: p.detach() for name, p in reference.named_parameters()})
+    optimizer = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
+    options = settings(folder, tensor, data, parallel=parallel, optimizer=optimizer)
+    results: dict[str, float] = {}
+    for shares in (([0, 1], [2, 3]), ([0, 1, 2, 3], [])):
+        groups = [collected.groups[index] for index in shares[cluster.coordinates.data]]
+        mine = Collected(groups, [], collected.accepted, {})
+        learner = Watched(cluster, family, options)
+        scored = learner.score(batch_of(collected, mine, 2))
+        mine_exact = torch.cat([torch.zeros(0), *(exact[r.name] for r in scored.rollouts)])
+        batch = batch_of(collected, mine, 2)
+        assert len(set(batch.mini_batch.tolist())) < 2 or not shares[1]
+        stats = learner.update(batch)
+        moved = as_hf(learner, learner.parameters())
+        differences = {
+            "score": max((scored.old_logprobs - mine_exact).abs().tolist(), default=0.0),
+            "loss": abs(stats["learner/loss"] - sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)),
+            "norm_sgd": abs(stats["policy/grad_norm"] / (sum(norms) / 2) - 1),
+            "gradient": max(
+                float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9))
+                for ours, grads in zip(learner.gradients, gradients, strict=True)
+                for n, g in grads.items()
+            ),
+            "parameter": max(float((moved[n] - w).abs().max()) for n, w in wanted.items()),
+        }
+        results = {name: max(value, results.get(name, 0.0)) for name, value in differences.items()}
     return results
 
 
@@ -197,48 +276,91 @@ STEPS = {
 
 
 class Broken(Learner):
-    """A learner whose gradient comes out as NaN, on rank 1 and in one mini-batch only."""
+    """A learner one of whose gradients may come out as NaN, on rank 1 and in one mini-batch only."""
 
-    breaks, calls = 0, 0  # which mini-batch
+    breaks: int | None = None  # which mini-batch
+    finite: tuple[bool, ...] = ()  # whether this rank's gradients of each mini-batch were
 
     def _accumulate(self, *args: Any) -> Any:
         found = super()._accumulate(*args)
-        if self.cluster.rank == 1 and self.calls == self.breaks:
-            next(iter(self.parameters().values())).main_grad.view(-1)[3] = float("nan")
-        self.calls += 1
+        named = {name: p.main_grad for (_, name), p in self.parameters().items()}
+        if self.cluster.rank == 1 and len(self.finite) == self.breaks:
+            # The last of all, or of an expert: in the last chunk, or in the buffer that experts have to themselves.
+            [g for name, g in named.items() if ".experts." in name or not self.family.experts][-1].view(-1)[3] = NAN
+        self.finite += (all(bool(torch.isfinite(g).all()) for g in named.values()),)
         return found
 
 
-def rejected_updates(ranks: Ranks) -> dict[str, Any]:
-    """Of two mini-batches one breaks on one rank: what every layout's ranks hold and say afterwards."""
-    folder, found = ranks.folder / "qwen3", {}
-    collected = make_collected(groups=4, size=4)
-    for tensor, data, distributed in ((2, 1, True), (1, 2, True), (1, 2, False)):
-        cluster, family = ranks.arrange(tensor, data=data), read_family(folder)
-        options = settings(folder, tensor, data, optimizer={"distributed": distributed})
+def spoil(batch: Batch, tokens: torch.Tensor, exact: torch.Tensor, how: str) -> None:
+    """Puts into a batch, at some of these tokens, what makes its loss not finite."""
+    row = batch.rollout_index[tokens]
+    if how == "advantage":
+        batch.advantages[row[0]] = NAN
+    elif how == "token weight":
+        batch.token_weights[tokens[0]] = NAN
+    elif how == "overflow":
+        # Ratios far beyond the clip have a gradient of 0, however large the advantage; the sum of the losses is inf.
+        chosen = tokens[batch.advantages[row] > 0]
+        batch.old_logprobs[chosen] = batch.rollout_logprobs[chosen] = exact[chosen] - 10
+        batch.token_weights[chosen] = 1.5e38
+        assert float(batch.advantages[batch.rollout_index[chosen]].sum()) * 1.28 * 1.5 > 3.5
 
-        def batch(cluster: Any = cluster) -> Batch:
-            made = assemble(
-                share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 2
-            )
+
+# Name → (model, tensor, data, further settings)
+REJECTING: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "tp2": ("qwen3", 2, 1, {}),
+    "tp2 sp": ("qwen3", 2, 1, {"parallel": {"sequence": True}}),
+    "dp2": ("qwen3", 1, 2, {}),
+    "dp2 whole": ("qwen3", 1, 2, {"optimizer": {"distributed": False}}),
+    "pp2": ("qwen3", 1, 1, {"parallel": {"pipeline": 2}}),
+    "pp2 vp2": ("qwen3_deep", 1, 1, {"parallel": {"pipeline": 2, "virtual": 2}}),
+    "cp2": ("qwen3", 1, 1, {"parallel": {"context": 2}}),
+    "ep2": ("qwen3_moe", 1, 2, {"parallel": {"expert": 2}}),
+    "dp2 bf16": ("qwen3", 1, 2, {"model": {"dtype": "bfloat16"}}),
+    "tp2 sp bf16": ("qwen3", 2, 1, {"model": {"dtype": "bfloat16"}, "parallel": {"sequence": True}}),
+}
+FAULTS = ("gradient", "advantage", "token weight", "overflow")
+
+
+def rejected_updates(ranks: Ranks) -> dict[str, Any]:
+    """Of three mini-batches one breaks on one rank: what every layout's ranks hold and say afterwards."""
+    found: dict[str, Any] = {}
+    collected = make_collected(groups=6, size=4)
+    for at, (layout, (kind, tensor, data, changes)) in enumerate(REJECTING.items()):
+        folder = ranks.folder / kind
+        cluster, family = ranks.arrange(tensor, data=data, **changes.get("parallel", {})), read_family(folder)
+        options = settings(folder, tensor, data, **changes)
+        mine = share(collected, cluster.coordinates.data, cluster.data)
+
+        def batch(mine: Collected = mine) -> Batch:
+            made = assemble(mine, Config.model_fields["advantage"].default, 3)
             made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
             return shape(made, STEP, Config.model_fields["shaping"].default)
 
-        for broken in (0, 1):
+        for number, fault in enumerate(FAULTS):
+            broken = (at + number) % 3
             sound, learner = Learner(cluster, family, options), Broken(cluster, family, options)
-            learner.breaks = broken
+            before = [p.detach().clone() for p in learner.parameters().values()]
             one, two = batch(), batch()
+            chosen = torch.nonzero(two.mini_batch == broken)[:, 0].tolist()
+            here = torch.cat([part.index for part in learner._micro_batches(two, chosen)])
+            exact = learner.score(batch()).old_logprobs
+            if fault == "gradient":
+                learner.breaks = broken
+            elif cluster.rank == 1:
+                spoil(two, here, exact, fault)
             # The sound learner never sees the broken mini-batch: nothing of it may be in the other's weights.
-            one.mini_batch, one.mini_batches = torch.where(one.mini_batch == broken, 9, 0), 1
-            sound.update(one)
-            stats = learner.update(two)
-            pairs = zip(sound.parameters().values(), learner.parameters().values(), strict=True)
-            found[f"{tensor}x{data} {distributed} {broken}"] = {
+            one.mini_batch = torch.tensor([9 if m == broken else m - (m > broken) for m in one.mini_batch.tolist()])
+            one.mini_batches = 2
+            wanted, stats = sound.update(one), learner.update(two)
+            triples = list(zip(sound.parameters().values(), learner.parameters().values(), before, strict=True))
+            found[f"{layout}, {fault}, {broken}"] = {
                 "rejected": two.rejected,
                 "metric": stats["policy/rejected_updates"],
-                "finite": all(bool(torch.isfinite(p).all()) for p in learner.parameters().values()),
-                "moved": max(float((a - b).abs().max()) for a, b in pairs),
-                "loss": stats["learner/loss"],
+                "equal": all(torch.equal(a, b) for a, b, _ in triples),  # false for NaN
+                "trained": any(not torch.equal(b, c) for _, b, c in triples),
+                "told": [[s[name] for name in ("learner/loss", "policy/grad_norm")] for s in (wanted, stats)],
+                "gradients_finite": learner.finite[broken],
             }
     return found
 
@@ -305,13 +427,31 @@ for _name, _cell in SPLITS.items():
     GRID[_cell[2]][_name] = _cell
 
 
-def _case(name: str, kind: str, tensor: int, data: int, parallel: dict[str, Any]) -> Case:
+# One replica of two has padding alone in a mini-batch.
+SHARES: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
+    1: {},
+    2: {"share_dp2": ("qwen3", 1, 2, {}), "share_moe_ep2": ("qwen3_moe", 1, 2, {"expert": 2})},
+    4: {
+        "share_tp2_dp2_sp": ("qwen3", 2, 2, {"sequence": True}),
+        "share_cp2_dp2": ("qwen3", 1, 2, {"context": 2}),
+        "share_pp2_vp2_dp2": ("qwen3_deep", 1, 2, {"pipeline": 2, "virtual": 2}),
+    },
+}
+
+
+def _case(of: Any, name: str, kind: str, tensor: int, data: int, parallel: dict[str, Any]) -> Case:
     def case(ranks: Ranks) -> dict[str, float]:
-        return one_update(ranks, kind, tensor, data, **parallel)
+        return of(ranks, kind, tensor, data, **parallel)
 
     case.__qualname__ = case.__name__ = name
     return case
 
 
-CASES = {world: [_case(name, *cell) for name, cell in cells.items()] for world, cells in GRID.items()}
+CASES = {
+    world: [
+        *(_case(one_update, name, *cell) for name, cell in GRID[world].items()),
+        *(_case(share_of_padding, name, *cell) for name, cell in SHARES[world].items()),
+    ]
+    for world in GRID
+}
 globals().update({case.__name__: case for cases in CASES.values() for case in cases})
