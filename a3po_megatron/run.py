@@ -254,7 +254,7 @@ class Run:
             return
         self._pending = None
         with pending.place:
-            if wrong := self.cluster.agree("written well", pending.saving.wait(), first):
+            if wrong := self.cluster.agree("written well", pending.saving.wait(CLOCK.beat), first):
                 raise RunFailed(f"the checkpoint of step {pending.boundary.step} could not be written: {wrong}")
             partial = partial_of(pending.target)
             mine = [*pending.saving.finish(), *self._save_rank(pending.boundary, partial)]

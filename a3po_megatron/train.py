@@ -35,6 +35,7 @@ from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
 from a3po_megatron.run import Run  # noqa: E402
 from a3po_megatron.telemetry.clock import CLOCK  # noqa: E402
+from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 
 
 def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> None:
@@ -75,6 +76,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
 def main(folder: Path) -> None:
     CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
     config = load_resolved(folder / "config.yaml")
+    Watchdog(folder, environment.rank(), environment.world(), config.telemetry, CLOCK).start()
     with math_graders(config.reward) as graders:
         cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         train(folder, config, cluster, graders)

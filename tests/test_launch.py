@@ -31,7 +31,7 @@ def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: fl
     deadline = time.monotonic() + seconds
     path = folder / "logs" / f"rank-{rank}.phase"
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text().partition(" ")[2] in phases:
+        if path.exists() and path.read_text().partition("\n")[0].partition(" ")[2] in phases:
             return path.read_text()
         time.sleep(0.02)
     raise AssertionError(f"rank {rank} did not come to {phases}: {path.read_text() if path.exists() else 'no file'}")

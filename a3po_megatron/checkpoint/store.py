@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,15 @@ class _HashedFiles(FileSystem):
 
     def __init__(self) -> None:
         self.written: list[Written] = []
+        self._open: HashedFile | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.written) + (self._open.bytes if self._open else 0)
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        file = HashedFile(Path(path))
+        self._open = file = HashedFile(Path(path))
         try:
             with file:
                 yield file
@@ -54,6 +59,7 @@ class _HashedFiles(FileSystem):
             if file.failure is not None:  # torch's archive writer replaces it by one of its own
                 raise file.failure from error
             raise
+        self._open = None
         self.written.append(file.written())
 
 
@@ -118,9 +124,13 @@ class Saving:
         finally:
             set_crc32_options(checksums)
 
-    def wait(self) -> str:
-        """Waits for this rank's share; returns what went wrong with it, "" if nothing."""
-        self._thread.join()
+    def wait(self, beat: Callable[[], None] = lambda: None) -> str:
+        """Waits for this rank's share; returns what went wrong with it, "" if nothing. `beat`: while bytes flow."""
+        while self._thread.is_alive():
+            before = self._strategy.files.bytes
+            self._thread.join(1.0)
+            if self._strategy.files.bytes > before:
+                beat()
         return self._failure
 
     @property

@@ -30,6 +30,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
     for name, value in SETTINGS.items():

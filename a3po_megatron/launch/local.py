@@ -23,6 +23,7 @@ from typing import IO
 from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..telemetry.watchdog import STALL, position
 from .environment import LOOPBACK, SETTINGS, die_with_parent
 
 POLL_SECONDS = 0.1
@@ -144,20 +145,16 @@ def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, signals: _Signals
     if all(process.poll() == 0 for process in ranks):
         return
     dead = {rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)}
-    where = {rank: phase_of(folder, rank) for rank in range(len(ranks))}
+    where = {rank: position(folder / "logs", rank)[1] for rank in range(len(ranks))}
+    if (folder / "logs" / STALL).exists():
+        for process in ranks:  # one that cannot act writes its stacks all the same, even if it is stopped
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR2)
+                process.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
         time.sleep(POLL_SECONDS)
     raise _failure(ranks, dead, where, folder)
-
-
-def phase_of(folder: Path, rank: int) -> str:
-    """Where a rank was last: "phase rollout of step 3"."""
-    try:
-        step, _, phase = (folder / "logs" / f"rank-{rank}.phase").read_text().partition(" ")
-    except OSError:
-        return "phase start-up"
-    return f"phase {phase} of step {step}" if step != "-1" else f"phase {phase}"
 
 
 def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
@@ -178,7 +175,8 @@ def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[i
         elif kind == "run":
             reports.append((1, rank, RunFailed(f"{place}: {message}")))
         elif kind == "interrupted":
-            reports.append((5, rank, Interrupted(message)))
+            # The first to go left because it was time; others may have failed because it was gone.
+            reports.append((0 if rank in dead else 5, rank, Interrupted(message)))
         else:
             reports.append((2 if rank in dead else 3, rank, RunFailed(f"{place} failed: {message}; its log: {log}")))
     return min(reports, key=lambda report: report[:2])[2]

@@ -26,7 +26,7 @@ from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import Interrupted, RunFailed
 from ..reward.reward import score
-from ..telemetry.clock import phase
+from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request
 
 _COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward")
@@ -122,6 +122,7 @@ class Collector:
             leave = None
             with contextlib.closing(engine.sample(requests)) as engine_steps:
                 for finished in engine_steps:
+                    CLOCK.beat()
                     for number, completion in finished:
                         prompt, sample = draws[number]
                         group = begun[prompt.index]

@@ -1,7 +1,10 @@
-"""Which phase this process is in, and how long each phase of a step took.
+"""Which phase this process is in, how long each phase of a step took, and when it last got on.
 
-One clock per process, like a logger: any room may mark its phase. Every change is written to `logs/rank-N.phase`
-(step and phase), so that whoever finds this rank dead or stuck can say where it was.
+One clock per process, like a logger: any room may mark its phase, or a `beat` within one. Every change is written to
+`logs/rank-N.phase`, so that whoever finds this rank dead or stuck can say where it was:
+
+    3 rollout
+    changes 57                  of phase, since the start: ranks that wait for another are ahead of it
 """
 
 from __future__ import annotations
@@ -17,9 +20,16 @@ class Clock:
     def __init__(self) -> None:
         self.step = -1
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
+        self.changes = 0
+        self._moved = time.monotonic()
         self._stack = ["start-up"]
         self._file: Path | None = None
         self.listener = lambda step, phase: None  # called at every change, for the progress line
+
+    @property
+    def current(self) -> str:
+        return self._stack[-1]
 
     def attach(self, file: Path) -> None:
         """Writes the current phase to `file` from now on."""
@@ -30,25 +40,38 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         """Marks the block as phase `name`; a phase inside another one counts for itself only."""
         start, inside = time.perf_counter(), sum(self.seconds.values())
+        self.beat()
         self._stack.append(name)
         self._announce()
         yield  # on an exception the phase stays announced: it is where the process died
         nested = sum(self.seconds.values()) - inside
         self.seconds[name] += time.perf_counter() - start - nested
+        self.beat()
         self._stack.pop()
         self._announce()
+
+    def beat(self) -> None:
+        """A sign of life within a phase."""
+        self.longest_silence[self.current] = max(self.silence(), self.longest_silence.get(self.current, 0.0))
+        self._moved = time.monotonic()
+
+    def silence(self) -> float:
+        """Seconds since the last sign of life."""
+        return time.monotonic() - self._moved
 
     def begin(self, step: int) -> None:
         """A new step: its seconds start at 0."""
         self.step = step
+        self.beat()
         self._stack[0] = "between phases"
         self.seconds.clear()
         self._announce()
 
     def _announce(self) -> None:
+        self.changes += 1
         if self._file is not None:
-            self._file.write_text(f"{self.step} {self._stack[-1]}")
-        self.listener(self.step, self._stack[-1])
+            self._file.write_text(f"{self.step} {self.current}\nchanges {self.changes}\n")
+        self.listener(self.step, self.current)
 
 
 CLOCK = Clock()

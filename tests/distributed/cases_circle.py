@@ -221,9 +221,8 @@ def _gather_arguments(run: Run, learner: Learner) -> tuple[Any, ...]:
 
 def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
-    run, cluster, engine, learner, prompts = parts(ranks, tensor=1, data=ranks.world)
+    run, _, engine, learner, prompts = parts(ranks, tensor=1, data=ranks.world)
     run.publish(learner, engine)
-    config = run.config
     collected = run.collect(engine, prompts, InProcess(grade), 0)
     rollouts = [r for group in collected.sampled for r in group.rollouts]
     result = {

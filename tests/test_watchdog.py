@@ -1,0 +1,138 @@
+"""A run that stands still ends by itself, resumably, and says which rank stood still where."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from a3po_megatron.config import TelemetryOptions
+from a3po_megatron.telemetry.clock import Clock
+from a3po_megatron.telemetry.watchdog import Watchdog, position
+from tests.distributed.runner import ROOT
+from tests.test_launch import ended, rank_processes, start, wait_for_phase  # noqa: F401
+
+FAST = TelemetryOptions(stall_seconds=2.0, stall_factor=3.0)
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the clock reads: the last value of the list."""
+    now = [0.0]
+    monkeypatch.setattr("a3po_megatron.telemetry.clock.time.monotonic", lambda: now[-1])
+    return now
+
+
+def test_the_limit_of_a_phase_follows_from_its_own_longest_silence(tmp_path: Path, times: list[float]) -> None:
+    clock = Clock()
+    dog = Watchdog(tmp_path, 0, 1, FAST, clock)
+    assert dog.limit() == 8.0  # a phase that was never gone through: four times the least
+    with clock.phase("update"):
+        times.append(5.0)
+        clock.beat()
+        times.append(6.0)
+    with clock.phase("score"):
+        times.append(6.1)
+    with clock.phase("update"):
+        assert dog.limit() == 15.0  # three times the 5 s between two beats, not the 6 s of the phase
+        times.append(20.0)
+        assert clock.silence() == pytest.approx(13.9)
+        assert clock.silence() < dog.limit()
+    with clock.phase("score"):
+        assert dog.limit() == 2.0
+
+
+def test_ranks_that_others_wait_for_have_gone_through_fewer_phases(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    clocks = [Clock(), Clock()]
+    for rank, clock in enumerate(clocks):
+        clock.attach(tmp_path / "logs" / f"rank-{rank}.phase")
+        clock.begin(4)
+    with clocks[0].phase("reward"):
+        pass
+    with clocks[1].phase("reward"):
+        assert position(tmp_path / "logs", 1) < position(tmp_path / "logs", 0)
+        assert position(tmp_path / "logs", 1)[1] == "phase reward of step 4"
+    assert position(tmp_path / "logs", 2) == (0, "phase start-up")  # has not even begun
+
+
+STUCK = """
+import sys, threading
+from pathlib import Path
+from a3po_megatron.config import TelemetryOptions
+from a3po_megatron.telemetry.clock import Clock
+from a3po_megatron.telemetry.watchdog import Watchdog
+
+def waits_for_ever(lock):
+    lock.acquire()
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+clock = Clock()
+clock.attach(folder / "logs" / f"rank-{rank}.phase")
+Watchdog(folder, rank, 2, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), clock).start()
+clock.begin(7)
+lock = threading.Lock()
+with clock.phase("score"):
+    pass
+if rank == 0:
+    with clock.phase("reward"):
+        pass
+with clock.phase("score"):
+    lock.acquire()
+    waits_for_ever(lock)
+"""
+
+
+def test_two_ranks_that_stand_still_end_with_85_name_the_one_behind_and_leave_the_stacks_of_both(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "logs").mkdir()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path), str(rank)], cwd=ROOT, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    begun = time.monotonic()
+    for rank, process in enumerate(ranks):
+        assert process.wait(60) == 85
+        words = json.loads((tmp_path / "logs" / f"rank-{rank}.error").read_text())
+        assert words["kind"] == "interrupted"
+        assert words["message"].startswith("rank 1 (phase score of step 7) stood still: no progress for ")
+        assert "waits_for_ever" in (tmp_path / "logs" / f"rank-{rank}.stacks").read_text()
+    assert time.monotonic() - begun < 50
+
+
+def test_a_run_one_rank_of_which_is_stopped_ends_with_85_names_it_and_goes_on_afterwards(
+    tmp_path: Path,
+    ended: list[subprocess.Popen[str]],  # noqa: F811
+) -> None:
+    folder = tmp_path / "run"
+    options = ("trainer.steps=500", "checkpoint.every_steps=1", "telemetry.stall_seconds=15")
+    launcher = start(folder, *options)
+    ended.append(launcher)
+    wait_for_phase(folder, 1, ("update",))
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rank_processes(launcher)[1].send_signal(signal.SIGSTOP)
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.append(launcher.communicate()[1]))
+    reader.start()
+    assert launcher.wait(120) == 85
+    reader.join(10)
+    assert "error: rank 1 (phase " in errors[0]
+    assert "stood still" in errors[0]
+    for rank in range(2):  # also of the stopped one
+        assert "Thread 0x" in (folder / "logs" / f"rank-{rank}.stacks").read_text()
+
+    done = int((folder / "checkpoints/latest").read_text().strip().removeprefix("step-"))
+    again = start(folder, f"trainer.steps={done + 1}", *options[1:])
+    ended.append(again)
+    out, err = again.communicate(timeout=180)
+    assert again.returncode == 0, err
+    assert f"goes on from step-{done:06d}" in out
