@@ -76,7 +76,8 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
 def main(folder: Path) -> None:
     CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
     config = load_resolved(folder / "config.yaml")
-    Watchdog(folder, environment.rank(), environment.world(), config.telemetry, CLOCK).start()
+    rank, world = environment.rank(), environment.world()
+    Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words).start()
     with math_graders(config.reward) as graders:
         cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         train(folder, config, cluster, graders)

@@ -180,13 +180,21 @@ def test_of_two_runs_on_one_folder_the_second_is_refused_and_the_first_resumes_u
             time.sleep(0.1)
         link = tmp_path / "other-name"
         link.symlink_to(folder)
-        for name in (folder, link):
-            words = tools.command(name, *TP2)
-            second = subprocess.run(
-                words, cwd=tools.ROOT, env=tools.environment(), capture_output=True, text=True, timeout=120
+        others = [
+            subprocess.Popen(
+                tools.command(name, *TP2),
+                cwd=tools.ROOT,
+                env=tools.environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-            assert (second.returncode, second.stderr.count("\n")) == (2, 1), second.stderr
-            assert "a run is live in this folder" in second.stderr
+            for name in (folder, link)
+        ]
+        for second in others:
+            words = second.communicate(timeout=120)[1]
+            assert (second.returncode, words.count("\n")) == (2, 1), words
+            assert "a run is live in this folder" in words
         assert first.process.poll() is None, "the first run ended before the second was refused: nothing was tested"
     finally:
         ended = first.finish()
@@ -281,7 +289,9 @@ def test_a_disk_that_is_full_at_a_save_ends_the_run_with_a_clear_error_and_the_c
     one = disk_use(whole / "checkpoints" / f"step-{STEPS:06d}")
     rest = disk_use(whole) - disk_use(whole / "checkpoints")
     with small_disk(tmp_path / "disk", rest + one + one // 2) as resize:
-        folder = tmp_path / "disk" / "run"
+        folder = tmp_path / "run"  # the launcher's output goes beside it, not onto the full disk
+        (tmp_path / "disk" / "run").mkdir()
+        folder.symlink_to(tmp_path / "disk" / "run")
         ended = tools.launch(folder, *TP2)  # the first save fits, the second does not
         assert ended.code in (1, 2), ended.all
         assert ended.err.count("\n") == 1, ended.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -23,6 +24,7 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+WORDS_BYTES = 1 << 16  # what a pipe takes without a reader
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
 
 
@@ -53,7 +55,7 @@ def die_with_parent() -> None:
 
 
 def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
-    """Runs a rank's main program; leaves a failure's message in logs/rank-N.error for the launcher to show.
+    """Runs a rank's main program, and tells the launcher what it failed of.
 
     The process ends with os._exit: a failed rank must not wait for collectives or engine threads in interpreter
     shutdown, while others wait for it.
@@ -62,20 +64,23 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
     try:
         main(folder)
     except A3POError as error:
+        kinds = {RequestError: "request", Interrupted: "interrupted"}
+        last_words(next((name for kind, name in kinds.items() if isinstance(error, kind)), "run"), str(error))
         code = error.exit_code
         traceback.print_exc()
-        kinds = {RequestError: "request", Interrupted: "interrupted"}
-        _leave(folder, next((name for kind, name in kinds.items() if isinstance(error, kind)), "run"), str(error))
     except BaseException as error:  # the rank's last words, whatever it died of
+        last_words("crash", f"{type(error).__name__}: {error}")
         code = 1
         traceback.print_exc()
-        _leave(folder, "crash", f"{type(error).__name__}: {error}")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the log's disk may be full: that must not be what the rank ends with
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
-def _leave(folder: Path, kind: str, message: str) -> None:
-    words = json.dumps({"kind": kind, "message": message})
-    (folder / "logs" / f"rank-{rank()}.error").write_text(words)
+def last_words(kind: str, message: str) -> None:
+    """Hands the launcher, if there is one, what this rank ends with: through a pipe, since a disk may be full."""
+    if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
+        words = json.dumps({"kind": kind, "message": message[: WORDS_BYTES // 8]}) + "\n"
+        os.write(int(descriptor), words.encode())

@@ -32,7 +32,7 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{date}-{secrets.token_hex(2)}"
 
 
-LOCK_SECONDS = 5.0  # the ranks of a killed launcher die just after it
+LOCK_SECONDS = 2.0  # the ranks of a killed launcher die just after it
 
 
 def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[str], list[str]]:
@@ -97,7 +97,7 @@ def _go_on(folder: Path, config: Config) -> list[str]:
             shutil.rmtree(path)
     for path in [*(folder / "checkpoints").glob(".*.partial"), *(folder / "hf").glob(".*.partial")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for pattern in ("rank-*.error", "rank-*.phase", "stall*"):
+    for pattern in ("rank-*.phase", "stall*"):
         for stale in (folder / "logs").glob(pattern):
             stale.unlink()
     cut_torn_frames(folder / "journal")

@@ -9,6 +9,7 @@ ends them at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -24,7 +26,7 @@ from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import STALL, position
-from .environment import LOOPBACK, SETTINGS, die_with_parent
+from .environment import LOOPBACK, SETTINGS, WORDS_BYTES, die_with_parent
 
 POLL_SECONDS = 0.1
 REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
@@ -57,17 +59,35 @@ class _Signals:
         self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
         self.number = self.number or number
 
-    def pass_on(self, ranks: list[subprocess.Popen[bytes]]) -> None:
+    def pass_on(self, ranks: list[_Rank]) -> None:
         """To every rank, again and again: to get it twice changes nothing, to miss it would."""
         if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
             self._repeated = time.monotonic()
-            for process in ranks:
-                if process.poll() is None:
-                    process.send_signal(self.number)
+            for each in ranks:
+                if each.code is None:
+                    each.process.send_signal(self.number)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: subprocess.Popen[bytes]
+    words: int  # a pipe: what it fails of (environment.last_words)
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def last_words(self) -> tuple[str, str]:
+        """Kind and message of a rank that has ended."""
+        with contextlib.suppress(BlockingIOError):
+            if line := os.read(self.words, WORDS_BYTES).partition(b"\n")[0]:
+                words = json.loads(line)
+                return words["kind"], words["message"]
+        return "crash", "it left no message"
 
 
 def run_local(folder: Path, config: Config, started: float, lock: IO[str]) -> None:
@@ -76,24 +96,25 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str]) -> No
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
     port = rendezvous_port(config.cluster.port)
-    ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[_Rank] = []
     signals = _Signals()
     try:
         for rank in range(config.parallel.ranks()):
             ranks.append(_start(rank, folder, config.parallel.ranks(), port, started, lock))
         _watch(ranks, folder, signals)
     finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        for each in ranks:
+            if each.process.poll() is None:
+                each.process.kill()
+            each.process.wait()
+            os.close(each.words)
         signals.restore()
         if sys.stdout.isatty():  # a rank that was killed left its progress bar, and the cursor hidden
             sys.stdout.write("\r\x1b[?25h")
             sys.stdout.flush()
 
 
-def _start(rank: int, folder: Path, world: int, port: int, started: float, lock: IO[str]) -> subprocess.Popen[bytes]:
+def _start(rank: int, folder: Path, world: int, port: int, started: float, lock: IO[str]) -> _Rank:
     environment = {
         **SETTINGS,
         **LOOPBACK,
@@ -105,7 +126,10 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float, lock:
         "MASTER_PORT": str(port),
         "A3PO_STARTED": str(started),
     }
-    inherited = [os.dup(lock.fileno())]  # the run is live as long as any of its ranks is
+    words, said = os.pipe()
+    os.set_blocking(words, False)
+    environment["A3PO_WORDS_FD"] = str(said)
+    inherited = [said, os.dup(lock.fileno())]  # the run is live as long as any of its ranks is
     if rank == 0:
         inherited.append(os.dup(sys.stdout.fileno()))
         environment["A3PO_CONSOLE_FD"] = str(inherited[-1])
@@ -125,7 +149,7 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float, lock:
         )
     for descriptor in inherited:
         os.close(descriptor)
-    return process
+    return _Rank(process, words)
 
 
 def _begin_rank() -> None:
@@ -134,34 +158,34 @@ def _begin_rank() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], folder: Path, signals: _Signals) -> None:
-    while any(process.poll() is None for process in ranks):
-        if any(process.poll() not in (None, 0) for process in ranks):
+def _watch(ranks: list[_Rank], folder: Path, signals: _Signals) -> None:
+    while any(each.code is None for each in ranks):
+        if any(each.code not in (None, 0) for each in ranks):
             break
         if signals.at_once:
             raise Interrupted(f"{folder}: ended at once; the same command goes on from the last checkpoint")
         signals.pass_on(ranks)
         time.sleep(POLL_SECONDS)
-    if all(process.poll() == 0 for process in ranks):
+    if all(each.code == 0 for each in ranks):
         return
-    dead = {rank for rank, process in enumerate(ranks) if process.poll() not in (None, 0)}
+    dead = {rank for rank, each in enumerate(ranks) if each.code not in (None, 0)}
     where = {rank: position(folder / "logs", rank)[1] for rank in range(len(ranks))}
     if (folder / "logs" / STALL).exists():
-        for process in ranks:  # one that cannot act writes its stacks all the same, even if it is stopped
-            if process.poll() is None:
-                process.send_signal(signal.SIGUSR2)
-                process.send_signal(signal.SIGCONT)
+        for each in ranks:  # one that cannot act writes its stacks all the same, even if it is stopped
+            if each.code is None:
+                each.process.send_signal(signal.SIGUSR2)
+                each.process.send_signal(signal.SIGCONT)
     deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and any(process.poll() is None for process in ranks):
+    while time.monotonic() < deadline and any(each.code is None for each in ranks):
         time.sleep(POLL_SECONDS)
     raise _failure(ranks, dead, where, folder)
 
 
-def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
+def _failure(ranks: list[_Rank], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
     """The error of the rank that is to blame: one killed by a signal, else one that said what is wrong, else any."""
     reports: list[tuple[int, int, A3POError]] = []
-    for rank, process in enumerate(ranks):
-        code, place = process.poll(), f"rank {rank} ({where[rank]})"
+    for rank, each in enumerate(ranks):
+        code, place = each.code, f"rank {rank} ({where[rank]})"
         log = folder / "logs" / f"rank-{rank}.log"
         if code is None or code == 0:
             continue
@@ -169,7 +193,7 @@ def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[i
             name = signal.Signals(-code).name
             reports.append((0 if rank in dead else 4, rank, RunFailed(f"{place} was killed by {name}; its log: {log}")))
             continue
-        kind, message = _last_words(folder, rank)
+        kind, message = each.last_words()
         if kind == "request":
             reports.append((1, rank, RequestError(message)))
         elif kind == "run":
@@ -180,11 +204,3 @@ def _failure(ranks: list[subprocess.Popen[bytes]], dead: set[int], where: dict[i
         else:
             reports.append((2 if rank in dead else 3, rank, RunFailed(f"{place} failed: {message}; its log: {log}")))
     return min(reports, key=lambda report: report[:2])[2]
-
-
-def _last_words(folder: Path, rank: int) -> tuple[str, str]:
-    try:
-        words = json.loads((folder / "logs" / f"rank-{rank}.error").read_text())
-    except (OSError, ValueError):
-        return "crash", "it left no message"
-    return words["kind"], words["message"]

@@ -16,12 +16,12 @@ the stacks without the interpreter.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -37,8 +37,17 @@ OTHERS = 3.0  # periods that the others get to notice, and to write their stacks
 class Watchdog:
     """Watches one rank: `start` it once, in the rank's main thread."""
 
-    def __init__(self, folder: Path, rank: int, world: int, options: TelemetryOptions, clock: Clock) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        world: int,
+        options: TelemetryOptions,
+        clock: Clock,
+        last_words: Callable[[str, str], None],  # kind, message: to the launcher
+    ) -> None:
         self._logs, self._rank, self._world, self._options, self._clock = folder / "logs", rank, world, options, clock
+        self._last_words = last_words
         self.period = min(5.0, options.stall_seconds / 8)
         self._stacks: IO[str]
 
@@ -64,8 +73,7 @@ class Watchdog:
             message = (self._logs / STALL).read_text()
         except OSError as error:
             message = f"a rank stands still, and {self._logs / STALL} cannot be read: {error.strerror}"
-        words = json.dumps({"kind": "interrupted", "message": message})
-        (self._logs / f"rank-{self._rank}.error").write_text(words)
+        self._last_words("interrupted", message)
         print(message, file=sys.stderr, flush=True)
         time.sleep(OTHERS * self.period)
         os._exit(Interrupted.exit_code)

@@ -1,0 +1,157 @@
+"""What a run finished since its last checkpoint: found again as it was, believed only where it is whole."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Verdict
+from a3po_megatron.checkpoint.journal import Journal, cut_torn_frames, read_frames
+
+PROMPTS = [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n, n + 1), n) for n in range(6)]
+
+
+def decode(tokens: Any) -> str:
+    return " ".join(map(str, tokens))
+
+
+def group(number: int, step: int = 3) -> Group:
+    """Responses of uneven length, one of them empty, with log-probs that no short decimal writes exactly."""
+    rng = np.random.default_rng(number)
+    rollouts = []
+    for sample in range(3):
+        length = 0 if sample == 1 else int(rng.integers(1, 9))
+        tokens = rng.integers(0, 1 << 40, length)
+        logprobs = np.log(rng.random(length)).astype(np.float32)
+        rollout = Rollout(PROMPTS[number], sample, 7 * sample, step, tokens, logprobs, "stop", decode(tokens), 4)
+        rollout.verdict, rollout.reward = Verdict("wrong", "no ✓ answer"), 0.1 * sample
+        rollouts.append(rollout)
+    return Group(PROMPTS[number], rollouts)
+
+
+def facts(one: Group) -> list[Any]:
+    return [
+        (r.name, r.sample, r.seed, r.step, r.tokens.tolist(), r.logprobs.tobytes(), r.finish, r.text, r.weight_version)
+        for r in one.rollouts
+    ]
+
+
+def verdicts(one: Group) -> list[Any]:
+    return [(r.verdict, r.reward) for r in one.rollouts]
+
+
+def test_groups_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp_path: Path) -> None:
+    for rank in range(2):
+        journal = Journal(tmp_path / "journal", rank)
+        for number in range(rank, 6, 2):
+            journal.add_group(3, group(number))
+            if number < 4:
+                journal.add_verdicts(3, group(number))
+    again = Journal(tmp_path / "journal", 0)
+    for number in range(6):
+        found = again.group(3, PROMPTS[number], decode)
+        assert found is not None
+        assert facts(found[0]) == facts(group(number))
+        assert found[1] == (number < 4)
+        if found[1]:
+            assert verdicts(found[0]) == verdicts(group(number))
+        assert again.group(2, PROMPTS[number], decode) is None  # of another step
+    other = Prompt("q/0", "another problem", "gold", (0, 1), 0)
+    assert again.group(3, other, decode) is None  # of another prompt at the same place
+
+
+def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0)
+    for number in range(4):
+        journal.add_group(3, group(number))
+    path = tmp_path / "step-00003.rank-0"
+    whole = path.read_bytes()
+    ends = [frame.offset + frame.header["bytes"] for frame in read_frames(path)]
+    rng = random.Random(0)
+    for trial in range(300):
+        data = bytearray(whole)
+        place = rng.randrange(len(data))
+        if trial % 2:
+            data[place] ^= 1 << rng.randrange(8)
+        else:
+            del data[place:]
+        path.write_bytes(data)
+        found = Journal(tmp_path, 0)
+        for number in range(4):
+            one = found.group(3, PROMPTS[number], decode)
+            assert one is None or facts(one[0]) == facts(group(number)), (trial, number)
+            if ends[number] <= place:
+                assert one is not None, (trial, number)
+
+
+def test_what_is_written_behind_a_torn_frame_is_found_once_that_was_cut_off(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0)
+    for number in range(3):
+        journal.add_group(3, group(number))
+    path = tmp_path / "step-00003.rank-0"
+    path.write_bytes(path.read_bytes()[:-5])
+    cut_torn_frames(tmp_path)
+    Journal(tmp_path, 0).add_group(3, group(4))
+    found = Journal(tmp_path, 0)
+    assert [n for n in range(6) if found.group(3, PROMPTS[n], decode) is not None] == [0, 1, 4]
+
+
+def batch(numbers: list[int]) -> Batch:
+    rollouts = [rollout for number in numbers for rollout in group(number).rollouts]
+    lengths = torch.tensor([len(r.tokens) for r in rollouts])
+    values = torch.from_numpy(np.concatenate([r.logprobs for r in rollouts]))
+    empty: Any = None
+    return Batch(
+        rollouts,
+        empty,
+        empty,
+        1,
+        empty,
+        empty,
+        empty,
+        lengths,
+        empty,
+        values,
+        old_logprobs=values * 1.5,
+        entropy=-values,
+    )
+
+
+def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_none_is_missing(tmp_path: Path) -> None:
+    Journal(tmp_path, 0).add_scores(3, batch([0, 2]))
+    Journal(tmp_path, 1).add_scores(3, batch([1]))
+    found = Journal(tmp_path, 5)
+    for numbers in ([0, 2], [1], [2, 1, 0]):  # as they were, and as another layout deals them out
+        wanted = batch(numbers)
+        scores = found.scores(3, wanted.rollouts)
+        assert scores is not None
+        assert torch.equal(torch.from_numpy(scores[0]), wanted.old_logprobs)
+        assert torch.equal(torch.from_numpy(scores[1]), wanted.entropy)
+    assert found.scores(3, batch([0, 3]).rollouts) is None
+    assert found.scores(4, batch([0]).rollouts) is None
+    path = tmp_path / "step-00003.rank-1"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    assert Journal(tmp_path, 0).scores(3, batch([1]).rollouts) is None
+
+
+def test_only_steps_before_the_oldest_kept_checkpoint_are_forgotten_of_all_ranks(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        for rank in range(2):
+            Journal(tmp_path, rank).add_group(step, group(0, step))
+    Journal(tmp_path, 0).forget(before=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{step:05d}.rank-{rank}" for step in (2, 3) for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("junk", [b"\x00" * 100, b"{}\n", b"abc {}\n", b"\n\n", "ü".encode() * 50 + b"\n"])
+def test_a_file_that_holds_something_else_holds_nothing(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "step-00003.rank-0").write_bytes(junk)
+    assert Journal(tmp_path, 0).group(3, PROMPTS[0], decode) is None
+    cut_torn_frames(tmp_path)
+    assert (tmp_path / "step-00003.rank-0").read_bytes() == b""

@@ -1,0 +1,145 @@
+"""Which checkpoint a run goes on from: the newest whole one, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from a3po_megatron.checkpoint.folder import Written, digest_of
+from a3po_megatron.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    check_whole,
+    name_latest,
+    newest_whole,
+    prune,
+    read_manifest,
+    saved_steps,
+)
+from a3po_megatron.config import Config, unlike
+from a3po_megatron.errors import RequestError
+
+
+def checkpoint(checkpoints: Path, step: int) -> Path:
+    folder = checkpoints / f"step-{step:06d}"
+    (folder / "hf").mkdir(parents=True)
+    (folder / "__0_0.distcp").write_bytes(bytes(range(256)) * (step + 1))
+    (folder / "hf" / "config.json").write_text("{}")
+    names = ["__0_0.distcp", "hf/config.json"]
+    files = {name: Written(name, digest_of(folder / name).bytes, digest_of(folder / name).blake3) for name in names}
+    Manifest(step, step + 1, 2, {"name": "x"}, {"prompts": {"position": 3}}, 77, files).save(folder)
+    return folder
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4)
+    found = check_whole(folder)
+    assert (found.step, found.weight_version, found.ranks, found.metrics_bytes) == (4, 5, 2, 77)
+    assert found.state == {"prompts": {"position": 3}}
+    assert found == read_manifest(folder)
+
+
+def test_any_flipped_byte_anywhere_in_a_checkpoint_is_found_and_the_file_named(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 0)
+    for path in (folder / MANIFEST, folder / "__0_0.distcp", folder / "hf/config.json"):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            if path.name == MANIFEST and whole[place : place + 1].isspace():
+                continue  # says nothing
+            with pytest.raises(RequestError, match=re.escape(str(path))):
+                check_whole(folder)
+        path.write_bytes(whole)
+    check_whole(folder)
+
+
+DAMAGE = {
+    "missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp: the file is missing"),
+    "cut off": (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x"), "it has 1 bytes"),
+    "extra": (lambda folder: (folder / "hf/more").write_text(""), "does not know this file"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "not a readable manifest"),
+    "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"step": 8'), "not a readable manifest"),
+    "another format": (lambda folder: _reformat(folder), "its format is 2, this version reads 1"),
+}
+
+
+def _reformat(folder: Path) -> None:
+    from a3po_megatron.checkpoint.manifest import _digest
+
+    body = json.loads((folder / MANIFEST).read_text()) | {"format": 2}
+    body.pop("manifest_blake3")
+    (folder / MANIFEST).write_text(json.dumps({"manifest_blake3": _digest(body)} | body))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_whole_checkpoint_is_used_the_newer_ones_are_put_aside_and_said_so(
+    tmp_path: Path, damage: str
+) -> None:
+    for step in (4, 6, 8):
+        checkpoint(tmp_path, step)
+    harm, words = DAMAGE[damage]
+    harm(tmp_path / "step-000008")
+    folder, wrong = newest_whole(tmp_path)
+    assert folder == tmp_path / "step-000006"
+    assert len(wrong) == 1
+    assert words in wrong[0]
+    assert [path.name for path in saved_steps(tmp_path)] == ["step-000004", "step-000006"]
+    assert (tmp_path / "torn-step-000008").is_dir()  # for whoever wants to know what happened
+    assert newest_whole(tmp_path) == (folder, [])
+
+
+def test_if_no_checkpoint_is_whole_the_run_is_refused_and_does_not_begin_anew(tmp_path: Path) -> None:
+    assert newest_whole(tmp_path) == (None, [])
+    for step in (4, 6):
+        (checkpoint(tmp_path, step) / MANIFEST).unlink()
+    with pytest.raises(RequestError, match="no checkpoint is whole"):
+        newest_whole(tmp_path)
+    assert len(saved_steps(tmp_path)) == 2
+
+
+def test_the_last_n_and_every_m_th_checkpoint_are_kept(tmp_path: Path) -> None:
+    for step in range(2, 21, 2):
+        checkpoint(tmp_path, step)
+    prune(tmp_path, keep_last=2, keep_every=8)
+    assert [int(path.name[5:]) for path in saved_steps(tmp_path)] == [8, 16, 18, 20]
+    prune(tmp_path, keep_last=1, keep_every=None)
+    assert [int(path.name[5:]) for path in saved_steps(tmp_path)] == [20]
+    name_latest(tmp_path, "step-000020")
+    assert (tmp_path / "latest").read_text() == "step-000020\n"
+    shutil.rmtree(tmp_path / "step-000020")
+
+
+BASE = {"model": {"path": "m"}, "data": {"path": "builtin:arithmetic"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trainer": {"seed": 1}}, "trainer.seed was 0, is 1"),
+        ({"model": {"path": "n"}}, "model.path was 'm', is 'n'"),
+        ({"shaping": {"rho": 1.5}}, "shaping.rho was 2.0, is 1.5"),
+        ({"rollout": {"max_tokens": 7}}, "rollout.max_tokens was 1024, is 7"),
+        ({"rollout": {"engine_args": {"swap_space": 1}}}, "rollout.engine_args was {}, is {'swap_space': 1}"),
+        ({"parallel": {"expert": 2}}, "parallel.expert was 1, is 2, and Megatron's optimizer"),
+        ({"parallel": {"tensor": 2, "sequence": True}, "checkpoint": {"every_steps": 3}}, None),
+        ({"trainer": {"steps": 900}, "rollout": {"tensor": 2}, "name": "other"}, None),
+    ],
+)
+def test_a_run_goes_on_under_another_configuration_only_where_that_changes_nothing_of_what_it_learns(
+    change: dict[str, dict[str, object]], words: str | None
+) -> None:
+    before = Config.model_validate(BASE).model_dump(mode="json")
+    now = Config.model_validate(BASE | change | ({"model": change["model"]} if "model" in change else {}))
+    found = unlike(before, now)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0]), found
+
+
+def test_more_steps_are_refused_where_the_learning_rate_depends_on_their_number() -> None:
+    cosine = BASE | {"optimizer": {"schedule": "cosine"}}
+    before = Config.model_validate(cosine).model_dump(mode="json")
+    (found,) = unlike(before, Config.model_validate(cosine | {"trainer": {"steps": 900}}))
+    assert found == "trainer.steps was 300, is 900, and the learning rate's schedule ends with it"
