@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,40 +30,9 @@ from a3po_megatron import compat  # noqa: E402
 
 compat.prepare()
 
-SIZES = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_act": "silu",
-    "hidden_size": 512,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32000,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "eos_token_id": 1,
-}
+from bench_ranks import make_model, start_ranks  # noqa: E402
+
 STAGES = ("gather", "send", "receipt", "load", "resume")
-
-
-def make_model(folder: Path) -> None:
-    """Random weights of a size at which bytes count, with a configuration and nothing else."""
-    import torch
-
-    from a3po_megatron.checkpoint.safetensors import write_file
-    from a3po_megatron.model.family import read_family
-    from a3po_megatron.model.layout import hf_tensors
-
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(SIZES))
-    shapes = hf_tensors(read_family(folder))
-    generator = torch.Generator().manual_seed(0)
-    parts = (0.02 * torch.randn(shape, generator=generator) for shape in shapes.values())
-    write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.float32), parts)
 
 
 def measure(folder: Path, publishes: int) -> None:
@@ -116,23 +82,6 @@ def measure(folder: Path, publishes: int) -> None:
     (folder / f"rank-{cluster.rank}.json").write_text(json.dumps(found))
 
 
-def start_ranks(folder: Path, ranks: int, publishes: int) -> None:
-    from a3po_megatron.launch.local import rendezvous_port
-
-    port, running = rendezvous_port(None), []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        words = [sys.executable, __file__, "--rank-in", str(folder), "--publishes", str(publishes)]
-        with (folder / f"rank-{rank}.log").open("w") as log:
-            settings = {**environment.LOOPBACK, **os.environ, **place, **meet}
-            die = environment.die_with_parent
-            running.append(subprocess.Popen(words, env=settings, stdout=log, stderr=log, preexec_fn=die))
-    for rank, process in enumerate(running):
-        if process.wait(timeout=900):
-            raise SystemExit(f"rank {rank} failed:\n{(folder / f'rank-{rank}.log').read_text()[-2000:]}")
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     names = (*STAGES, "canary", "publish")
     print(
@@ -172,7 +121,7 @@ def main() -> None:
         config = load_config(base, [*tensor, *options.overrides])
         save_resolved(config, folder / "config.yaml")
         ranks = config.parallel.ranks()
-        start_ranks(folder, ranks, options.publishes)
+        start_ranks(__file__, folder, ranks, "--publishes", str(options.publishes))
         rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     layout = {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
     engines = {"tensor": config.rollout.tensor, "expert": config.rollout.expert}

@@ -1,0 +1,63 @@
+"""What the benches with real ranks share: a model of random weights, and starting the ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from a3po_megatron.launch import environment
+
+SIZES = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 32000,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+
+
+def make_model(folder: Path) -> None:
+    """Random weights of a size at which bytes count, with a configuration and nothing else."""
+    import torch
+
+    from a3po_megatron.checkpoint.safetensors import write_file
+    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.layout import hf_tensors
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    shapes = hf_tensors(read_family(folder))
+    generator = torch.Generator().manual_seed(0)
+    parts = (0.02 * torch.randn(shape, generator=generator) for shape in shapes.values())
+    write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.float32), parts)
+
+
+def start_ranks(script: str, folder: Path, ranks: int, *words: str) -> None:
+    """Runs `script --rank-in folder words…` once per rank; ends the program with a failed rank's last lines."""
+    from a3po_megatron.launch.local import rendezvous_port
+
+    port, running = rendezvous_port(None), []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, script, "--rank-in", str(folder), *words]
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            settings = {**environment.LOOPBACK, **os.environ, **place, **meet}
+            die = environment.die_with_parent
+            running.append(subprocess.Popen(command, env=settings, stdout=log, stderr=log, preexec_fn=die))
+    for rank, process in enumerate(running):
+        if process.wait(timeout=900):
+            raise SystemExit(f"rank {rank} failed:\n{(folder / f'rank-{rank}.log').read_text()[-2000:]}")
