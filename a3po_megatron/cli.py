@@ -41,9 +41,10 @@ def train(
     from .config import load_config
     from .launch.check import check_request
     from .launch.folder import default_folder, make_folder
-    from .launch.local import rendezvous_port, run_local
+    from .launch.local import Signals, rendezvous_port, run_local
     from .report.page import write_report
 
+    signals = Signals()
     settings = load_config(config, set_ or [])
     rendezvous_port(settings.cluster.port)
     check_request(settings)
@@ -54,7 +55,8 @@ def train(
         for remark in remarks:
             typer.echo(f"{folder}: {remark}")
         typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
-        run_local(folder, settings, started, lock)
+        run_local(folder, settings, started, lock, signals)
+        signals.restore()
         page = write_report([folder], None)
     typer.echo(f"run folder: {folder}\nreport:     {page}")
 

@@ -187,6 +187,12 @@ class Cluster:
             raise RunFailed(result["error"])
         return result["value"]
 
+    def leave(self) -> None:
+        """Every rank's last call: rank 0, which holds the store, leaves after all others have heard what it said."""
+        self._store.set(f"left/{self.rank}", "")
+        if self.rank == 0:
+            self._store.wait([f"left/{rank}" for rank in range(self.world)])
+
     def gather_batch_group(self, value: Any) -> list[Any]:
         """Every rank's (picklable) value, over the ranks that train on the same rollouts."""
         if self.batch_group.size() == 1:

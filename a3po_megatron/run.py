@@ -28,7 +28,16 @@ from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected, Group
 from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, whole_folder
 from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
-from .checkpoint.manifest import Manifest, Stateful, name_latest, prune, read_manifest, saved_steps, step_of
+from .checkpoint.manifest import (
+    Manifest,
+    Stateful,
+    inputs_of,
+    name_latest,
+    prune,
+    read_manifest,
+    saved_steps,
+    step_of,
+)
 from .checkpoint.store import Saving
 from .checkpoint.streams import random_state, restore_random_state
 from .checkpoint.torch_dist import INDEXES
@@ -53,6 +62,7 @@ from .weights.publish import Publisher
 from .weights.receipt import Receipt
 
 INERT_WARNING = 0.95
+BYTES_PER_PARAMETER, ASSUMED_BYTES_PER_SECOND = 12, 100e6  # of a save: float32 weights and both moments of Adam
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,7 @@ class _Pending:
     target: Path
     saving: Saving
     place: contextlib.ExitStack  # of the folder, on rank 0
+    begun: float  # time.monotonic()
 
 
 class Run:
@@ -121,6 +132,8 @@ class Run:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
             self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
         self._boundary = self._state(first_step)
+        share = sum(p.numel() for p in learner.parameters().values()) * BYTES_PER_PARAMETER
+        self.interrupt.observe({"save": share / ASSUMED_BYTES_PER_SECOND})  # until one was measured
         self.interrupt.limit(config.checkpoint.time_limit_seconds, max(0.0, time.time() - self._started))
 
     def steps(self) -> Iterator[int]:
@@ -179,6 +192,7 @@ class Run:
         """The learner's weights into the engine, with proof."""
         options, model = self.config.publish, self.config.model
         receipt = self.publisher.publish(learner.parameters(), learner.logprobs, engine)
+        self.journal.weights = receipt.weights
         start, every = self._startup is None and options.witness_at_start, options.witness_every
         if options.canary_prompts and (start or (every and receipt.version % every == 0)):
             scratch = self.folder / "witness"
@@ -219,8 +233,7 @@ class Run:
                 if boundary.step not in (0, self._saved):  # at 0 there is nothing that the configuration does not say
                     self._save(boundary, learner)
                     self._complete_save(wait=True)
-            if self.cluster.rank == 0:
-                self._progress.close()
+            self.close()
             raise Interrupted(
                 f"{self.folder}: interrupted by {reason} in step {boundary.step} of {self.config.trainer.steps}; all "
                 "finished work is saved, the same command continues the run"
@@ -238,12 +251,12 @@ class Run:
         broken = [name for (_, name), p in learner.parameters().items() if not all_finite(p.detach())]
         if found := self.cluster.agree("finite weights", broken, sum_lists):
             raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
-        target = self.folder / "checkpoints" / f"step-{boundary.step:06d}"
+        target, begun = self.folder / "checkpoints" / f"step-{boundary.step:06d}", time.monotonic()
         place = contextlib.ExitStack()
         if self.cluster.rank == 0:
             place.enter_context(whole_folder(target))
         self.cluster.agree("checkpoint folder", True, all)
-        self._pending = _Pending(boundary, target, Saving(learner.sharded_state(), partial_of(target)), place)
+        self._pending = _Pending(boundary, target, Saving(learner.sharded_state(), partial_of(target)), place, begun)
 
     def _complete_save(self, wait: bool) -> None:
         """Puts a checkpoint in place once all ranks have written their shares; `wait`: now."""
@@ -268,6 +281,7 @@ class Run:
             self.journal.forget(step_of(saved_steps(pending.target.parent)[-options.keep_last :][0]))
         self.cluster.agree("checkpoint", True, all)
         self._saved = pending.boundary.step
+        self.interrupt.observe({"save": time.monotonic() - pending.begun})
 
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
         """What this rank alone holds; returns the files."""
@@ -289,6 +303,7 @@ class Run:
             weight_version=boundary.weight_version,
             ranks=self.cluster.world,
             config=self.config.model_dump(mode="json"),
+            inputs=inputs_of(self.config),
             state=boundary.state,
             metrics_bytes=boundary.metrics_bytes,
             files={file.name: file for file in files},
@@ -360,6 +375,7 @@ class Run:
             )
         if self.cluster.batch_group.rank() == 0:
             self.journal.add_scores(step, batch)
+        self._complete_save(wait=False)  # a checkpoint that is written should not wait for the step's end
         if leave := self.cluster.agree("leave before the update", self.interrupt.due("update", "publish"), first):
             raise Interrupted(leave)
 
@@ -380,6 +396,8 @@ class Run:
         self.cluster.agree("rejected", True, all)  # who raises first must not end another's writing
 
     def close(self) -> None:
+        """Ends a run, whichever way. Collective."""
+        self.cluster.leave()
         if self.cluster.rank == 0:
             self._progress.close()
             self._metrics.close()

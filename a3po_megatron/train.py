@@ -21,7 +21,7 @@ compat.prepare()  # at module level: Megatron's checkpoint writers import this m
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
 from a3po_megatron.checkpoint.journal import Journal  # noqa: E402
-from a3po_megatron.checkpoint.manifest import saved_steps  # noqa: E402
+from a3po_megatron.checkpoint.manifest import identity, saved_steps  # noqa: E402
 from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
@@ -48,7 +48,8 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
     checkpoint = next(reversed(saved_steps(folder / "checkpoints")), None)  # the launcher left whole ones only
     learner = Learner(cluster, family, config, checkpoint)
-    journal = Journal(folder / "journal", cluster.rank)
+    any_weights = config.checkpoint.replay == "all"
+    journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
     residency = Residency(engine)
     run = Run(folder, config, cluster, family, tokens, prompts, collect, learner, checkpoint)

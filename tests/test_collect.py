@@ -113,7 +113,7 @@ class Setting:
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
             RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS),
             RewardOptions(**reward),
-            Journal(Path(tempfile.mkdtemp(prefix="journal-")), 0),
+            Journal(Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
         )
 

@@ -44,7 +44,7 @@ def test_the_lead_before_the_time_limit_is_what_lies_ahead_and_a_save_took_so_fa
     interrupt = Interrupt(now)
     interrupt.limit(1000.0, elapsed=50.0)  # at 1050
     for took in (8.0, 20.0, 10.0):
-        interrupt.observe({"update": took, "publish": 2.0, "checkpoint": took / 10})
+        interrupt.observe({"update": took, "publish": 2.0, "save": took / 10})
     lead = CAUTION * (20.0 + 2.0 + 2.0) + MARGIN_SECONDS
     for seconds, due in ((1050 - lead - 0.1, None), (1050 - lead + 0.1, "the time limit")):
         now.seconds = seconds
@@ -52,7 +52,7 @@ def test_the_lead_before_the_time_limit_is_what_lies_ahead_and_a_save_took_so_fa
     now.seconds = 1050 - lead + 0.1
     assert interrupt.due("score") is None  # a shorter way to the next place where it can leave
     for _ in range(5):
-        interrupt.observe({"update": 1.0, "publish": 1.0, "checkpoint": 0.1})  # what was long ago is forgotten
+        interrupt.observe({"update": 1.0, "publish": 1.0, "save": 0.1})  # what was long ago is forgotten
     assert interrupt.due("update", "publish") is None
 
 
@@ -76,7 +76,7 @@ def test_the_end_of_a_slurm_job_is_a_time_limit_too_and_the_earlier_one_counts(
 def test_a_rollout_is_finished_only_if_what_is_left_of_it_is_less_than_what_leaving_would_lose(now: Now) -> None:
     interrupt = Interrupt(now)
     assert not interrupt.worth_finishing("rollout", 5.0)  # nobody knows how long it takes
-    interrupt.observe({"rollout": 40.0, "checkpoint": 2.0})
+    interrupt.observe({"rollout": 40.0, "save": 2.0})
     assert not interrupt.worth_finishing("rollout", 15.0)
     assert interrupt.worth_finishing("rollout", 25.0)
     assert not interrupt.worth_finishing("rollout", 41.0)  # longer than ever: nobody knows how long it will take

@@ -47,12 +47,12 @@ def verdicts(one: Group) -> list[Any]:
 
 def test_groups_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp_path: Path) -> None:
     for rank in range(2):
-        journal = Journal(tmp_path / "journal", rank)
+        journal = Journal(tmp_path / "journal", rank, "run")
         for number in range(rank, 6, 2):
             journal.add_group(3, group(number))
             if number < 4:
                 journal.add_verdicts(3, group(number))
-    again = Journal(tmp_path / "journal", 0)
+    again = Journal(tmp_path / "journal", 0, "run")
     for number in range(6):
         found = again.group(3, PROMPTS[number], decode)
         assert found is not None
@@ -61,12 +61,51 @@ def test_groups_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp
         if found[1]:
             assert verdicts(found[0]) == verdicts(group(number))
         assert again.group(2, PROMPTS[number], decode) is None  # of another step
-    other = Prompt("q/0", "another problem", "gold", (0, 1), 0)
-    assert again.group(3, other, decode) is None  # of another prompt at the same place
+    for other in (
+        Prompt("q/0", "problem 0", "gold 0", (0, 1), 0),  # another prompt at the same place,
+        Prompt("p/0", "problem 0", "gold 0", (0, 2), 0),  # the same name with another text,
+        Prompt("p/0", "problem 0", "gold 1", (0, 1), 0),  # or with another answer
+    ):
+        assert again.group(3, other, decode) is None
+
+
+def test_what_other_weights_or_a_run_with_other_options_sampled_is_not_believed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, 0, "run")
+    journal.weights = "old weights"
+    journal.add_group(3, group(0))
+    journal.add_scores(3, batch([0]))
+    for run, weights, every, found in (
+        ("run", "old weights", False, True),
+        ("run", "new weights", False, False),
+        ("run", "new weights", True, True),  # checkpoint.replay: all
+        ("other run", "old weights", True, False),
+    ):
+        again = Journal(tmp_path, 0, run, every)
+        again.weights = weights
+        assert (again.group(3, PROMPTS[0], decode) is not None) == found
+        # Scores are cheap to have again, and of no other weights' rollouts.
+        assert (again.scores(3, batch([0]).rollouts) is not None) == (found and weights == "old weights")
+
+
+def test_a_group_whose_grading_failed_is_graded_again(tmp_path: Path) -> None:
+    one = group(2)
+    one.rollouts[1].verdict = Verdict("invalid", "grader exceeded 1.0 s")
+    journal = Journal(tmp_path, 0, "run")
+    journal.add_group(3, one)
+    journal.add_verdicts(3, one)
+    again = Journal(tmp_path, 0, "run")
+    found = again.group(3, PROMPTS[2], decode)
+    assert found is not None
+    assert not found[1]
+    again.add_verdicts(3, group(2))  # this time with a verdict: it counts
+    found = Journal(tmp_path, 0, "run").group(3, PROMPTS[2], decode)
+    assert found is not None
+    assert found[1]
+    assert verdicts(found[0]) == verdicts(group(2))
 
 
 def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = Journal(tmp_path, 0, "run")
     for number in range(4):
         journal.add_group(3, group(number))
     path = tmp_path / "step-00003.rank-0"
@@ -81,7 +120,7 @@ def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one
         else:
             del data[place:]
         path.write_bytes(data)
-        found = Journal(tmp_path, 0)
+        found = Journal(tmp_path, 0, "run")
         for number in range(4):
             one = found.group(3, PROMPTS[number], decode)
             assert one is None or facts(one[0]) == facts(group(number)), (trial, number)
@@ -90,14 +129,14 @@ def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one
 
 
 def test_what_is_written_behind_a_torn_frame_is_found_once_that_was_cut_off(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0)
+    journal = Journal(tmp_path, 0, "run")
     for number in range(3):
         journal.add_group(3, group(number))
     path = tmp_path / "step-00003.rank-0"
     path.write_bytes(path.read_bytes()[:-5])
     cut_torn_frames(tmp_path)
-    Journal(tmp_path, 0).add_group(3, group(4))
-    found = Journal(tmp_path, 0)
+    Journal(tmp_path, 0, "run").add_group(3, group(4))
+    found = Journal(tmp_path, 0, "run")
     assert [n for n in range(6) if found.group(3, PROMPTS[n], decode) is not None] == [0, 1, 4]
 
 
@@ -123,9 +162,9 @@ def batch(numbers: list[int]) -> Batch:
 
 
 def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_none_is_missing(tmp_path: Path) -> None:
-    Journal(tmp_path, 0).add_scores(3, batch([0, 2]))
-    Journal(tmp_path, 1).add_scores(3, batch([1]))
-    found = Journal(tmp_path, 5)
+    Journal(tmp_path, 0, "run").add_scores(3, batch([0, 2]))
+    Journal(tmp_path, 1, "run").add_scores(3, batch([1]))
+    found = Journal(tmp_path, 5, "run")
     for numbers in ([0, 2], [1], [2, 1, 0]):  # as they were, and as another layout deals them out
         wanted = batch(numbers)
         scores = found.scores(3, wanted.rollouts)
@@ -136,14 +175,14 @@ def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_
     assert found.scores(4, batch([0]).rollouts) is None
     path = tmp_path / "step-00003.rank-1"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    assert Journal(tmp_path, 0).scores(3, batch([1]).rollouts) is None
+    assert Journal(tmp_path, 0, "run").scores(3, batch([1]).rollouts) is None
 
 
 def test_only_steps_before_the_oldest_kept_checkpoint_are_forgotten_of_all_ranks(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         for rank in range(2):
-            Journal(tmp_path, rank).add_group(step, group(0, step))
-    Journal(tmp_path, 0).forget(before=2)
+            Journal(tmp_path, rank, "run").add_group(step, group(0, step))
+    Journal(tmp_path, 0, "run").forget(before=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:05d}.rank-{rank}" for step in (2, 3) for rank in (0, 1)
     ]
@@ -152,6 +191,6 @@ def test_only_steps_before_the_oldest_kept_checkpoint_are_forgotten_of_all_ranks
 @pytest.mark.parametrize("junk", [b"\x00" * 100, b"{}\n", b"abc {}\n", b"\n\n", "ü".encode() * 50 + b"\n"])
 def test_a_file_that_holds_something_else_holds_nothing(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "step-00003.rank-0").write_bytes(junk)
-    assert Journal(tmp_path, 0).group(3, PROMPTS[0], decode) is None
+    assert Journal(tmp_path, 0, "run").group(3, PROMPTS[0], decode) is None
     cut_torn_frames(tmp_path)
     assert (tmp_path / "step-00003.rank-0").read_bytes() == b""

@@ -17,6 +17,7 @@ from a3po_megatron.checkpoint.manifest import (
     name_latest,
     newest_whole,
     prune,
+    put_aside,
     read_manifest,
     saved_steps,
 )
@@ -27,11 +28,11 @@ from a3po_megatron.errors import RequestError
 def checkpoint(checkpoints: Path, step: int) -> Path:
     folder = checkpoints / f"step-{step:06d}"
     (folder / "hf").mkdir(parents=True)
-    (folder / "__0_0.distcp").write_bytes(bytes(range(256)) * (step + 1))
+    (folder / "__0_0.distcp").write_bytes(bytes(range(256)))
     (folder / "hf" / "config.json").write_text("{}")
     names = ["__0_0.distcp", "hf/config.json"]
     files = {name: Written(name, digest_of(folder / name).bytes, digest_of(folder / name).blake3) for name in names}
-    Manifest(step, step + 1, 2, {"name": "x"}, {"prompts": {"position": 3}}, 77, files).save(folder)
+    Manifest(step, step + 1, 2, {"name": "x"}, {"data": "abc"}, {"prompts": {"position": 3}}, 77, files).save(folder)
     return folder
 
 
@@ -63,8 +64,14 @@ DAMAGE = {
     "extra": (lambda folder: (folder / "hf/more").write_text(""), "does not know this file"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "not a readable manifest"),
     "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"step": 8'), "not a readable manifest"),
+    "a copy": (lambda folder: _copy(folder), "it is of step 4: the folder was copied or renamed"),
     "another format": (lambda folder: _reformat(folder), "its format is 2, this version reads 1"),
 }
+
+
+def _copy(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step-000004"), folder)
 
 
 def _reformat(folder: Path) -> None:
@@ -87,6 +94,8 @@ def test_the_newest_whole_checkpoint_is_used_the_newer_ones_are_put_aside_and_sa
     assert folder == tmp_path / "step-000006"
     assert len(wrong) == 1
     assert words in wrong[0]
+    assert len(saved_steps(tmp_path)) == 3  # to look changes nothing
+    put_aside(tmp_path, after=6)
     assert [path.name for path in saved_steps(tmp_path)] == ["step-000004", "step-000006"]
     assert (tmp_path / "torn-step-000008").is_dir()  # for whoever wants to know what happened
     assert newest_whole(tmp_path) == (folder, [])
@@ -99,6 +108,16 @@ def test_if_no_checkpoint_is_whole_the_run_is_refused_and_does_not_begin_anew(tm
     with pytest.raises(RequestError, match="no checkpoint is whole"):
         newest_whole(tmp_path)
     assert len(saved_steps(tmp_path)) == 2
+
+
+def test_steps_are_numbers_however_many_digits_they_have_and_other_folders_are_none(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        checkpoint(tmp_path, step)
+    (tmp_path / "step-best").mkdir()
+    (tmp_path / "torn-step-000001").mkdir()
+    assert newest_whole(tmp_path) == (tmp_path / "step-1000000", [])
+    prune(tmp_path, keep_last=1, keep_every=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-best", "torn-step-000001"]
 
 
 def test_the_last_n_and_every_m_th_checkpoint_are_kept(tmp_path: Path) -> None:

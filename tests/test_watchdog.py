@@ -101,9 +101,40 @@ def test_two_ranks_that_stand_still_end_with_85_name_the_one_behind_and_leave_th
         assert process.wait(60) == 85
         assert process.stdout is not None
         words = process.stdout.read().decode()
-        assert words.startswith("interrupted rank 1 (phase score of step 7) stood still: no progress for ")
+        assert words.startswith("interrupted rank 1 (phase score of step 7; no progress for ")
         assert "waits_for_ever" in (tmp_path / "logs" / f"rank-{rank}.stacks").read_text()
     assert time.monotonic() - begun < 50
+
+
+WORKS = """
+import time
+
+def at_work(rank, clock, lock):
+    \"\"\"Rank 0 waits, as in a collective; rank 1 is behind it and gets on.\"\"\"
+    while rank == 0 or not time.sleep(0.1):
+        if rank == 0:
+            time.sleep(60)
+        clock.beat()
+
+"""
+
+
+def test_a_rank_that_waits_for_one_that_is_slow_but_at_work_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    script = STUCK.replace("    lock.acquire()\n    waits_for_ever(lock)\n", "    at_work(rank, clock, lock)\n")
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", WORKS + script, str(tmp_path), str(rank)], cwd=ROOT)
+        for rank in range(2)
+    ]
+    try:
+        time.sleep(10)  # ten times the limit of the waiting one
+        assert [process.poll() for process in ranks] == [None, None]
+        words = (tmp_path / "logs/rank-0.beat").read_text().split()
+        assert float(words[1]) > float(words[4])  # it is beyond its limit, and knows better
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
 
 
 def test_a_run_one_rank_of_which_is_stopped_ends_with_85_names_it_and_goes_on_afterwards(

@@ -39,6 +39,7 @@ class HashedFile(io.RawIOBase):
     """A new file that is hashed as it is written. A failed write is kept in `failure` too: C++ callers lose it."""
 
     _STEP = 1 << 20  # hashed and written while it is in the processor's cache
+    _SYNC = 1 << 28  # then handed to the disk, so that the end has not everything still to write
 
     def __init__(self, path: Path) -> None:
         self._file, self._digest, self.bytes = path.open("wb", buffering=0), blake3(), 0
@@ -58,6 +59,8 @@ class HashedFile(io.RawIOBase):
         except OSError as error:
             self.failure = RunFailed(f"{self._file.name}: cannot write it: {error.strerror}")
             raise self.failure from error
+        if (self.bytes + len(view)) // self._SYNC > self.bytes // self._SYNC:
+            os.fdatasync(self._file.fileno())
         self.bytes += len(view)
         return len(view)
 

@@ -48,7 +48,7 @@ class Interrupt:
         self._deadline = min(ends, default=None)
 
     def observe(self, seconds: Mapping[str, float]) -> None:
-        """Learns how long each phase of a step took."""
+        """Learns how long each phase of a step, or a save from its beginning until it was in place, took."""
         for phase, took in seconds.items():
             self._seconds.setdefault(phase, deque(maxlen=REMEMBERED)).append(took)
 
@@ -61,7 +61,7 @@ class Interrupt:
         if self.signal is not None:
             return self.signal
         if self._deadline is not None:
-            lead = CAUTION * self.expected(*ahead, "checkpoint") + MARGIN_SECONDS
+            lead = CAUTION * self.expected(*ahead, "save") + MARGIN_SECONDS
             if self._now() + lead >= self._deadline:
                 return "the time limit"
         return None
@@ -70,7 +70,7 @@ class Interrupt:
         """Whether the rest of a phase is shorter than what leaving it would lose, and fits before the deadline."""
         expected = self.expected(phase)
         left = expected - elapsed
-        fits = self._deadline is None or self._now() + CAUTION * (left + self.expected("checkpoint")) < self._deadline
+        fits = self._deadline is None or self._now() + CAUTION * (left + self.expected("save")) < self._deadline
         return 0 < left <= elapsed and fits
 
 

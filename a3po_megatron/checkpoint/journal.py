@@ -7,8 +7,12 @@
     verdicts    its verdicts and rewards, once it is graded
     scores      old log-probs and entropy of the rollouts that a rank trains on: the batch before its update
 
-A frame is believed only if its digests are right: the last one of a killed run may be torn, and is cut off. What is
-missing is computed again; what is there is what would have been computed, since every rollout has its own seed.
+A frame is believed only if its digests are right (the last one of a killed run may be torn, and is cut off), and if it
+says that it is of this run's options and data, this prompt, and these weights, by a digest of them. Then it is what
+would be computed again, since every rollout has its own seed; what is missing, or of something else, is computed again.
+
+A replay whose kernels do not add in a fixed order comes to other weights in the last bits, and finds nothing of its
+later steps again; `checkpoint.replay: all` believes those rollouts nevertheless (never their scores).
 """
 
 from __future__ import annotations
@@ -70,17 +74,21 @@ def read_frames(path: Path) -> Iterator[Frame]:
             yield frame
 
 
+def journal_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-[0-9]*.rank-[0-9]*"))
+
+
 def cut_torn_frames(folder: Path) -> None:
     """Cuts every file of a journal behind its last whole frame: what is appended must be found again."""
-    for path in folder.glob("step-*"):
+    for path in journal_files(folder):
         whole = max((frame.offset + frame.header["bytes"] for frame in read_frames(path)), default=0)
         with path.open("r+b") as file:
             file.truncate(whole)
 
 
-def write_group(file: _Sink, group: Group) -> None:
+def write_group(file: _Sink, group: Group, of: str = "") -> None:
     samples = [[r.sample, r.seed, r.step, r.finish, r.weight_version, len(r.tokens)] for r in group.rollouts]
-    header = {"kind": "group", "prompt": group.prompt.index, "id": group.prompt.id, "samples": samples}
+    header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
     tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs))
 
@@ -90,10 +98,15 @@ def write_verdicts(file: _Sink, group: Group) -> None:
     write_frame(file, {"kind": "verdicts", "prompt": group.prompt.index, "verdicts": verdicts})
 
 
+def asked(prompt: Prompt) -> str:
+    """A digest of what was asked, and of the answer that is right."""
+    return blake3(json.dumps([prompt.id, prompt.tokens, prompt.answer]).encode()).hexdigest()[:32]
+
+
 def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Decode) -> Group | None:
     """The group of a frame, graded if there are verdicts; None if it is not whole, or not of this prompt."""
     data = frame.payload()
-    if data is None or frame.header["id"] != prompt.id:
+    if data is None or frame.header["asked"] != asked(prompt):
         return None
     total = sum(sample[-1] for sample in frame.header["samples"])
     tokens = np.frombuffer(data, "<i8", total)
@@ -113,29 +126,41 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
 class Journal:
     """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._folder, self._rank = folder, rank
+    def __init__(self, folder: Path, rank: int, run: str, any_weights: bool = False) -> None:
+        """`run`: a digest of what makes the run the one that it is (checkpoint/manifest.py: identity)."""
+        self.weights = ""  # a digest of what the engine holds, from the receipt of the last publish
+        self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
         self._frames: dict[tuple[int, str, Any], Frame] = {}
-        for path in sorted(folder.glob("step-*")):
-            step = _step_of(path)
+        for path in journal_files(folder):
             for frame in read_frames(path):
                 kind = frame.header["kind"]
-                if kind == "scores":
-                    for name in frame.header["names"]:
-                        self._frames[step, kind, name] = frame
-                else:
-                    self._frames[step, kind, frame.header["prompt"]] = frame
+                for name in frame.header["names"] if kind == "scores" else [frame.header["prompt"]]:
+                    self._frames[_step_of(path), kind, name] = frame
+
+    @property
+    def _of(self) -> str:
+        return f"{self._run} {self.weights}"
 
     def group(self, step: int, prompt: Prompt, decode: Decode) -> tuple[Group, bool] | None:
-        """What a step of before sampled for a prompt, and whether it is graded."""
+        """What a step of before sampled for a prompt, and whether it is graded.
+
+        A verdict that is no verdict (a grader was killed, or had too little time) is asked for again.
+        """
         frame = self._frames.get((step, "group", prompt.index))
+        if frame is None or not (frame.header["of"] == self._of or (self._any_weights and self._is_of_run(frame))):
+            return None
         verdicts = self._frames.get((step, "verdicts", prompt.index))
-        group = frame and read_group(frame, verdicts, prompt, decode)
+        if verdicts is not None and any(outcome == "invalid" for outcome, *_ in verdicts.header["verdicts"]):
+            verdicts = None
+        group = read_group(frame, verdicts, prompt, decode)
         return (group, verdicts is not None) if group else None
 
+    def _is_of_run(self, frame: Frame) -> bool:
+        return str(frame.header["of"]).partition(" ")[0] == self._run
+
     def add_group(self, step: int, group: Group) -> None:
-        write_group(self._open(step), group)
+        write_group(self._open(step), group, self._of)
 
     def add_verdicts(self, step: int, group: Group) -> None:
         write_verdicts(self._open(step), group)
@@ -143,7 +168,7 @@ class Journal:
     def add_scores(self, step: int, batch: Batch) -> None:
         assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
         names, lengths = [r.name for r in batch.rollouts], batch.lengths.tolist()
-        header = {"kind": "scores", "names": names, "lengths": lengths}
+        header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths}
         write_frame(self._open(step), header, batch.old_logprobs.numpy(), batch.entropy.numpy())
 
     def scores(self, step: int, rollouts: Sequence[Rollout]) -> np.ndarray | None:
@@ -151,7 +176,7 @@ class Journal:
         found: dict[str, np.ndarray] = {}
         for rollout in rollouts:
             frame = self._frames.get((step, "scores", rollout.name))
-            if frame is None:
+            if frame is None or frame.header["of"] != self._of:
                 return None
             if rollout.name not in found:
                 found |= _scores_of(frame)
@@ -161,7 +186,7 @@ class Journal:
 
     def forget(self, before: int) -> None:
         """Deletes what belongs to earlier steps, of all ranks: a checkpoint has what came of it."""
-        for path in self._folder.glob("step-*"):
+        for path in journal_files(self._folder):
             if _step_of(path) < before:
                 path.unlink(missing_ok=True)
 

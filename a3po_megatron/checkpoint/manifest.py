@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
+from ..config import Config, lasting
 from ..errors import RequestError
 from .folder import Written, digest_of, sync
 
@@ -45,6 +46,7 @@ class Manifest:
     weight_version: int
     ranks: int
     config: dict[str, Any]  # every option of the run that saved
+    inputs: dict[str, str]  # files that the run reads, by role, and their digests
     state: dict[str, dict[str, Any]]  # of everything registered in the run's inventory
     metrics_bytes: int  # of metrics.jsonl, written and on the disk
     files: dict[str, Written]
@@ -78,6 +80,8 @@ def read_manifest(folder: Path) -> Manifest:
 def check_whole(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose every byte is as it was written. Raises RequestError naming what is not."""
     manifest = read_manifest(folder)
+    if manifest.step != step_of(folder):
+        raise RequestError(f"{folder / MANIFEST}: it is of step {manifest.step}: the folder was copied or renamed")
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
     if missing := sorted(manifest.files.keys() - there):
         raise RequestError(f"{folder / missing[0]}: the file is missing")
@@ -98,11 +102,12 @@ def step_of(folder: Path) -> int:
 
 def saved_steps(checkpoints: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, whole or not."""
-    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+    found = (path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    return sorted(found, key=step_of)
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer, which are put aside.
+    """The newest checkpoint that is whole, and what is wrong with those that are newer.
 
     None: there never was one. Raises RequestError if there are checkpoints and none is whole.
     """
@@ -113,15 +118,33 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
         except RequestError as error:
             wrong.append(str(error))
             continue
-        for newer in saved_steps(checkpoints)[-len(wrong) :] if wrong else []:
-            aside = newer.with_name(f"torn-{newer.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            newer.rename(aside)
         return folder, wrong
     if wrong:
         raise RequestError(f"{checkpoints}: no checkpoint is whole, there is none to go on from: {'; '.join(wrong)}")
     return None, []
+
+
+def put_aside(checkpoints: Path, after: int) -> None:
+    """Renames what is newer than a step, and hence not whole: the run will come to those steps again."""
+    for newer in saved_steps(checkpoints):
+        if step_of(newer) > after:
+            aside = newer.with_name(f"torn-{newer.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            newer.rename(aside)
+
+
+def inputs_of(config: Config) -> dict[str, str]:
+    """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
+    model = Path(config.model.path)
+    files = {name: model / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
+    files["data"] = Path(config.data.path)
+    return {name: digest_of(path).blake3 for name, path in files.items() if path.is_file() and path.stat().st_size}
+
+
+def identity(config: Config) -> str:
+    """A digest of all that makes a run the one that it is: the options that must not change, and its inputs."""
+    return _digest({"options": lasting(config.model_dump(mode="json")), "inputs": inputs_of(config)})[:32]
 
 
 def name_latest(checkpoints: Path, name: str) -> None:

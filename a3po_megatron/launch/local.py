@@ -46,8 +46,8 @@ def rendezvous_port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
-class _Signals:
-    """What was sent to the launcher, caught while ranks run."""
+class Signals:
+    """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -58,6 +58,14 @@ class _Signals:
     def _caught(self, number: int, _: object) -> None:
         self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
         self.number = self.number or number
+
+    def check(self, folder: Path) -> None:
+        """Raises Interrupted if one came before any rank was started."""
+        if self.number is not None:
+            raise Interrupted(
+                f"{folder}: interrupted by {signal.Signals(self.number).name} before it started; the same command "
+                "starts it"
+            )
 
     def pass_on(self, ranks: list[_Rank]) -> None:
         """To every rank, again and again: to get it twice changes nothing, to miss it would."""
@@ -90,14 +98,14 @@ class _Rank:
         return "crash", "it left no message"
 
 
-def run_local(folder: Path, config: Config, started: float, lock: IO[str]) -> None:
+def run_local(folder: Path, config: Config, started: float, lock: IO[str], signals: Signals) -> None:
     """Runs all ranks to their end, each holding the folder's lock.
 
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
     port = rendezvous_port(config.cluster.port)
     ranks: list[_Rank] = []
-    signals = _Signals()
+    signals.check(folder)
     try:
         for rank in range(config.parallel.ranks()):
             ranks.append(_start(rank, folder, config.parallel.ranks(), port, started, lock))
@@ -108,7 +116,6 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str]) -> No
                 each.process.kill()
             each.process.wait()
             os.close(each.words)
-        signals.restore()
         if sys.stdout.isatty():  # a rank that was killed left its progress bar, and the cursor hidden
             sys.stdout.write("\r\x1b[?25h")
             sys.stdout.flush()
@@ -158,7 +165,7 @@ def _begin_rank() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _watch(ranks: list[_Rank], folder: Path, signals: _Signals) -> None:
+def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
     while any(each.code is None for each in ranks):
         if any(each.code not in (None, 0) for each in ranks):
             break

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cluster import Cluster
 from ..model.modules import GPT
+from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
 
@@ -75,6 +76,7 @@ class Pipeline:
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], **options: Any) -> list[Any]:
         def step(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches)
+            CLOCK.beat()
             hidden = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
             return hidden, lambda output, non_loss_data=False: finish(batch, model.module, output)
 

@@ -38,6 +38,7 @@ from typing import Any
 
 from ..batch import Verdict
 from ..errors import RequestError, RunFailed
+from ..telemetry.clock import CLOCK
 from .worker import OUT_OF_MEMORY, READY, TAKEN
 
 START_SECONDS = 300.0  # imports from a cold network file system on many ranks at once
@@ -244,6 +245,7 @@ class GraderPool:
         """Takes a worker's replies, then looks after its limits and its life."""
         frames, alive = worker.replies()
         for frame in frames:
+            CLOCK.beat()
             worker.since = time.monotonic()
             if frame == READY:
                 worker.ready = True

@@ -56,6 +56,7 @@ class Collector:
         self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
         self._own: dict[int, Group] = {}  # those of them that this rank's engine sampled
         self._empty_steps = 0
+        self._recalled = 0  # groups of this step that a run of before had finished
 
     def __call__(self, engine: Engine, prompts: Prompts, graders: Graders, step: int) -> Collected:
         """The accepted groups of one step. Collective over all ranks.
@@ -67,6 +68,7 @@ class Collector:
         kept = list(self._surplus)
         carried = set(kept)
         sampled: list[Group] = []
+        self._recalled = 0
         totals = dict.fromkeys(_COUNTS, 0.0)
         rounds = tried = 0
         while len(kept) < wanted and rounds < self.rollout.max_rounds:
@@ -77,7 +79,7 @@ class Collector:
             groups, ungraded, leave = self._sample(engine, prompts.take(count), step)
             if leave is None:
                 self._grade(graders, ungraded, step)
-                leave = self.interrupt.due("score")
+                leave = self.interrupt.due("reward", "score")
             if leave := self.cluster.agree("leave the rollout", leave, first):
                 raise Interrupted(leave)
             sampled += groups
@@ -99,6 +101,7 @@ class Collector:
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
                 "rollout/rounds": rounds,
+                "perf/recalled_groups": self.cluster.agree("recalled", self._recalled, sum),
             },
         )
 
@@ -114,6 +117,7 @@ class Collector:
             led = {prompt.index for prompt in mine[place :: len(leaders)]}
             known = {prompt.index: self.journal.group(step, prompt, self.tokens.decode) for prompt in mine}
             found = {index: entry for index, entry in known.items() if entry is not None}
+            self._recalled += len(led & found.keys())
             asked = [prompt for prompt in mine if prompt.index not in found]
             draws = [(prompt, sample) for prompt in asked for sample in range(self.trainer.rollouts_per_prompt)]
             seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
@@ -152,7 +156,7 @@ class Collector:
 
     def _leave_rollout(self, elapsed: float) -> str | None:
         """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on."""
-        leave = self.interrupt.due("score")
+        leave = self.interrupt.due("reward", "score")
         wants = leave is not None and not self.interrupt.worth_finishing("rollout", elapsed)
         return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
 

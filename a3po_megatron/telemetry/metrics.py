@@ -26,7 +26,7 @@ METRICS = (
     *("mismatch/logprob_abs_mean", "mismatch/kl_k3"),
     *("learner/loss", "learner/lr"),
     *("refit/seconds", "refit/bytes", "refit/canary", "refit/witness"),
-    "perf/tokens_per_second",
+    *("perf/tokens_per_second", "perf/recalled_groups"),
     *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
     *("startup/seconds", "memory/peak_bytes"),
 )  # fmt: skip

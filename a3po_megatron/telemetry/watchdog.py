@@ -2,15 +2,17 @@
 
 A thread in every rank looks at this rank's clock. The limit follows from the phase: `telemetry.stall_factor` times the
 longest silence that the phase has had so far in this run, at least `telemetry.stall_seconds`; a phase that was never
-gone through has four times as long as that. Beyond it
+gone through has four times as long as that. A rank that waits for others is silent too, so being beyond the limit is
+not enough: to blame are the ranks without a heartbeat or, if all have one, those that have gone through fewer changes
+of phase than the others, once all of these are beyond their own limits.
 
-    the first rank to notice   writes logs/stall: which ranks have no heartbeat or, if all have, are behind the others
+    the first rank to notice   writes logs/stall: the ranks to blame, and the phase of each
     every rank                 sees that file, writes the stacks of its threads to logs/rank-N.stacks, and exits with 85
 
-The heartbeat is the time of logs/rank-N.phase, which the thread renews: it stops only with the whole process. Ranks
-find each other through files, because a thread that waits in torch's store blocks it for all others. A rank that cannot
-even run this thread (it is stopped, or holds the interpreter's lock) is woken by the launcher with USR2, which writes
-the stacks without the interpreter.
+The heartbeat is logs/rank-N.beat, which the thread renews: it stops only with the whole process. Ranks find each other
+through files, because a thread that waits in torch's store blocks it for all others. A rank that cannot even run this
+thread (it is stopped, or holds the interpreter's lock) is woken by the launcher with USR2, which writes the stacks
+without the interpreter.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Watchdog:
         self._stacks: IO[str]
 
     def start(self) -> None:
-        self._stacks = (self._logs / f"rank-{self._rank}.stacks").open("w")
+        self._stacks = (self._logs / f"rank-{self._rank}.stacks").open("a")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -64,46 +66,53 @@ class Watchdog:
     def _watch(self) -> None:
         while not (self._logs / STALL).exists():
             time.sleep(self.period)
-            os.utime(self._logs / f"rank-{self._rank}.phase")
-            if self._clock.silence() > self.limit():
-                self._declare()
+            try:
+                self._beat()
+                if self._clock.silence() > self.limit() and (message := self._blame()):
+                    _replace(self._logs / STALL, message)
+            except OSError as error:  # a full disk must not end the watch, which may be what ends the run
+                print(f"watchdog: {error}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-        self._stacks.flush()
-        try:
-            message = (self._logs / STALL).read_text()
-        except OSError as error:
-            message = f"a rank stands still, and {self._logs / STALL} cannot be read: {error.strerror}"
+        message = (self._logs / STALL).read_text()
         self._last_words("interrupted", message)
         print(message, file=sys.stderr, flush=True)
         time.sleep(OTHERS * self.period)
         os._exit(Interrupted.exit_code)
 
-    def _declare(self) -> None:
-        """Writes which ranks all others wait for. Two that notice at once say the same."""
+    def _beat(self) -> None:
         silence, limit = self._clock.silence(), self.limit()
-        where = {rank: position(self._logs, rank) for rank in range(self._world)}
-        least = min(changes for changes, _ in where.values())
-        dead = self._without_heartbeat()
-        behind = [
-            f"rank {rank} ({place}{', no heartbeat' if rank in dead else ''})"
-            for rank, (changes, place) in where.items()
-            if rank in dead or (not dead and changes == least)
-        ]
-        who = f"all {self._world} ranks ({where[self._rank][1]})" if len(behind) == self._world else ", ".join(behind)
-        message = (
-            f"{who} stood still: no progress for {silence:.0f} s, the limit of that phase is {limit:.0f} s "
-            f"(telemetry.stall_factor, telemetry.stall_seconds). The stacks are in {self._logs}/rank-*.stacks; the "
-            "same command continues the run"
-        )
-        temporary = self._logs / f"{STALL}.{self._rank}.partial"
-        temporary.write_text(message)
-        temporary.replace(self._logs / STALL)  # whole at once
+        _replace(self._logs / f"rank-{self._rank}.beat", f"silent {silence:.1f} s of {limit:.1f} s\n")
 
-    def _without_heartbeat(self) -> list[int]:
-        """Ranks whose last one is older than the newest of all by more than they may be apart."""
-        files = {rank: self._logs / f"rank-{rank}.phase" for rank in range(self._world)}
+    def _blame(self) -> str | None:
+        """Who stands still; None: whoever it is that the others wait for is still at work."""
+        where = {rank: position(self._logs, rank) for rank in range(self._world)}
+        files = {rank: self._logs / f"rank-{rank}.beat" for rank in range(self._world)}
         beats = {rank: file.stat().st_mtime for rank, file in files.items() if file.exists()}
-        return [rank for rank, beat in beats.items() if max(beats.values()) - beat > OTHERS * self.period]
+        dead = [rank for rank, beat in beats.items() if max(beats.values()) - beat > OTHERS * self.period]
+        least = min(changes for changes, _ in where.values())
+        blamed = dead or [rank for rank, (changes, _) in where.items() if changes == least]
+        facts = []
+        for rank in blamed:
+            words = files[rank].read_text().split() if rank in beats else ["silent", "0", "s", "of", "0", "s"]
+            silence, limit = float(words[1]), float(words[4])
+            if rank not in dead and silence <= limit:
+                return None
+            facts.append("no heartbeat" if rank in dead else f"no progress for {silence:.0f} s, limit {limit:.0f} s")
+        if len(blamed) == self._world > 1:
+            who = f"all {self._world} ranks ({where[0][1]}; {facts[0]})"
+        else:
+            who = ", ".join(f"rank {rank} ({where[rank][1]}; {fact})" for rank, fact in zip(blamed, facts, strict=True))
+        return (
+            f"{who} stood still (telemetry.stall_seconds, telemetry.stall_factor). The stacks of all ranks are in "
+            f"{self._logs}/rank-*.stacks; the same command continues the run"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole at once: others read it at any time."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def position(logs: Path, rank: int) -> tuple[int, str]:

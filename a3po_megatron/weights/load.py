@@ -14,6 +14,7 @@ from ..checkpoint.safetensors import DTYPES, Stored, locate, read_rows
 from ..errors import RequestError
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD, Piece, hf_tensors
+from ..telemetry.clock import CLOCK
 
 PART_BYTES = 16 << 20  # what is read at once
 ROTARY = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which follow from config.json
@@ -68,6 +69,7 @@ def load_shards(
     with contextlib.ExitStack() as stack:
         files = {path: stack.enter_context(path.open("rb")) for path in {stored.path for stored in places.values()}}
         for piece in pieces:
+            CLOCK.beat()
             stored = places[piece.tensor]
             target = parameters[piece.key].narrow(piece.dim, piece.offset, piece.length)
             first = piece.start if piece.dim == 0 else 0

@@ -10,6 +10,7 @@ its checksum or the stream's check, by name; a tensor that the engine itself fai
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from blake3 import blake3
 from torch import Tensor
 
 from ..cluster import Cluster, same
@@ -118,6 +120,7 @@ class Publisher:
             engine.weight_version = self.version
             return Receipt(
                 version=self.version,
+                weights=blake3(json.dumps([str(engine.dtype), expected]).encode()).hexdigest(),
                 strength=strength,
                 tensors=len(shapes),
                 bytes=sum(torch.Size(shape).numel() for shape in shapes.values()) * engine.dtype.itemsize,

@@ -29,6 +29,7 @@ class Receipt:
     """What one publish proved."""
 
     version: int  # of the weights now in the engine
+    weights: str  # a digest of them: equal for equal weights, whatever the layout and the run
     strength: str  # engine: read back · requantised: compared after the same quantisation · stream: as consumed
     tensors: int  # that this rank's engine took
     bytes: int  # of them

@@ -76,7 +76,7 @@ def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
         os.makedirs(folder, exist_ok=True)
         prompts = Prompts(config.data, tokens, 0, 64)
         learner = Learner(cluster, family, config)
-        journal = Journal(folder / "journal", cluster.rank)
+        journal = Journal(folder / "journal", cluster.rank, "run")
         collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
         Run(folder, config, cluster, family, tokens, prompts, collect, learner).checkpoint(0, learner)
 

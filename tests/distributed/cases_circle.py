@@ -117,7 +117,7 @@ def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, C
     learner = Learner(cluster, family, config)
     folder = ranks.folder / f"run-{tensor}-{data}"
     os.makedirs(folder / "rollouts", exist_ok=True)
-    journal = Journal(folder / "journal", cluster.rank)
+    journal = Journal(folder / "journal", cluster.rank, "run")
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
     return Run(folder, config, cluster, family, tokens, prompts, collect, learner), cluster, engine, learner, prompts
 
