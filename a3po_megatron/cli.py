@@ -62,6 +62,45 @@ def train(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="A configuration file with a `slurm` section.")],
+    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="SECTION.KEY=A,B,C", help="A run for each value; repeatable: all pairs.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Export the weights there as an HF folder when it is done.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")] = False,
+) -> None:
+    """Train through Slurm: the same run, queued, and back by itself after an interruption."""
+    from .config import load_config
+    from .launch import slurm
+    from .launch.check import check_request
+    from .launch.folder import default_folder
+
+    overrides = slurm.swept(sweep or [])
+    configs = [load_config(config, [*(set_ or []), *each]) for each in overrides]
+    folder = (run_dir or default_folder(configs[0].name)).resolve()
+    if export is not None and (sweep or configs[0].slurm.resume == "chain"):
+        raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
+    plan = slurm.plan(configs, folder, bool(sweep))
+    for each in plan.configs:
+        check_request(each)
+    if dry_run:
+        typer.echo(plan.script, nl=False)
+        return
+    slurm.check_cluster(plan.configs[0])
+    numbers = slurm.submit(plan, overrides, export)
+    typer.echo(f"submitted job {numbers[0]}: {folder}")
+    if export is not None:
+        typer.echo(f"submitted job {numbers[1]}, after it: export to {export}")
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="One or more run folders to compare.")],
     out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,

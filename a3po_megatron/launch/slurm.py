@@ -1,0 +1,180 @@
+"""`a3po submit`: one run, or a sweep of runs, as Slurm jobs. What happens in a job is launch/job.py's.
+
+requeue   one job, which asks Slurm to queue it again when it was interrupted (exit 85)
+chain     every job submits its successor when it starts, to begin when it ends, and takes it back when all is done
+array     slurm.attempts jobs, one after the other; those that find nothing left to do end at once
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import Config, save_resolved
+from ..errors import RequestError, RunFailed
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
+FIRST_LEAD_SECONDS = 300
+LEAD = "lead_seconds"  # in a run folder: what the run measured
+SCRIPT = "job.sbatch"
+# Of a multi-node run; each with its reason, which stands in the script too.
+NETWORK = (
+    ("NCCL_ASYNC_ERROR_HANDLING", "1", "a peer that is gone is an error, not a hang"),
+    ("TORCH_NCCL_AVOID_RECORD_STREAMS", "1", "less memory held by collectives in flight"),
+    ("NCCL_IB_TIMEOUT", "22", "a busy fabric may take 17 s to answer before a link counts as lost"),
+    ("NCCL_IB_RETRY_CNT", "13", "as often as goes; the default gives up at a short flap"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be submitted: one script for one run, or for a sweep of runs in the folders below `top`."""
+
+    top: Path
+    folders: list[Path]
+    configs: list[Config]
+    script: str
+
+
+def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
+    """Raises RequestError where the options do not fit each other."""
+    configs = [_filled(config) for config in configs]
+    slurm = configs[0].slurm
+    for config in configs:
+        if config.parallel.ranks() != slurm.ranks():
+            raise RequestError(
+                f"slurm.nodes × ranks per node = {slurm.ranks()}, but the layout has {config.parallel.ranks()} ranks "
+                "(parallel.tensor × context × pipeline × data)"
+            )
+        if config.slurm != slurm:
+            raise RequestError("--sweep over the slurm section is not possible: all runs of a sweep are one array job")
+    if sweep and slurm.resume == "array":
+        raise RequestError("slurm.resume array and --sweep, which is an array itself, exclude each other: use requeue")
+    folders = [top / f"{number:03d}" for number in range(len(configs))] if sweep else [top]
+    return Plan(top, folders, configs, render(configs[0], top, len(configs) if sweep else 0))
+
+
+def _filled(config: Config) -> Config:
+    """parallel.data follows from the number of ranks where it is not given."""
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.context * parallel.pipeline
+    if parallel.data is not None or config.slurm.ranks() % replica:
+        return config
+    filled = parallel.model_copy(update={"data": config.slurm.ranks() // replica})
+    return config.model_copy(update={"parallel": filled})
+
+
+def render(config: Config, folder: Path, sweep: int = 0) -> str:
+    """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
+    import jinja2
+
+    slurm = config.slurm
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quote"] = shlex.quote
+    array = f"0-{sweep - 1}" if sweep else f"1-{slurm.attempts}%1" if slurm.resume == "array" else ""
+    number = "%A_%a" if array else "%j"
+    allocation = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "mem": slurm.memory}
+    cache = slurm.cache or str(folder / "cache")
+    kept = [("VLLM_CACHE_ROOT", "vllm"), ("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")]
+    variables = [(name, f"{cache}/{part}", "") for name, part in kept]
+    variables += list(NETWORK) if slurm.nodes > 1 and slurm.gpus_per_node else []
+    variables += [(name, value, "") for name, value in slurm.environment.items()]
+    index = '/"$(printf %03d "$SLURM_ARRAY_TASK_ID")"' if sweep else ""
+    return environment.from_string(TEMPLATE.read_text()).render(
+        slurm=slurm,
+        name=config.name,
+        folder=folder,
+        target=shlex.quote(str(folder)) + index,
+        lead=lead_seconds(config, folder),
+        output=folder / "logs" / f"slurm-{number}.out",
+        array=array,
+        allocation={name: value for name, value in allocation.items() if value is not None},
+        environment=variables,
+        python=sys.executable,
+    )
+
+
+def lead_seconds(config: Config, folder: Path) -> int:
+    """How long before the end of a job its signal comes: as given, else as the run in the folder measured."""
+    if config.slurm.lead_seconds is not None:
+        return config.slurm.lead_seconds
+    measured = folder / LEAD
+    return max(30, int(float(measured.read_text()))) if measured.exists() else FIRST_LEAD_SECONDS
+
+
+def submit(plan: Plan, overrides: list[list[str]], export: Path | None) -> list[str]:
+    """Writes the folders and submits; returns the numbers of the jobs."""
+    for folder, config in zip(plan.folders, plan.configs, strict=True):
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        save_resolved(config, folder / "config.yaml")
+    if len(plan.folders) > 1:
+        names = {folder.name: words for folder, words in zip(plan.folders, overrides, strict=True)}
+        (plan.top / "sweep.json").write_text(json.dumps(names, indent=2) + "\n")
+    (plan.top / "logs").mkdir(exist_ok=True)
+    (plan.top / SCRIPT).write_text(plan.script)
+    numbers = [sbatch(str(plan.top / SCRIPT))]
+    if export is not None:
+        slurm = plan.configs[0].slurm
+        words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(plan.top), str(export.resolve())]
+        options = [f"--dependency=afterok:{numbers[0]}", "--kill-on-invalid-dep=yes", "--ntasks=1"]
+        options += [f"--output={plan.top}/logs/export-%j.out", f"--job-name={plan.configs[0].name}-export"]
+        options += [f"--{n}={v}" for n, v in (("partition", slurm.partition), ("account", slurm.account)) if v]
+        numbers.append(sbatch(*options, "--wrap", shlex.join(words)))
+    return numbers
+
+
+def sbatch(*words: str) -> str:
+    """Submits; returns the job's number. Raises RequestError with what Slurm says."""
+    done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RequestError(f"sbatch: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def check_cluster(config: Config) -> None:
+    """Raises RequestError naming the option for what this cluster cannot give, as far as sinfo can tell."""
+    if shutil.which("sbatch") is None:
+        raise RequestError("sbatch is not here: submit from a login node of the cluster, or look with --dry-run")
+    slurm = config.slurm
+    rows = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%D|%G|%c").splitlines()]
+    partitions = sorted({row[0] for row in rows})
+    if slurm.partition is not None and slurm.partition not in partitions:
+        raise RequestError(f"slurm.partition = {slurm.partition}: this cluster has {', '.join(partitions)}")
+    mine = [row for row in rows if slurm.partition in (None, row[0])]
+    fitting = sum(int(nodes) for _, nodes, gres, _ in mine if _gpus(gres) >= slurm.gpus_per_node)
+    if fitting < slurm.nodes + slurm.spares:
+        where = slurm.partition or "any partition"
+        raise RequestError(
+            f"slurm.nodes + slurm.spares = {slurm.nodes + slurm.spares}, slurm.gpus_per_node = {slurm.gpus_per_node}: "
+            f"{where} has {fitting} such nodes"
+        )
+
+
+def _gpus(gres: str) -> int:
+    """gpu:h200:8(S:0-1) → 8"""
+    counts = [entry.partition("(")[0].split(":")[-1] for entry in gres.split(",") if entry.startswith("gpu")]
+    return sum(int(count) for count in counts if count.isdecimal())
+
+
+def _ask(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed(f"{words[0]}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def swept(sweep: list[str]) -> list[list[str]]:
+    """`key=a,b,c` … → every combination, as --set overrides. Raises RequestError for one that names nothing."""
+    choices: list[list[str]] = []
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        if not equals or not all(values.split(",")):
+            raise RequestError(f"--sweep {text}: expected section.key=value,value,…")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return [list(combination) for combination in itertools.product(*choices)]
