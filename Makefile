@@ -1,6 +1,6 @@
 # make demo   trains the demo and says where its report is      make test   runs all tests
 # make setup  makes .venv (both do it on their own)             make lint   style, format, types
-.PHONY: demo demo-compare setup test soak lint
+.PHONY: demo demo-compare setup test test-slurm soak lint
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -18,6 +18,10 @@ setup:
 
 test: setup
 	python -m pytest
+
+# As root, with slurm-wlm and munge: a throw-away Slurm of two nodes on this machine.
+test-slurm: setup
+	python -m pytest -m slurm tests/slurm
 
 soak: setup
 	python -m pytest -m soak

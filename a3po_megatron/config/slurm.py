@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from .section import NonNegative, Positive, Section
+
+
+def _quoted(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError('put it in quotes, as "4:00:00": YAML takes it for a number of sixties, or for minutes')
+    return value
 
 
 class SlurmOptions(Section):
@@ -17,8 +23,10 @@ class SlurmOptions(Section):
     gpus_per_node: NonNegative = 8  # 0: a run on CPUs
     tasks_per_node: Positive | None = None  # ranks; None: one for every GPU
     cpus_per_task: Positive = 8
-    memory: str | None = None  # per node, as Slurm writes it; None: the partition's default
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")] = "04:00:00"
+    memory: int | str | None = (
+        None  # per node (in MB, or with a unit), as Slurm writes it; None: the partition's default
+    )
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"), BeforeValidator(_quoted)] = "04:00:00"
     lead_seconds: Positive | None = (
         None  # the signal comes so long before the end; None: as the run measured, first 300
     )

@@ -94,8 +94,8 @@ def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
             print(f"run folder: {folder}\nreport:     {write_report([folder], None)}", flush=True)
             return None
         failure = _failure(folder, ended)
-        if not isinstance(failure, RunFailed) or ended.words or ended.bad_node is None:
-            return failure  # what a rank says of itself would be the same on any node
+        if ended.bad_node is None or any(kind != "crash" for kind, _ in ended.words.values()):
+            return failure  # what a rank says of the run would be the same on any node
         bad.add(ended.bad_node)
         if len(nodes) - len(bad) < config.slurm.nodes:
             return failure

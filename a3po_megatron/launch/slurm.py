@@ -142,17 +142,18 @@ def check_cluster(config: Config) -> None:
     if shutil.which("sbatch") is None:
         raise RequestError("sbatch is not here: submit from a login node of the cluster, or look with --dry-run")
     slurm = config.slurm
-    rows = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%R|%D|%G|%c").splitlines()]
-    partitions = sorted({row[0] for row in rows})
-    if slurm.partition is not None and slurm.partition not in partitions:
-        raise RequestError(f"slurm.partition = {slurm.partition}: this cluster has {', '.join(partitions)}")
-    mine = [row for row in rows if slurm.partition in (None, row[0])]
-    fitting = sum(int(nodes) for _, nodes, gres, _ in mine if _gpus(gres) >= slurm.gpus_per_node)
+    rows = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%P|%D|%G").splitlines()]
+    names = sorted({row[0].rstrip("*") for row in rows})
+    # A star marks the partition that a job gets which names none.
+    partition = slurm.partition or next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), names[0])
+    if partition not in names:
+        raise RequestError(f"slurm.partition = {partition}: this cluster has {', '.join(names)}")
+    mine = [row for row in rows if row[0].rstrip("*") == partition]
+    fitting = sum(int(nodes) for _, nodes, gres in mine if _gpus(gres) >= slurm.gpus_per_node)
     if fitting < slurm.nodes + slurm.spares:
-        where = slurm.partition or "any partition"
         raise RequestError(
             f"slurm.nodes + slurm.spares = {slurm.nodes + slurm.spares}, slurm.gpus_per_node = {slurm.gpus_per_node}: "
-            f"{where} has {fitting} such nodes"
+            f"partition {partition} has {fitting} such nodes"
         )
 
 

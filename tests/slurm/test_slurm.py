@@ -1,0 +1,212 @@
+"""Runs through a real Slurm: two nodes on this host, the demo's model. `make test-slurm`; needs root and the daemons.
+
+Jobs of several tests are queued at once: the nodes have 16 pretended CPUs each, and waiting is most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests import resume_tools as tools
+from tests.distributed.runner import ROOT
+
+sys.path.insert(0, str(ROOT / "slurm" / "test_cluster"))
+import cluster
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")),
+        reason="needs root, slurm-wlm and munge",
+    ),
+]
+LOOPBACK = "slurm.environment={GLOO_SOCKET_IFNAME: lo, VLLM_HOST_IP: 127.0.0.1}"
+TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1", LOOPBACK)
+ONE_NODE = ("slurm.nodes=1", "slurm.gpus_per_node=0", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1", LOOPBACK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    hosts = Path("/etc/hosts").read_bytes()
+    with cluster.cluster(tmp_path_factory.mktemp("slurm")) as configuration:
+        yield configuration
+    assert Path("/etc/hosts").read_bytes() == hosts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run, without Slurm."""
+    return tools.uninterrupted("tp2", lambda name: tmp_path_factory.mktemp(name))
+
+
+def submit(folder: Path, *options: str, words: tuple[str, ...] = (), ended: int = 0) -> str:
+    """`a3po submit`; returns the job's number, or what it said where it is to fail."""
+    settings = [word for option in (*tools.SMALL, "slurm.time='30'", *options) for word in ("--set", option)]
+    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/demo.yaml", "--run-dir", str(folder)]
+    done = subprocess.run([*command, *settings, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == ended, done.stderr
+    return done.stderr if ended else re.findall(r"submitted job (\d+)", done.stdout)[0]
+
+
+def queue() -> dict[str, str]:
+    """Job → state, of all that are not done."""
+    lines = cluster.run("squeue", "-h", "-o", "%i %T").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def wait_done(*jobs: str, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while waiting := [job for job in queue() if job.partition("_")[0] in jobs]:
+        assert time.monotonic() < deadline, (waiting, cluster.run("squeue"))
+        time.sleep(0.3)
+
+
+def wait_for(folder: Path, step: int, seconds: float = 120) -> None:
+    """Until rank 0 has begun a step, in a rollout or later."""
+    deadline, path = time.monotonic() + seconds, folder / "logs/rank-0.phase"
+    while not path.exists() or not (text := path.read_text()) or int(text.split()[0]) < step:
+        assert time.monotonic() < deadline, said(folder)
+        time.sleep(0.02)
+
+
+def said(folder: Path) -> str:
+    """What the jobs of a run said."""
+    return "".join(path.read_text() for path in sorted((folder / "logs").glob("slurm-*.out")))
+
+
+def attempts(folder: Path) -> int:
+    return len(list((folder / "logs").glob("attempt-*")))
+
+
+def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_without_slurm(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder, four = tmp_path / "run", tmp_path / "four"
+    jobs = [submit(folder, *TWO_NODES, words=("--export", str(tmp_path / "hf")))]
+    placed = ("slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "trainer.steps=1", LOOPBACK)
+    # With a device the CPU path refuses to train: the ranks say where they are, and that.
+    jobs.append(submit(four, *placed, "parallel.data=2", "slurm.environment={CUDA_DEVICE_ORDER: PCI_BUS_ID}"))
+    wait_done(*jobs)
+    tools.assert_same_run(folder, whole)
+    assert (tmp_path / "hf" / "model.safetensors").exists()  # the job that waited for the run
+    lines = [next(iter((four / f"logs/attempt-1/rank-{n}.log").open()), "") for n in range(4)]
+    for rank, (line, node, local) in enumerate(zip(lines, ("rl0", "rl0", "rl1", "rl1"), (0, 1, 0, 1), strict=True)):
+        assert line == f"rank {rank} of 4, local rank {local}, node {node}, devices 0,1\n"
+
+
+def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bit_as_undisturbed(
+    whole: Path, tmp_path: Path
+) -> None:
+    runs = {kind: tmp_path / kind for kind in ("requeue", "chain")}
+    jobs = {kind: submit(folder, *ONE_NODE, f"slurm.resume={kind}") for kind, folder in runs.items()}
+    for kind, folder in runs.items():
+        wait_for(folder, 1)
+        cluster.run("scancel", "--batch", "--signal=USR1", jobs[kind])
+    deadline = time.monotonic() + 200
+    while queue() and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert not queue(), cluster.run("squeue")  # the chain's next link was taken back too
+    for kind, folder in runs.items():
+        assert "interrupted by SIGUSR1" in said(folder), said(folder)
+        assert "goes on from step-" in said(folder), said(folder)
+        assert attempts(folder) == 2, kind
+        tools.assert_same_run(folder, whole)
+    assert len(list((runs["requeue"] / "logs").glob("slurm-*.out"))) == 1
+    assert len(list((runs["chain"] / "logs").glob("slurm-*.out"))) == 2
+
+
+def test_a_run_that_is_preempted_by_a_higher_partition_comes_back(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(folder, *TWO_NODES, "slurm.partition=batch")
+    wait_for(folder, 1)
+    options = ("--parsable", "-p", "urgent", "-N2", "--exclusive", "-t", "1", "-o", "/dev/null")
+    urgent = cluster.run("sbatch", *options, "--wrap", "sleep 2").strip()
+    wait_done(urgent, job)
+    tools.assert_same_run(folder, whole)
+    assert attempts(folder) == 2, said(folder)
+
+
+def test_a_run_whose_node_goes_down_comes_back(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(folder, *TWO_NODES)
+    wait_for(folder, 3)
+    cluster.run("scontrol", "update", "nodename=rl1", "state=down", "reason=test")
+    time.sleep(2)
+    subprocess.run(["scontrol", "update", "nodename=rl1", "state=resume"], check=False)  # it may be back already
+    wait_done(job)
+    tools.assert_same_run(folder, whole)
+    assert attempts(folder) == 2, said(folder)
+
+
+def test_a_rank_that_dies_is_replaced_by_a_spare_node_within_the_allocation(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(folder, *ONE_NODE, "slurm.spares=1")
+    wait_for(folder, 3)
+    victims = [p for p in psutil.process_iter() if "a3po_megatron.train" in p.cmdline() and str(folder) in p.cmdline()]
+    ranks = [p for p in victims if p.name().startswith("python")]
+    assert len(ranks) == 2
+    ranks[0].send_signal(signal.SIGKILL)
+    wait_done(job)
+    assert "once more without rl" in said(folder), said(folder)
+    assert attempts(folder) == 2
+    tools.assert_same_run(folder, whole)
+
+
+def test_a_sweep_is_an_array_of_runs_and_an_array_of_jobs_is_one_run(whole: Path, tmp_path: Path) -> None:
+    top, single = tmp_path / "sweep", tmp_path / "single"
+    jobs = [submit(top, *ONE_NODE, "trainer.steps=2", words=("--sweep", "trainer.seed=0,1"))]
+    jobs.append(submit(single, *ONE_NODE, "slurm.resume=array", "slurm.attempts=3"))
+    wait_done(*jobs)
+    assert json.loads((top / "sweep.json").read_text()) == {"000": ["trainer.seed=0"], "001": ["trainer.seed=1"]}
+    rows = [(top / name / "metrics.jsonl").read_text().splitlines() for name in ("000", "001")]
+    assert [len(lines) for lines in rows] == [2, 2]
+    assert json.loads(rows[0][0])["learner/loss"] != json.loads(rows[1][0])["learner/loss"]
+    tools.assert_same_run(single, whole)
+    assert attempts(single) == 1  # the jobs after the first found nothing to do
+    assert len(list((single / "logs").glob("slurm-*.out"))) == 3
+
+
+def test_what_the_cluster_cannot_give_is_named_before_submission(tmp_path: Path) -> None:
+    for option, words in (
+        ("slurm.partition=gpus", "slurm.partition = gpus: this cluster has batch, urgent"),
+        ("slurm.gpus_per_node=9", "partition batch has 0 such nodes"),
+        ("slurm.spares=1", "slurm.nodes + slurm.spares = 3"),
+    ):
+        assert words in submit(tmp_path / "run", *TWO_NODES, option, ended=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_for_two_nodes_of_eight_h200_is_the_golden_one_and_slurm_takes_it(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden-2x8.sbatch"
+    options = [
+        *(
+            "slurm.nodes=2",
+            "slurm.cpus_per_task=2",
+            "slurm.partition=batch",
+            "slurm.time='1:00:00'",
+            "slurm.memory=16000",
+        ),
+        *("slurm.setup=[module load cuda]", "slurm.environment={HF_HOME: /scratch/hf}", "parallel.data=8"),
+        "checkpoint.every_steps=10",
+    ]
+    words = [word for option in options for word in ("--set", option)]
+    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/demo.yaml", "--run-dir", "/runs/example"]
+    done = subprocess.run([*command, *words, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not Path("/runs/example").exists()
+    assert done.stdout.replace(sys.executable, "/venv/bin/python") == golden.read_text()
+    subprocess.run(["bash", "-n", str(golden)], check=True)
+    tested = subprocess.run(["sbatch", "--test-only", str(golden)], capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stderr
