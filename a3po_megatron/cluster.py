@@ -92,6 +92,8 @@ class Cluster:
         self.context, self.data = parallel.context, self.data_group.size()
         self.batch_group = self._batch_group(parallel)
         self.expert_group = parallel_state.get_expert_tensor_and_model_parallel_group()
+        # Ranks that hold the very same shard of an expert; of everything else it is `tokens_group`.
+        self.expert_copies = parallel_state.get_expert_data_parallel_group()
         self.replica_group = self._replica_group(parallel)
         self.tensor, self.pipeline = parallel.tensor, parallel.pipeline
         self.engine, self.engine_rank = divmod(self.rank, engine_ranks)
@@ -234,6 +236,11 @@ def same(values: list[Any]) -> Any:
         if value != values[0]:
             raise ValueError(f"{values[0]!r} on rank 0, {value!r} on rank {rank}")
     return values[0]
+
+
+def first(reasons: list[str | None]) -> str | None:
+    """An operation for `agree`: what the first rank says that says anything."""
+    return next((reason for reason in reasons if reason), None)
 
 
 def sum_lists(values: list[list[Any]]) -> list[Any]:

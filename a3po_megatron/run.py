@@ -27,6 +27,7 @@ import torch
 from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected, Group
 from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, whole_folder
+from .checkpoint.interrupt import LEAD
 from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
 from .checkpoint.manifest import (
     Manifest,
@@ -41,7 +42,7 @@ from .checkpoint.manifest import (
 from .checkpoint.store import Saving
 from .checkpoint.streams import random_state, restore_random_state
 from .checkpoint.torch_dist import INDEXES
-from .cluster import Cluster, sum_lists
+from .cluster import Cluster, first, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
@@ -51,10 +52,10 @@ from .model.build import DTYPES
 from .model.family import Family
 from .model.files import HF, copy_side_files
 from .model.layout import layout_of
-from .rollout.collect import Collector, first
+from .rollout.collect import Collector
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
-from .telemetry.metrics import MetricsWriter
+from .telemetry.metrics import STARTUP, MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
 from .telemetry.rollouts import save_rejected, save_rollouts
 from .weights.load import all_finite
@@ -120,6 +121,7 @@ class Run:
         self.publisher = Publisher(cluster, family, layout, config.publish, canary, engine_experts)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
+        self._stages: dict[str, float] = {}
         self._step_start = time.perf_counter()
         self._saving = 0.0  # seconds of the checkpoint after the step before: a step's row is written before its own
         self._rejected = 0  # updates in a row that were not finite
@@ -140,6 +142,7 @@ class Run:
         """The steps still to do."""
         self._startup = max(0.0, time.time() - self._started)  # the clock may have been set back
         start, steps = self._boundary.step, self.config.trainer.steps
+        self._stages = {f"startup/{stage}": CLOCK.seconds.get(stage, 0.0) for stage in STARTUP}
         if self.cluster.rank == 0:
             goes_on = f", goes on at step {start}" if start else ""
             self._progress.say(f"started in {self._startup:.0f} s{goes_on}: {steps - start} steps to go")
@@ -218,6 +221,8 @@ class Run:
                 self._complete_save(wait=True)
         self._saving = time.perf_counter() - start
         self.interrupt.observe(CLOCK.seconds)
+        if self.cluster.rank == 0:  # what a job's signal should come before its end, for the next submission
+            (self.folder / LEAD).write_text(f"{self.interrupt.lead('update', 'publish'):.0f}\n")
         if not last and (leave := self.cluster.agree("leave after the step", self.interrupt.due("score"), first)):
             raise Interrupted(leave)
 
@@ -340,6 +345,7 @@ class Run:
                     "perf/tokens_per_second": sampled / elapsed,
                     **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
                     "startup/seconds": self._startup,
+                    **self._stages,
                     "memory/peak_bytes": memory,
                 },
             )

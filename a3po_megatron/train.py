@@ -34,7 +34,7 @@ from a3po_megatron.reward.graders import math_graders  # noqa: E402
 from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
 from a3po_megatron.run import Run  # noqa: E402
-from a3po_megatron.telemetry.clock import CLOCK  # noqa: E402
+from a3po_megatron.telemetry.clock import CLOCK, phase  # noqa: E402
 from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 
 
@@ -45,9 +45,11 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     dtype = DTYPES[config.model.dtype]
-    engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
+    with phase("engine"):
+        engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
     checkpoint = next(reversed(saved_steps(folder / "checkpoints")), None)  # the launcher left whole ones only
-    learner = Learner(cluster, family, config, checkpoint)
+    with phase("model"):
+        learner = Learner(cluster, family, config, checkpoint)
     any_weights = config.checkpoint.replay == "all"
     journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
@@ -79,8 +81,10 @@ def main(folder: Path) -> None:
     config = load_resolved(folder / "config.yaml")
     rank, world = environment.rank(), environment.world()
     Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words).start()
+    CLOCK.seconds["imports"] = environment.since_start()
     with math_graders(config.reward) as graders:
-        cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+        with phase("groups"):
+            cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         train(folder, config, cluster, graders)
 
 

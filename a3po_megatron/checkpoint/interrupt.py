@@ -23,6 +23,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CAUTION = 1.5  # a phase may take longer than it ever did
 MARGIN_SECONDS = 3.0  # agreeing, ending, and what no phase counts
 REMEMBERED = 5
+LEAD = "lead_seconds"  # file in a run folder: what the run measured, for the next job's signal
 
 
 class Interrupt:
@@ -56,14 +57,16 @@ class Interrupt:
         """Seconds that the phases will take: the longest of the last few times; 0 for what was never measured."""
         return sum(max(self._seconds.get(phase, ()), default=0.0) for phase in phases)
 
+    def lead(self, *ahead: str) -> float:
+        """How long before a deadline a rank must leave if these phases lie ahead."""
+        return CAUTION * self.expected(*ahead, "save") + MARGIN_SECONDS
+
     def due(self, *ahead: str) -> str | None:
         """Why to leave now rather than go through the phases `ahead`; None: go on."""
         if self.signal is not None:
             return self.signal
-        if self._deadline is not None:
-            lead = CAUTION * self.expected(*ahead, "save") + MARGIN_SECONDS
-            if self._now() + lead >= self._deadline:
-                return "the time limit"
+        if self._deadline is not None and self._now() + self.lead(*ahead) >= self._deadline:
+            return "the time limit"
         return None
 
     def worth_finishing(self, phase: str, elapsed: float) -> bool:

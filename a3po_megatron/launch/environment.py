@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,11 @@ def rank() -> int:
 
 def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def since_start() -> float:
+    """Seconds since the command that started the ranks."""
+    return max(0.0, time.time() - float(os.environ.get("A3PO_STARTED", time.time())))
 
 
 def adopt_slurm() -> None:

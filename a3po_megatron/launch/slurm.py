@@ -16,12 +16,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.interrupt import LEAD
 from ..config import Config, save_resolved
 from ..errors import RequestError, RunFailed
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 FIRST_LEAD_SECONDS = 300
-LEAD = "lead_seconds"  # in a run folder: what the run measured
 SCRIPT = "job.sbatch"
 # Of a multi-node run; each with its reason, which stands in the script too.
 NETWORK = (

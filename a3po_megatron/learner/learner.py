@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -28,9 +29,9 @@ from torch import Tensor
 from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch
 from ..checkpoint.store import SHARDING, load_sharded
-from ..cluster import Cluster
+from ..cluster import Cluster, first
 from ..config import Config, OptimizerOptions
-from ..errors import RunFailed
+from ..errors import RequestError, RunFailed
 from ..model.build import build_model, transformer_config
 from ..model.family import Family
 from ..model.layout import layout_of, pieces
@@ -54,7 +55,7 @@ class Learner:
         settings = transformer_config(family, config.parallel, config.model, config.megatron)
         chunks = build_model(family, self.layout, settings)
         if checkpoint is None:
-            load_shards(Path(config.model.path), family, self.pieces, _named(chunks))
+            self._read(Path(config.model.path), _named(chunks))
         self.chunks = [
             DistributedDataParallel(
                 settings,
@@ -75,6 +76,22 @@ class Learner:
             self._load(checkpoint)
         # Megatron splits activations along T under sequence parallelism.
         self.multiple = cluster.tensor if settings.sequence_parallel else 1
+
+    def _read(self, folder: Path, parameters: dict[tuple[int, str], torch.nn.Parameter]) -> None:
+        """Weights from an HF folder: the first rank that holds a shard reads it, and sends it to the others."""
+        expert, shared = self.cluster.expert_copies, self.cluster.tokens_group
+        copies = {key: shared if getattr(p, "allreduce", True) else expert for key, p in parameters.items()}
+        mine = {key: parameters[key] for key, group in copies.items() if group.rank() == 0}
+        failure = None
+        try:
+            load_shards(folder, self.family, [piece for piece in self.pieces if piece.key in mine], mine)
+        except RequestError as error:
+            failure = str(error)
+        if wrong := self.cluster.agree("weights read", failure, first):
+            raise RequestError(wrong)
+        for key, group in copies.items():
+            if group.size() > 1:
+                dist.broadcast(parameters[key].data, dist.get_global_rank(group, 0), group=group)
 
     def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
         """This rank's shard: (model chunk, Megatron name) → parameter."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ..batch import Collected, Group, Prompt, Rollout, Verdict
 from ..checkpoint.interrupt import Interrupt
 from ..checkpoint.journal import Journal
-from ..cluster import Cluster
+from ..cluster import Cluster, first
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
@@ -200,11 +200,6 @@ class Collector:
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
                 f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
             )
-
-
-def first(reasons: list[str | None]) -> str | None:
-    """An operation for `agree`: the reason of the first rank that has one."""
-    return next((reason for reason in reasons if reason), None)
 
 
 def _outcome(groups: list[Group]) -> dict[str, Any]:

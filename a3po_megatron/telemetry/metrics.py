@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import RunFailed
 
+STARTUP = ("imports", "groups", "engine", "model", "publish")  # seconds of each, of a run's start
 METRICS = (
     *("reward/mean", "reward/correct_rate", "reward/invalid_rate"),
     *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
@@ -28,7 +29,7 @@ METRICS = (
     *("refit/seconds", "refit/bytes", "refit/canary", "refit/witness"),
     *("perf/tokens_per_second", "perf/recalled_groups"),
     *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
-    *("startup/seconds", "memory/peak_bytes"),
+    *("startup/seconds", *(f"startup/{stage}" for stage in STARTUP), "memory/peak_bytes"),
 )  # fmt: skip
 
 
