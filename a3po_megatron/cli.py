@@ -75,6 +75,7 @@ def submit(
         Path | None, typer.Option(help="Export the weights there as an HF folder when it is done.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
 ) -> None:
     """Train through Slurm: the same run, queued, and back by itself after an interruption."""
     from .config import load_config
@@ -93,8 +94,13 @@ def submit(
     if dry_run:
         typer.echo(plan.script, nl=False)
         return
-    slurm.check_cluster(plan.configs[0])
-    numbers = slurm.submit(plan, overrides, export)
+    if not write:
+        slurm.check_cluster(plan.configs[0])
+    slurm.write(plan, overrides)
+    if write:
+        typer.echo(f"made, not submitted: {folder / slurm.SCRIPT}")
+        return
+    numbers = slurm.submit(plan, export)
     typer.echo(f"submitted job {numbers[0]}: {folder}")
     if export is not None:
         typer.echo(f"submitted job {numbers[1]}, after it: export to {export}")

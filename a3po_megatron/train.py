@@ -26,6 +26,7 @@ from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
+from a3po_megatron.launch.folder import prepare_folder  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
 from a3po_megatron.model.family import read_family  # noqa: E402
@@ -80,6 +81,7 @@ def main(folder: Path) -> None:
     CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
     config = load_resolved(folder / "config.yaml")
     rank, world = environment.rank(), environment.world()
+    lock = prepare_folder(folder, config) if rank == 0 and not environment.launched() else None  # noqa: F841  held
     Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words).start()
     CLOCK.seconds["imports"] = environment.since_start()
     with math_graders(config.reward) as graders:

@@ -37,6 +37,11 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched() -> bool:
+    """Whether a launcher of ours started this rank, made the run folder ready, and listens to last words."""
+    return "A3PO_WORDS_FD" in os.environ or "A3PO_WORDS_DIR" in os.environ
+
+
 def since_start() -> float:
     """Seconds since the command that started the ranks."""
     return max(0.0, time.time() - float(os.environ.get("A3PO_STARTED", time.time())))

@@ -75,6 +75,15 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
     return lock, remarks
 
 
+def prepare_folder(folder: Path, config: Config) -> IO[str]:
+    """What a launcher does, by rank 0 of a run that something else started (srun, nemo-run); the others wait for it
+    when they connect. The run is live as long as the returned file is open."""
+    lock, remarks = make_folder(folder, config, sys.argv)
+    for remark in remarks:
+        print(f"{folder}: {remark}", flush=True)
+    return lock
+
+
 def _go_on(folder: Path, config: Config) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
     checkpoint, wrong = newest_whole(folder / "checkpoints")

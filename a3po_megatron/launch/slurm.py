@@ -108,8 +108,8 @@ def lead_seconds(config: Config, folder: Path) -> int:
     return max(30, int(float(measured.read_text()))) if measured.exists() else FIRST_LEAD_SECONDS
 
 
-def submit(plan: Plan, overrides: list[list[str]], export: Path | None) -> list[str]:
-    """Writes the folders and submits; returns the numbers of the jobs."""
+def write(plan: Plan, overrides: list[list[str]]) -> None:
+    """The run folders with their configurations, and the script."""
     for folder, config in zip(plan.folders, plan.configs, strict=True):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         save_resolved(config, folder / "config.yaml")
@@ -118,6 +118,10 @@ def submit(plan: Plan, overrides: list[list[str]], export: Path | None) -> list[
         (plan.top / "sweep.json").write_text(json.dumps(names, indent=2) + "\n")
     (plan.top / "logs").mkdir(exist_ok=True)
     (plan.top / SCRIPT).write_text(plan.script)
+
+
+def submit(plan: Plan, export: Path | None) -> list[str]:
+    """Submits what was written; returns the numbers of the jobs."""
     numbers = [sbatch(str(plan.top / SCRIPT))]
     if export is not None:
         slurm = plan.configs[0].slurm
