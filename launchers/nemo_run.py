@@ -34,9 +34,11 @@ def executor(slurm: dict[str, Any], python: str) -> run.SlurmExecutor:
     unknown = [name for name in ("spares", "extra") if slurm[name]]
     if unknown:
         sys.exit(f"error: slurm.{unknown[0]} is not passed on to nemo-run: take it back, or use `a3po submit`")
+    if slurm["account"] is None:
+        sys.exit("error: slurm.account is not set: nemo-run names its jobs after it, and does not work without")
     return run.SlurmExecutor(
-        account=slurm["account"] or "",
-        partition=slurm["partition"] or "",
+        account=slurm["account"],
+        partition=slurm["partition"],
         nodes=slurm["nodes"],
         ntasks_per_node=ranks,
         gpus_per_node=slurm["gpus_per_node"] or None,
@@ -45,7 +47,8 @@ def executor(slurm: dict[str, Any], python: str) -> run.SlurmExecutor:
         mem=str(slurm["memory"]) if slurm["memory"] else None,
         container_image=slurm["container"],
         container_mounts=list(slurm["mounts"]),
-        env_vars=dict(slurm["environment"]),
+        # Since 22.05 srun does not take the number of CPUs over from the job.
+        env_vars=slurm["environment"] | {"SRUN_CPUS_PER_TASK": str(slurm["cpus_per_task"])},
         setup_lines="\n".join(slurm["setup"]) or None,
         # The ranks meet on the first node; RANK is SLURM_PROCID, which torchrun would shuffle.
         launcher=None,
