@@ -38,13 +38,15 @@ def train(
 ) -> None:
     """Train on this machine, with as many ranks as the layout needs."""
     started = time.time()
+    from .launch.signals import Signals
+
+    signals = Signals()  # before the imports that take seconds
     from .config import load_config
     from .launch.check import check_request
     from .launch.folder import default_folder, make_folder
-    from .launch.local import Signals, rendezvous_port, run_local
+    from .launch.local import rendezvous_port, run_local
     from .report.page import write_report
 
-    signals = Signals()
     settings = load_config(config, set_ or [])
     rendezvous_port(settings.cluster.port)
     check_request(settings)

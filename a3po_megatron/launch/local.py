@@ -27,9 +27,9 @@ from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import STALL, position
 from .environment import LOOPBACK, SETTINGS, WORDS_BYTES, die_with_parent
+from .signals import Signals
 
 POLL_SECONDS = 0.1
-REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
 GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault is then known
 
 
@@ -44,40 +44,6 @@ def rendezvous_port(wanted: int | None) -> int:
                 f"cluster.port = {wanted} is in use on this machine: leave it out to take a free one"
             ) from error
         return int(probe.getsockname()[1])
-
-
-class Signals:
-    """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.at_once = False
-        self._repeated = 0.0
-        self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
-
-    def _caught(self, number: int, _: object) -> None:
-        self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
-        self.number = self.number or number
-
-    def check(self, folder: Path) -> None:
-        """Raises Interrupted if one came before any rank was started."""
-        if self.number is not None:
-            raise Interrupted(
-                f"{folder}: interrupted by {signal.Signals(self.number).name} before it started; the same command "
-                "starts it"
-            )
-
-    def pass_on(self, ranks: list[_Rank]) -> None:
-        """To every rank, again and again: to get it twice changes nothing, to miss it would."""
-        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
-            self._repeated = time.monotonic()
-            for each in ranks:
-                if each.code is None:
-                    each.process.send_signal(self.number)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -171,7 +137,7 @@ def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
             break
         if signals.at_once:
             raise Interrupted(f"{folder}: ended at once; the same command goes on from the last checkpoint")
-        signals.pass_on(ranks)
+        signals.pass_on([each.process for each in ranks])
         time.sleep(POLL_SECONDS)
     if all(each.code == 0 for each in ranks):
         return
