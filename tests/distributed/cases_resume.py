@@ -185,12 +185,12 @@ def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
     if ranks.rank == 0:
         os.makedirs(folder)
     dist.barrier()
-    with held_back(seconds=60.0) as event:
+    with held_back(seconds=30.0) as event:
         saving = Saving(learner.sharded_state(), folder)
         found["written at once"] = saving.written
         _update(learner, collected)
         found["written after an update"] = saving.written
-        found["bytes after an update"] = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+        found["bytes after an update"] = sum(p.stat().st_size for p in folder.glob(f"__{ranks.rank}_*.distcp"))
         event.set()
         found["failure"] = saving.wait()
         found["written in the end"] = saving.written
