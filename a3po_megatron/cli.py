@@ -38,15 +38,17 @@ def train(
 ) -> None:
     """Train on this machine, with as many ranks as the layout needs."""
     started = time.time()
+    from .launch.signals import Signals
+
+    signals = Signals()  # before the imports that take seconds
     from .config import load_config
     from .launch.check import check_request
     from .launch.folder import default_folder, make_folder
-    from .launch.local import Signals, rendezvous_port, run_local
+    from .launch.local import rendezvous, run_local
     from .report.page import write_report
 
-    signals = Signals()
     settings = load_config(config, set_ or [])
-    rendezvous_port(settings.cluster.port)
+    rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     check_request(settings)
     folder = run_dir or default_folder(settings.name)
     lock, remarks = make_folder(folder, settings, sys.argv)

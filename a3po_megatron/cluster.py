@@ -265,7 +265,13 @@ def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: in
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=options.timeout_seconds)
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=rank == 0, timeout=timeout
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        # The launcher of this machine listens already: nobody else can have the port.
+        master_listen_fd=int(os.environ["A3PO_STORE_FD"]) if "A3PO_STORE_FD" in os.environ else None,
     )
     dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout)
     return arrange(backend, parallel, engine_ranks, seed, store)

@@ -237,6 +237,22 @@ def steps_shown(ended: Ended) -> list[int]:
     return [int(words[1].partition("/")[0]) for words in lines if len(words) > 1 and words[0] == "step"]
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics."""
+    return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+
+
+def rollouts_of(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """Step → its rollouts, of all ranks; carried-over groups stand in the step that trained on them."""
+    files = rollout_files(folder)
+    return {step: [r for path in paths for r in read_rollouts(path, [])] for step, paths in files.items()}
+
+
+def groups_sampled(folder: Path) -> dict[int, int]:
+    """Step → how many groups were sampled in it."""
+    return {s: len({r["prompt_index"] for r in found if not r["carried"]}) for s, found in rollouts_of(folder).items()}
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file of a folder and what is in it, the lock's own file aside."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")

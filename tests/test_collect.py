@@ -93,6 +93,12 @@ class ScriptedGraders:
         return [Verdict(OUTCOMES[text]) for text, _ in items]
 
 
+class BrokenGraders(ScriptedGraders):
+    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        self.asked += items
+        return [Verdict("invalid", "the grader was killed")] * len(items)
+
+
 class Setting:
     """A collector with its fakes."""
 
@@ -104,6 +110,7 @@ class Setting:
         length: Callable[[int, int], int] = lambda prompt, sample: 1,
         empty: int = 3,
         size: int = 4,
+        journal: Path | None = None,  # a folder; None: a new one
         **reward: Any,
     ) -> None:
         self.engine, self.graders, self.prompts = ScriptedEngine(script, length), ScriptedGraders(), FakePrompts()
@@ -113,7 +120,7 @@ class Setting:
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
             RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS),
             RewardOptions(**reward),
-            Journal(Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
+            Journal(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
         )
 
@@ -333,3 +340,30 @@ def test_a_step_with_a_group_starts_the_count_of_empty_steps_again() -> None:
 def test_with_a_single_empty_step_allowed_the_first_one_ends_the_run() -> None:
     with pytest.raises(RunFailed, match=r"correct rate was 1\.000"):
         Setting(lambda prompt: "cccc", empty=1).step(0)
+
+
+# --- what a run of before had finished ------------------------------------------------------------------------------
+
+
+def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_restart_and_not_sampled_again(
+    tmp_path: Path,
+) -> None:
+    script = spread_at(1, 3, 4, 5)  # two rounds
+    broken = Setting(script, journal=tmp_path)
+    broken.graders = BrokenGraders()
+    with pytest.raises(RunFailed, match=r"reward\.max_invalid_rate"):
+        broken.step(0)
+    assert len(broken.graders.asked) == len(broken.engine.requests) > 0
+
+    again, undisturbed = Setting(script, journal=tmp_path), Setting(script)
+    found, wanted = again.step(0), undisturbed.step(0)
+    assert again.engine.requests == [], "what was sampled is sampled again"
+    assert again.graders.asked == undisturbed.graders.asked, "every response is graded, once"
+    assert found.accepted == wanted.accepted == [1, 3, 4, 5]
+    assert found.metrics == wanted.metrics | {"perf/recalled_groups": len(found.sampled)}
+    assert [r.reward for g in found.groups for r in g.rollouts] == [r.reward for g in wanted.groups for r in g.rollouts]
+
+    third = Setting(script, journal=tmp_path)  # the verdicts that followed count, the invalid ones before them do not
+    third.graders = BrokenGraders()
+    assert third.step(0).accepted == [1, 3, 4, 5]
+    assert third.graders.asked == [] == third.engine.requests

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from a3po_megatron.config import load_config
+from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.report.read import read_rollouts, rollout_files
 from a3po_megatron.telemetry.metrics import METRICS
 from tests.distributed.runner import ROOT
@@ -136,3 +138,31 @@ def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_train
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][:2] == rows
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert not list(Path("/dev/shm").glob("a3po-*cpushm*"))
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    words = dict(line.split(":\t") for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return bool(int(words["SigCgt"], 16) >> (number - 1) & 1)
+
+
+def test_a_signal_before_any_rank_exists_ends_the_launcher_with_85_and_the_folder_trains(
+    tmp_path: Path, ended: list[subprocess.Popen[str]]
+) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder)
+    ended.append(launcher)
+    deadline = time.monotonic() + 30
+    while not catches(launcher.pid, signal.SIGTERM) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    # What comes before that ends it without a word, so it must be before the imports, which take seconds.
+    assert "libtorch" not in Path(f"/proc/{launcher.pid}/maps").read_text()
+    launcher.send_signal(signal.SIGTERM)
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, err.count("\n")) == (85, 1), out + err
+    assert f"{folder}: interrupted by SIGTERM before it started" in err
+    assert not list((folder / "logs").glob("rank-*"))
+    options = [*SMALL, "trainer.steps=2"]
+    lock, remarks = make_folder(folder, load_config(ROOT / "configs" / "demo.yaml", options), ["a3po", "train"])
+    lock.close()
+    assert remarks == []

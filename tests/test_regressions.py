@@ -16,7 +16,7 @@ from a3po_megatron import compat
 from a3po_megatron.config import DataOptions, OptimizerOptions, load_config
 from a3po_megatron.data.prompts import read_rows
 from a3po_megatron.errors import RequestError
-from a3po_megatron.launch.local import rendezvous_port
+from a3po_megatron.launch.local import rendezvous
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
 from a3po_megatron.model.family import family_of, read_family
 from a3po_megatron.reward.math import grade
@@ -152,12 +152,13 @@ def test_a_port_in_time_wait_is_free_and_one_that_listens_is_not() -> None:
         listening.listen()
         port = listening.getsockname()[1]
         with pytest.raises(RequestError, match="in use"):
-            rendezvous_port(port)
+            rendezvous(port)
         with socket.create_connection(("127.0.0.1", port)) as client:
             server, _ = listening.accept()
             server.close()  # this side closes first: its end of the connection goes to TIME_WAIT
             client.recv(1)
-    assert rendezvous_port(port) == port
+    with rendezvous(port) as found:
+        assert found.getsockname()[1] == port
 
 
 def test_an_escaped_percent_sign_is_a_percent_sign() -> None:

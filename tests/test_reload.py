@@ -1,19 +1,31 @@
-"""A learner that goes on from a checkpoint is the one that was saved: weights, optimizer, and what they do next."""
+"""A learner that goes on from a checkpoint is the one that was saved: weights, optimizer, and what they do next.
+
+And how a checkpoint comes about: beside the run, whole on every rank or not at all.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.distributed import cases_resume as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
 
 
-def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_another(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What every case found, on every rank."""
+    folder = tmp_path_factory.mktemp("reload")
     for kind in ("qwen3", "qwen3_moe"):
-        make_checkpoint(tmp_path / kind, kind)
-    make_checkpoint(tmp_path / "qwen3_deep", "qwen3", num_hidden_layers=5)
-    found = run_ranks(2, cases.goes_on, cases.goes_on_elsewhere, folder=tmp_path)
+        make_checkpoint(folder / kind, kind)
+    make_checkpoint(folder / "qwen3_deep", "qwen3", num_hidden_layers=5)
+    meanwhile, saves = cases.goes_on_meanwhile, (cases.fails_on_one_rank, cases.keeps)
+    return run_ranks(2, meanwhile, *saves, cases.goes_on, cases.goes_on_elsewhere, folder=folder)
+
+
+def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_another(found: dict[str, Any]) -> None:
     for by_rank in found["goes_on"]:
         assert by_rank == {f"{name} {n}": {"rows": True, "weights": True} for name in cases.SAVED for n in (0, 2)}
     for by_rank in found["goes_on_elsewhere"]:
@@ -25,3 +37,47 @@ def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_an
             bounds = (1e-2, 1e-2) if "bf16" in name else (1e-6, 1e-4)
             for values in (there["loss"], there["norm"]):
                 assert all(value <= bound for value, bound in zip(values, bounds, strict=True)), (name, there)
+
+
+def test_a_save_returns_before_a_byte_is_written_and_holds_the_state_of_then_bit_for_bit(found: dict[str, Any]) -> None:
+    for there in found["goes_on_meanwhile"]:
+        assert there == {
+            "written at once": False,
+            "written after an update": False,
+            "bytes after an update": 0,
+            "failure": "",
+            "written in the end": True,
+            "the update changed something": True,
+            "weights": True,
+            "unlike what is written at once": [],
+        }
+
+
+def test_a_share_that_one_rank_cannot_write_ends_the_run_on_all_ranks_and_nothing_is_left(
+    found: dict[str, Any],
+) -> None:
+    one, other = found["fails_on_one_rank"]
+    assert one == other  # every rank says the same
+    for rank in (0, 1):
+        for space in (0, 1 << 12):
+            message = one[f"rank {rank}, {space} bytes"]
+            assert message.startswith("the checkpoint of step 2 could not be written: "), message
+            assert f"__{rank}_0.distcp: cannot write it: No space left on device" in message
+            assert one[f"left of rank {rank}, {space} bytes"] == []
+    assert one["with room"] == ["latest", "step-000002"]
+
+
+def test_a_run_keeps_the_last_checkpoints_and_every_third_and_the_journals_since_the_oldest_of_the_last(
+    found: dict[str, Any],
+) -> None:
+    for by_step in found["keeps"]:
+        assert {step: there["saved"] for step, there in by_step.items()} == {
+            "1": [1],
+            "2": [1, 2],
+            "3": [2, 3],
+            "4": [3, 4],
+            "5": [3, 4, 5],
+        }
+        for step, there in by_step.items():
+            assert (there["step"], there["latest"]) == (int(step), f"step-{int(step):06d}")
+            assert there["journals"] == list(range(max(1, int(step) - 1), int(step) + 1))

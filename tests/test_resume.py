@@ -78,6 +78,22 @@ def least_saved(point: Interrupt) -> int:
     return (point.step - 1) // EVERY * EVERY if point.step else 0  # a save may take until the step after it has ended
 
 
+def assert_finished_work_is_taken_over(folder: Path, point: Interrupt, saved: int) -> None:
+    """Of the steps that were done again, every group that had been sampled came from the journal, and no other did."""
+    sampled = tools.groups_sampled(folder)
+    taken = {row["step"]: row["perf/recalled_groups"] for row in tools.rows_of(folder)}
+    assert [taken[step] for step in range(saved)] == [0] * saved
+    if point.delay or point.times > 1 or (point.to == "launcher" and not point.kills):
+        return  # it may have come further than to this point
+    for step in range(saved, STEPS):
+        if step < point.step or (step == point.step and point.phase not in ("rollout", "reward")):
+            assert taken[step] == sampled[step] > 0, f"step {step}: {taken[step]} of {sampled[step]} groups"
+        elif step == point.step:  # the round that it was in may be the last one or not
+            assert (point.phase == "reward") <= taken[step] <= sampled[step], f"step {step}"
+        else:
+            assert taken[step] == 0, f"step {step} had never begun"
+
+
 @pytest.mark.parametrize(("layout", "interrupt"), POINTS)
 def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
     layout: str, interrupt: Interrupt, whole: Callable[..., Path], tmp_path: Path
@@ -90,6 +106,7 @@ def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one
     shown = tools.steps_shown(again)  # what lies in the newest checkpoint is not done again
     assert saved + 1 <= shown[0] and shown == list(range(shown[0], STEPS + 1)), again.all
     tools.assert_same_run(folder, wanted)
+    assert_finished_work_is_taken_over(folder, interrupt, saved)
 
 
 @pytest.mark.soak

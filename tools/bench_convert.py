@@ -115,7 +115,7 @@ def peer(source: Path, target: Path) -> None:
 
     from a3po_megatron.cluster import connect
     from a3po_megatron.config import ClusterOptions, MegatronOptions, ModelOptions, ParallelOptions
-    from a3po_megatron.launch.local import rendezvous_port
+    from a3po_megatron.launch.local import free_port
     from a3po_megatron.model.build import build_model, transformer_config
 
     os.environ |= {
@@ -123,7 +123,7 @@ def peer(source: Path, target: Path) -> None:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(rendezvous_port(None)),
+        "MASTER_PORT": str(free_port()),
     }
     connect(ParallelOptions(), ClusterOptions(), 1, 0)
     family = read_family(source)

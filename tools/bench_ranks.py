@@ -47,9 +47,9 @@ def make_model(folder: Path) -> None:
 
 def start_ranks(script: str, folder: Path, ranks: int, *words: str) -> None:
     """Runs `script --rank-in folder words…` once per rank; ends the program with a failed rank's last lines."""
-    from a3po_megatron.launch.local import rendezvous_port
+    from a3po_megatron.launch.local import free_port
 
-    port, running = rendezvous_port(None), []
+    port, running = free_port(), []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -104,7 +104,8 @@ def _go_on(folder: Path, config: Config) -> list[str]:
                 f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
             )
         put_aside(folder / "checkpoints", after=step)
-        if (latest := folder / "checkpoints" / LATEST).exists() and latest.read_text().strip() != checkpoint.name:
+        latest = folder / "checkpoints" / LATEST
+        if not latest.exists() or latest.read_text().strip() != checkpoint.name:
             name_latest(folder / "checkpoints", checkpoint.name)
         if step >= config.trainer.steps:
             raise Finished(
@@ -114,7 +115,8 @@ def _go_on(folder: Path, config: Config) -> list[str]:
         remarks.append(f"goes on from {checkpoint.name}")
     _cut_metrics(folder / "metrics.jsonl", metrics_bytes)
     for path in [*(folder / "rollouts").glob("step-[0-9]*.*"), *(folder / "rejected").glob("step-[0-9]*.*")]:
-        if int(path.name.partition(".")[0].removeprefix("step-")) >= step or path.suffix == ".partial":
+        number = path.name.partition(".")[0].removeprefix("step-")
+        if number.isdecimal() and (int(number) >= step or path.suffix == ".partial"):
             path.unlink()
     for path in saved_steps(folder / "hf"):
         if step_of(path) > step:

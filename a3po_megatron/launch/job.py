@@ -26,7 +26,7 @@ from ..config import Config, load_resolved
 from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
 from .environment import SETTINGS
 from .folder import make_folder
-from .local import Signals
+from .signals import Signals
 from .slurm import SCRIPT, sbatch
 
 POLL_SECONDS = 0.5

@@ -27,63 +27,34 @@ from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import STALL, position
 from .environment import LOOPBACK, SETTINGS, WORDS_BYTES, die_with_parent
+from .signals import Signals
 
 POLL_SECONDS = 0.1
-REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
 GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault is then known
 
 
-def rendezvous_port(wanted: int | None) -> int:
-    """A port that is free now. Raises RequestError if the wanted one is not."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: TIME_WAIT is no user
-        try:
-            probe.bind(("127.0.0.1", wanted or 0))
-        except OSError as error:
-            raise RequestError(
-                f"cluster.port = {wanted} is in use on this machine: leave it out to take a free one"
-            ) from error
-        return int(probe.getsockname()[1])
+def rendezvous(wanted: int | None) -> socket.socket:
+    """Where the ranks meet, listening already: a port that was only looked for may be taken when rank 0 comes to it.
+
+    Raises RequestError if the wanted one is not free.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: TIME_WAIT is no user
+    try:
+        listener.bind(("127.0.0.1", wanted or 0))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise RequestError(
+            f"cluster.port = {wanted} is in use on this machine: leave it out to take a free one"
+        ) from error
+    return listener
 
 
-class Signals:
-    """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self.at_once = False
-        self._repeated = 0.0
-        self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
-
-    def _caught(self, number: int, _: object) -> None:
-        self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
-        self.number = self.number or number
-
-    def check(self, folder: Path) -> None:
-        """Raises Interrupted if one came before any rank was started."""
-        if self.number is not None:
-            raise Interrupted(
-                f"{folder}: interrupted by {signal.Signals(self.number).name} before it started; the same command "
-                "starts it"
-            )
-
-    def pass_on(self, ranks: list[_Rank]) -> None:
-        """To every rank, again and again: to get it twice changes nothing, to miss it would."""
-        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
-            self._repeated = time.monotonic()
-            for each in ranks:
-                if each.code is None:
-                    each.process.send_signal(self.number)
-
-    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
-        """The same, to one process that passes it on: srun, for which TERM and INT would mean something else."""
-        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
-            self._repeated = time.monotonic()
-            process.send_signal(signal.SIGUSR1)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+def free_port() -> int:
+    """A port that is free now."""
+    with rendezvous(None) as listener:
+        return int(listener.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -109,14 +80,15 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
 
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
-    port = rendezvous_port(config.cluster.port)
+    meeting = rendezvous(config.cluster.port)
     ranks: list[_Rank] = []
     signals.check(folder)
     try:
         for rank in range(config.parallel.ranks()):
-            ranks.append(_start(rank, folder, config.parallel.ranks(), port, started, lock))
+            ranks.append(_start(rank, folder, config.parallel.ranks(), meeting, started, lock))
         _watch(ranks, folder, signals)
     finally:
+        meeting.close()
         for each in ranks:
             if each.process.poll() is None:
                 each.process.kill()
@@ -127,7 +99,7 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
             sys.stdout.flush()
 
 
-def _start(rank: int, folder: Path, world: int, port: int, started: float, lock: IO[str]) -> _Rank:
+def _start(rank: int, folder: Path, world: int, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
     environment = {
         **SETTINGS,
         **LOOPBACK,
@@ -136,7 +108,7 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float, lock:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(meeting.getsockname()[1]),
         "A3PO_STARTED": str(started),
     }
     words, said = os.pipe()
@@ -146,6 +118,8 @@ def _start(rank: int, folder: Path, world: int, port: int, started: float, lock:
     if rank == 0:
         inherited.append(os.dup(sys.stdout.fileno()))
         environment["A3PO_CONSOLE_FD"] = str(inherited[-1])
+        inherited.append(os.dup(meeting.fileno()))
+        environment["A3PO_STORE_FD"] = str(inherited[-1])
         # The rank cannot ask the terminal for its width: its own standard streams are files.
         environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
     for descriptor in inherited:
@@ -177,7 +151,7 @@ def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
             break
         if signals.at_once:
             raise Interrupted(f"{folder}: ended at once; the same command goes on from the last checkpoint")
-        signals.pass_on(ranks)
+        signals.pass_on([each.process for each in ranks])
         time.sleep(POLL_SECONDS)
     if all(each.code == 0 for each in ranks):
         return

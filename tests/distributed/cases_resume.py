@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,17 @@ import torch
 import torch.distributed as dist
 
 from a3po_megatron.batch import Collected
+from a3po_megatron.checkpoint.folder import HashedFile
+from a3po_megatron.checkpoint.interrupt import Interrupt
+from a3po_megatron.checkpoint.journal import Journal
+from a3po_megatron.checkpoint.manifest import check_whole
 from a3po_megatron.checkpoint.store import Saving
+from a3po_megatron.checkpoint.streams import random_state
+from a3po_megatron.config import Config
+from a3po_megatron.errors import RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
+from a3po_megatron.run import Run, _Boundary
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
 from tests.distributed.runner import Ranks
 from tests.tiny import make_collected
@@ -33,14 +45,17 @@ SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 ELSEWHERE = {"tp2": ({"pipeline": 2}, {"data": 2}), "pp2 tied": ({"tensor": 2},), "dp2 bf16": ({"tensor": 2},)}
 
 
-def _learner(ranks: Ranks, name: str, layout: dict[str, Any], checkpoint: Path | None = None) -> Learner:
+def _config(ranks: Ranks, name: str, layout: dict[str, Any]) -> Config:
     kind, dtype, _, optimizer = SAVED[name]
-    folder = ranks.folder / kind
-    cluster = ranks.arrange(**layout)
     parallel = {key: value for key, value in layout.items() if key not in ("tensor", "data")}
-    config = settings(folder, layout.get("tensor", 1), layout.get("data", 1), parallel=parallel, optimizer=optimizer)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    return Learner(cluster, read_family(folder), config, checkpoint)
+    sizes = layout.get("tensor", 1), layout.get("data", 1)
+    config = settings(ranks.folder / kind, *sizes, parallel=parallel, optimizer=optimizer)
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def _learner(ranks: Ranks, name: str, layout: dict[str, Any], checkpoint: Path | None = None) -> Learner:
+    config, cluster = _config(ranks, name, layout), ranks.arrange(**layout)
+    return Learner(cluster, read_family(ranks.folder / SAVED[name][0]), config, checkpoint)
 
 
 def _update(learner: Learner, collected: Collected) -> dict[str, float | None]:
@@ -136,3 +151,160 @@ def _read(folder: Path) -> dict[str, torch.Tensor]:
     whole = {key: torch.empty(e.size, dtype=e.properties.dtype) for key, e in entries.items() if hasattr(e, "size")}
     checkpoint.load(whole, storage_reader=reader, no_dist=True)
     return whole
+
+
+# --- writing while the run goes on ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held_back(seconds: float) -> Iterator[threading.Event]:
+    """No byte of a checkpoint is written before the event is set, or so many seconds have passed."""
+    event, write = threading.Event(), HashedFile.write
+
+    def late(file: HashedFile, data: Any) -> int:
+        if not event.wait(seconds):
+            event.set()
+        return write(file, data)
+
+    HashedFile.write = late  # type: ignore[method-assign]
+    try:
+        yield event
+    finally:
+        HashedFile.write = write  # type: ignore[method-assign]
+
+
+def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
+    """An update from beginning to end while not a byte of the state before it has been written."""
+    collected, name, found = make_collected(groups=5, size=4), "tp2", {}  # both ranks have a share to write
+    layout = SAVED[name][2]
+    learner = _learner(ranks, name, layout)
+    _update(learner, collected)
+    save(learner, ranks.folder / "at-once")
+    before = {key: value.detach().clone() for key, value in learner.parameters().items()}
+    folder = ranks.folder / "held-back"
+    if ranks.rank == 0:
+        os.makedirs(folder)
+    dist.barrier()
+    with held_back(seconds=30.0) as event:
+        saving = Saving(learner.sharded_state(), folder)
+        found["written at once"] = saving.written
+        _update(learner, collected)
+        found["written after an update"] = saving.written
+        found["bytes after an update"] = sum(p.stat().st_size for p in folder.glob(f"__{ranks.rank}_*.distcp"))
+        event.set()
+        found["failure"] = saving.wait()
+        found["written in the end"] = saving.written
+        dist.barrier()
+        saving.finish()
+        dist.barrier()
+    found["the update changed something"] = not all(
+        torch.equal(value, before[key]) for key, value in learner.parameters().items()
+    )
+    again = _learner(ranks, name, layout, folder)
+    found["weights"] = all(torch.equal(value, before[key]) for key, value in again.parameters().items())
+    held, at_once = _read(folder), _read(ranks.folder / "at-once")
+    found["unlike what is written at once"] = [
+        key for key in held.keys() | at_once.keys() if not torch.equal(held[key], at_once[key])
+    ]
+    return found
+
+
+# --- a run's checkpoints, put in place or not -----------------------------------------------------------------------
+
+
+def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: Any) -> Run:
+    """As much of a run as saves: no engine, no data."""
+    run = Run.__new__(Run)
+    config = _config(ranks, name, SAVED[name][2])
+    run.config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
+    run.folder, run.cluster, run.interrupt = folder, learner.cluster, Interrupt()
+    run.journal = Journal(folder / "journal", ranks.rank, "run")
+    run._pending, run._saved = None, 0
+    return run
+
+
+def _save_step(run: Run, learner: Learner, step: int) -> None:
+    run._save(_Boundary(step, step + 1, {}, [], random_state(), 0), learner)
+    run._complete_save(wait=True)
+
+
+class _Full:
+    """A file on a disk that takes so many bytes and no more."""
+
+    def __init__(self, file: Any, space: int) -> None:
+        self._file, self._space, self.name = file, space, file.name
+        self.fileno, self.close = file.fileno, file.close
+
+    def write(self, data: memoryview) -> int:
+        if not self._space:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self._file.write(data[: self._space])
+        self._space -= taken
+        return taken
+
+
+@contextlib.contextmanager
+def full_disk(space: int) -> Iterator[None]:
+    """Every file of a checkpoint meets a full disk."""
+    init = HashedFile.__init__
+
+    def on_full_disk(file: HashedFile, path: Path) -> None:
+        init(file, path)
+        file._file = _Full(file._file, space)  # type: ignore[assignment]
+
+    HashedFile.__init__ = on_full_disk  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HashedFile.__init__ = init  # type: ignore[method-assign]
+
+
+def _caught(act: Callable[[], None]) -> str:
+    try:
+        act()
+    except RunFailed as error:
+        return str(error)
+    return "it did not fail"
+
+
+def fails_on_one_rank(ranks: Ranks) -> dict[str, Any]:
+    """The disk of one rank is full, at once or in the middle; then there is room again."""
+    found: dict[str, Any] = {}
+    learner = _learner(ranks, "tp2", SAVED["tp2"][2])
+    folder = ranks.folder / "full-disk"
+    for rank in range(ranks.world):
+        for space in (0, 1 << 12):
+            with full_disk(space) if ranks.rank == rank else contextlib.nullcontext():
+                run = _run(ranks, learner, folder, "tp2")
+                found[f"rank {rank}, {space} bytes"] = _caught(lambda run=run: _save_step(run, learner, 2))  # type: ignore[misc]
+            dist.barrier()
+            found[f"left of rank {rank}, {space} bytes"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
+            dist.barrier()
+    _save_step(_run(ranks, learner, folder, "tp2"), learner, 2)
+    found["with room"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    return found
+
+
+def keeps(ranks: Ranks) -> dict[str, Any]:
+    """Five saves; what is left of checkpoints and journals after each."""
+    learner = _learner(ranks, "dp2", SAVED["dp2"][2])
+    folder = ranks.folder / "keeps"
+    found: dict[str, Any] = {}
+    run = _run(ranks, learner, folder, "dp2", keep_last=2, keep_every=3)
+    journal = folder / "journal"
+    if ranks.rank == 0:
+        journal.mkdir(parents=True)
+    dist.barrier()
+    for step in range(1, 6):
+        (journal / f"step-{step:05d}.rank-{ranks.rank}").touch()  # of the step that begins after this save
+        _save_step(run, learner, step)
+        dist.barrier()
+        checkpoints = folder / "checkpoints"
+        found[str(step)] = {
+            "saved": sorted(int(path.name[5:]) for path in checkpoints.glob("step-*")),
+            "journals": sorted(int(path.name[5:10]) for path in journal.glob(f"*.rank-{ranks.rank}")),
+            "latest": (checkpoints / "latest").read_text().strip(),
+            "step": check_whole(checkpoints / f"step-{step:06d}").step,
+        }
+        dist.barrier()
+    return found

@@ -1,0 +1,53 @@
+"""What is sent to the launcher. Imports nothing heavy: it is there before anything else of `a3po train` is."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..checkpoint.interrupt import SIGNALS
+from ..errors import Interrupted
+
+REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
+
+
+class Signals:
+    """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.at_once = False
+        self._repeated = 0.0
+        self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
+
+    def _caught(self, number: int, _: object) -> None:
+        self.at_once |= number == signal.SIGINT and self.number == signal.SIGINT
+        self.number = self.number or number
+
+    def check(self, folder: Path) -> None:
+        """Raises Interrupted if one came before any rank was started."""
+        if self.number is not None:
+            raise Interrupted(
+                f"{folder}: interrupted by {signal.Signals(self.number).name} before it started; the same command "
+                "starts it"
+            )
+
+    def pass_on(self, ranks: Iterable[subprocess.Popen[bytes]]) -> None:
+        """To every rank, again and again: to get it twice changes nothing, to miss it would."""
+        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
+            self._repeated = time.monotonic()
+            for each in ranks:
+                each.send_signal(self.number)  # does nothing to one that has ended
+
+    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
+        """The same, to one process that passes it on: srun, for which TERM and INT would mean something else."""
+        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
+            self._repeated = time.monotonic()
+            process.send_signal(signal.SIGUSR1)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

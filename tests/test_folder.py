@@ -1,0 +1,165 @@
+"""A run folder made ready to go on: what is of later steps goes, what is of earlier ones and what is not ours stays."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from a3po_megatron.checkpoint.folder import digest_of
+from a3po_megatron.checkpoint.manifest import MANIFEST, Manifest, inputs_of, name_latest
+from a3po_megatron.config import Config
+from a3po_megatron.errors import RequestError
+from a3po_megatron.launch.folder import make_folder
+
+ROW = '{"step": 0}\n'
+SAVED = 4  # steps that the newest checkpoint holds
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Of a run with a model folder and a file of prompts; nothing here reads what is in them."""
+    model, data = tmp_path / "model", tmp_path / "prompts.jsonl"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_text("{}")
+    data.write_text('{"problem": "1+1", "answer": "2"}\n')
+    return Config.model_validate({"model": {"path": str(model)}, "data": {"path": str(data)}})
+
+
+@pytest.fixture
+def run(tmp_path: Path, config: Config) -> Path:
+    """A run that was killed in step 6, with checkpoints after 2 and 4 steps."""
+    folder = tmp_path / "run"
+    for step in (2, SAVED):
+        save_checkpoint(folder, step, config)
+    name_latest(folder / "checkpoints", f"step-{SAVED:06d}")
+    (folder / "metrics.jsonl").write_text(ROW * 6)
+    return folder
+
+
+def save_checkpoint(folder: Path, step: int, config: Config) -> Path:
+    target = folder / "checkpoints" / f"step-{step:06d}"
+    target.mkdir(parents=True)
+    (target / "__0_0.distcp").write_bytes(bytes(256))
+    files = {"__0_0.distcp": replace(digest_of(target / "__0_0.distcp"), name="__0_0.distcp")}
+    size = len(ROW) * step
+    Manifest(step, step + 1, 2, config.model_dump(mode="json"), inputs_of(config), {}, size, files).save(target)
+    return target
+
+
+def put(folder: Path, *names: str) -> None:
+    """Files, or folders with something in them where a name ends with a slash."""
+    for name in names:
+        path = folder / name / "model.safetensors" if name.endswith("/") else folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+
+
+def goes_on(folder: Path, config: Config) -> list[str]:
+    lock, remarks = make_folder(folder, config, ["a3po", "train"])
+    lock.close()
+    return remarks
+
+
+def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_names_stay(
+    run: Path, config: Config
+) -> None:
+    kept = [
+        *(f"rollouts/step-{step:05d}.rank-{rank}.jsonl.zst" for step in range(SAVED) for rank in (0, 1)),
+        "rejected/step-00003.mini-batch-1.rank-0.pt",
+        "hf/step-000002/",
+        "hf/step-000004/",
+        # not ours
+        *("rollouts/notes.txt", "rollouts/step-best", "rollouts/step-9th-try.txt", "rejected/notes.txt"),
+        *("hf/step-best/", "hf/notes.txt", "checkpoints/step-best/", "checkpoints/notes.txt", "notes.txt"),
+    ]
+    gone = [
+        *(f"rollouts/step-{step:05d}.rank-{rank}.jsonl.zst" for step in (4, 5, 100000) for rank in (0, 1)),
+        "rejected/step-00004.mini-batch-0.rank-0.pt",
+        "rejected/step-00005.mini-batch-0.rank-1.pt",
+        *("hf/step-000006/", "hf/step-1000000/"),
+        # half done, of whichever step
+        *("rollouts/step-00001.rank-0.jsonl.partial", "rejected/step-00001.mini-batch-0.rank-0.partial"),
+        *("hf/.step-000002.partial/", "checkpoints/.step-000006.partial/", "checkpoints/.latest.partial"),
+        *("witness/", ".witness.partial/", "logs/rank-0.phase"),
+    ]
+    put(run, *kept, *gone)
+    assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]
+    assert [name for name in kept if not (run / name).exists()] == []
+    assert [name for name in gone if (run / name).exists()] == []
+    assert (run / "metrics.jsonl").read_text() == ROW * SAVED
+    assert len(list((run / "checkpoints").glob("step-0*"))) == 2
+    assert len(json.loads((run / "provenance.json").read_text())) > 1
+    goes_on(run, config)  # to be made ready twice changes nothing
+    assert [name for name in kept if not (run / name).exists()] == []
+
+
+def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, config: Config) -> None:
+    for path in (run / "checkpoints").iterdir():
+        path.rename(run / f"old-{path.name}")
+    gone = ["rollouts/step-00000.rank-0.jsonl.zst", "rejected/step-00000.mini-batch-0.rank-0.pt", "hf/step-000002/"]
+    put(run, *gone, "rollouts/notes.txt", "journal/step-00000.rank-0")
+    assert goes_on(run, config) == []
+    assert [name for name in gone if (run / name).exists()] == []
+    assert (run / "metrics.jsonl").read_text() == ""
+    assert (run / "rollouts" / "notes.txt").exists()
+    assert (run / "journal" / "step-00000.rank-0").exists()  # a replay begins at step 0, and looks into it
+
+
+def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut(run: Path, config: Config) -> None:
+    (run / "metrics.jsonl").write_text(ROW * SAVED)
+    goes_on(run, config)  # as many as were recorded will do
+    short = ROW * SAVED
+    (run / "metrics.jsonl").write_text(short[:-1])
+    put(run, "rollouts/step-00005.rank-0.jsonl.zst")
+    with pytest.raises(RequestError, match=rf"metrics\.jsonl: it has {len(short) - 1} bytes.* {len(short)}: rows are"):
+        goes_on(run, config)
+    assert (run / "metrics.jsonl").read_text() == short[:-1]
+    assert (run / "rollouts" / "step-00005.rank-0.jsonl.zst").exists()
+
+
+@pytest.mark.parametrize(("name", "role"), [("prompts.jsonl", "data"), ("model/tokenizer.json", "tokenizer.json")])
+def test_another_file_under_the_same_path_is_refused_by_its_name_and_nothing_changes(
+    name: str, role: str, run: Path, config: Config, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    before = path.read_text()
+    path.write_text(before.replace("{", "{ "))
+    with pytest.raises(RequestError, match=rf"{role} was another file"):
+        goes_on(run, config)
+    assert (run / "metrics.jsonl").read_text() == ROW * 6
+    path.unlink()
+    with pytest.raises(RequestError, match=rf"{role} was another file"):
+        goes_on(run, config)
+    path.write_text(before)
+    assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]
+
+
+@pytest.mark.parametrize("words", ["", "step-0000", "step-999999\n", "../checkpoints\n", "step-000002\n"])
+def test_latest_is_put_right_where_it_names_something_else(words: str, run: Path, config: Config) -> None:
+    (run / "checkpoints" / "latest").write_text(words)
+    goes_on(run, config)
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{SAVED:06d}\n"
+
+
+def test_latest_is_written_where_a_kill_came_between_a_checkpoint_and_its_name(run: Path, config: Config) -> None:
+    (run / "checkpoints" / "latest").unlink()
+    goes_on(run, config)
+    assert (run / "checkpoints" / "latest").read_text() == f"step-{SAVED:06d}\n"
+
+
+def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before(run: Path, config: Config) -> None:
+    (run / "checkpoints" / f"step-{SAVED:06d}" / MANIFEST).unlink()
+    put(run, "rollouts/step-00001.rank-0.jsonl.zst", "rollouts/step-00002.rank-0.jsonl.zst", "hf/step-000004/")
+    remarks = goes_on(run, config)
+    assert len(remarks) == 2
+    assert "step-000004/manifest.json: not a readable manifest" in remarks[0]
+    assert remarks[1] == "goes on from step-000002"
+    assert (run / "metrics.jsonl").read_text() == ROW * 2
+    assert sorted(path.name for path in (run / "rollouts").iterdir()) == ["step-00001.rank-0.jsonl.zst"]
+    assert not (run / "hf" / "step-000004").exists()
+    assert (run / "checkpoints" / "latest").read_text() == "step-000002\n"
+    assert (run / "checkpoints" / "torn-step-000004").is_dir()
