@@ -67,6 +67,7 @@ WITHOUT_EFFECT = (
     NoEffect(
         ("reward.overlong_penalty",), lambda c: c.reward.overlong_tokens == 0, "reward.overlong_tokens is 0 (off)"
     ),
+    NoEffect(("reward.ray_address",), lambda c: c.reward.pool != "ray", "reward.pool is not ray"),
     NoEffect(("optimizer.momentum",), lambda c: c.optimizer.name != "sgd", "optimizer.name is not sgd"),
     NoEffect(("optimizer.betas", "optimizer.eps"), lambda c: c.optimizer.name == "sgd", "optimizer.name is sgd"),
     NoEffect(("optimizer.min_lr",), lambda c: c.optimizer.schedule != "cosine", "optimizer.schedule is constant"),
@@ -91,7 +92,14 @@ WITHOUT_EFFECT = (
 RESUME_MAY_CHANGE = {
     *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "slurm", "learner.micro_batch_tokens"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
-    *("reward.workers", "reward.timeout_seconds", "reward.memory_bytes", "reward.max_invalid_rate"),
+    *(
+        "reward.pool",
+        "reward.ray_address",
+        "reward.workers",
+        "reward.timeout_seconds",
+        "reward.memory_bytes",
+        "reward.max_invalid_rate",
+    ),
     *("trainer.steps", "trainer.max_empty_steps", "trainer.max_rejected_updates"),
 }
 

@@ -79,7 +79,7 @@ def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
 
 def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
     """Starts the ranks until they end well, or for good; None: the run is done."""
-    nodes, bad = _hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
+    nodes, bad = hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
     while True:
         lock, remarks = make_folder(folder, config, sys.argv)
         for remark in remarks:
@@ -159,7 +159,8 @@ def _failure(folder: Path, ended: Ended) -> A3POError:
     return RunFailed(f"{folder}: a rank{where} failed and left no message (srun: {ended.code}); see logs/attempt-*")
 
 
-def _hosts(nodes: str) -> list[str]:
+def hosts(nodes: str) -> list[str]:
+    """rl[0-1] → rl0, rl1"""
     done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     return done.stdout.split()
 

@@ -21,6 +21,7 @@ from ..config import Config, save_resolved
 from ..errors import RequestError, RunFailed
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
+RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
 SCRIPT = "job.sbatch"
 # Of a multi-node run; each with its reason, which stands in the script too.
@@ -97,6 +98,7 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
         allocation={name: value for name, value in allocation.items() if value is not None},
         environment=variables,
         python=sys.executable,
+        entry=shlex.quote(str(RAY_CLUSTER)) if config.reward.pool == "ray" else "-m a3po_megatron.launch.job",
     )
 
 

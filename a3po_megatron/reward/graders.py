@@ -7,10 +7,16 @@ import functools
 from ..config import RewardOptions
 from .math import grade
 from .pool import GraderPool
+from .ray_pool import RayGraders
 
 
-def math_graders(options: RewardOptions) -> GraderPool:
-    """A pool of `reward.workers` processes that grade (response, answer) pairs. Use it as a context manager."""
+def math_graders(options: RewardOptions) -> GraderPool | RayGraders:
+    """What grades (response, answer) pairs: here, or on all nodes of a job. Use it as a context manager."""
+    return RayGraders(options, options.ray_address) if options.pool == "ray" else local_graders(options)
+
+
+def local_graders(options: RewardOptions) -> GraderPool:
+    """A pool of `reward.workers` processes on this machine."""
     return GraderPool(
         functools.partial(grade, extract=options.extract),
         options.workers,

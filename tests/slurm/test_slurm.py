@@ -178,6 +178,17 @@ def test_a_sweep_is_an_array_of_runs_and_an_array_of_jobs_is_one_run(whole: Path
     assert len(list((single / "logs").glob("slurm-*.out"))) == 3
 
 
+def test_graders_on_ray_workers_of_all_nodes_give_the_run_that_local_ones_give(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    folder = tmp_path / "run"
+    wait_done(submit(folder, *TWO_NODES, "reward.pool=ray"))
+    assert "report:" in said(folder), said(folder)
+    tools.assert_same_run(folder, whole)
+    assert {path.name for path in (folder / "logs").glob("ray-*")} == {"ray-rl0.log", "ray-rl1.log"}
+    left = [p for p in psutil.process_iter() if "raylet" in p.name() or "gcs_server" in p.name()]
+    assert not left
+
+
 def test_what_the_cluster_cannot_give_is_named_before_submission(tmp_path: Path) -> None:
     for option, words in (
         ("slurm.partition=gpus", "slurm.partition = gpus: this cluster has batch, urgent"),

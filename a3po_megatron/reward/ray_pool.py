@@ -1,0 +1,100 @@
+"""Grades on all nodes of a job through Ray: one actor a node, each with a pool of killable processes (pool.py).
+
+    rank ── its responses, dealt over the nodes ──▶ actor of a node ──▶ its GraderPool
+         ◀── verdicts, in the order of the responses ──
+
+Ranks share the actors, by name. An actor that dies takes nothing with it: its responses go to another one, once; then
+their verdict is `invalid`. Extra `ray`; the default stays the local pool, which needs no second scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from ..batch import Verdict
+from ..config import RewardOptions
+from ..errors import RequestError, RunFailed
+
+NAMESPACE = "a3po"
+
+
+class _Node:
+    """What runs as an actor: the local pool, on its node."""
+
+    def __init__(self, options: RewardOptions) -> None:
+        from .graders import local_graders
+
+        self._pool = local_graders(options)
+        self._pool.start()
+
+    def grade(self, items: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [(verdict.outcome, verdict.reason) for verdict in self._pool.grade_all(items)]
+
+
+class RayGraders:
+    """A `Graders` (rollout/collect.py) over the nodes of a Ray cluster. Use it as a context manager.
+
+    Raises RequestError where Ray is not installed, and RunFailed where no cluster answers at `address`.
+    """
+
+    def __init__(self, options: RewardOptions, address: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise RequestError("reward.pool = ray needs Ray: pip install 'a3po-megatron[ray]'") from error
+        self._ray, self._options, self._address = ray, options, address
+        self._actors: list[Any] = []
+
+    def __enter__(self) -> RayGraders:
+        if not self._ray.is_initialized():
+            try:
+                self._ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+            except (ConnectionError, ValueError) as error:
+                raise RunFailed(f"no Ray cluster answers at reward.ray_address = {self._address}: {error}") from error
+        nodes = sorted(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
+        self._actors = [self._actor(node) for node in nodes]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._actors.clear()  # they end with the rank that made them
+
+    def _actor(self, node: str) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return (
+            self._ray.remote(_Node)
+            .options(
+                name=f"graders-{node}",
+                get_if_exists=True,
+                num_cpus=0,  # grading takes turns with training; the pool bounds its own processes
+                max_restarts=-1,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+            )
+            .remote(self._options)
+        )
+
+    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts of the (response, answer) pairs, in their order."""
+        verdicts: list[Verdict | None] = [None] * len(items)
+        for attempt in range(2):
+            open_ = [number for number, verdict in enumerate(verdicts) if verdict is None]
+            shares = [open_[k :: len(self._actors)] for k in range(len(self._actors))]
+            # In the second round the shares go to other nodes.
+            actors = self._actors[attempt:] + self._actors[:attempt]
+            asked = [
+                (share, actor.grade.remote([items[number] for number in share]))
+                for share, actor in zip(shares, actors, strict=True)
+                if share
+            ]
+            for share, answer in asked:
+                try:
+                    found = self._ray.get(answer)
+                except self._ray.exceptions.RayActorError:
+                    continue
+                for number, (outcome, reason) in zip(share, found, strict=True):
+                    verdicts[number] = Verdict(outcome, reason)
+        return [verdict or Verdict("invalid", "the grader's node died twice") for verdict in verdicts]

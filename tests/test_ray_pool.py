@@ -1,0 +1,49 @@
+"""Graders on a real local Ray: the verdicts of the local pool, in order, also when an actor is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from a3po_megatron.config import RewardOptions
+from a3po_megatron.reward.graders import local_graders, math_graders
+from a3po_megatron.reward.ray_pool import RayGraders
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+ITEMS = [(f"so the answer is \\boxed{{{n if n % 3 else n + 1}}}", str(n)) for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def graders() -> Iterator[RayGraders]:
+    ray.init(num_cpus=2, include_dashboard=False, namespace="a3po", log_to_driver=False, _node_ip_address="127.0.0.1")
+    with math_graders(RewardOptions(pool="ray", ray_address="local")) as pool:
+        assert isinstance(pool, RayGraders)
+        yield pool
+    ray.shutdown()
+
+
+def test_ray_gives_the_verdicts_of_the_local_pool_in_their_order(graders: RayGraders) -> None:
+    with local_graders(RewardOptions()) as local:
+        assert graders.grade_all(ITEMS) == local.grade_all(ITEMS)
+    assert graders.grade_all([]) == []
+
+
+def test_verdicts_survive_the_death_of_the_actor_that_was_asked_for_them(graders: RayGraders) -> None:
+    wanted = graders.grade_all(ITEMS)
+
+    @ray.remote(num_cpus=0)
+    def pid_of_actor() -> int:
+        import psutil
+
+        (found,) = [p.pid for p in psutil.process_iter() if "_Node" in " ".join(p.cmdline())]
+        return int(found)
+
+    victim: Any = ray.get(pid_of_actor.remote())
+    os.kill(victim, signal.SIGKILL)
+    assert graders.grade_all(ITEMS) == wanted
+    assert not psutil.pid_exists(victim) or psutil.Process(victim).status() == psutil.STATUS_ZOMBIE
