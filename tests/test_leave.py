@@ -92,18 +92,13 @@ def test_a_run_whose_time_is_over_at_its_start_leaves_with_what_there_was_and_go
     tools.assert_same_run(folder, whole)
 
 
-def witnesses(folder: Path) -> list[Path]:
-    """The export that the witness reads, half written or whole: there as long as it is asked."""
-    return [path for path in (folder / ".witness.partial", folder / "witness") if path.exists()]
-
-
 def test_a_run_that_is_killed_while_the_witness_of_its_start_is_asked_trains_when_it_is_started_again(
     whole: Path, tmp_path: Path
 ) -> None:
     folder, option = tmp_path / "run", "publish.witness_at_start=true"
-    launched = Launched(folder, *TP2, option)
+    launched, witness = Launched(folder, *TP2, option), folder / "witness"  # the export that it reads, when it is whole
     deadline = time.monotonic() + tools.RUN_SECONDS
-    while not witnesses(folder) and launched.process.poll() is None and time.monotonic() < deadline:
+    while not witness.exists() and launched.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     ranks = tools.ranks_of(folder)
     launched.process.kill()
@@ -113,10 +108,10 @@ def test_a_run_that_is_killed_while_the_witness_of_its_start_is_asked_trains_whe
     ended = launched.finish()
     assert (ended.code, len(ranks)) == (-signal.SIGKILL, 2), ended.all
     assert not tools.left_over(folder)
-    assert witnesses(folder), "the witness had been asked already: nothing was tested"
+    assert witness.exists(), "the witness had been asked already: nothing was tested"
     again = tools.trained(folder, *TP2, option)
     assert "learner and transformers agree" in again.out
-    assert not witnesses(folder)
+    assert not witness.exists()
     rows, wanted = tools.rows_of(folder), tools.rows_of(whole)
     assert len(rows) == STEPS
     for row, other in zip(rows, wanted, strict=True):
