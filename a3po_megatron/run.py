@@ -127,6 +127,7 @@ class Run:
         self._rejected = 0  # updates in a row that were not finite
         self._gave_up = False  # too many of them
         self._warned = False
+        self._scored_before = False  # the batch of this step, by a run that was interrupted after that
         self._pending: _Pending | None = None
         first_step = 0 if checkpoint is None else self._resume(checkpoint, prompts)
         self._saved = first_step  # the step of the last checkpoint that is in place
@@ -363,7 +364,8 @@ class Run:
     def recall(self, step: int, batch: Batch) -> Batch:
         """Gives a batch the old log-probs and entropies that it had before the run was interrupted, if it had."""
         known = self.journal.scores(step, batch.rollouts)
-        if self.cluster.agree("scored before", known is not None, all):
+        self._scored_before = self.cluster.agree("scored before", known is not None, all)
+        if self._scored_before:
             batch.old_logprobs, batch.entropy = torch.from_numpy(known)
         return batch
 
@@ -379,7 +381,7 @@ class Run:
                 f"step {step}: the learner's log-probs are not finite: its weights cannot be trusted; "
                 f"{self.folder / 'rejected'} holds the batch"
             )
-        if self.cluster.batch_group.rank() == 0:
+        if self.cluster.batch_group.rank() == 0 and not self._scored_before:
             self.journal.add_scores(step, batch)
         self._complete_save(wait=False)  # a checkpoint that is written should not wait for the step's end
         if leave := self.cluster.agree("leave before the update", self.interrupt.due("update", "publish"), first):

@@ -75,7 +75,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
 
 def journal_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-[0-9]*.rank-[0-9]*"))
+    return sorted(path for path in folder.glob("step-*.rank-*") if path.name[5:].partition(".")[0].isdecimal())
 
 
 def cut_torn_frames(folder: Path) -> None:
