@@ -2,14 +2,17 @@
 
     python launchers/ray_cluster.py RUN_DIR        (what the batch script becomes where reward.pool is ray)
 
-Ray carries graders only: ranks are srun tasks as ever. Nothing but what was started here is ended; `ray stop` would end
-whatever else of Ray runs on the node.
+Ray carries graders only: ranks are srun tasks as ever. The cluster has a token of its own, which the job's tasks
+inherit: a port of a compute node is open to whoever else is on the network. Nothing but what was started here is ended;
+`ray stop` would end whatever else of Ray runs on the node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +37,8 @@ def cluster(nodes: list[str], logs: Path) -> Iterator[str]:
             role = (
                 ["--head", f"--port={port}", "--include-dashboard=false"] if number == 0 else [f"--address={address}"]
             )
-            words = [*place, RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={node}", *role]
+            here = f"--node-ip-address={socket.gethostbyname(node)}"
+            words = [*place, RAY, "start", "--block", "--disable-usage-stats", here, *role]
             with (logs / f"ray-{node}.log").open("ab") as log:
                 started.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
             if number == 0:
@@ -50,7 +54,9 @@ def cluster(nodes: list[str], logs: Path) -> Iterator[str]:
 
 def _wait(address: str, nodes: int, started: list[subprocess.Popen[bytes]], logs: Path) -> None:
     """Until so many nodes are there."""
-    count = f"import ray; ray.init('{address}', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    here = socket.gethostbyname(address.partition(":")[0])
+    connect = f"ray.init('{address}', _node_ip_address='{here}', log_to_driver=False)"
+    count = f"import ray; {connect}; print(sum(n['Alive'] for n in ray.nodes()))"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if any(process.poll() is not None for process in started):
@@ -63,6 +69,7 @@ def _wait(address: str, nodes: int, started: list[subprocess.Popen[bytes]], logs
 
 
 def main(folder: Path) -> None:
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with cluster(job.hosts(os.environ["SLURM_JOB_NODELIST"]), folder / "logs") as address:
         os.environ["RAY_ADDRESS"] = address
         job.main(folder)

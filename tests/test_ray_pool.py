@@ -20,7 +20,14 @@ ITEMS = [(f"so the answer is \\boxed{{{n if n % 3 else n + 1}}}", str(n)) for n 
 
 @pytest.fixture(scope="module")
 def graders() -> Iterator[RayGraders]:
-    ray.init(num_cpus=2, include_dashboard=False, namespace="a3po", log_to_driver=False, _node_ip_address="127.0.0.1")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        namespace="a3po",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
     with math_graders(RewardOptions(pool="ray", ray_address="local")) as pool:
         assert isinstance(pool, RayGraders)
         yield pool

@@ -9,6 +9,8 @@ their verdict is `invalid`. Extra `ray`; the default stays the local pool, which
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -49,8 +51,12 @@ class RayGraders:
 
     def __enter__(self) -> RayGraders:
         if not self._ray.is_initialized():
+            options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
+            if (node := os.environ.get("SLURMD_NODENAME")) is not None:
+                # Ray finds its daemon on this node by address, and among several may look for the wrong one.
+                options["_node_ip_address"] = socket.gethostbyname(node)
             try:
-                self._ray.init(address=self._address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+                self._ray.init(address=self._address, **options)
             except (ConnectionError, ValueError) as error:
                 raise RunFailed(f"no Ray cluster answers at reward.ray_address = {self._address}: {error}") from error
         nodes = sorted(node["NodeID"] for node in self._ray.nodes() if node["Alive"])

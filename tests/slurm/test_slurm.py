@@ -186,7 +186,7 @@ def test_graders_on_ray_workers_of_all_nodes_give_the_run_that_local_ones_give(w
     tools.assert_same_run(folder, whole)
     assert {path.name for path in (folder / "logs").glob("ray-*")} == {"ray-rl0.log", "ray-rl1.log"}
     left = [p for p in psutil.process_iter() if "raylet" in p.name() or "gcs_server" in p.name()]
-    assert not left
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_what_the_cluster_cannot_give_is_named_before_submission(tmp_path: Path) -> None:
