@@ -12,7 +12,9 @@ from .ray_pool import RayGraders
 
 def math_graders(options: RewardOptions) -> GraderPool | RayGraders:
     """What grades (response, answer) pairs: here, or on all nodes of a job. Use it as a context manager."""
-    return RayGraders(options, options.ray_address) if options.pool == "ray" else local_graders(options)
+    if options.pool == "ray":
+        return RayGraders(functools.partial(local_graders, options), options.ray_address)
+    return local_graders(options)
 
 
 def local_graders(options: RewardOptions) -> GraderPool:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from ..batch import Verdict
-from ..config import RewardOptions
 from ..errors import RequestError, RunFailed
+from .pool import GraderPool
 
 NAMESPACE = "a3po"
 
@@ -25,10 +25,8 @@ NAMESPACE = "a3po"
 class _Node:
     """What runs as an actor: the local pool, on its node."""
 
-    def __init__(self, options: RewardOptions) -> None:
-        from .graders import local_graders
-
-        self._pool = local_graders(options)
+    def __init__(self, make_pool: Callable[[], GraderPool]) -> None:
+        self._pool = make_pool()
         self._pool.start()
 
     def grade(self, items: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -41,12 +39,12 @@ class RayGraders:
     Raises RequestError where Ray is not installed, and RunFailed where no cluster answers at `address`.
     """
 
-    def __init__(self, options: RewardOptions, address: str) -> None:
+    def __init__(self, make_pool: Callable[[], GraderPool], address: str) -> None:
         try:
             import ray
         except ImportError as error:
             raise RequestError("reward.pool = ray needs Ray: pip install 'a3po-megatron[ray]'") from error
-        self._ray, self._options, self._address = ray, options, address
+        self._ray, self._make_pool, self._address = ray, make_pool, address
         self._actors: list[Any] = []
 
     def __enter__(self) -> RayGraders:
@@ -80,7 +78,7 @@ class RayGraders:
                 max_restarts=-1,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
             )
-            .remote(self._options)
+            .remote(self._make_pool)
         )
 
     def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
