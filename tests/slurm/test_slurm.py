@@ -189,6 +189,26 @@ def test_graders_on_ray_workers_of_all_nodes_give_the_run_that_local_ones_give(w
     assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.skipif("A3PO_NEMO_PYTHON" not in os.environ, reason="A3PO_NEMO_PYTHON names no interpreter with nemo-run")
+def test_nemo_run_submits_the_same_ranks_and_they_end_with_the_same_run(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    options = (*tools.SMALL, *TWO_NODES, "slurm.time='30'", "slurm.account=root")
+    settings = [word for option in options for word in ("--set", option)]
+    command = [os.environ["A3PO_NEMO_PYTHON"], "launchers/nemo_run.py", "configs/demo.yaml", "--run-dir", str(folder)]
+    command += ["--a3po-python", sys.executable, *settings]
+    around = os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo")}
+    seen = subprocess.run([*command, "--dry-run"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=120)
+    assert seen.returncode == 0, seen.stderr
+    for words in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "SRUN_CPUS_PER_TASK=1"):
+        assert words in seen.stdout
+    assert "torchrun" not in seen.stdout
+    assert not queue()
+    done = subprocess.run([*command, "--detach"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    wait_done(*queue())
+    tools.assert_same_run(folder, whole)
+
+
 def test_what_the_cluster_cannot_give_is_named_before_submission(tmp_path: Path) -> None:
     for option, words in (
         ("slurm.partition=gpus", "slurm.partition = gpus: this cluster has batch, urgent"),
