@@ -315,6 +315,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("shaping.fraction", 0.5, UNSHAPED | {"shaping.rho_negative": 1.0}),
     ("shaping.origin", 3, {"shaping.decay": 0.0}),
     ("reward.overlong_penalty", 0.5, {}),
+    ("reward.ray_address", "10.0.0.1:6379", {}),
     ("optimizer.momentum", 0.9, {}),
     ("optimizer.betas", [0.8, 0.9], {"optimizer.name": "sgd"}),
     ("optimizer.eps", 1e-5, {"optimizer.name": "sgd"}),
@@ -335,6 +336,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
 # The same options where they do something.
 ACTIVE: dict[str, dict[str, Any]] = {
     "reward.overlong_penalty": {"reward.overlong_tokens": 16},
+    "reward.ray_address": {"reward.pool": "ray"},
     "optimizer.momentum": {"optimizer.name": "sgd"},
     "optimizer.min_lr": {"optimizer.schedule": "cosine"},
 }

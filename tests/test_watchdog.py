@@ -68,13 +68,16 @@ from a3po_megatron.config import TelemetryOptions
 from a3po_megatron.telemetry.clock import Clock
 from a3po_megatron.telemetry.watchdog import Watchdog
 
+def say(*words):
+    print(*words, flush=True)  # the process ends without cleaning up
+
 def waits_for_ever(lock):
     lock.acquire()
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 clock = Clock()
 clock.attach(folder / "logs" / f"rank-{rank}.phase")
-Watchdog(folder, rank, 2, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), clock, print).start()
+Watchdog(folder, rank, 2, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), clock, say).start()
 clock.begin(7)
 lock = threading.Lock()
 with clock.phase("score"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     results: dict[str, float] = {}
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
     learner = learner_with(name="sgd", distributed=False, clip_grad=0.0)
-    scored = learner.score(batch_of(collected, mine))
+    scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
     with torch.no_grad():
         exact = torch.cat([hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in scored.rollouts])
     results["score"] = float((scored.old_logprobs - exact).abs().max())
@@ -205,7 +206,7 @@ def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel
         groups = [collected.groups[index] for index in shares[cluster.coordinates.data]]
         mine = Collected(groups, [], collected.accepted, {})
         learner = Watched(cluster, family, options)
-        scored = learner.score(batch_of(collected, mine, 2))
+        scored = learner.score(dataclasses.replace(batch_of(collected, mine, 2), old_logprobs=None))
         mine_exact = torch.cat([torch.zeros(0), *(exact[r.name] for r in scored.rollouts)])
         batch = batch_of(collected, mine, 2)
         assert len(set(batch.mini_batch.tolist())) < 2 or not shares[1]
