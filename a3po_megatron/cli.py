@@ -28,13 +28,17 @@ app = typer.Typer(
 )
 
 
+RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
+]
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A configuration file, such as configs/demo.yaml.")],
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
-    ] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
 ) -> None:
     """Train on this machine, with as many ranks as the layout needs."""
     started = time.time()
@@ -43,7 +47,7 @@ def train(
     signals = Signals()  # before the imports that take seconds
     from .config import load_config
     from .launch.check import check_request
-    from .launch.folder import default_folder, make_folder
+    from .launch.folder import default_folder, prepare_folder
     from .launch.local import rendezvous, run_local
     from .report.page import write_report
 
@@ -51,11 +55,8 @@ def train(
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     check_request(settings)
     folder = run_dir or default_folder(settings.name)
-    lock, remarks = make_folder(folder, settings, sys.argv)
-    with lock:
+    with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
-        for remark in remarks:
-            typer.echo(f"{folder}: {remark}")
         typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started, lock, signals)
         signals.restore()
@@ -66,10 +67,8 @@ def train(
 @app.command()
 def submit(
     config: Annotated[Path, typer.Argument(help="A configuration file with a `slurm` section.")],
-    run_dir: Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
-    ] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="SECTION.KEY=A,B,C", help="A run for each value; repeatable: all pairs.")
     ] = None,

@@ -129,6 +129,7 @@ class Run:
         self._warned = False
         self._scored_before = False  # the batch of this step, by a run that was interrupted after that
         self._pending: _Pending | None = None
+        self._inputs = inputs_of(config) if cluster.rank == 0 else {}  # as they are when the run reads them
         first_step = 0 if checkpoint is None else self._resume(checkpoint, prompts)
         self._saved = first_step  # the step of the last checkpoint that is in place
         if cluster.rank == 0:
@@ -309,7 +310,7 @@ class Run:
             weight_version=boundary.weight_version,
             ranks=self.cluster.world,
             config=self.config.model_dump(mode="json"),
-            inputs=inputs_of(self.config),
+            inputs=self._inputs,
             state=boundary.state,
             metrics_bytes=boundary.metrics_bytes,
             files={file.name: file for file in files},

@@ -16,7 +16,7 @@ from pathlib import Path  # noqa: E402
 
 from a3po_megatron import compat  # noqa: E402
 
-compat.prepare()  # at module level: Megatron's checkpoint writers import this module again in their children
+compat.prepare()  # before Megatron and vLLM are imported
 
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402

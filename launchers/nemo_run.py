@@ -28,7 +28,7 @@ import nemo_run as run  # noqa: E402  this file bears the module's name, and mus
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def executor(slurm: dict[str, Any], python: str) -> run.SlurmExecutor:
+def executor(slurm: dict[str, Any]) -> run.SlurmExecutor:
     """The `slurm` section of a configuration, as nemo-run's executor."""
     ranks = slurm["tasks_per_node"] or max(1, slurm["gpus_per_node"])
     unknown = [name for name in ("spares", "extra") if slurm[name]]
@@ -78,7 +78,7 @@ def main() -> None:
     port = "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
     ranks = f"{meet}\n{port}\nexec {shlex.quote(python)} -m a3po_megatron.train {shlex.quote(str(folder))}\n"
     with run.Experiment(config["name"]) as experiment:
-        experiment.add(run.Script(inline=ranks), executor=executor(config["slurm"], python), name="train")
+        experiment.add(run.Script(inline=ranks), executor=executor(config["slurm"]), name="train")
         experiment.dryrun() if options.dry_run else experiment.run(detach=options.detach, tail_logs=False)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -31,7 +30,7 @@ from a3po_megatron import compat  # noqa: E402
 
 compat.prepare()
 
-from bench_ranks import make_model, start_ranks  # noqa: E402
+from bench_ranks import named_layout, run_bench  # noqa: E402
 
 STAGES = ("gather", "copy", "write", "finish", "stall", "clone")
 
@@ -109,22 +108,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_in:
         environment.report_failures(options.rank_in, lambda folder: measure(folder, options.saves))
-    from a3po_megatron.config import load_config, save_resolved
-
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as place:
-        folder = Path(place)
-        model = options.model or folder / "model"
-        if options.model is None:
-            make_model(model)
-        base = folder / "bench.yaml"
-        tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
-        base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\n")
-        config = load_config(base, [*tensor, *options.overrides])
-        save_resolved(config, folder / "config.yaml")
-        ranks = config.parallel.ranks()
-        start_ranks(__file__, folder, ranks, "--saves", str(options.saves))
-        rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    layout = {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
+    words = ("--saves", str(options.saves))
+    config, rows = run_bench("checkpoint", __file__, options, "", *words)
+    layout = named_layout(config)
     print(f"learner {layout}, median of {options.saves} saves; seconds\n")
     show(rows)
     if options.json:

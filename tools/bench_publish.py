@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -30,7 +29,7 @@ from a3po_megatron import compat  # noqa: E402
 
 compat.prepare()
 
-from bench_ranks import make_model, start_ranks  # noqa: E402
+from bench_ranks import named_layout, run_bench  # noqa: E402
 
 STAGES = ("gather", "send", "receipt", "load", "resume")
 
@@ -106,24 +105,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_in:
         environment.report_failures(options.rank_in, lambda folder: measure(folder, options.publishes))
-    from a3po_megatron.config import load_config, save_resolved
-
-    with tempfile.TemporaryDirectory(prefix="bench-publish-") as place:
-        folder = Path(place)
-        (folder / "logs").mkdir()
-        model = options.model or folder / "model"
-        if options.model is None:
-            make_model(model)
-        base = folder / "bench.yaml"
-        tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
-        lengths = "{max_prompt_tokens: 64, max_tokens: 64, max_sequences: 8}"
-        base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\nrollout: {lengths}\n")
-        config = load_config(base, [*tensor, *options.overrides])
-        save_resolved(config, folder / "config.yaml")
-        ranks = config.parallel.ranks()
-        start_ranks(__file__, folder, ranks, "--publishes", str(options.publishes))
-        rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    layout = {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
+    lengths = "{max_prompt_tokens: 64, max_tokens: 64, max_sequences: 8}"
+    words = ("--publishes", str(options.publishes))
+    config, rows = run_bench("publish", __file__, options, f"rollout: {lengths}\n", *words)
+    layout = named_layout(config)
     engines = {"tensor": config.rollout.tensor, "expert": config.rollout.expert}
     print(
         f"learner {layout}, engines {engines}, {rows[0]['buckets']} buckets, median of {options.publishes} publishes\n"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from a3po_megatron.config import Config
 from a3po_megatron.launch import environment
 
 SIZES = {
@@ -43,6 +47,33 @@ def make_model(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     parts = (0.02 * torch.randn(shape, generator=generator) for shape in shapes.values())
     write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.float32), parts)
+
+
+def run_bench(
+    name: str, script: str, options: argparse.Namespace, more: str, *words: str
+) -> tuple[Config, list[dict[str, Any]]]:
+    """A bench's ranks, from a configuration with `more` lines in it; returns it, and what each rank left."""
+    from a3po_megatron.config import load_config, save_resolved
+
+    with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as place:
+        folder = Path(place)
+        (folder / "logs").mkdir()
+        model = options.model or folder / "model"
+        if options.model is None:
+            make_model(model)
+        base = folder / "bench.yaml"
+        tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
+        base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\n{more}")
+        config = load_config(base, [*tensor, *options.overrides])
+        save_resolved(config, folder / "config.yaml")
+        ranks = config.parallel.ranks()
+        start_ranks(script, folder, ranks, *words)
+        return config, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def named_layout(config: Config) -> dict[str, Any]:
+    """The learner's layout, without what is as usual."""
+    return {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
 
 
 def start_ranks(script: str, folder: Path, ranks: int, *words: str) -> None:

@@ -56,11 +56,11 @@ class HashedFile(io.RawIOBase):
                 self._digest.update(part)
                 while len(part):  # an unbuffered file may take less than it is given
                     part = part[self._file.write(part) :]
+            if (self.bytes + len(view)) // self._SYNC > self.bytes // self._SYNC:
+                os.fdatasync(self._file.fileno())
         except OSError as error:
             self.failure = RunFailed(f"{self._file.name}: cannot write it: {error.strerror}")
             raise self.failure from error
-        if (self.bytes + len(view)) // self._SYNC > self.bytes // self._SYNC:
-            os.fdatasync(self._file.fileno())
         self.bytes += len(view)
         return len(view)
 

@@ -76,8 +76,8 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
 
 
 def prepare_folder(folder: Path, config: Config) -> IO[str]:
-    """What a launcher does, by rank 0 of a run that something else started (srun, nemo-run); the others wait for it
-    when they connect. The run is live as long as the returned file is open."""
+    """`make_folder`, and says what there is to say: what a launcher does first, and rank 0 of a run that something else
+    started (srun, nemo-run), for which the others wait when they connect."""
     lock, remarks = make_folder(folder, config, sys.argv)
     for remark in remarks:
         print(f"{folder}: {remark}", flush=True)

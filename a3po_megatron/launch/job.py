@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 from ..config import Config, load_resolved
 from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
 from .environment import SETTINGS
-from .folder import make_folder
+from .folder import prepare_folder
 from .signals import Signals
 from .slurm import SCRIPT, sbatch
 
@@ -81,10 +82,7 @@ def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
     """Starts the ranks until they end well, or for good; None: the run is done."""
     nodes, bad = hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
     while True:
-        lock, remarks = make_folder(folder, config, sys.argv)
-        for remark in remarks:
-            print(f"{folder}: {remark}", flush=True)
-        with lock:
+        with prepare_folder(folder, config):
             use = [node for node in nodes if node not in bad][: config.slurm.nodes]
             signals.check(folder)
             ended = _srun(folder, config, use, signals)
@@ -137,7 +135,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     with (attempt / "srun.err").open("w") as err:
         process = subprocess.Popen(command, env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
         while process.poll() is None:
-            signals.pass_to(process)
+            signals.pass_on([process], always=signal.SIGUSR1)
             time.sleep(POLL_SECONDS)
     text = (attempt / "srun.err").read_text()
     words = {}

@@ -80,9 +80,9 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
 
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
+    signals.check(folder)
     meeting = rendezvous(config.cluster.port)
     ranks: list[_Rank] = []
-    signals.check(folder)
     try:
         for rank in range(config.parallel.ranks()):
             ranks.append(_start(rank, folder, config.parallel.ranks(), meeting, started, lock))

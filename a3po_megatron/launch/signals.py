@@ -35,18 +35,15 @@ class Signals:
                 "starts it"
             )
 
-    def pass_on(self, ranks: Iterable[subprocess.Popen[bytes]]) -> None:
-        """To every rank, again and again: to get it twice changes nothing, to miss it would."""
-        if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
-            self._repeated = time.monotonic()
-            for each in ranks:
-                each.send_signal(self.number)  # does nothing to one that has ended
+    def pass_on(self, processes: Iterable[subprocess.Popen[bytes]], always: int | None = None) -> None:
+        """To every process, again and again: to get it twice changes nothing, to miss it would.
 
-    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
-        """The same, to one process that passes it on: srun, for which TERM and INT would mean something else."""
+        `always`: whatever came, send this; to srun TERM and INT would mean something else than "tell the ranks".
+        """
         if self.number is not None and time.monotonic() - self._repeated >= REPEAT_SECONDS:
             self._repeated = time.monotonic()
-            process.send_signal(signal.SIGUSR1)
+            for each in processes:
+                each.send_signal(always or self.number)  # does nothing to one that has ended
 
     def restore(self) -> None:
         for number, handler in self._before.items():
