@@ -219,7 +219,7 @@ def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: 
     run.config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
     run.folder, run.cluster, run.interrupt = folder, learner.cluster, Interrupt()
     run.journal = Journal(folder / "journal", ranks.rank, "run")
-    run._pending, run._saved = None, 0
+    run._pending, run._saved, run._inputs = None, 0, {}
     return run
 
 
