@@ -46,14 +46,14 @@ def train(
 
     signals = Signals()  # before the imports that take seconds
     from .config import load_config
-    from .launch.check import check_request
+    from .launch.check import check_machine, check_request
     from .launch.folder import default_folder, prepare_folder
     from .launch.local import rendezvous, run_local
     from .report.page import write_report
 
     settings = load_config(config, set_ or [])
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
-    check_request(settings)
+    check_request(settings, check_machine(settings))
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
@@ -79,6 +79,7 @@ def submit(
     write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
 ) -> None:
     """Train through Slurm: the same run, queued, and back by itself after an interruption."""
+    from .cluster import backend_of
     from .config import load_config
     from .launch import slurm
     from .launch.check import check_request
@@ -91,7 +92,7 @@ def submit(
         raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
     plan = slurm.plan(configs, folder, bool(sweep))
     for each in plan.configs:
-        check_request(each)
+        check_request(each, backend_of(str(each.cluster.device)))
     if dry_run:
         typer.echo(plan.script, nl=False)
         return

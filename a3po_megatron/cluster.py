@@ -29,37 +29,82 @@ from .errors import RequestError, RunFailed
 class Backend:
     """Everything that differs between a CPU and CUDA, in one record (docs/backends.md)."""
 
-    device: str
-    collectives: str  # of torch.distributed
+    device: Literal["cpu", "cuda"]  # of weights, gradients and micro-batches; a batch itself stays on the host
+    collectives: str  # of torch.distributed; objects and small host tensors always go over gloo
     spec: Literal["local", "te"]  # naming scheme and modules of the Megatron model
+    dtypes: tuple[str, ...]  # of model.dtype that its attention takes
+    fp8: bool  # whether learner.precision and rollout.quantization may ask for it
     receipt_strength: (
         str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
     )
+    offload: Literal["none", "optimizer", "all"]  # of the learner, while the engine samples (residency.py)
+    sleeps: bool  # the engine gives device memory back while the learner trains
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
+
+    def local(self) -> torch.device:
+        """This rank's device."""
+        return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+    def used_bytes(self) -> int:
+        """Memory in use now: of this process on a CPU, of the whole device on CUDA (vLLM's pools are not torch's)."""
+        if self.device == "cpu":
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
 
 CPU = Backend(
     device="cpu",
     collectives="gloo",
     spec="local",
+    dtypes=("float32", "bfloat16"),
+    fp8=False,
     # vLLM's CPU backend packs linear weights into an opaque layout when it loads them: they cannot be read back.
     receipt_strength="stream",
+    offload="none",
+    sleeps=False,
     engine_args={
         "enforce_eager": True,
         # A seeded request whose prompt is split over steps dies with "CPU Generator does not use offset".
         "enable_chunked_prefill": False,
     },
 )
+CUDA = Backend(
+    device="cuda",
+    collectives="cpu:gloo,cuda:nccl",
+    spec="te",
+    dtypes=("bfloat16",),  # cuDNN's attention over packed sequences takes no float32
+    fp8=True,
+    receipt_strength="engine",
+    offload="optimizer",
+    sleeps=True,
+    engine_args={
+        "enable_sleep_mode": True,
+        "async_scheduling": True,
+        # Memory is asked for in bytes (rollout.kv_cache_bytes). vLLM still refuses to start where less than this share
+        # of the device is free, whatever it needs.
+        "gpu_memory_utilization": 0.1,
+    },
+)
 
 
-def select_backend() -> Backend:
-    """The record for this machine."""
-    if torch.cuda.is_available():
-        raise RequestError(
-            "this version trains on the CPU path only, and CUDA is visible here: "
-            "set CUDA_VISIBLE_DEVICES= (empty) to run it on this machine"
+def backend_of(device: str) -> Backend:
+    return CUDA if device == "cuda" else CPU
+
+
+def select_backend(wanted: str | None) -> Backend:
+    """The record for this machine. Raises RequestError where it is not what was asked for: a run on GPUs must not go on
+    without them."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in (None, found):
+        remedy = (
+            "torch finds none: see a3po doctor"
+            if wanted == "cuda"
+            else "torch finds a GPU: set CUDA_VISIBLE_DEVICES= (empty)"
         )
-    return CPU
+        raise RequestError(f"cluster.device is {wanted}, but {remedy}")
+    return backend_of(found)
 
 
 @dataclass(frozen=True)
@@ -261,7 +306,9 @@ def _decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], An
 def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:
     """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups."""
 
-    backend = select_backend()
+    backend = select_backend(options.device)
+    if backend.device == "cuda":
+        torch.cuda.set_device(backend.local())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = timedelta(seconds=options.timeout_seconds)
     store = dist.TCPStore(

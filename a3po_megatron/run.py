@@ -55,7 +55,7 @@ from .model.layout import layout_of
 from .rollout.collect import Collector
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
-from .telemetry.metrics import STARTUP, MetricsWriter
+from .telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter
 from .telemetry.progress import ProgressLine, open_console
 from .telemetry.rollouts import save_rejected, save_rollouts
 from .weights.load import all_finite
@@ -124,6 +124,7 @@ class Run:
         self._stages: dict[str, float] = {}
         self._step_start = time.perf_counter()
         self._saving = 0.0  # seconds of the checkpoint after the step before: a step's row is written before its own
+        self._peak = 0  # bytes of the device
         self._rejected = 0  # updates in a row that were not finite
         self._gave_up = False  # too many of them
         self._warned = False
@@ -327,8 +328,7 @@ class Run:
         sums = self.cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
         seconds = self.cluster.agree("seconds", CLOCK.seconds | {"checkpoint": self._saving}, _slowest)
         elapsed = self.cluster.agree("step seconds", time.perf_counter() - self._step_start, max)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        memory = self.cluster.agree("peak memory", peak, max)
+        memory = self.cluster.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
         if self.config.telemetry.rollouts and self.cluster.rank in self.cluster.engine_leaders:
             self._save_rollouts(step, collected, batch)
         row = None
@@ -348,7 +348,7 @@ class Run:
                     **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
                     "startup/seconds": self._startup,
                     **self._stages,
-                    "memory/peak_bytes": memory,
+                    **{f"memory/{name}_bytes": value for name, value in memory.items()},
                 },
             )
             self._progress.step(step + 1, row)
@@ -361,6 +361,13 @@ class Run:
                 "into them"
             )
         return row
+
+    def _peak_bytes(self) -> int:
+        """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""
+        if self.cluster.backend.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._peak = max(self._peak, *CLOCK.bytes.values(), torch.cuda.max_memory_reserved())
+        return self._peak
 
     def recall(self, step: int, batch: Batch) -> Batch:
         """Gives a batch the old log-probs and entropies that it had before the run was interrupted, if it had."""
@@ -440,6 +447,10 @@ class Run:
 
 
 _PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
+
+
+def _largest(by_rank: list[dict[str, int]]) -> dict[str, int]:
+    return {name: max(values.get(name, 0) for values in by_rank) for name in ("peak", *RESIDENCY)}
 
 
 def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:

@@ -54,7 +54,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     any_weights = config.checkpoint.replay == "all"
     journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
-    residency = Residency(engine)
+    residency = Residency(engine, learner.arena, cluster.backend, config.learner.offload)
     run = Run(folder, config, cluster, family, tokens, prompts, collect, learner, checkpoint)
 
     with residency.publishing():

@@ -320,6 +320,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("optimizer.betas", [0.8, 0.9], {"optimizer.name": "sgd"}),
     ("optimizer.eps", 1e-5, {"optimizer.name": "sgd"}),
     ("optimizer.min_lr", 1e-8, {}),
+    ("learner.bf16_layers", [1, 1], {}),
     ("publish.canary_tokens", 8, {"publish.canary_prompts": 0}),
     ("publish.canary_bound", 0.1, {"publish.canary_prompts": 0}),
     ("publish.witness_every", 2, {"publish.canary_prompts": 0}),
@@ -339,6 +340,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "reward.ray_address": {"reward.pool": "ray"},
     "optimizer.momentum": {"optimizer.name": "sgd"},
     "optimizer.min_lr": {"optimizer.schedule": "cosine"},
+    "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
 }
 
 

@@ -125,6 +125,16 @@ def test_a_run_interrupted_time_and_again_ends_bit_for_bit_as_an_undisturbed_one
     tools.assert_same_run(folder, wanted)
 
 
+def test_a_learner_that_leaves_memory_while_the_engine_samples_trains_and_resumes_bit_for_bit_the_same(
+    whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Leaving in a rollout, it is saved while neither weights nor optimizer are there.
+    asked = "learner.offload=all"
+    tools.interrupted(tmp_path / "run", Interrupt("rollout", 3, "SIGUSR1", "rank", rank=1), *LAYOUTS["dp2"], asked)
+    tools.trained(tmp_path / "run", *LAYOUTS["dp2"], asked)
+    tools.assert_same_run(tmp_path / "run", whole("dp2"))
+
+
 @pytest.mark.soak
 def test_a_run_killed_in_its_last_save_ends_bit_for_bit_as_an_undisturbed_one(
     whole: Callable[..., Path], tmp_path: Path

@@ -3,11 +3,14 @@
 | patch | symptom without it | cause |
 |---|---|---|
 | `gather_states` | a checkpoint of the distributed optimizer (`fully_reshardable`) holds shifted values and zeros, with a warning only: weights and moments of the last pipeline stage of a model with tied embeddings, or of any model with several buckets whose sizes are no multiples of the padding | `distrib_optimizer.py`: `get_parameter_state_dp_zero` lays buckets end to end without their padding, `sharded_param_state_fully_reshardable` looks for parameters where they are with it (its comment: "this is a bug in the param ranges logic") |
+| `output_layer_without_apex` | `RuntimeError: ColumnParallelLinear was called with gradient_accumulation_fusion set to True but the custom CUDA extension fused_weight_gradient_mlp_cuda module is not found` | Megatron's output layer needs apex where Transformer Engine's layers sum their weight gradients; the learner's head (learner/fused_head.py) takes that layer's weight and never runs it |
 | `gather_states` | a save stalls for 12 times as long as a copy of its bytes takes, measured with one data-parallel rank | the same function zeroes, copies, gathers, concatenates and copies again |
 """  # noqa: E501
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +54,19 @@ def gather_states(
             begin += bucket.grad_data.numel()
         state[number] = {dtype: world | {"numel_unpadded": buffer.numel}}
     return state if rank == 0 or empty_data else None
+
+
+@contextlib.contextmanager
+def output_layer_without_apex() -> Iterator[None]:
+    """Within the block an output layer may be built that could not be run."""
+    from megatron.core.tensor_parallel import layers
+
+    available = layers._grad_accum_fusion_available
+    layers._grad_accum_fusion_available = True
+    try:
+        yield
+    finally:
+        layers._grad_accum_fusion_available = available
 
 
 def install() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,9 @@ class ParallelOptions(Section):
 
 
 class ClusterOptions(Section):
+    # What the ranks train on, which must be what they find; None: GPUs where there are any, and under Slurm where
+    # slurm.gpus_per_node asks for some.
+    device: Literal["cpu", "cuda"] | None = None
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None  # of the rendezvous; None: a free one
     timeout_seconds: PositiveFloat = (
         7200.0  # a collective that waits longer is an error; telemetry.stall_seconds is sooner

@@ -70,6 +70,11 @@ WITHOUT_EFFECT = (
     NoEffect(("reward.ray_address",), lambda c: c.reward.pool != "ray", "reward.pool is not ray"),
     NoEffect(("optimizer.momentum",), lambda c: c.optimizer.name != "sgd", "optimizer.name is not sgd"),
     NoEffect(("optimizer.betas", "optimizer.eps"), lambda c: c.optimizer.name == "sgd", "optimizer.name is sgd"),
+    NoEffect(
+        ("learner.bf16_layers",),
+        lambda c: not (c.learner.precision or "").startswith("fp8"),
+        "learner.precision is not FP8",
+    ),
     NoEffect(("optimizer.min_lr",), lambda c: c.optimizer.schedule != "cosine", "optimizer.schedule is constant"),
     NoEffect(
         ("publish.canary_tokens", "publish.canary_bound", "publish.witness_every"),
@@ -90,7 +95,8 @@ WITHOUT_EFFECT = (
 
 # What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
 RESUME_MAY_CHANGE = {
-    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "slurm", "learner.micro_batch_tokens"),
+    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "slurm"),
+    *("learner.micro_batch_tokens", "learner.offload"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
     *(
         "reward.pool",

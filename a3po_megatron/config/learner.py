@@ -27,3 +27,8 @@ class OptimizerOptions(Section):
 
 class LearnerOptions(Section):
     micro_batch_tokens: Positive = 16384  # prompt and response tokens packed into one micro-batch, at most
+    # What matrix products are computed in; None: model.dtype (model/precision.py).
+    precision: Literal["bf16", "fp8-blockwise", "fp8-tensorwise"] | None = None
+    bf16_layers: tuple[NonNegative, NonNegative] = (0, 0)  # with FP8: first and last layers that stay in bf16
+    # What leaves the device while the engine samples, besides gradients; None: as docs/backends.md says.
+    offload: Literal["none", "optimizer", "all"] | None = None

@@ -7,26 +7,63 @@ import warnings
 from pathlib import Path
 
 from .. import compat
+from ..cluster import Backend, select_backend
 from ..config import Config
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..model.family import Family, read_family
 from ..model.layout import check_layout, layout_of
+from ..model.precision import check_hardware, check_precision, is_fp8
 from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
+from .hardware import find_hardware
 
 
-def check_request(config: Config) -> None:
-    """Raises RequestError with one clear message if this run cannot work."""
+def check_request(config: Config, backend: Backend) -> None:
+    """Raises RequestError with one clear message if this run cannot work on such a machine."""
     _check_options(config)
     family = read_family(config.model.path)
     check_checkpoint(Path(config.model.path), family)
     _check_layout(config, family)
+    _check_device(config, family, backend)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
-    _check_extra(config, family)
+    _check_extra(config, family, backend)
+
+
+def check_machine(config: Config) -> Backend:
+    """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
+    asked for."""
+    hardware = find_hardware()
+    check_hardware(config.learner.precision, hardware)
+    return select_backend(config.cluster.device)
+
+
+def _check_device(config: Config, family: Family, backend: Backend) -> None:
+    """What depends on what the ranks compute with."""
+    if config.model.dtype not in backend.dtypes:
+        raise RequestError(
+            f"model.dtype: {config.model.dtype} is none that a GPU's attention over packed sequences takes: "
+            f"{', '.join(backend.dtypes)}"
+        )
+    mini_batches = config.trainer.mini_batches
+    check_precision(config.learner, config.model, config.parallel, family, mini_batches)
+    if is_fp8(config.learner.precision) and not backend.fp8:
+        raise RequestError(f"learner.precision: {config.learner.precision} needs a GPU, and this run is on CPUs")
+    if backend.device == "cuda":
+        return
+    if family.head_dim not in CPU_HEAD_DIMS:
+        raise RequestError(
+            f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}"
+        )
+    if family.experts is not None and family.hidden % CPU_EXPERT_SIZE:
+        raise RequestError(
+            f"{config.model.path}: hidden_size {family.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
+            "need it on a CPU"
+        )
 
 
 def _check_options(config: Config) -> None:
@@ -86,11 +123,6 @@ def _check_layout(config: Config, family: Family) -> None:
             f"{family.max_positions} (max_position_embeddings)"
         )
     _check_engine_experts(config, family)
-    if family.head_dim not in CPU_HEAD_DIMS:
-        raise RequestError(
-            f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}"
-        )
     for name, size in (("num_attention_heads", family.heads), ("num_key_value_heads", family.kv_heads)):
         if size % config.rollout.tensor:
             raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the model's {name} = {size}")
@@ -109,11 +141,6 @@ def _check_engine_experts(config: Config, family: Family) -> None:
         if expert > 1:
             raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
         return
-    if family.hidden % CPU_EXPERT_SIZE:
-        raise RequestError(
-            f"{config.model.path}: hidden_size {family.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
-            "need it on a CPU"
-        )
     if expert == 1:
         if experts.ffn % tensor:
             raise RequestError(
@@ -130,7 +157,7 @@ def _check_engine_experts(config: Config, family: Family) -> None:
         raise RequestError(f"rollout.expert = {expert} does not divide the model's num_experts = {experts.count}")
 
 
-def _check_extra(config: Config, family: Family) -> None:
+def _check_extra(config: Config, family: Family, backend: Backend) -> None:
     """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
     if not config.megatron.extra and not config.rollout.engine_args:
         return
@@ -139,9 +166,8 @@ def _check_extra(config: Config, family: Family) -> None:
         warnings.simplefilter("ignore")
         os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
         compat.prepare()
-        from ..cluster import select_backend
         from ..model.build import DTYPES, transformer_config
         from ..rollout.vllm_engine import engine_arguments
 
-        transformer_config(family, config.parallel, config.model, config.megatron)
-        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], select_backend())
+        transformer_config(family, config.parallel, config.model, config.megatron, config.learner, backend)
+        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend)

@@ -16,14 +16,21 @@ from pathlib import Path
 from ..errors import A3POError, Interrupted, RequestError
 
 SETTINGS = {
-    # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.
-    "TORCHDYNAMO_DISABLE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "OMP_NUM_THREADS": "1",  # several ranks share the cores of one machine
     "HF_HUB_OFFLINE": "1",  # models and tokenizers are local folders; nothing is fetched while training
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "WARNING",
+}
+ON_CPU = {
+    # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+ON_CUDA = {
+    "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",  # model/precision.py
+    "VLLM_USE_DEEP_GEMM_E8M0": "0",  # the same in the engine: scales of float32
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's sequence parallelism orders its kernels by it
 }
 WORDS_BYTES = 1 << 16  # what a pipe takes without a reader
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
@@ -64,8 +71,17 @@ def adopt_slurm() -> None:
 def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
     adopt_slurm()
-    for name, value in SETTINGS.items():
+    for name, value in settings().items():
         os.environ.setdefault(name, value)
+
+
+def settings() -> dict[str, str]:
+    return SETTINGS | (ON_CUDA if sees_gpu() else ON_CPU)
+
+
+def sees_gpu() -> bool:
+    """Whether this process would find an NVIDIA GPU, as far as that can be said without importing torch."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidiactl").exists()
 
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because `die_with_parent` runs between fork and exec

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..config import Config, load_resolved
 from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
-from .environment import SETTINGS
+from .environment import settings
 from .folder import prepare_folder
 from .signals import Signals
 from .slurm import SCRIPT, sbatch
@@ -123,7 +123,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         *("-m", "a3po_megatron.train", str(folder)),
     ]
     around = {
-        **SETTINGS,
+        **settings(),
         **os.environ,
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),

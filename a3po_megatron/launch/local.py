@@ -26,7 +26,7 @@ from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import STALL, position
-from .environment import LOOPBACK, SETTINGS, WORDS_BYTES, die_with_parent
+from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, settings
 from .signals import Signals
 
 POLL_SECONDS = 0.1
@@ -101,7 +101,7 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
 
 def _start(rank: int, folder: Path, world: int, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
     environment = {
-        **SETTINGS,
+        **settings(),
         **LOOPBACK,
         **os.environ,
         "RANK": str(rank),

@@ -62,7 +62,10 @@ def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
 
 
 def _filled(config: Config) -> Config:
-    """parallel.data follows from the number of ranks where it is not given."""
+    """What follows from the allocation where it is not given: parallel.data, and what the ranks train on."""
+    if config.cluster.device is None:
+        device = {"device": "cuda" if config.slurm.gpus_per_node else "cpu"}
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update=device)})
     parallel = config.parallel
     replica = parallel.tensor * parallel.context * parallel.pipeline
     if parallel.data is not None or config.slurm.ranks() % replica:

@@ -32,10 +32,12 @@ from ..checkpoint.store import SHARDING, load_sharded
 from ..cluster import Cluster, first
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
+from ..model.arena import Arena
 from ..model.build import build_model, transformer_config
 from ..model.family import Family
 from ..model.layout import layout_of, pieces
-from ..schedule.packing import pack
+from ..model.precision import token_grain
+from ..schedule.packing import pack, token_multiple
 from ..telemetry.clock import phase
 from ..weights.load import load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
@@ -52,8 +54,10 @@ class Learner:
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
         self.layout = layout_of(config.parallel, cluster.backend.spec)
         self.pieces = pieces(family, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
-        settings = transformer_config(family, config.parallel, config.model, config.megatron)
-        chunks = build_model(family, self.layout, settings)
+        settings = transformer_config(
+            family, config.parallel, config.model, config.megatron, config.learner, cluster.backend
+        )
+        chunks = build_model(family, self.layout, settings, cluster.backend)
         if checkpoint is None:
             self._read(Path(config.model.path), _named(chunks))
         self.chunks = [
@@ -72,10 +76,11 @@ class Learner:
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.pipeline = Pipeline(cluster, self.chunks, family.vocab)
+        self.arena = Arena(self.chunks, self.optimizer, cluster.backend.local())
         if checkpoint is not None:
             self._load(checkpoint)
-        # Megatron splits activations along T under sequence parallelism.
-        self.multiple = cluster.tensor if settings.sequence_parallel else 1
+        grain = token_grain(config.learner.precision)
+        self.multiple = token_multiple(grain, cluster.tensor, settings.sequence_parallel)
 
     def _read(self, folder: Path, parameters: dict[tuple[int, str], torch.nn.Parameter]) -> None:
         """Weights from an HF folder: the first rank that holds a shard reads it, and sends it to the others."""
@@ -185,8 +190,10 @@ class Learner:
         def loss(part: MicroBatch, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, int, Tensor]:
             nonlocal farthest
             assert batch.old_logprobs is not None
-            old = batch.old_logprobs[part.index]
-            tokens = policy_loss(logprobs, old, advantages[part.index], correction[part.index], self.objective)
+            old, advantage, corrected = (
+                values[part.index].to(logprobs.device) for values in (batch.old_logprobs, advantages, correction)
+            )
+            tokens = policy_loss(logprobs, old, advantage, corrected, self.objective)
             total, count = tokens.loss.sum(), part.index.numel()
             if count == 0:  # padding alone: a loss of 0 that still reaches every parameter
                 total = logprobs.sum() * 0.0
@@ -194,14 +201,14 @@ class Learner:
                 farthest = _largest([farthest, float((tokens.ratio - 1).abs().max())])
             kl = kl_k3(logprobs.detach() - old).sum()
             clipped = [tokens.clipped_low.sum(), tokens.clipped_high.sum()]
-            sums = torch.stack([total.detach(), torch.tensor(float(count)), *clipped, kl])
+            sums = torch.stack([total.detach(), kl.new_tensor(float(count)), *clipped, kl])
             return total, count, sums.double()
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
-        sums = torch.stack(collected).sum(dim=0) if collected else torch.zeros(len(_SUMS), dtype=torch.float64)
+        sums = torch.stack(collected).sum(dim=0).cpu() if collected else torch.zeros(len(_SUMS), dtype=torch.float64)
         return self.pipeline.from_last_stage(sums), farthest
 
     def _is_broken(self, sums: Tensor) -> bool:
@@ -211,6 +218,7 @@ class Learner:
         return bool(self.cluster.agree("update", not sound, any))
 
     def _step(self, number: int) -> float:
+        self.arena.ready()
         _, norm, _ = self.optimizer.step()
         norm = float(norm)
         if not torch.isfinite(torch.tensor(norm)):  # reduced over all ranks: every rank sees the same number

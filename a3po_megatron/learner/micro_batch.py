@@ -11,6 +11,7 @@ order). `predicting`, `targets` and `index` are of the tokens on this rank; the 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -30,7 +31,19 @@ class MicroBatch:
     packing: PackedSeqParams
     predicting: Tensor  # [R] int64, where in T the output predicts a response token
     targets: Tensor  # [R] int64, those response tokens, rollout after rollout
-    index: Tensor  # [R] int64, where they lie among the batch's response tokens
+    index: Tensor  # [R] int64, where they lie among the batch's response tokens; stays on the host, as the batch does
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """What the model reads, on its device."""
+        if device.type == "cpu":
+            return self
+        bounds = self.packing.cu_seqlens_q.to(device, non_blocking=True)
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "positions", "predicting", "targets")
+        }
+        packing = dataclasses.replace(self.packing, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+        return dataclasses.replace(self, packing=packing, **moved)
 
 
 def micro_batch(

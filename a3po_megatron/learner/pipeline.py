@@ -27,6 +27,7 @@ class Pipeline:
 
     def __init__(self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int) -> None:
         self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
+        self.device = cluster.backend.local()
         for chunk in chunks:
             chunk.module.headless = True
 
@@ -44,7 +45,7 @@ class Pipeline:
         for chunk in self.chunks:
             chunk.train()
         tokens = sum(batch.targets.numel() for batch in micro_batches)
-        result = torch.cat(outputs, dim=1) if outputs else torch.empty(1 + with_entropy, tokens)
+        result = torch.cat(outputs, dim=1).cpu() if outputs else torch.empty(1 + with_entropy, tokens)
         return self.from_last_stage(result)
 
     def forward_backward(
@@ -54,7 +55,7 @@ class Pipeline:
 
         def loss(batch: MicroBatch, model: GPT, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             total, tokens, sums = loss_function(batch, *self._logprobs(batch, model, hidden, temperature, False))
-            return total, torch.tensor(tokens, dtype=torch.int), sums
+            return total, torch.tensor(tokens, dtype=torch.int, device=self.device), sums
 
         return self._run(micro_batches, loss, forward_only=False)
 
@@ -75,7 +76,7 @@ class Pipeline:
 
     def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], **options: Any) -> list[Any]:
         def step(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
-            batch = next(batches)
+            batch = next(batches).to(self.device)
             CLOCK.beat()
             hidden = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
             return hidden, lambda output, non_loss_data=False: finish(batch, model.module, output)
@@ -93,7 +94,7 @@ class Pipeline:
         )
 
     def from_last_stage(self, values: Tensor) -> Tensor:
-        """The last pipeline stage's values, on every stage; all give a tensor of the same shape."""
+        """The last pipeline stage's values, on every stage; all give a host tensor of the same shape."""
         group = self.cluster.pipeline_group
         if group.size() > 1:
             dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)

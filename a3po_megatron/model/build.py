@@ -9,19 +9,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..config import MegatronOptions, ModelOptions, ParallelOptions
+from ..cluster import CPU, Backend
+from ..compat.megatron import output_layer_without_apex
+from ..config import LearnerOptions, MegatronOptions, ModelOptions, ParallelOptions
 from ..config.passed import check_passed
 from ..errors import RequestError
 from .family import Family
 from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm
+from .precision import megatron_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_AS_DTYPE = LearnerOptions()
 
 
 # What the package decides besides the fields it sets: `megatron.extra` must not.
@@ -39,7 +46,12 @@ OWNED = {
 
 
 def transformer_config(
-    family: Family, parallel: ParallelOptions, options: ModelOptions, megatron: MegatronOptions
+    family: Family,
+    parallel: ParallelOptions,
+    options: ModelOptions,
+    megatron: MegatronOptions,
+    learner: LearnerOptions = _AS_DTYPE,
+    backend: Backend = CPU,
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
     layout = layout_of(parallel)
@@ -68,7 +80,7 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": True,
+        "use_cpu_initialization": backend.device == "cpu",
         # Packed micro-batches differ in length; Megatron ties that to this dispatcher even in dense models.
         "variable_seq_lengths": parallel.virtual == 1,
         "moe_token_dispatcher_type": "alltoall",
@@ -79,12 +91,17 @@ def transformer_config(
         "batch_p2p_comm": parallel.virtual == 1,
         # The loss is a sum over response tokens; Megatron divides gradients by their number over all ranks.
         "calculate_per_token_loss": True,
-        # The fused kernels are CUDA's.
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
+        # Fused, these two round to bf16 within; the engine computes them in float32. With them the share of steps whose
+        # log-probs drift apart rises from 6 to 100 % (NeMo-RL issue 1801).
+        "bias_activation_fusion": False,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
+        # Weight gradients are summed in float32: by Transformer Engine's products themselves, else by the hooks of
+        # Megatron's buffers.
+        "gradient_accumulation_fusion": backend.spec == "te",
+        # Off, Transformer Engine's first backward would overwrite what others have summed (model/precision.py).
+        "disable_parameter_transpose_cache": backend.spec == "te",
         "batch_p2p_sync": False,
     }
     if parallel.pipeline > 1:
@@ -102,7 +119,9 @@ def transformer_config(
             "moe_router_load_balancing_type": "none",
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": layout.etp,
+            "moe_grouped_gemm": backend.spec == "te",
         }
+    ours |= megatron_settings(learner, family.experts is not None)
     fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
     check_passed("megatron.extra", megatron.extra, fields, OWNED | ours.keys(), "Megatron's TransformerConfig")
     try:
@@ -111,26 +130,28 @@ def transformer_config(
         raise RequestError(f"megatron.extra: Megatron refuses this configuration: {error}") from error
 
 
-def build_model(family: Family, layout: Layout, config: TransformerConfig) -> list[GPT]:
+def build_model(family: Family, layout: Layout, config: TransformerConfig, backend: Backend = CPU) -> list[GPT]:
     """This rank's model chunks (one, without virtual stages), with weights that are still to be loaded."""
+    spec = _te_spec if backend.spec == "te" else _local_spec
     chunks = []
     rank = parallel_state.get_pipeline_model_parallel_rank()
     for chunk, layers in enumerate(layout.chunk_layers(family.layers, rank)):
-        model = GPT(
-            config,
-            _local_spec(config, len(layers)),
-            vocab_size=padded_vocab(family, layout.tensor),
-            max_sequence_length=family.max_positions,
-            pre_process=rank == 0 and chunk == 0,
-            post_process=rank == layout.pipeline - 1 and chunk == layout.virtual - 1,
-            share_embeddings_and_output_weights=family.tied,
-            position_embedding_type="rope",
-            rotary_base=int(family.rope_theta),
-            vp_stage=chunk if layout.virtual > 1 else None,
-        )
+        with output_layer_without_apex():
+            model = GPT(
+                config,
+                spec(config, len(layers)),
+                vocab_size=padded_vocab(family, layout.tensor),
+                max_sequence_length=family.max_positions,
+                pre_process=rank == 0 and chunk == 0,
+                post_process=rank == layout.pipeline - 1 and chunk == layout.virtual - 1,
+                share_embeddings_and_output_weights=family.tied,
+                position_embedding_type="rope",
+                rotary_base=int(family.rope_theta),
+                vp_stage=chunk if layout.virtual > 1 else None,
+            )
         # Megatron takes an integer base and hard-codes the scaled variant; the frequencies themselves are the truth.
-        model.rotary_pos_emb.inv_freq = rope_frequencies(family)
-        chunks.append(model.bfloat16() if config.bf16 else model)
+        model.rotary_pos_emb.inv_freq = rope_frequencies(family).to(backend.local())
+        chunks.append((model.bfloat16() if config.bf16 else model).to(backend.local()))
     return chunks
 
 
@@ -171,3 +192,15 @@ def _local_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmo
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+def _te_spec(config: TransformerConfig, layers: int) -> TransformerBlockSubmodules:
+    """Megatron's own layer spec for Transformer Engine, attention over packed sequences included."""
+    from megatron.core.extensions.transformer_engine import TENorm  # there only with Transformer Engine
+
+    layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=TENorm)

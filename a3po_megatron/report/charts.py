@@ -193,9 +193,14 @@ CHARTS = (
     Chart(
         COST,
         "Peak memory",
-        "Largest memory use of any rank.",
+        "Largest memory use of any rank, and what is in use at the end of each part of a step.",
         "GiB",
-        (("memory/peak_bytes", "peak"),),
+        (
+            ("memory/peak_bytes", "peak"),
+            ("memory/rollout_bytes", "while sampling"),
+            ("memory/training_bytes", "while training"),
+            ("memory/publishing_bytes", "while publishing"),
+        ),
         2.0**-30,
     ),
 )

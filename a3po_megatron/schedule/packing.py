@@ -27,6 +27,15 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return sorted([*alone, *(sorted(rest[item] for item in items) for items in bins if items)])
 
 
+def token_multiple(grain: int, tensor: int, sequence_parallel: bool) -> int:
+    """Of which the tokens of a micro-batch on one context-parallel rank must be a multiple.
+
+    Under sequence parallelism the tensor ranks share them out between layers; `grain` is what each rank's part must
+    divide by (model/precision.py: 128 for blockwise FP8, 16 for tensorwise, 1 without).
+    """
+    return grain * (tensor if sequence_parallel else 1)
+
+
 def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, index) for index in range(count)]

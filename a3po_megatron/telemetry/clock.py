@@ -20,6 +20,7 @@ class Clock:
     def __init__(self) -> None:
         self.step = -1
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.bytes: dict[str, int] = {}  # memory in use in each state of residency.py, at its end
         self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
         self.changes = 0
         self._moved = time.monotonic()

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import RunFailed
 
 STARTUP = ("imports", "groups", "engine", "model", "publish")  # seconds of each, of a run's start
+RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
 METRICS = (
     *("reward/mean", "reward/correct_rate", "reward/invalid_rate"),
     *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
@@ -30,6 +31,7 @@ METRICS = (
     *("perf/tokens_per_second", "perf/recalled_groups"),
     *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
     *("startup/seconds", *(f"startup/{stage}" for stage in STARTUP), "memory/peak_bytes"),
+    *(f"memory/{state}_bytes" for state in RESIDENCY),
 )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ class Ranks:
 
     def arrange(self, tensor: int = 1, **parallel: int) -> Any:
         """A Cluster for one layout, in place of the one before."""
+        import dataclasses
+
         from megatron.core import parallel_state
 
         from a3po_megatron.cluster import CPU, arrange
@@ -47,11 +49,17 @@ class Ranks:
 
         self.rounds = getattr(self, "rounds", 0) + 1
         store = dist.PrefixStore(f"layout-{self.rounds}", self.store)
-        return arrange(CPU, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
+        backend = dataclasses.replace(CPU, spec=os.environ.get("A3PO_TEST_SPEC", "local"))
+        return arrange(backend, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
 
 
-def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: float = 300) -> dict[str, list[Any]]:
-    """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed."""
+def run_ranks(
+    world: int, *cases: Case, folder: Path | None = None, timeout: float = 300, te: bool = False
+) -> dict[str, list[Any]]:
+    """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
+
+    `te`: with the layer spec of Transformer Engine, of which tests/fake_te is a stand-in.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,6 +77,9 @@ def run_ranks(world: int, *cases: Case, folder: Path | None = None, timeout: flo
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
         }
+        if te:
+            environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/fake_te"), str(ROOT)])}
+            environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
         command = [sys.executable, "-m", "tests.distributed.runner", str(folder), str(timeout), *names]
         log = (folder / f"rank-{rank}.log").open("w")
         processes.append(

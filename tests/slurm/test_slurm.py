@@ -96,8 +96,12 @@ def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_withou
     folder, four = tmp_path / "run", tmp_path / "four"
     jobs = [submit(folder, *TWO_NODES, words=("--export", str(tmp_path / "hf")))]
     placed = ("slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "trainer.steps=1", LOOPBACK)
-    # With a device the CPU path refuses to train: the ranks say where they are, and that.
-    jobs.append(submit(four, *placed, "parallel.data=2", "slurm.environment={CUDA_DEVICE_ORDER: PCI_BUS_ID}"))
+    # The cluster's GPUs are none to train on.
+    jobs.append(
+        submit(
+            four, *placed, "cluster.device=cpu", "parallel.data=2", "slurm.environment={CUDA_DEVICE_ORDER: PCI_BUS_ID}"
+        )
+    )
     wait_done(*jobs)
     tools.assert_same_run(folder, whole)
     assert (tmp_path / "hf" / "model.safetensors").exists()  # the job that waited for the run
@@ -230,7 +234,7 @@ def test_the_script_for_two_nodes_of_eight_h200_is_the_golden_one_and_slurm_take
             "slurm.memory=16000",
         ),
         *("slurm.setup=[module load cuda]", "slurm.environment={HF_HOME: /scratch/hf}", "parallel.data=8"),
-        "checkpoint.every_steps=10",
+        *("checkpoint.every_steps=10", "model.dtype=bfloat16"),
     ]
     words = [word for option in options for word in ("--set", option)]
     command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/demo.yaml", "--run-dir", "/runs/example"]

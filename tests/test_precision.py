@@ -1,0 +1,140 @@
+"""What an FP8 learner may be asked for, and what it then asks of Megatron, of packs and of the machine."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions
+from a3po_megatron.errors import RequestError
+from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.precision import (
+    FP32_SCALES,
+    Hardware,
+    check_hardware,
+    check_precision,
+    megatron_settings,
+    token_grain,
+)
+from a3po_megatron.schedule.packing import token_multiple
+from tests.tiny import make_checkpoint
+
+BF16 = ModelOptions(path="x", dtype="bfloat16")
+H200 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 11, 0))
+
+
+def family_of(tmp_path: Any, kind: str = "qwen3", **sizes: int) -> Family:
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return read_family(make_checkpoint(tmp_path / kind, kind, **wide | sizes))
+
+
+def test_without_fp8_megatron_is_asked_for_nothing() -> None:
+    for precision in (None, "bf16"):
+        assert megatron_settings(LearnerOptions(precision=precision), experts=True) == {}
+
+
+def test_an_fp8_learner_keeps_bf16_parameters_attention_and_edges_and_no_quantised_copies() -> None:
+    found = megatron_settings(LearnerOptions(precision="fp8-blockwise", bf16_layers=(1, 2)), experts=True)
+    assert found == {
+        "fp8": "e4m3",
+        "fp8_recipe": "blockwise",
+        "fp8_param": False,
+        "fp8_dot_product_attention": False,
+        "disable_parameter_transpose_cache": True,
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 2,
+        "moe_router_padding_for_quantization": True,
+    }
+    dense = megatron_settings(LearnerOptions(precision="fp8-tensorwise"), experts=False)
+    assert dense["fp8_recipe"] == "tensorwise" and not dense["first_last_layers_bf16"]
+    assert "moe_router_padding_for_quantization" not in dense  # Megatron refuses it without experts
+
+
+def test_every_ranks_share_of_a_pack_is_whole_blocks_of_the_recipe() -> None:
+    grains = {None: 1, "bf16": 1, "fp8-tensorwise": 16, "fp8-blockwise": 128}
+    for (precision, grain), tensor, sequence in itertools.product(grains.items(), (1, 2, 4, 8), (False, True)):
+        multiple = token_multiple(token_grain(precision), tensor, sequence)
+        share = multiple // tensor if sequence else multiple  # of one rank, where the multiple is just filled
+        assert share == grain
+
+
+@pytest.mark.parametrize(
+    ("learner", "dtype", "parallel", "sizes", "mini_batches", "words"),
+    [
+        ({"precision": "bf16"}, "float32", {}, {}, 1, "learner.precision: bf16 needs model.dtype: bfloat16"),
+        ({"precision": "fp8-blockwise"}, "float32", {}, {}, 1, "needs model.dtype: bfloat16"),
+        ({"precision": "fp8-tensorwise"}, "bfloat16", {}, {}, 2, "trainer.mini_batches = 2"),
+        ({"precision": "fp8-blockwise"}, "bfloat16", {}, {"hidden_size": 264}, 1, "hidden_size on a rank to be a mult"),
+        (
+            *({"precision": "fp8-blockwise"}, "bfloat16", {"tensor": 2, "sequence": True}, {"hidden_size": 192}, 1),
+            "multiple of 128, and it is 192",
+        ),
+        (
+            *({"precision": "fp8-blockwise"}, "bfloat16", {"tensor": 4}, {"intermediate_size": 480}, 1),
+            "intermediate_size on a rank to be a multiple of 16, and it is 480 / 4 = 120",
+        ),
+        ({"precision": "fp8-blockwise", "bf16_layers": (2, 0)}, "bfloat16", {"pipeline": 2}, {}, 1, "first stage"),
+        ({"precision": "fp8-blockwise", "bf16_layers": (0, 3)}, "bfloat16", {}, {}, 1, "last stage holds 2 layers"),
+    ],
+)
+def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
+    tmp_path: Any,
+    learner: dict[str, Any],
+    dtype: Any,
+    parallel: dict[str, Any],
+    sizes: dict[str, int],
+    mini_batches: int,
+    words: str,
+) -> None:
+    model, layout = ModelOptions(path="x", dtype=dtype), ParallelOptions(**parallel)
+    with pytest.raises(RequestError) as caught:
+        check_precision(LearnerOptions(**learner), model, layout, family_of(tmp_path, **sizes), mini_batches)
+    assert words in str(caught.value)
+
+
+def test_what_fits_is_taken(tmp_path: Any) -> None:
+    family, experts = family_of(tmp_path), family_of(tmp_path, "qwen3_moe", moe_intermediate_size=64)
+    for precision, parallel in itertools.product(
+        (None, "bf16", "fp8-blockwise", "fp8-tensorwise"), ({}, {"tensor": 2, "sequence": True}, {"pipeline": 2})
+    ):
+        for each in (family, experts):
+            check_precision(LearnerOptions(precision=precision), BF16, ParallelOptions(**parallel), each, 1)
+    check_precision(LearnerOptions(precision="fp8-blockwise"), BF16, ParallelOptions(), family, 16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "hardware", "words"),
+    [
+        ("fp8-blockwise", Hardware(None, None, None), "needs a GPU"),
+        (None, Hardware((9, 0), None, (2, 11, 0)), "torch is built for the CPU"),
+        (None, Hardware((9, 0), (13, 0), None), "no Transformer Engine"),
+        (None, Hardware((9, 0), (13, 0), (2, 8, 0)), "transformer-engine 2.8.0"),
+        (None, Hardware((9, 0), (13, 0), (2, 12)), "transformer-engine 2.12"),
+        ("fp8-tensorwise", Hardware((8, 0), (13, 0), (2, 11, 0)), "this one is sm_80"),
+        ("fp8-blockwise", Hardware((9, 0), (12, 8), (2, 11, 0)), "torch is built for CUDA 12.8"),
+    ],
+)
+def test_what_the_machine_cannot_do_is_refused_by_name(
+    precision: str | None, hardware: Hardware, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FP32_SCALES, "1")
+    with pytest.raises(RequestError) as caught:
+        check_hardware(precision, hardware)
+    assert words in str(caught.value)
+
+
+def test_scales_that_are_powers_of_two_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FP32_SCALES, "0")
+    with pytest.raises(RequestError, match="powers of 2"):
+        check_hardware("fp8-blockwise", H200)
+    check_hardware("fp8-tensorwise", H200)  # has one scale a tensor, always float32
+
+
+def test_a_machine_without_a_gpu_and_one_with_all_it_takes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FP32_SCALES, "1")
+    check_hardware(None, Hardware(None, None, None))
+    for precision in (None, "bf16", "fp8-blockwise", "fp8-tensorwise"):
+        check_hardware(precision, H200)
