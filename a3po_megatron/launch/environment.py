@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -64,8 +65,23 @@ def adopt_slurm() -> None:
 def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
     adopt_slurm()
-    for name, value in SETTINGS.items():
+    for name, value in (SETTINGS | cuda_settings(Path(sysconfig.get_path("purelib")))).items():
         os.environ.setdefault(name, value)
+
+
+def cuda_settings(site: Path) -> dict[str, str]:
+    """What Transformer Engine must find set at its first import, where `site` holds CUDA's packages; else nothing."""
+    if not (site / "nvidia" / "cudnn").is_dir():
+        return {}
+    return {
+        # Scales in float32, as vLLM quantises; TE's default is powers of 2.
+        "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",
+        # TE 2.11 loads a cuDNN of CUDNN_HOME, CUDA_HOME or the system before the one that torch was built with, and two
+        # in one process fail with CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED (transformer_engine/common/__init__.py).
+        "CUDNN_HOME": str(site / "nvidia" / "cudnn"),
+        # Where TE's kernels that are compiled at run time find CUDA's headers: it knows only the packages of CUDA 12.
+        "NVTE_CUDA_INCLUDE_DIR": str(site / "nvidia" / "cu13" / "include"),
+    }
 
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because `die_with_parent` runs between fork and exec
