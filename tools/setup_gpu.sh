@@ -29,6 +29,8 @@ if [ ! -f .venv/.installed ] || [ "$(cat .venv/.installed)" != "$wanted" ]; then
   touch .venv/.gpu # tools/setup.sh leaves such a .venv alone
   grep -v '^transformer-engine-torch==' constraints/h200.txt > .venv/wheels.txt
   pip_install -r .venv/wheels.txt || fail "a package of constraints/h200.txt cannot be installed (see above)"
+  .venv/bin/python -c 'import torch; assert torch.version.cuda' ||
+    fail "this torch is a build for CPUs: pip's configuration (pip config list) names an index that has those"
 
   # An extension fits the torch and the Python that it was built beside, and no other: undefined symbols at import.
   engine=$(pinned transformer-engine-torch)
