@@ -54,6 +54,7 @@ HEALTHY = Found(
 OLD_GPU = Gpu(0, "NVIDIA A100-SXM4-80GB", (8, 0), 81920)
 OLDER_GPU = Gpu(0, "Tesla V100-SXM2-32GB", (7, 0), 32768)
 FOREIGN = "/usr/lib/x86_64-linux-gnu/libcudnn.so.9"
+NO_CUDART = "OSError: libcudart.so.13: cannot open shared object file"
 SYMBOL = "ImportError: transformer_engine_torch.so: undefined symbol: _ZN2at4_ops5empty"
 
 
@@ -84,7 +85,7 @@ FATAL = {
         ["torch 2.13.0+cpu is a build for CPUs", "setup_gpu.sh"],
     ),
     "torch that cannot load": (
-        child(torch={"error": "OSError: libcudart.so.13: cannot open shared object file"}),
+        {"child": {step: {"error": NO_CUDART} for step in HEALTHY.child}},
         ["torch cannot be imported", "libcudart.so.13"],
     ),
     "torch that sees no GPU": (

