@@ -120,12 +120,14 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    gpu: Annotated[bool, typer.Option("--gpu", help="Look at the CUDA path, also where this one is for CPUs.")] = False,
+) -> None:
     """Print what is installed, what is missing and what this machine can do."""
     from .launch.doctor import examine
 
-    if not examine():
-        raise typer.Exit(1)
+    if not examine(gpu):
+        raise typer.Exit(RequestError.exit_code)
 
 
 convert_app = typer.Typer(no_args_is_help=True, help="Between HF checkpoints and Megatron's (torch_dist), bit for bit.")

@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 index=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 wanted=$(cat constraints/cpu.txt pyproject.toml tools/setup.sh | cksum)
+[ -f .venv/.gpu ] && exit 0 # tools/setup_gpu.sh's, for CUDA: that script keeps it up to date
 [ -f .venv/.installed ] && [ "$(cat .venv/.installed)" = "$wanted" ] && exit 0
 
 fail() { echo "setup: $*" >&2; exit 2; }

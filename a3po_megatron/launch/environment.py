@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -76,12 +77,28 @@ def prepare() -> None:
 
 
 def settings() -> dict[str, str]:
-    return SETTINGS | (ON_CUDA if sees_gpu() else ON_CPU)
+    """What a rank's environment needs on this machine."""
+    if not sees_gpu():
+        return SETTINGS | ON_CPU
+    return SETTINGS | ON_CUDA | cuda_settings(Path(sysconfig.get_path("purelib")))
 
 
 def sees_gpu() -> bool:
     """Whether this process would find an NVIDIA GPU, as far as that can be said without importing torch."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidiactl").exists()
+
+
+def cuda_settings(site: Path) -> dict[str, str]:
+    """Where Transformer Engine must look for CUDA's libraries, if `site` holds their packages."""
+    if not (site / "nvidia" / "cudnn").is_dir():
+        return {}
+    return {
+        # TE 2.11 loads a cuDNN of CUDNN_HOME, CUDA_HOME or the system before the one that torch was built with, and two
+        # in one process fail with CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED (transformer_engine/common/__init__.py).
+        "CUDNN_HOME": str(site / "nvidia" / "cudnn"),
+        # Where TE's kernels that are compiled at run time find CUDA's headers: it knows only the packages of CUDA 12.
+        "NVTE_CUDA_INCLUDE_DIR": str(site / "nvidia" / "cu13" / "include"),
+    }
 
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because `die_with_parent` runs between fork and exec

@@ -37,7 +37,7 @@ class Hardware:
     """What is there to compute with; None: not there."""
 
     capability: tuple[int, int] | None  # of the weakest GPU
-    cuda: tuple[int, int] | None  # that torch is built for
+    cuda: tuple[int, ...] | None  # that torch is built for
     transformer_engine: tuple[int, ...] | None  # its version
 
 
