@@ -209,8 +209,8 @@ def _precision(found: Found) -> Iterator[Finding]:
     if (scales := found.environment.get(FP32_SCALES)) != "1" and "transformer-engine" in found.packages:
         yield _warning(
             f"{FP32_SCALES} is {scales or 'not set'}: Transformer Engine, which reads it when first imported, would "
-            "scale by powers of 2 and vLLM would not, so that learner and engine drift apart; set it to 1, or unset it and "
-            "let the launcher do so"
+            "scale by powers of 2 and vLLM would not, so that learner and engine drift apart; set it to 1, or unset it "
+            "and let the launcher do so"
         )
     if "apex" in found.packages and not found.amp_c:
         yield _warning(
