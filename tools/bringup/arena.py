@@ -1,0 +1,184 @@
+"""Experiment 3: the learner's tensors out of device memory and back (model/arena.py).
+
+    blocks    an optimizer's masters and moments, plain PyTorch: GB/s each way, the next step bit for bit, bytes left,
+              20 cycles; beside it tensor by tensor through pageable memory, as Megatron's own offload goes
+    learner   the same of a whole learner on Transformer Engine, parameters and gradients too
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a3po_megatron.model.arena import Block
+
+from .measure import free_bytes, settle
+from .report import Report
+
+CYCLES = 20
+# What may stay on the device of blocks that are away: the allocator rounds segments to 2 MiB, nothing else is theirs.
+LEFT_BYTES = 4 << 20
+# Between the second and the last cycle nothing may grow. Free memory is the whole device's, in pages of 2 MiB.
+GROWN_BYTES = 4 << 20
+
+
+class Stepper:
+    """AdamW over float32 masters, with gradients drawn by step number: two of these take the same steps."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        self.device = device
+        self.masters = [torch.nn.Parameter(torch.randn(size, generator=generator, device=device)) for size in sizes]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-3)
+        self.steps = 0
+        self.step()  # the first one makes the moments
+
+    def step(self) -> None:
+        generator = torch.Generator(self.device).manual_seed(100 + self.steps)
+        for master in self.masters:
+            master.grad = torch.randn(master.shape, generator=generator, device=self.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def members(self) -> list[Tensor]:
+        states = [self.optimizer.state[master] for master in self.masters]
+        return [t for m, s in zip(self.masters, states, strict=True) for t in (m, s["exp_avg"], s["exp_avg_sq"])]
+
+
+def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def cycle(block: Block, device: torch.device) -> tuple[float, float]:
+    """Seconds away and back, each until the last byte is there."""
+    settle(device)
+    start = time.perf_counter()
+    block.away()
+    settle(device)
+    middle = time.perf_counter()
+    block.back()
+    block.ready()
+    settle(device)
+    return middle - start, time.perf_counter() - middle
+
+
+def pageable(members: Sequence[Tensor], device: torch.device) -> tuple[float, float]:
+    """The same journey tensor by tensor through pageable memory."""
+    settle(device)
+    start = time.perf_counter()
+    there = [member.detach().to("cpu", copy=True) for member in members]
+    settle(device)
+    middle = time.perf_counter()
+    for member, value in zip(members, there, strict=True):
+        member.data.copy_(value)
+    settle(device)
+    return middle - start, time.perf_counter() - middle
+
+
+def blocks_on(report: Report, device: torch.device, sizes: Sequence[int], cycles: int = CYCLES) -> None:
+    stays, moves = Stepper(sizes, device), Stepper(sizes, device)
+    report.number("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    cuda = device.type == "cuda"
+    slow = pageable(moves.members(), device)
+    # Reckoned before the block exists: what leaves when its tensors do.
+    before = free_bytes() if cuda else 0
+    block = Block.gather(moves.members(), device)
+    report.number("bytes", block.bytes)
+    if cuda:
+        left = block.bytes - (free_bytes() - before)
+        report.claim("bytes left on the device while away", left, LEFT_BYTES)
+    block.back()
+    block.ready()
+    times, free, same = [], [], []
+    for _ in range(cycles):
+        times.append(cycle(block, device))
+        for each in (stays, moves):
+            each.step()
+        same.append(equal(stays.members(), moves.members()))
+        free.append(free_bytes() if cuda else 0)
+    report.holds(f"the next step equal to the last bit, {cycles} times", all(same))
+    if cuda and len(free) > 2:
+        report.claim(f"device bytes lost over {cycles} cycles", free[1] - free[-1], GROWN_BYTES)
+    rates = {
+        "away": block.bytes / sorted(t[0] for t in times)[len(times) // 2] / 1e9,
+        "back": block.bytes / sorted(t[1] for t in times)[len(times) // 2] / 1e9,
+    }
+    tensorwise = {"away": block.bytes / slow[0] / 1e9, "back": block.bytes / slow[1] / 1e9}
+    report.number("GB/s, one block, pinned", rates)
+    report.number("GB/s, tensor by tensor, pageable", tensorwise)
+    report.number("times as fast", {way: rates[way] / tensorwise[way] for way in rates})
+    # Read while away: the host's view is the tensor.
+    block.away()
+    report.holds("readable while away, the same values", equal([m.cpu() for m in stays.members()], [m.cpu() for m in moves.members()]))
+    block.back()
+    block.ready()
+    report.headline(f"{rates['away']:.1f} GB/s away, {rates['back']:.1f} GB/s back, {block.bytes / 1e9:.1f} GB")
+
+
+def blocks(report: Report) -> None:
+    # 3 × 1.34 GB in tensors of a layer's shapes, as a rank of 8 holds of a 3 B model.
+    blocks_on(report, torch.device("cuda"), [6144 * 2048, 2048 * 2048, 2048 * 2048, 2048, 151936 * 64] * 10)
+
+
+def whole_learner(
+    report: Report, make: Callable[[], Any], device: torch.device, cycles: int = CYCLES
+) -> None:
+    """Two learners take the same steps from the same gradients; one of them leaves the device in between."""
+    cuda = device.type == "cuda"
+    empty = free_bytes() if cuda else 0
+    stays = make()
+    with_one = free_bytes() if cuda else 0
+    moves = make()
+    left, free, same, seconds = [], [], [], []
+    for number in range(cycles):
+        for each in (stays, moves):
+            fill_gradients(each, number)
+            each.arena.ready()
+            each.optimizer.step()
+        same.append(equal([*stays.parameters().values()], [*moves.parameters().values()]))
+        settle(device)
+        start = time.perf_counter()
+        moves.arena.gradients_away()
+        moves.arena.optimizer_away()
+        moves.arena.parameters_away()
+        settle(device)
+        seconds.append(time.perf_counter() - start)
+        if cuda:
+            left.append(with_one - free_bytes())
+        moves.arena.parameters_back()
+        moves.arena.gradients_back()
+        moves.arena.optimizer_back()
+        settle(device)
+        free.append(free_bytes() if cuda else 0)
+    report.holds(f"the next step equal to the last bit, {cycles} times", all(same))
+    report.number("seconds away, first and median", [seconds[0], sorted(seconds)[len(seconds) // 2]])
+    if cuda:
+        report.number("device bytes of one learner", empty - with_one)
+        # The first step of `stays` made its moments after `with_one` was read: they are told apart by the second.
+        moments = sum(t.numel() * t.element_size() for t in stays.arena._optimizer_tensors())
+        report.number("bytes left of the learner that is away, first and last cycle", [left[0], left[-1]])
+        report.claim("of them beyond what the other learner's steps made", left[-1] - moments, 64 << 20)
+        report.claim(f"device bytes lost over {cycles} cycles", free[1] - free[-1], GROWN_BYTES)
+    report.headline(f"{cycles} steps bit for bit; away in {sorted(seconds)[len(seconds) // 2]:.3f} s")
+
+
+def fill_gradients(learner: Any, number: int) -> None:
+    """The same values into every gradient buffer of equal learners."""
+    for chunk in learner.chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            generator = torch.Generator(buffer.grad_data.device).manual_seed(number)
+            buffer.grad_data.normal_(std=1e-3, generator=generator)
+
+
+def learner(report: Report) -> None:
+    from .rank import HALF_BILLION, alone, make_learner, make_model
+
+    cluster, folder = alone(), make_model(HALF_BILLION)
+    report.number("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    whole_learner(report, lambda: make_learner(cluster, folder), torch.device("cuda"))

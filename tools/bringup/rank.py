@@ -1,0 +1,184 @@
+"""One rank that is the whole cluster, small random models, rollouts of them, and the learner on them.
+
+The environment and the patches that Megatron, Transformer Engine and vLLM want before they are imported are there:
+runner.py sees to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from a3po_megatron.batch import Batch, Prompt, Rollout
+from a3po_megatron.checkpoint.safetensors import write_file
+from a3po_megatron.cluster import CUDA, Backend, Cluster, arrange
+from a3po_megatron.config import Config, ParallelOptions
+from a3po_megatron.launch import environment
+from a3po_megatron.launch.local import free_port
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model.family import read_family
+from a3po_megatron.model.layout import hf_tensors
+
+# Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
+TINY = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1003,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": 1,
+}
+# Half a billion parameters: large enough that bytes and seconds are those of matrix products, not of launches.
+HALF_BILLION = TINY | {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32000,
+    "max_position_embeddings": 8192,
+}
+
+
+def alone(backend: Backend = CUDA) -> Cluster:
+    """This process as the one rank there is."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(environment.LOOPBACK | place | {"MASTER_PORT": str(free_port())})
+    if backend.device == "cuda":
+        torch.cuda.set_device(backend.local())
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 1, True, timedelta(seconds=120))
+    dist.init_process_group(backend.collectives, store=store, rank=0, world_size=1, timeout=timedelta(seconds=120))
+    return arrange(backend, ParallelOptions(), 1, 0, store)
+
+
+def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None = None) -> Path:
+    """An HF folder with random weights on bf16's grid, so that every side starts from the same numbers.
+
+    Norms are off 1, and matrices keep the scale of what they multiply.
+    """
+    folder = folder or Path(tempfile.mkdtemp(prefix="model-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(sizes))
+    shapes = hf_tensors(read_family(folder))
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(name: str, shape: Sequence[int]) -> Tensor:
+        drawn = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            return (1 + 0.1 * drawn if name.endswith("norm.weight") else 0.1 * drawn).bfloat16()
+        return (drawn / math.sqrt(shape[1])).bfloat16()
+
+    parts = (values(name, shape) for name, shape in shapes.items())
+    write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.bfloat16), parts)
+    return folder
+
+
+def config(folder: Path, **sections: dict[str, Any]) -> Config:
+    """A learner's settings: bf16, and plain SGD steps unless told otherwise."""
+    values: dict[str, Any] = {
+        "model": {"path": str(folder), "dtype": "bfloat16"},
+        "data": {"path": "builtin:arithmetic"},
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.0, "clip_grad": 0.0},
+        "learner": {"micro_batch_tokens": 512},
+        "trainer": {"steps": 100, "mini_batches": 1},
+    }
+    for section, given in sections.items():
+        values[section] = values.get(section, {}) | given
+    return Config.model_validate(values)
+
+
+def make_learner(cluster: Cluster, folder: Path, **sections: dict[str, Any]) -> Learner:
+    return Learner(cluster, read_family(folder), config(folder, **sections))
+
+
+def draw_sequences(
+    vocab: int, lengths: Sequence[tuple[int, int]], seed: int = 0
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Random (prompt, response) pairs of these lengths."""
+    draw = np.random.default_rng(seed)
+    return [
+        (tuple(map(int, draw.integers(2, vocab, p))), tuple(map(int, draw.integers(2, vocab, r)))) for p, r in lengths
+    ]
+
+
+# Packed sequences of very different lengths: 1 to 130 response tokens, several to a micro-batch.
+LENGTHS = ((5, 23), (17, 1), (64, 130), (3, 67), (31, 31), (1, 9), (90, 115), (12, 50), (7, 77), (40, 2))
+
+
+def batch_of(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    old_logprobs: Tensor | None,  # [T]; None: the learner is to score
+    advantages: Tensor,  # [B]
+    mini_batches: int = 1,
+) -> Batch:
+    """One rollout a group; the sampler's log-probs are the old ones, so that their correction is 1."""
+    lengths = torch.tensor([len(response) for _, response in sequences])
+    count, total = len(sequences), int(lengths.sum())
+    old = torch.zeros(total) if old_logprobs is None else old_logprobs
+    parts = old.split(lengths.tolist())
+    rollouts = [
+        Rollout(
+            prompt=Prompt(f"p{number}", "", "", tuple(prompt), number),
+            sample=0,
+            seed=0,
+            step=0,
+            tokens=np.array(response, dtype=np.int64),
+            logprobs=parts[number].numpy(),
+            finish="length",
+            text="",
+            weight_version=1,
+        )
+        for number, (prompt, response) in enumerate(sequences)
+    ]
+    return Batch(
+        rollouts=rollouts,
+        group_index=torch.arange(count),
+        mini_batch=torch.arange(count) * mini_batches // count,
+        mini_batches=mini_batches,
+        rewards=torch.zeros(count),
+        positive=advantages > 0,
+        advantages=advantages,
+        lengths=lengths,
+        rollout_index=torch.repeat_interleave(torch.arange(count), lengths),
+        rollout_logprobs=old,
+        old_logprobs=old_logprobs,
+        entropy=None if old_logprobs is None else torch.zeros(total),
+        token_weights=torch.ones(total),
+    )
+
+
+def as_hf(learner: Learner, values: dict[tuple[int, str], Tensor]) -> dict[str, Tensor]:
+    """Per-parameter tensors of a rank that holds the whole model, as HF tensors on the host in float64."""
+    whole: dict[str, Tensor] = {}
+    for piece in learner.pieces:
+        if piece.owner:
+            part = values[piece.key].detach().narrow(piece.dim, piece.offset, piece.length)
+            target = whole.setdefault(piece.tensor, torch.full(piece.shape, float("nan"), dtype=torch.float64))
+            target.narrow(piece.dim, piece.start, piece.length).copy_(part)
+    return whole
+
+
+def gradients(learner: Learner) -> dict[str, Tensor]:
+    """What Megatron's buffers hold, as HF tensors."""
+    return as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})  # type: ignore[attr-defined]
