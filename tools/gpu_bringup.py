@@ -28,12 +28,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.bringup import machine
 from tools.bringup.experiments import chosen
-from tools.bringup.runner import run_all
+from tools.bringup.runner import ROOT, run_all
 
 EVIDENCE = ROOT / "docs" / "evidence" / "gpu.json"
 SCHEMA = 1
@@ -72,7 +70,9 @@ def main() -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         merged = before.get("experiments", {}) | records
         order = {e.id: merged[e.id] for e in chosen([]) if e.id in merged}
-        out.write_text(json.dumps({"schema": SCHEMA, **here, "experiments": order}, indent=2, ensure_ascii=False) + "\n")
+        out.write_text(
+            json.dumps({"schema": SCHEMA, **here, "experiments": order}, indent=2, ensure_ascii=False) + "\n"
+        )
     print("\n" + table(records))
     print(f"\nwritten to {out}" if out else "\nnot written: there is no CUDA device (--out FILE writes it)")
     return int(any(record["status"] == "failed" for record in records.values()))
@@ -89,12 +89,11 @@ def table(records: Mapping[str, Mapping[str, Any]]) -> str:
         seconds = f"{record['seconds']:.1f}" if record["status"] != "left out" else "–"
         rows.append((f"{name} {record['title']}", record["status"], seconds, record["headline"]))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        f"{a:{widths[0]}} | {b:{widths[1]}} | {c:>{widths[2]}} | {d}".rstrip() for a, b, c, d in rows
-    ]
-    counts = {status: sum(r["status"] == status for r in records.values()) for status in dict.fromkeys(
-        record["status"] for record in records.values()
-    )}
+    lines = [f"{a:{widths[0]}} | {b:{widths[1]}} | {c:>{widths[2]}} | {d}".rstrip() for a, b, c, d in rows]
+    counts = {
+        status: sum(r["status"] == status for r in records.values())
+        for status in dict.fromkeys(record["status"] for record in records.values())
+    }
     ruler = "-" * max(len(line) for line in lines[:1])
     return "\n".join([lines[0], ruler, *lines[1:], ", ".join(f"{n} {status}" for status, n in counts.items())])
 

@@ -1,8 +1,8 @@
 """Experiment 3: the learner's tensors out of device memory and back (model/arena.py).
 
-    blocks    an optimizer's masters and moments, plain PyTorch: GB/s each way, the next step bit for bit, bytes left,
-              20 cycles; beside it tensor by tensor through pageable memory, as Megatron's own offload goes
-    learner   the same of a whole learner on Transformer Engine, parameters and gradients too
+blocks    an optimizer's masters and moments, plain PyTorch: GB/s each way, the next step bit for bit, bytes left,
+          20 cycles; beside it tensor by tensor through pageable memory, as Megatron's own offload goes
+learner   the same of a whole learner on Transformer Engine, parameters and gradients too
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from .report import Report
 CYCLES = 20
 # What may stay on the device of blocks that are away: the allocator rounds segments to 2 MiB, nothing else is theirs.
 LEFT_BYTES = 4 << 20
+# Of a whole learner: its three kinds of blocks, and what small tensors share segments of 20 MiB with others.
+LEARNER_LEFT_BYTES = 64 << 20
 # Between the second and the last cycle nothing may grow. Free memory is the whole device's, in pages of 2 MiB.
 GROWN_BYTES = 4 << 20
 
@@ -86,13 +88,14 @@ def blocks_on(report: Report, device: torch.device, sizes: Sequence[int], cycles
     report.number("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
     cuda = device.type == "cuda"
     slow = pageable(moves.members(), device)
-    # Reckoned before the block exists: what leaves when its tensors do.
-    before = free_bytes() if cuda else 0
     block = Block.gather(moves.members(), device)
+    block.back()
+    block.ready()
     report.number("bytes", block.bytes)
+    here = free_bytes() if cuda else 0
+    block.away()
     if cuda:
-        left = block.bytes - (free_bytes() - before)
-        report.claim("bytes left on the device while away", left, LEFT_BYTES)
+        report.claim("bytes left on the device while away", block.bytes - (free_bytes() - here), LEFT_BYTES)
     block.back()
     block.ready()
     times, free, same = [], [], []
@@ -115,7 +118,10 @@ def blocks_on(report: Report, device: torch.device, sizes: Sequence[int], cycles
     report.number("times as fast", {way: rates[way] / tensorwise[way] for way in rates})
     # Read while away: the host's view is the tensor.
     block.away()
-    report.holds("readable while away, the same values", equal([m.cpu() for m in stays.members()], [m.cpu() for m in moves.members()]))
+    report.holds(
+        "readable while away, the same values",
+        equal([m.cpu() for m in stays.members()], [m.cpu() for m in moves.members()]),
+    )
     block.back()
     block.ready()
     report.headline(f"{rates['away']:.1f} GB/s away, {rates['back']:.1f} GB/s back, {block.bytes / 1e9:.1f} GB")
@@ -126,15 +132,10 @@ def blocks(report: Report) -> None:
     blocks_on(report, torch.device("cuda"), [6144 * 2048, 2048 * 2048, 2048 * 2048, 2048, 151936 * 64] * 10)
 
 
-def whole_learner(
-    report: Report, make: Callable[[], Any], device: torch.device, cycles: int = CYCLES
-) -> None:
+def whole_learner(report: Report, make: Callable[[], Any], device: torch.device, cycles: int = CYCLES) -> None:
     """Two learners take the same steps from the same gradients; one of them leaves the device in between."""
     cuda = device.type == "cuda"
-    empty = free_bytes() if cuda else 0
-    stays = make()
-    with_one = free_bytes() if cuda else 0
-    moves = make()
+    stays, moves = make(), make()
     left, free, same, seconds = [], [], [], []
     for number in range(cycles):
         for each in (stays, moves):
@@ -142,6 +143,7 @@ def whole_learner(
             each.arena.ready()
             each.optimizer.step()
         same.append(equal([*stays.parameters().values()], [*moves.parameters().values()]))
+        here = free_bytes() if cuda else 0
         settle(device)
         start = time.perf_counter()
         moves.arena.gradients_away()
@@ -150,22 +152,29 @@ def whole_learner(
         settle(device)
         seconds.append(time.perf_counter() - start)
         if cuda:
-            left.append(with_one - free_bytes())
+            left.append(leaving(moves) - (free_bytes() - here))
         moves.arena.parameters_back()
         moves.arena.gradients_back()
         moves.arena.optimizer_back()
         settle(device)
         free.append(free_bytes() if cuda else 0)
+    middle = sorted(seconds)[len(seconds) // 2]
     report.holds(f"the next step equal to the last bit, {cycles} times", all(same))
-    report.number("seconds away, first and median", [seconds[0], sorted(seconds)[len(seconds) // 2]])
+    report.number("bytes of the learner that leave", leaving(moves))
+    report.number("seconds away, first and median", [seconds[0], middle])
     if cuda:
-        report.number("device bytes of one learner", empty - with_one)
-        # The first step of `stays` made its moments after `with_one` was read: they are told apart by the second.
-        moments = sum(t.numel() * t.element_size() for t in stays.arena._optimizer_tensors())
-        report.number("bytes left of the learner that is away, first and last cycle", [left[0], left[-1]])
-        report.claim("of them beyond what the other learner's steps made", left[-1] - moments, 64 << 20)
+        # The first journey gathers what lies about in torch's pools, whose segments others may share.
+        report.number("bytes left while away, first and last cycle", [left[0], left[-1]])
+        report.claim("bytes left on the device while away", left[-1], LEARNER_LEFT_BYTES)
         report.claim(f"device bytes lost over {cycles} cycles", free[1] - free[-1], GROWN_BYTES)
-    report.headline(f"{cycles} steps bit for bit; away in {sorted(seconds)[len(seconds) // 2]:.3f} s")
+    report.headline(f"{cycles} steps bit for bit; {leaving(moves) / 1e9:.1f} GB away in {middle:.3f} s")
+
+
+def leaving(learner: Any) -> int:
+    """Bytes of gradients, optimizer and parameters that a learner's arena moves, once it has moved them."""
+    arena = learner.arena
+    blocks = [*arena._weights, *([arena._states] if arena._states is not None else [])]
+    return sum(block.bytes for block in blocks) + sum(size for _, size in arena._gradients)
 
 
 def fill_gradients(learner: Any, number: int) -> None:

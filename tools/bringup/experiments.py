@@ -32,9 +32,7 @@ EXPERIMENTS = (
     Experiment("4b", "the same with expandable segments", "sleep:allocator", ("cuda", "vllm"), 200, _EXPANDABLE),
     Experiment("5a", "sleep, wake, reload, receipt; 20 cycles", "engine:cycles", _ENGINE, 600),
     Experiment("5b", "seeds: order of a batch, a response continued", "engine:seeds", _ENGINE, 400),
-    Experiment(
-        "5c", "the same, batch-invariant", "engine:seeds_exact", _ENGINE, 400, {"VLLM_BATCH_INVARIANT": "1"}
-    ),
+    Experiment("5c", "the same, batch-invariant", "engine:seeds_exact", _ENGINE, 400, {"VLLM_BATCH_INVARIANT": "1"}),
     Experiment("5d", "mismatch: learner bf16 and FP8, engine bf16", "engine:mismatch", (*_ENGINE, "hopper"), 600),
     Experiment(
         "5e", "mismatch: the same, engine fp8_per_block", "engine:mismatch_fp8_engine", (*_ENGINE, "hopper"), 600

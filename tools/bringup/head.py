@@ -62,7 +62,9 @@ def errors(
     hidden, weight, targets = inputs(tokens, width, vocab, dtype, device)
     asked = torch.randn(2, tokens, generator=torch.Generator(device).manual_seed(1), device=device)
     wanted = reference(hidden, weight, targets, asked, 0.8)
-    padded = torch.cat([weight, torch.full((pads, width), 1e3, dtype=dtype, device=device)])  # would win if they counted
+    padded = torch.cat(
+        [weight, torch.full((pads, width), 1e3, dtype=dtype, device=device)]
+    )  # would win if they counted
     h, w = hidden.clone().requires_grad_(), padded.requires_grad_()
     w.main_grad = torch.zeros(padded.shape, device=device)  # type: ignore[attr-defined]
     logprob, entropy = fused_head(h, w, targets, None, 0.8, chunk, vocab_size=vocab)
@@ -212,4 +214,3 @@ def _liger() -> Callable[..., Tensor] | None:
         return None
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     return lambda weight, hidden, targets: loss(weight, hidden, targets)
-

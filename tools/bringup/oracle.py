@@ -23,7 +23,11 @@ def read_weights(folder: Path, dtype: torch.dtype = torch.float64) -> dict[str, 
 
 
 def logprobs(
-    weights: Mapping[str, Tensor], family: Family, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
+    weights: Mapping[str, Tensor],
+    family: Family,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    temperature: float = 1.0,
 ) -> Tensor:
     """Log-probs of the response's tokens, in the weights' dtype but the softmax, in float32 at least."""
     tokens = torch.tensor([*prompt, *response])
@@ -43,7 +47,10 @@ def all_logprobs(
 def loss(found: Sequence[Tensor], old: Sequence[Tensor], advantages: Tensor) -> Tensor:
     """−Σ r A / T with r = π / π_old: the clipped objective while no ratio leaves the clip's range."""
     total = sum(
-        ((each - before.to(each)).exp().sum() * advantage for each, before, advantage in zip(found, old, advantages.to(found[0]), strict=True)),
+        (
+            (each - before.to(each)).exp().sum() * advantage
+            for each, before, advantage in zip(found, old, advantages.to(found[0]), strict=True)
+        ),
         torch.zeros((), dtype=found[0].dtype),
     )
     return -total / sum(len(each) for each in found)
@@ -55,7 +62,9 @@ def _hidden(weights: Mapping[str, Tensor], family: Family, tokens: Tensor) -> Te
     turn = _rope(family, len(tokens), x.dtype)
     for number in range(family.layers):
         layer = f"model.layers.{number}."
-        x = x + _attention(weights, layer + "self_attn.", family, _norm(x, weights[layer + "input_layernorm.weight"], family), turn)
+        x = x + _attention(
+            weights, layer + "self_attn.", family, _norm(x, weights[layer + "input_layernorm.weight"], family), turn
+        )
         inner = _norm(x, weights[layer + "post_attention_layernorm.weight"], family)
         gate, up = (inner @ weights[f"{layer}mlp.{which}_proj.weight"].t() for which in ("gate", "up"))
         x = x + (gate * torch.sigmoid(gate) * up) @ weights[layer + "mlp.down_proj.weight"].t()

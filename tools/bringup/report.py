@@ -1,7 +1,7 @@
 """What an experiment says while it runs, line by line into a file: what it had found before it died is not lost.
 
-    numbers    name → value                       claims       text, value, bound, whether it holds
-    refusals   what was asked for → the words     left out     what → why
+numbers    name → value                       claims       text, value, bound, whether it holds
+refusals   what was asked for → the words     left out     what → why
 """
 
 from __future__ import annotations

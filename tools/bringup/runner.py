@@ -11,6 +11,7 @@ stack. What it had said until then stays in the record.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import faulthandler
@@ -109,14 +110,23 @@ def _verdict(code: int | None, lines: list[dict[str, Any]], words: list[str], li
     if not any("ended" in line for line in lines):
         return "failed", "the process ended before the experiment did"
     wrong = [line["claim"] for line in lines if "claim" in line and not line["holds"]]
-    return ("failed", f"not so: {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1)) if wrong else (
-        "shown",
-        "",
+    return (
+        ("failed", f"not so: {wrong[0]}" + f" (and {len(wrong) - 1} more)" * (len(wrong) > 1))
+        if wrong
+        else (
+            "shown",
+            "",
+        )
     )
 
 
 def _record(
-    experiment: Experiment, status: str, reason: str, lines: list[dict[str, Any]], seconds: float, words: Sequence[str] = ()
+    experiment: Experiment,
+    status: str,
+    reason: str,
+    lines: list[dict[str, Any]],
+    seconds: float,
+    words: Sequence[str] = (),
 ) -> dict[str, Any]:
     found = summary(lines)
     return {
@@ -140,10 +150,8 @@ def _die() -> None:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """The experiment and whatever it started: the session is its own, so the group holds nobody else."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -1,7 +1,7 @@
 """Experiment 4: vLLM's sleep allocator alone, without an engine (vllm 0.32.0, device_allocator/cumem.py).
 
-Two pools as an engine has them, weights and cache, beside memory of torch's own allocator as the learner has it: level 2
-discards both; each comes back at its old address, so that a graph captured before still replays.
+Two pools as an engine has them, weights and cache, beside memory of torch's own allocator as the learner has it:
+level 2 discards both; each comes back at its old address, so that a graph captured before still replays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Experiment 1: the learner on Transformer Engine.
 
-    bf16_against_oracle   log-probs, loss and gradients of a packed, variable-length step against float64 on the CPU
-    fp8_against_bf16      the same step in FP8 against bf16; score and update must see the same forward
+bf16_against_oracle   log-probs, loss and gradients of a packed, variable-length step against float64 on the CPU
+fp8_against_bf16      the same step in FP8 against bf16; score and update must see the same forward
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .measure import largest, relative
 from .rank import LENGTHS, TINY, alone, batch_of, draw_sequences, gradients, make_learner, make_model
 from .report import Report
 
-# Against float64, Transformer Engine may err as much as plain PyTorch does when it computes the same in bf16, in the same
-# order of operations but for the kernels' own sums: half as much again for those.
+# Against float64, Transformer Engine may err as much as plain PyTorch does when it computes the same in bf16, in the
+# same order of operations but for the kernels' own sums: half as much again for those.
 WITHIN = 1.5
-# Rounding to e4m3 alone, imitated in plain PyTorch (tests/quantising_te.py), moves this model's gradient by 0.21 to 0.22
-# and its log-probs by a mean exp |Δ| of 1.13 to 1.15. Kernels that do no more than round stay within a third of that;
-# a wrong scale or a stale weight is beyond 0.5.
+# Rounding to e4m3 alone, imitated in plain PyTorch (tests/quantising_te.py), moves this model's gradient by 0.21 to
+# 0.22 and its log-probs by a mean exp |Δ| of 1.13 to 1.15. Kernels that do no more than round stay within a third of
+# that; a wrong scale or a stale weight is beyond 0.5.
 FP8_GRADIENT = 0.3
 FP8_RATIO = 1.2
 
@@ -99,7 +99,9 @@ def against_oracle(report: Report, cluster: Cluster, folder: Path) -> None:
     # A mean of 505 ratios, each off by about a log-prob's error (some 1e-2), of either sign.
     report.claim("loss: error over the mean |advantage|", error, 1e-2)
     report.claim("tokens that clipped (the oracle has no clip)", _clipped(ended["stats"]), 0.0)
-    report.headline(f"gradient error {float(values['gradient, all'][0]):.1e}, plain bf16 {float(values['gradient, all'][1]):.1e}")
+    report.headline(
+        f"gradient error {float(values['gradient, all'][0]):.1e}, plain bf16 {float(values['gradient, all'][1]):.1e}"
+    )
 
 
 def _rms(values: Tensor) -> float:

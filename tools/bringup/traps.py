@@ -1,7 +1,7 @@
 """Experiment 1, FP8: the copies of weights that Transformer Engine keeps over micro-batches.
 
 Megatron tells every layer which micro-batch is a schedule's first. In Transformer Engine 2.11 that means: quantise the
-weight anew, else use the copy; and in the backward of a first one: overwrite main_grad, else add. Hence, with the copies:
+weight anew, else use the copy; and in the backward of a first one: overwrite main_grad, else add. With the copies:
 
     stale    a forward outside a schedule, after the weights have changed, is that of the weights before
     lost     two schedules between two optimizer steps leave the gradients of the second alone

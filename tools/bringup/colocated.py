@@ -1,0 +1,93 @@
+"""A learner and an engine in one process, as train.py has them: the engine first, on the empty device.
+
+The only place of the experiments that calls the engine; what it needs of it: VllmEngine(folder, family, stops, options,
+dtype, backend) with sample, probe, load, forget, sleep, wake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a3po_megatron.cluster import CUDA, Backend, Cluster
+from a3po_megatron.config import PublishOptions, RolloutOptions
+from a3po_megatron.data.order import named_seed
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.layout import layout_of
+from a3po_megatron.residency import Residency
+from a3po_megatron.rollout.engine import Completion, Request, in_order
+from a3po_megatron.rollout.vllm_engine import VllmEngine
+from a3po_megatron.weights.publish import Publisher
+
+from .rank import alone, config, make_learner
+from .report import Refused
+
+LENGTHS = {"max_prompt_tokens": 128, "max_tokens": 64, "max_sequences": 64}
+CANARY = [tuple(range(2 + n, 12 + n)) for n in range(4)]
+
+
+@dataclass
+class Colocated:
+    cluster: Cluster
+    family: Family
+    folder: Path
+    engine: VllmEngine
+    learner: Learner
+    publisher: Publisher
+    residency: Residency
+
+    def publish(self) -> Any:
+        """Learner → engine, proven; returns the receipt."""
+        return self.publisher.publish(self.learner.parameters(), self.learner.logprobs, self.engine)
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        return in_order(self.engine.sample(requests))
+
+    def replace_learner(self, **learner: Any) -> None:
+        """Another learner of the same weights, in another precision."""
+        self.learner = make_learner(self.cluster, self.folder, learner=learner)
+
+    def scores(self, requests: Sequence[Request], completions: Sequence[Completion]) -> Tensor:
+        """The learner's log-probs [T] of what the engine sampled at temperature 1."""
+        pairs = [(tuple(r.prompt), tuple(c.tokens.tolist())) for r, c in zip(requests, completions, strict=True)]
+        return torch.cat(self.learner.logprobs(pairs))
+
+
+def rollout_options(**changes: Any) -> RolloutOptions:
+    """Raises Refused where this version of the package has no such option."""
+    if unknown := [name for name in changes if name not in RolloutOptions.model_fields]:
+        raise Refused(f"this version has no option rollout.{unknown[0]}")
+    return RolloutOptions.model_validate(LENGTHS | changes)
+
+
+def colocate(folder: Path, backend: Backend = CUDA, learner: dict[str, Any] | None = None, **rollout: Any) -> Colocated:
+    cluster, family, options = alone(backend), read_family(folder), rollout_options(**rollout)
+    settings = config(folder, learner=learner or {})
+    dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
+    # Nothing ends a response but its length: completions of one length are compared token by token.
+    engine = VllmEngine(folder, family, (), options, dtype, backend)
+    made = make_learner(cluster, folder, learner=learner or {})
+    layout = layout_of(settings.parallel, backend.spec)
+    publisher = Publisher(cluster, family, layout, PublishOptions(), CANARY)
+    return Colocated(cluster, family, folder, engine, made, publisher, Residency(engine, made.arena, backend))
+
+
+def requests_of(vocab: int, count: int, tokens: int = 24) -> list[Request]:
+    """Prompts of different lengths, seeds by name."""
+    generator = torch.Generator().manual_seed(11)
+    return [
+        Request(
+            torch.randint(2, vocab, (3 + number % tokens,), generator=generator).tolist(), named_seed("bringup", number)
+        )
+        for number in range(count)
+    ]
+
+
+def logprobs_of(completions: Sequence[Completion]) -> Tensor:
+    return torch.cat([torch.from_numpy(completion.logprobs) for completion in completions])
