@@ -24,7 +24,7 @@ NEEDS = {
     "package": ("pydantic", "yaml", "safetensors", "blake3"),
     "triton": ("triton",),
     "megatron": ("megatron.core",),
-    "te": ("transformer_engine", "transformer_engine_torch"),
+    "te": ("transformer_engine",),
     "vllm": ("vllm",),
     "liger": ("liger_kernel",),
 }

@@ -79,7 +79,9 @@ def run(
         said, log = Path(place, "said"), (logs or Path(place)) / f"{experiment.id}.log"
         command = [sys.executable, "-m", "tools.bringup.runner", experiment.function, str(said), str(limit)]
         command += ["megatron"] * ("megatron" in experiment.needs)
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(ROOT), *filter(None, [experiment.environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")])]
+        )
         settings = {**os.environ, **experiment.environment, "PYTHONPATH": path, "TMPDIR": place}
         with log.open("w") as output:
             process = subprocess.Popen(

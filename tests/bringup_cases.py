@@ -1,0 +1,129 @@
+"""Experiments for tests/test_bringup.py: made-up ones with every way to end, and the real ones on what a CPU has."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tools.bringup.report import Refused, Report
+
+
+def succeeds(report: Report) -> None:
+    report.number("answer", 42)
+    report.claim("small", 1e-7, 1e-6)
+    report.claim_above("large", 5.0, 4.0)
+    report.refusal("13 tokens", "assertion\n  13 % 8 != 0\n")
+    report.left_out("Liger", "not installed")
+    report.headline("42")
+
+
+def fails(report: Report) -> None:
+    report.number("found", float("nan"))
+    report.claim("not a number", float("nan"), 1.0)
+    report.claim("holds", 0.5, 1.0)
+    report.headline("never seen")
+
+
+def raises(report: Report) -> None:
+    report.number("before", 1)
+    raise ValueError(f"something in {Path(__file__).resolve()}")
+
+
+def crashes(report: Report) -> None:
+    report.number("before", 2)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs(report: Report) -> None:
+    """With a child that would go on by itself."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report.number("child", child.pid)
+    time.sleep(600)
+
+
+def takes_all_memory(report: Report) -> None:
+    report.number("before", 3)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    hoard = []
+    while True:
+        hoard.append(bytearray(256 << 20))
+
+
+def refuses(report: Report) -> None:
+    raise Refused("this card has no such unit")
+
+
+def leaves_silently(report: Report) -> None:
+    os._exit(0)
+
+
+def _stand_in() -> dataclasses.Field:  # type: ignore[type-arg]
+    from a3po_megatron.cluster import CPU
+    from tests import quantising_te
+
+    quantising_te.install()
+    return dataclasses.replace(CPU, spec="te")  # type: ignore[return-value]
+
+
+def oracle_on_stand_in(report: Report) -> None:
+    from tools.bringup.rank import alone, make_model
+    from tools.bringup.te import against_oracle
+
+    against_oracle(report, alone(_stand_in()), make_model())
+
+
+def fp8_on_stand_in(report: Report) -> None:
+    from tools.bringup.te import fp8_on
+
+    fp8_on(report, _stand_in())
+
+
+def traps_on_stand_in(report: Report) -> None:
+    from tools.bringup.traps import traps_on
+
+    traps_on(report, _stand_in())
+
+
+def alignment_on_stand_in(report: Report) -> None:
+    from tools.bringup.alignment import alignment_on
+
+    alignment_on(report, _stand_in())
+
+
+def learner_leaves_on_cpu(report: Report) -> None:
+    import torch
+
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.arena import whole_learner
+    from tools.bringup.rank import alone, make_learner, make_model
+
+    cluster, folder = alone(CPU), make_model()
+    whole_learner(report, lambda: make_learner(cluster, folder), torch.device("cpu"), cycles=3)
+
+
+def engine_cycles_on_cpu(report: Report) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.engine import cycles_on
+
+    cycles_on(report, CPU, cycles=3)
+
+
+def mismatch_on_cpu(report: Report) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.engine import mismatch_on
+
+    mismatch_on(report, CPU, ["bf16"], None)
+
+
+def standalone_on_cpu(report: Report) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.engine import against_standalone_on
+
+    given = CPU.engine_args | {"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 8192}
+    against_standalone_on(report, CPU, **given)

@@ -1,0 +1,336 @@
+"""tools/gpu_bringup.py where there is no GPU: it says so; its runner lets no experiment take another along; and what of
+the experiments a CPU can do, it does here, on tests/fake_te where they need Transformer Engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a3po_megatron.model.family import read_family
+from tests.distributed.runner import ROOT
+from tests.tiny import hf_logprobs, hf_model, make_checkpoint
+from tools import gpu_bringup
+from tools.bringup import arena, head, loop, machine, oracle
+from tools.bringup.experiments import EXPERIMENTS, by_id, chosen
+from tools.bringup.report import Report, summary
+from tools.bringup.runner import STATUSES, Experiment, _load, clean, run, run_all
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+KEYS = {
+    *("title", "status", "reason", "seconds", "date", "headline", "numbers", "claims", "refusals", "left_out"),
+    *("environment", "last_lines"),
+}
+
+
+def bringup(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/gpu_bringup.py", *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | NO_GPU, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def made_up(name: str, **options: Any) -> Experiment:
+    options = {"needs": (), "seconds": 60} | options
+    return Experiment(name, name.replace("_", " "), f"tests.bringup_cases:{name}", **options)
+
+
+def on_cpu(name: str, fake_te: bool = False, seconds: float = 200) -> dict[str, Any]:
+    """The record of an experiment that needs Megatron."""
+    environment = NO_GPU | ({"PYTHONPATH": str(ROOT / "tests/fake_te")} if fake_te else {})
+    return run(made_up(name, needs=("megatron",), seconds=seconds, environment=environment), {})
+
+
+def test_without_a_gpu_everything_is_left_out_with_its_reason_and_nothing_is_written(tmp_path: Path) -> None:
+    evidence = gpu_bringup.EVIDENCE
+    before = evidence.read_bytes() if evidence.exists() else None
+    ended = bringup()
+    assert ended.returncode == 0, ended.stderr
+    table = ended.stdout[ended.stdout.index("experiment  ") :]
+    for experiment in EXPERIMENTS:
+        row = next(line for line in table.splitlines() if line.startswith(f"{experiment.id} "))
+        assert "left out" in row and "torch finds no CUDA device" in row
+    assert f"{len(EXPERIMENTS)} left out" in table
+    assert "not written" in table
+    assert (evidence.read_bytes() if evidence.exists() else None) == before
+    out = tmp_path / "new" / "gpu.json"
+    assert bringup("--only", "2", "5a", "--out", str(out)).returncode == 0
+    found = json.loads(out.read_text())
+    assert found["schema"] == gpu_bringup.SCHEMA and found["device"] is None
+    assert found["versions"]["torch"] == torch.__version__
+    assert list(found["experiments"]) == ["2a", "2b", "5a"]
+    assert all(set(record) == KEYS for record in found["experiments"].values())
+
+
+def test_a_partial_run_keeps_the_others_records_and_refuses_those_of_another_machine(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    assert bringup("--only", "1a", "--out", str(out)).returncode == 0
+    assert bringup("--only", "6", "--out", str(out)).returncode == 0
+    found = json.loads(out.read_text())
+    assert list(found["experiments"]) == ["1a", "6"]
+    out.write_text(json.dumps(found | {"device": "another"}))
+    ended = bringup("--only", "6", "--out", str(out))
+    assert ended.returncode == 2 and "another device" in ended.stderr
+    assert json.loads(out.read_text())["device"] == "another"
+
+
+def test_wrong_requests_are_refused_and_the_list_names_every_experiment() -> None:
+    assert bringup("--only", "9").returncode == 2
+    assert bringup("--limit", "0").returncode == 2
+    listed = bringup("--list")
+    assert listed.returncode == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == [e.id for e in EXPERIMENTS]
+    assert [e.id for e in chosen(["4", "1b"])] == ["1b", "4a", "4b"]
+
+
+def test_every_experiment_has_its_function() -> None:
+    code = "from tools.bringup import runner, experiments\n"
+    code += "from a3po_megatron.launch import environment; environment.prepare()\n"
+    code += "from a3po_megatron import compat; compat.prepare()\n"
+    code += "for e in experiments.EXPERIMENTS: assert callable(runner._load(e.function)), e.id\n"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | NO_GPU, check=True, timeout=200)
+    assert _load("head:exact") is head.exact
+    assert len({e.id for e in EXPERIMENTS}) == len(EXPERIMENTS)
+    assert all(set(e.needs) <= {"cuda", "hopper", *machine.NEEDS} for e in EXPERIMENTS)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    names = ("crashes", "raises", "fails", "takes_all_memory", "refuses", "leaves_silently")
+    experiments = [
+        made_up("hangs", seconds=15),
+        *(made_up(name) for name in names),
+        made_up("left", needs=("cuda",)),
+        made_up("succeeds", environment={"A": "1"}),
+    ]
+    logs = tmp_path_factory.mktemp("logs")
+    found = run_all(experiments, {"cuda": "there is none"}, logs=logs)
+    assert {path.stem for path in logs.iterdir()} == set(found) - {"left"}
+    return found
+
+
+def test_an_experiment_that_crashes_hangs_or_takes_all_memory_takes_no_other_along(
+    records: dict[str, dict[str, Any]],
+) -> None:
+    assert {name: record["status"] for name, record in records.items()} == {
+        **{"hangs": "failed", "crashes": "failed", "raises": "failed", "fails": "failed", "takes_all_memory": "failed"},
+        **{"refuses": "refused", "leaves_silently": "failed", "left": "left out", "succeeds": "shown"},
+    }
+    reasons = {name: record["reason"] for name, record in records.items()}
+    assert reasons["hangs"] == "it did not end within 15 s"
+    assert reasons["crashes"] == "killed by SIGSEGV"
+    assert reasons["raises"].startswith("ValueError: something in ")
+    assert reasons["fails"] == "not so: not a number"
+    assert reasons["takes_all_memory"] == "MemoryError"
+    assert reasons["refuses"] == "refused: this card has no such unit"
+    assert reasons["leaves_silently"] == "the process ended before the experiment did"
+    assert reasons["left"] == "there is none"
+
+
+def test_a_record_says_what_was_found_before_the_end_and_the_last_lines_of_what_failed(
+    records: dict[str, dict[str, Any]],
+) -> None:
+    for record in records.values():
+        assert set(record) == KEYS and record["status"] in STATUSES
+        assert (record["headline"] == record["reason"]) == (record["status"] != "shown")
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert records["crashes"]["numbers"] == {"before": 2}
+    assert records["takes_all_memory"]["numbers"] == {"before": 3}
+    assert any("in hangs" in line for line in records["hangs"]["last_lines"])  # every thread's stack
+    assert str(ROOT) not in json.dumps(records)  # records are published: no machine's paths
+    assert records["raises"]["last_lines"][-1] == "ValueError: something in tests/bringup_cases.py"
+    good = records["succeeds"]
+    assert good["numbers"] == {"answer": 42} and good["headline"] == "42" and good["last_lines"] == []
+    assert [claim["holds"] for claim in good["claims"]] == [True, True]
+    assert good["refusals"] == {"13 tokens": "13 % 8 != 0"} and good["left_out"] == {"Liger": "not installed"}
+    assert good["environment"] == {"A": "1"}
+    assert records["fails"]["numbers"] == {"found": "nan"}
+
+
+def test_what_a_hanging_experiment_started_ends_with_it(records: dict[str, dict[str, Any]]) -> None:
+    child = Path("/proc", str(records["hangs"]["numbers"]["child"]), "stat")
+    for _ in range(50):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child of a hanging experiment lives on")
+
+
+def test_a_limit_given_by_the_user_counts() -> None:
+    start = time.perf_counter()
+    assert run(made_up("hangs"), {}, limit=2)["reason"] == "it did not end within 2 s"
+    assert time.perf_counter() - start < 20
+
+
+def test_the_table_names_every_experiment_and_counts_statuses(records: dict[str, dict[str, Any]]) -> None:
+    lines = gpu_bringup.table(records).splitlines()
+    assert lines[-1] == "6 failed, 1 refused, 1 left out, 1 shown"
+    assert "shown" in lines[-2] and lines[-2].endswith("| 42")
+
+
+def test_what_is_lacking_is_named_with_its_reason() -> None:
+    found = machine.lacks(True, "", (8, 0))
+    assert "cuda" not in found and found["hopper"].startswith("the device is sm_80")
+    found = machine.lacks(False, "none", (0, 0))
+    assert found["cuda"] == found["hopper"] == "none"
+    assert clean(f"  File {ROOT}/tools/x.py, line 1") == "  File tools/x.py, line 1"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_oracle_equals_transformers_in_float64(tied: bool, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "qwen3", "qwen3", tie_word_embeddings=tied)
+    family, weights, model = read_family(folder), oracle.read_weights(folder), hf_model(folder)
+    prompt, response = (5, 9, 2, 40), torch.tensor([7, 1, 66, 3, 3])
+    mine = oracle.logprobs(weights, family, prompt, response.tolist(), 0.7)
+    theirs = hf_logprobs(model, prompt, response.numpy(), 0.7)
+    # transformers takes its rotary angles in float32.
+    assert float((mine - theirs).detach().abs().max()) < 1e-5
+    mine.sum().backward()
+    theirs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(weights[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learner_stands_against_the_oracle_as_the_experiment_asks() -> None:
+    record = on_cpu("oracle_on_stand_in", fake_te=True)
+    assert record["status"] == "shown", record["reason"]
+    assert record["numbers"]["sequences, response tokens, micro-batches"] == [10, 505, 2]
+    assert len(record["claims"]) == 6
+
+
+def test_fp8_as_rounding_alone_is_within_the_experiments_bounds_and_no_more_than_that() -> None:
+    record = on_cpu("fp8_on_stand_in", fake_te=True)
+    assert record["status"] == "shown", record["reason"]
+    errors = {name: each["gradient"] for name, each in record["numbers"].items() if isinstance(each, dict)}
+    assert 0.15 < errors["fp8-blockwise"] < 0.25 and 0.15 < errors["fp8-tensorwise"] < 0.25  # as te.py's bounds say
+    assert errors["fp8-blockwise, first and last layer in bf16"] < errors["fp8-blockwise"]
+
+
+def test_both_cache_traps_show_where_layers_keep_copies_and_not_as_the_learner_is_built() -> None:
+    record = on_cpu("traps_on_stand_in", fake_te=True)
+    assert record["status"] == "shown", record["reason"]
+    assert record["numbers"]["with copies"]["lost"] > 0.3 and record["numbers"]["ours"]["lost"] == 0
+
+
+def test_refused_token_counts_are_recorded_word_for_word() -> None:
+    record = on_cpu("alignment_on_stand_in", fake_te=True)
+    assert record["status"] == "shown", record["reason"]
+    assert record["refusals"]["fp8-blockwise: 100 tokens"] == "forward: Linear: (100, 256) in FP8"
+
+
+def small_head(report: Report) -> None:
+    head.exact_on(report, torch.device("cpu"), (1000, 997), width=64)
+
+
+def wrong(report: Report) -> list[str]:
+    return [claim["claim"] for claim in summary(report.lines)["claims"] if not claim["holds"]]
+
+
+def test_the_loss_is_exact_by_the_experiments_measure() -> None:
+    report = Report()
+    small_head(report)
+    assert wrong(report) == []
+    assert len(summary(report.lines)["claims"]) == 2 * 2 * 8
+
+
+def test_a_head_that_counts_padding_or_loses_precision_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Callable[..., Any] = head.fused_head
+    monkeypatch.setattr(head, "fused_head", lambda *given, vocab_size, **more: right(*given, **more))
+    report = Report()
+    small_head(report)
+    assert any("padding" in claim for claim in wrong(report)) and any("logprob" in claim for claim in wrong(report))
+
+    def coarse(hidden: torch.Tensor, *given: Any, **more: Any) -> Any:
+        return right((hidden * (1 + 2**-11)), *given, **more)  # what tf32 does to an operand
+
+    monkeypatch.setattr(head, "fused_head", coarse)
+    report = Report()
+    small_head(report)
+    assert any("d_weight" in claim for claim in wrong(report))
+
+
+def test_an_optimizer_that_leaves_and_returns_takes_the_same_steps() -> None:
+    report = Report()
+    arena.blocks_on(report, torch.device("cpu"), [1000, 70_001, 3], cycles=3)
+    assert wrong(report) == [] and len(summary(report.lines)["claims"]) == 2
+    assert summary(report.lines)["numbers"]["bytes"] >= 3 * 4 * 71_004
+
+
+def test_one_lost_bit_of_a_returning_optimizer_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    back = arena.Block.back
+
+    def damaged(block: arena.Block) -> None:
+        back(block)
+        block.members[0].data[3] *= 1 + 2**-23
+
+    monkeypatch.setattr(arena.Block, "back", damaged)
+    report = Report()
+    arena.blocks_on(report, torch.device("cpu"), [1000], cycles=2)
+    assert wrong(report)
+
+
+def test_a_whole_learner_that_leaves_takes_the_same_steps() -> None:
+    record = on_cpu("learner_leaves_on_cpu")
+    assert record["status"] == "shown", record["reason"]
+    # bf16 weights, float32 gradients, masters and moments: 18 bytes a parameter of 2.6 M.
+    assert record["numbers"]["bytes of the learner that leave"] > 40e6
+
+
+def test_the_engines_experiments_go_through_on_vllm_for_cpus() -> None:
+    cycles = on_cpu("engine_cycles_on_cpu")
+    assert cycles["status"] == "shown", cycles["reason"]
+    assert cycles["numbers"]["receipt: strength, tensors, bytes"][0] == "stream"  # all that a CPU's engine can prove
+    table = on_cpu("mismatch_on_cpu")
+    assert table["status"] == "shown", table["reason"]
+    assert 0 < table["numbers"]["learner bf16, engine bf16"]["abs_mean"] < 0.05
+
+
+def test_generation_in_process_equals_a_vllm_of_its_own_on_a_cpu() -> None:
+    record = on_cpu("standalone_on_cpu")
+    assert record["status"] == "shown", record["reason"]
+    assert record["numbers"]["responses, share equal, tokens compared"][:2] == [32, 1.0]
+
+
+def rows(steps: int, rise: float = 0.2, **changes: float) -> list[dict[str, Any]]:
+    return [
+        {
+            **{"step": step, "learner/loss": 0.1, "policy/grad_norm": 1.0, "mismatch/logprob_abs_mean": 0.01},
+            **{"reward/correct_rate": 0.4 + rise * step / (steps - 1), "policy/ratio_first_max": 0.05},
+            **changes,
+        }
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "claim"),
+    [
+        (rows(40), None),
+        (rows(39), "40 steps"),
+        (rows(40, rise=0.1), "rises"),
+        (rows(40, **{"learner/loss": math.nan}), "learner/loss"),
+        (rows(40, **{"mismatch/logprob_abs_mean": 0.3}), "mismatch"),
+        (rows(40, **{"policy/ratio_first_max": 0.9}), "ratio"),
+    ],
+)
+def test_the_demos_loop_is_judged_by_its_metrics(given: list[dict[str, Any]], claim: str | None) -> None:
+    report = Report()
+    loop.judge(report, given, 40)
+    assert len(wrong(report)) == (claim is not None)
+    if claim is not None:
+        assert claim in wrong(report)[0]
+
+
+def test_experiments_whose_settings_are_read_at_import_run_with_them() -> None:
+    assert by_id("1c").environment == {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0"}
+    assert "expandable_segments:True" in by_id("3b").environment["PYTORCH_CUDA_ALLOC_CONF"]
