@@ -39,6 +39,7 @@ class Backend:
     )
     offload: Literal["none", "optimizer", "all"]  # of the learner, while the engine samples (residency.py)
     sleeps: bool  # the engine gives device memory back while the learner trains
+    packs_head: bool  # a tied output layer is a copy in the engine, which must be sent as a tensor of its own
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
 
     def local(self) -> torch.device:
@@ -64,6 +65,7 @@ CPU = Backend(
     receipt_strength="stream",
     offload="none",
     sleeps=False,
+    packs_head=True,
     engine_args={
         "enforce_eager": True,
         # A seeded request whose prompt is split over steps dies with "CPU Generator does not use offset".
@@ -79,9 +81,12 @@ CUDA = Backend(
     receipt_strength="engine",
     offload="optimizer",
     sleeps=True,
+    packs_head=False,
     engine_args={
         "enable_sleep_mode": True,
         "async_scheduling": True,
+        # The experts' kernels that keep their weights in the order in which they are read back and reloaded.
+        "moe_backend": "triton",
         # Memory is asked for in bytes (rollout.kv_cache_bytes). vLLM still refuses to start where less than this share
         # of the device is free, whatever it needs.
         "gpu_memory_utilization": 0.1,

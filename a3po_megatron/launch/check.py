@@ -52,8 +52,11 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
     check_precision(config.learner, config.model, config.parallel, family, mini_batches)
     if is_fp8(config.learner.precision) and not backend.fp8:
         raise RequestError(f"learner.precision: {config.learner.precision} needs a GPU, and this run is on CPUs")
+    _check_quantization(config, family, backend)
     if backend.device == "cuda":
         return
+    if config.rollout.batch_invariant:
+        raise RequestError("rollout.batch_invariant has no effect on a CPU, where a rollout never depends on its batch")
     if family.head_dim not in CPU_HEAD_DIMS:
         raise RequestError(
             f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
@@ -135,6 +138,35 @@ def _check_layout(config: Config, family: Family) -> None:
         )
 
 
+def _check_quantization(config: Config, family: Family, backend: Backend) -> None:
+    rollout = config.rollout
+    if rollout.quantization is None:
+        return
+    if not backend.fp8:
+        raise RequestError(f"rollout.quantization: {rollout.quantization} needs a GPU, and this run is on CPUs")
+    if config.correction.tis_cap is None:
+        raise RequestError(
+            f"rollout.quantization: {rollout.quantization} needs correction.tis_cap: uncorrected, learning loses what "
+            "the engine's rounding takes"
+        )
+    ffn = family.ffn if family.experts is None else family.experts.ffn
+    cut = rollout.tensor if rollout.expert == 1 else 1
+    sizes = {
+        "num_attention_heads × head_dim": family.heads * family.head_dim // rollout.tensor,
+        "num_key_value_heads × head_dim": family.kv_heads * family.head_dim // rollout.tensor,
+        "intermediate_size" if family.experts is None else "moe_intermediate_size": ffn // cut,
+    }
+    for name, size in sizes.items():
+        if size % 128:
+            raise RequestError(
+                f"rollout.quantization: {rollout.quantization} scales blocks of 128 × 128, and the model's {name} on "
+                f"an engine's rank is {size}: blocks would lie across tensors, and what the engine holds could not be "
+                "proven"
+            )
+    if sum(rollout.bf16_layers) > family.layers:
+        raise RequestError(f"rollout.bf16_layers = {list(rollout.bf16_layers)}: the model has {family.layers} layers")
+
+
 def _check_engine_experts(config: Config, family: Family) -> None:
     tensor, expert, experts = config.rollout.tensor, config.rollout.expert, family.experts
     if experts is None:
@@ -170,4 +202,4 @@ def _check_extra(config: Config, family: Family, backend: Backend) -> None:
         from ..rollout.vllm_engine import engine_arguments
 
         transformer_config(family, config.parallel, config.model, config.megatron, config.learner, backend)
-        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend)
+        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend, family.layers)

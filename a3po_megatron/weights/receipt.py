@@ -76,20 +76,23 @@ def tensor_checksum(tensor: Tensor) -> int:
 
 
 def shard_checksums(
-    pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor], dtype: torch.dtype, names: list[str]
+    pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor], dtype: torch.dtype | None, names: list[str]
 ) -> Tensor:
-    """This rank's share of every tensor's checksum, [len(names)] int64: over the elements that it owns."""
+    """This rank's share of every tensor's checksum, [len(names)] int64: over the elements that it owns.
+
+    Of their values in `dtype`; None: of what they are.
+    """
     totals = dict.fromkeys(names, 0)
     for piece in pieces:
         if piece.owner:
             values = parameters[piece.key].detach().narrow(piece.dim, piece.offset, piece.length)
-            columns = math.prod(piece.shape[1:])
+            columns, kind = math.prod(piece.shape[1:]), dtype or values.dtype
             if piece.dim == 0 and values.is_contiguous():  # rows that follow each other in the HF tensor too
-                found = block_checksum(values.view(1, -1), piece.start * columns, 0, dtype)
+                found = block_checksum(values.view(1, -1), piece.start * columns, 0, kind)
             elif piece.dim == 0:
-                found = block_checksum(values.reshape(piece.length, columns), piece.start * columns, columns, dtype)
+                found = block_checksum(values.reshape(piece.length, columns), piece.start * columns, columns, kind)
             else:
-                found = block_checksum(values, piece.start, columns, dtype)
+                found = block_checksum(values, piece.start, columns, kind)
             totals[piece.tensor] += found
     return torch.tensor([wrap(totals[name]) for name in names], dtype=torch.int64)
 
