@@ -35,6 +35,7 @@ class Backend:
     receipt_strength: (
         str  # what a publish can prove: `engine` reads the engine's tensors back, `stream` what it was fed
     )
+    returns_routes: bool  # whether its vLLM can say which experts it chose: that takes Model Runner V2, and so Triton
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
 
 
@@ -44,6 +45,7 @@ CPU = Backend(
     spec="local",
     # vLLM's CPU backend packs linear weights into an opaque layout when it loads them: they cannot be read back.
     receipt_strength="stream",
+    returns_routes=False,  # Triton has no CPU backend
     engine_args={
         "enforce_eager": True,
         # A seeded request whose prompt is split over steps dies with "CPU Generator does not use offset".
@@ -221,6 +223,12 @@ class Cluster:
         """The sum over the ranks that hold parts of the same sequences."""
         if self.context > 1:
             dist.all_reduce(values, group=self.context_group)
+        return values
+
+    def sum_over_batch_group(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that train on the same rollouts."""
+        if self.batch_group.size() > 1:
+            dist.all_reduce(values, group=self.batch_group)
         return values
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:

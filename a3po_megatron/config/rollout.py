@@ -21,4 +21,6 @@ class RolloutOptions(Section):
     max_rounds: Positive = 4  # dynamic sampling: rounds a step may take to find enough groups with spread
     max_sequences: Positive = 256  # rollouts an engine decodes at once
     kv_cache_bytes: Positive = 256 << 20  # of one engine
+    # Mixtures of experts: the learner sends every token to the experts that the engine chose for it.
+    routing_replay: bool = False
     engine_args: PassedThrough = Field(default_factory=dict)  # further vLLM engine arguments, checked by name
