@@ -175,7 +175,7 @@ def checked_routes(routes: Any, tokens: int, family: Family) -> np.ndarray:
         raise RunFailed(f"{option}: vLLM returned no experts for a response: {routes!r}")
     if routes.shape != wanted or routes.dtype != np.uint8:
         raise RunFailed(
-            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} uint8 (tokens without "
+            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} uint8 (tokens but "
             "the last, layers, experts per token)"
         )
     ordered = np.sort(routes, axis=2)
