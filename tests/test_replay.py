@@ -140,7 +140,7 @@ def test_the_loop_trains_along_the_real_engines_routes_and_says_in_every_row_how
 ) -> None:
     for there in found[2]["the_loop"]:
         for row in there["rows"]:
-            # One pair of a rollout is made up, of LAYERS for each of at least 3 and at most 25 tokens; no other differs.
+            # One pair of a rollout is made up, of LAYERS for each of 3 to 25 tokens; no other differs.
             assert 1 / (25 * LAYERS) < row["mismatch/routes_rate"] < 1 / (3 * LAYERS)
             assert row["mismatch/logprob_abs_mean"] < 1e-5
             assert row["refit/canary"] < 1e-4
