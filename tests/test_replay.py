@@ -20,6 +20,7 @@ from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.model.family import Experts
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.metrics import METRICS
+from a3po_megatron.telemetry.rollouts import save_rejected
 from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, LAYERS, PER_TOKEN
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint, make_collected
@@ -246,3 +247,13 @@ def test_the_rate_is_over_tokens_and_layers_of_what_the_current_weights_sampled_
         assert batch_metrics(sums + sums, batch.rho)["mismatch/routes_rate"] == pytest.approx(rerouted / pairs)
     assert batch_metrics(batch_sums(batch, 3), batch.rho)["mismatch/routes_rate"] is None
     assert "mismatch/routes_rate" in METRICS
+
+
+def test_what_is_kept_of_a_rejected_update_holds_its_routes(tmp_path: Path) -> None:
+    batch = assemble(make_collected(groups=2, size=4), AdvantageOptions(), 1)
+    for number, rollout in enumerate(batch.rollouts[1:]):
+        rollout.routes = np.full((number + 1, 3, 2), number, np.uint8)
+    entries = torch.load(save_rejected(tmp_path / "rejected", 0, 0, 0, batch))
+    assert entries[0]["routes"] is None
+    for entry, rollout in zip(entries[1:], batch.rollouts[1:], strict=True):
+        assert torch.equal(entry["routes"], torch.from_numpy(rollout.routes))
