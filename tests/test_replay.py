@@ -130,6 +130,7 @@ def test_the_canary_follows_the_engines_routes_and_shows_where_they_are_not_its_
     found: dict[int, dict[str, list[Any]]],
 ) -> None:
     for by_name in found[2]["canary"]:
+        assert isinstance(by_name["as it says"], float), by_name
         assert by_name["as it says"] < 1e-5
         assert "differ by" in by_name["another way"]
         assert "differ by" in by_name["says nothing"]
