@@ -25,4 +25,6 @@ class RolloutOptions(Section):
     quantization: Literal["fp8_per_block"] | None = None
     bf16_layers: tuple[NonNegative, NonNegative] = (0, 0)  # with quantization: first and last layers that are left out
     batch_invariant: bool = False  # vLLM's kernels whose results do not depend on the batch: slower, learner included
+    # Mixtures of experts: the learner sends every token to the experts that the engine chose for it.
+    routing_replay: bool = False
     engine_args: PassedThrough = Field(default_factory=dict)  # further vLLM engine arguments, checked by name

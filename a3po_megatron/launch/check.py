@@ -53,6 +53,10 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
     if is_fp8(config.learner.precision) and not backend.fp8:
         raise RequestError(f"learner.precision: {config.learner.precision} needs a GPU, and this run is on CPUs")
     _check_quantization(config, family, backend)
+    if config.rollout.routing_replay and not backend.returns_routes:
+        raise RequestError(
+            f"rollout.routing_replay: true: vLLM cannot say which experts it chose on this device ({backend.device})"
+        )
     if backend.device == "cuda":
         return
     if config.rollout.batch_invariant:
@@ -126,6 +130,8 @@ def _check_layout(config: Config, family: Family) -> None:
             f"{family.max_positions} (max_position_embeddings)"
         )
     _check_engine_experts(config, family)
+    if config.rollout.routing_replay:
+        _check_replay(config, family)
     for name, size in (("num_attention_heads", family.heads), ("num_key_value_heads", family.kv_heads)):
         if size % config.rollout.tensor:
             raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the model's {name} = {size}")
@@ -187,6 +193,28 @@ def _check_engine_experts(config: Config, family: Family) -> None:
         )
     if experts.count % expert:
         raise RequestError(f"rollout.expert = {expert} does not divide the model's num_experts = {experts.count}")
+
+
+# Where Megatron routes in a fused kernel, or plays a recorded graph.
+BEYOND_REPLAY = ("moe_router_fusion", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+
+
+def _check_replay(config: Config, family: Family) -> None:
+    option = "rollout.routing_replay: true"
+    if family.experts is None:
+        raise RequestError(f"{option}, but the model has no experts")
+    if family.experts.count > 256:
+        raise RequestError(f"{option} takes at most 256 experts (a byte each): the model has {family.experts.count}")
+    # vllm 0.32.0, distributed/aux_output_connector/worker.py: only the first rank of an engine is given its routes, and
+    # every other one's scheduler, which an engine in the learner's processes has too, fails without them.
+    if config.rollout.tensor > 1:
+        raise RequestError(
+            f"{option} needs rollout.tensor = 1, not {config.rollout.tensor}: vLLM gives an engine's routes to its "
+            "first rank only"
+        )
+    for name in BEYOND_REPLAY:
+        if name in config.megatron.extra:
+            raise RequestError(f"{option} does not go with megatron.extra.{name}: that routing is out of its reach")
 
 
 def _check_extra(config: Config, family: Family, backend: Backend) -> None:

@@ -46,6 +46,7 @@ OWNED = {
     *("tokenizer", "quantization", "expert_placement_strategy", "pipeline_parallel_size", "data_parallel_size"),
     *("enable_sleep_mode", "weight_transfer_config", "worker_cls", "hf_overrides", "gpu_memory_utilization"),
     *("async_scheduling", "moe_backend", "quantization_config"),
+    *("enable_return_routed_experts", "aux_output_config"),
 }
 QUANTISED = ("_proj.weight",)  # what ends so is a linear layer's or an expert's
 
@@ -164,9 +165,22 @@ class VllmEngine:
                 engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
             while engine.has_unfinished_requests():
                 done: list[Any] = [output for output in engine.step() if output.finished]
-                yield [(int(output.request_id), _completion(output.outputs[0])) for output in done]
+                yield [(int(output.request_id), self._completion(output)) for output in done]
         finally:
             drop_requests(engine)
+
+    def _completion(self, request: Any) -> Completion:
+        """Of a finished request (vLLM's RequestOutput)."""
+        (output,) = request.outputs
+        if output.finish_reason not in ("stop", "length"):
+            raise RunFailed(f"vLLM ended a response with {output.finish_reason!r}")
+        tokens, routes = np.array(output.token_ids, dtype=np.int64), None
+        logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        if self._options.routing_replay:
+            routes = checked_routes(
+                output.routed_experts, len(request.prompt_token_ids) + len(tokens) - 1, self._family
+            )
+        return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason, routes)
 
 
 def _left_out(options: RolloutOptions, layers: int) -> list[int]:
@@ -202,6 +216,9 @@ def engine_arguments(
         ours["quantization_config"] = {
             "ignore": ["*.mlp.gate", *(f"model.layers.{n}.*" for n in _left_out(options, layers))]
         }
+    if options.routing_replay:
+        # Routes of a prompt that is in the prefix cache are taken from there: vLLM returns none without that cache.
+        ours |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
     defaults = {"max_num_batched_tokens": max(length, 8192), "disable_log_stats": True}
     if options.engine_args:
         from vllm.engine.arg_utils import EngineArgs
@@ -211,9 +228,23 @@ def engine_arguments(
     return {**defaults, **ours, **options.engine_args}
 
 
-def _completion(output: Any) -> Completion:
-    if output.finish_reason not in ("stop", "length"):
-        raise RunFailed(f"vLLM ended a response with {output.finish_reason!r}")
-    tokens = np.array(output.token_ids, dtype=np.int64)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
-    return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason)
+def checked_routes(routes: Any, tokens: int, family: Family) -> np.ndarray:
+    """What vLLM says of one response's experts [T, L, k] uint8; RunFailed if that cannot be what it chose."""
+    assert family.experts is not None
+    option, wanted = "rollout.routing_replay", (tokens, family.layers, family.experts.per_token)
+    if not isinstance(routes, np.ndarray):
+        raise RunFailed(f"{option}: vLLM returned no experts for a response: {routes!r}")
+    if routes.shape != wanted or routes.dtype != np.uint8:
+        raise RunFailed(
+            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} uint8 (tokens but "
+            "the last, layers, experts per token)"
+        )
+    ordered = np.sort(routes, axis=2)
+    if routes.size and int(ordered[..., -1].max()) >= family.experts.count:
+        raise RunFailed(f"{option}: vLLM returned expert {ordered.max()}, of a model with {family.experts.count}")
+    # vLLM's buffer begins as zeros: that is how a layer looks that it did not watch.
+    if len(twice := np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=2))):
+        token, layer = twice[0].tolist()
+        chosen = routes[token, layer].tolist()
+        raise RunFailed(f"{option}: vLLM returned an expert twice, for token {token} in layer {layer}: {chosen}")
+    return np.ascontiguousarray(routes)

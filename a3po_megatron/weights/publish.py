@@ -17,7 +17,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from blake3 import blake3
@@ -39,6 +41,8 @@ from .reshard import Groups, Parameters, Timings, fresh, gather, plan
 from .witness import Scored, largest_difference
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+# (prompt and response tokens of each, their routes or None) → log-probs of each response
+Logprobs = Callable[[Sequences, Sequence[np.ndarray] | None], list[Tensor]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 QUANTISED_BOUND = 1.0  # an engine in FP8 beside a learner that is not; wrong weights differ by several nats
 
@@ -84,7 +88,7 @@ class Publisher:
     def publish(
         self,
         parameters: Parameters,  # this rank's shard
-        logprobs: Callable[[Sequences], list[Tensor]],  # the learner's, at temperature 1
+        logprobs: Logprobs,  # the learner's, at temperature 1
         engine: Engine,
     ) -> Receipt:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
@@ -213,21 +217,25 @@ class Publisher:
                     + (f", nor {len(missed) - 1} more tensors" if len(missed) > 1 else "")
                 )
 
-    def _canary(self, logprobs: Callable[[Sequences], list[Tensor]], engine: Engine) -> float:
+    def _canary(self, logprobs: Logprobs, engine: Engine) -> float:
         """Every engine continues the same prompts; the learner says how likely it finds those very tokens."""
         bound = self._bound(engine.dtype, engine.receipt_strength)
         completions = engine.probe(self.canary, self.options.canary_tokens)
         mine = [
-            (tuple(request.prompt), tuple(completion.tokens.tolist()))
+            ((tuple(request.prompt), tuple(completion.tokens.tolist())), completion.routes)
             for request, completion in zip(self.canary, completions, strict=True)
         ]
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
-        asked = list(dict.fromkeys(pair for part in self.cluster.gather_batch_group(mine) for pair in part))
-        self.scored = learner = dict(zip(asked, logprobs(asked), strict=True))
+        asked = {_key(*one): one for part in self.cluster.gather_batch_group(mine) for one in part}
+        routes = [r for _, r in asked.values() if r is not None] or None  # of all, or of none
+        learner = dict(zip(asked, logprobs([pair for pair, _ in asked.values()], routes), strict=True))
         differences = [
-            learner[pair] - torch.from_numpy(completion.logprobs)
-            for pair, completion in zip(mine, completions, strict=True)
+            learner[_key(*one)] - torch.from_numpy(completion.logprobs)
+            for one, completion in zip(mine, completions, strict=True)
         ]
+        # The witness routes by itself: so must the learner, for it.
+        pairs = list(dict.fromkeys(pair for pair, _ in asked.values()))
+        self.scored = dict(zip(pairs, logprobs(pairs, None) if routes else learner.values(), strict=True))
         worst = float(torch.cat(differences).abs().max())  # torch's max keeps a NaN, Python's loses it
         by_rank = self.cluster.agree("canary", worst, list)
         for rank, value in enumerate(by_rank):
@@ -238,6 +246,10 @@ class Publisher:
                     "these weights"
                 )
         return max(by_rank)
+
+
+def _key(pair: tuple[tuple[int, ...], tuple[int, ...]], routes: np.ndarray | None) -> tuple[Any, ...]:
+    return *pair, None if routes is None else routes.tobytes()
 
 
 def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
