@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from a3po_megatron.cluster import backend_of
+from a3po_megatron.cluster import backend_of, select_backend
 from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
@@ -172,6 +172,29 @@ def test_what_the_machine_cannot_do_is_refused_by_name(
     with pytest.raises(RequestError) as caught:
         check_hardware(precision, hardware)
     assert words in str(caught.value)
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(RequestError, match="has 8 ranks .* this machine 4 GPUs"):
+        check_hardware(None, Hardware((9, 0), (13, 0), (2, 11, 0), gpus=4), ranks=8)
+
+
+def test_the_patches_for_a_cpu_refuse_to_install_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from a3po_megatron.compat import megatron_cpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none here
+    with pytest.raises(RuntimeError, match="must not be installed where CUDA is present"):
+        megatron_cpu.install()
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("cuda", False), ("cpu", True)])
+def test_ranks_do_not_train_on_another_device_than_they_were_started_for(
+    wanted: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert select_backend(None).device == ("cuda" if found else "cpu")
+    with pytest.raises(RequestError, match=f"cluster.device is {wanted}, but torch finds"):
+        select_backend(wanted)
 
 
 def test_scales_that_are_powers_of_two_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

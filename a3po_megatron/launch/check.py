@@ -37,7 +37,7 @@ def check_machine(config: Config) -> Backend:
     """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
     asked for."""
     hardware = find_hardware()
-    check_hardware(config.learner.precision, hardware)
+    check_hardware(config.learner.precision, hardware, config.parallel.ranks())
     return select_backend(config.cluster.device)
 
 
