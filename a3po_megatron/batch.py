@@ -59,6 +59,9 @@ class Rollout:
     weight_version: int
     verdict: Verdict = field(default_factory=lambda: Verdict("invalid", "not graded"))
     reward: float = 0.0
+    # [T, L, k] uint8, the experts that the engine chose for each token that it read (prompt and response without the
+    # last) in each of L layers; None: not asked for (rollout.routing_replay)
+    routes: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +111,7 @@ class Batch:
     rollout_logprobs: Tensor  # [T] float32, from the engine
     old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score)
     entropy: Tensor | None = None  # [T] float32, from the training engine (score)
+    rerouted: Tensor | None = None  # [B] int64, (token, layer) pairs whose experts the learner would not choose (score)
     token_weights: Tensor | None = None  # [T] float32 (shape)
     rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)
     rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied

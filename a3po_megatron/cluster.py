@@ -39,6 +39,8 @@ class Backend:
     )
     offload: Literal["none", "optimizer", "all"]  # of the learner, while the engine samples (residency.py)
     sleeps: bool  # the engine gives device memory back while the learner trains
+    packs_head: bool  # a tied output layer is a copy in the engine, which must be sent as a tensor of its own
+    returns_routes: bool  # whether its vLLM can say which experts it chose: that takes Model Runner V2, and so Triton
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
 
     def local(self) -> torch.device:
@@ -64,6 +66,8 @@ CPU = Backend(
     receipt_strength="stream",
     offload="none",
     sleeps=False,
+    packs_head=True,
+    returns_routes=False,  # Triton has no CPU backend
     engine_args={
         "enforce_eager": True,
         # A seeded request whose prompt is split over steps dies with "CPU Generator does not use offset".
@@ -79,9 +83,13 @@ CUDA = Backend(
     receipt_strength="engine",
     offload="optimizer",
     sleeps=True,
+    packs_head=False,
+    returns_routes=True,
     engine_args={
         "enable_sleep_mode": True,
         "async_scheduling": True,
+        # The experts' kernels that keep their weights in the order in which they are read back and reloaded.
+        "moe_backend": "triton",
         # Memory is asked for in bytes (rollout.kv_cache_bytes). vLLM still refuses to start where less than this share
         # of the device is free, whatever it needs.
         "gpu_memory_utilization": 0.1,
@@ -266,6 +274,12 @@ class Cluster:
         """The sum over the ranks that hold parts of the same sequences."""
         if self.context > 1:
             dist.all_reduce(values, group=self.context_group)
+        return values
+
+    def sum_over_batch_group(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that train on the same rollouts."""
+        if self.batch_group.size() > 1:
+            dist.all_reduce(values, group=self.batch_group)
         return values
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:

@@ -375,6 +375,8 @@ class Run:
         self._scored_before = self.cluster.agree("scored before", known is not None, all)
         if self._scored_before:
             batch.old_logprobs, batch.entropy = torch.from_numpy(known)
+            rerouted = self.journal.rerouted(step, batch.rollouts)
+            batch.rerouted = None if rerouted is None else torch.tensor(rerouted, dtype=torch.int64)
         return batch
 
     def keep(self, step: int, batch: Batch) -> None:

@@ -79,7 +79,8 @@ class ScriptedEngine:
             length = self.length(prompt, number)
             tokens = np.full(length, ord(self.script(prompt)[number]), dtype=np.int64)
             finish = "length" if length == MAX_TOKENS else "stop"
-            completions.append(Completion(tokens, np.full(length, -0.5, dtype=np.float32), finish))
+            routes = np.full((length, 2, 1), 16 * prompt % 256 + number, np.uint8)
+            completions.append(Completion(tokens, np.full(length, -0.5, dtype=np.float32), finish, routes))
         self.requests += requests
         return completions
 
@@ -135,6 +136,16 @@ def spread_at(*indices: int) -> Script:
 
 def indices(groups: list[Group]) -> list[int]:
     return [group.prompt.index for group in groups]
+
+
+def test_every_rollout_keeps_its_own_routes(tmp_path: Path) -> None:
+    for journal in (None, tmp_path, tmp_path):  # sampled; sampled and written down; recalled
+        found = Setting(lambda prompt: "cwcw", journal=journal).step(0)
+        for group in found.groups:
+            for number, rollout in enumerate(group.rollouts):
+                assert rollout.routes is not None
+                assert rollout.routes.tolist() == [[[16 * group.prompt.index + number]] * 2]
+    assert found.metrics["perf/recalled_groups"] == 4
 
 
 # --- what is accepted ----------------------------------------------------------------------------------------------

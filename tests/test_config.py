@@ -321,6 +321,7 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("optimizer.eps", 1e-5, {"optimizer.name": "sgd"}),
     ("optimizer.min_lr", 1e-8, {}),
     ("learner.bf16_layers", [1, 1], {}),
+    ("rollout.bf16_layers", [1, 1], {}),
     ("publish.canary_tokens", 8, {"publish.canary_prompts": 0}),
     ("publish.canary_bound", 0.1, {"publish.canary_prompts": 0}),
     ("publish.witness_every", 2, {"publish.canary_prompts": 0}),
@@ -341,6 +342,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "optimizer.momentum": {"optimizer.name": "sgd"},
     "optimizer.min_lr": {"optimizer.schedule": "cosine"},
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
+    "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }
 
 

@@ -30,6 +30,8 @@ def group(number: int, step: int = 3) -> Group:
         logprobs = np.log(rng.random(length)).astype(np.float32)
         rollout = Rollout(PROMPTS[number], sample, 7 * sample, step, tokens, logprobs, "stop", decode(tokens), 4)
         rollout.verdict, rollout.reward = Verdict("wrong", "no ✓ answer"), 0.1 * sample
+        if number % 2:  # with routing replay
+            rollout.routes = rng.integers(0, 256, (len(PROMPTS[number].tokens) + length - 1, 3, 2), np.uint8)
         rollouts.append(rollout)
     return Group(PROMPTS[number], rollouts)
 
@@ -37,6 +39,7 @@ def group(number: int, step: int = 3) -> Group:
 def facts(one: Group) -> list[Any]:
     return [
         (r.name, r.sample, r.seed, r.step, r.tokens.tolist(), r.logprobs.tobytes(), r.finish, r.text, r.weight_version)
+        + ((None,) if r.routes is None else (r.routes.tolist(), r.routes.dtype, r.routes.shape))
         for r in one.rollouts
     ]
 
@@ -45,7 +48,7 @@ def verdicts(one: Group) -> list[Any]:
     return [(r.verdict, r.reward) for r in one.rollouts]
 
 
-def test_groups_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp_path: Path) -> None:
+def test_groups_routes_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp_path: Path) -> None:
     for rank in range(2):
         journal = Journal(tmp_path / "journal", rank, "run")
         for number in range(rank, 6, 2):
@@ -140,7 +143,7 @@ def test_what_is_written_behind_a_torn_frame_is_found_once_that_was_cut_off(tmp_
     assert [n for n in range(6) if found.group(3, PROMPTS[n], decode) is not None] == [0, 1, 4]
 
 
-def batch(numbers: list[int]) -> Batch:
+def batch(numbers: list[int], replay: bool = True) -> Batch:
     rollouts = [rollout for number in numbers for rollout in group(number).rollouts]
     lengths = torch.tensor([len(r.tokens) for r in rollouts])
     values = torch.from_numpy(np.concatenate([r.logprobs for r in rollouts]))
@@ -158,6 +161,7 @@ def batch(numbers: list[int]) -> Batch:
         values,
         old_logprobs=values * 1.5,
         entropy=-values,
+        rerouted=None if not replay else torch.tensor([7 * n + r.sample for n in numbers for r in group(n).rollouts]),
     )
 
 
@@ -171,8 +175,11 @@ def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_
         assert scores is not None
         assert torch.equal(torch.from_numpy(scores[0]), wanted.old_logprobs)
         assert torch.equal(torch.from_numpy(scores[1]), wanted.entropy)
+        assert found.rerouted(3, wanted.rollouts) == wanted.rerouted.tolist()
     assert found.scores(3, batch([0, 3]).rollouts) is None
     assert found.scores(4, batch([0]).rollouts) is None
+    Journal(tmp_path, 2, "run").add_scores(3, batch([4], replay=False))
+    assert Journal(tmp_path, 5, "run").rerouted(3, batch([4]).rollouts) is None
     path = tmp_path / "step-00003.rank-1"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     assert Journal(tmp_path, 0, "run").scores(3, batch([1]).rollouts) is None

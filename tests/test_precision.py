@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions
+from a3po_megatron.cluster import backend_of, select_backend
+from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, load_config
 from a3po_megatron.errors import RequestError
+from a3po_megatron.launch import environment
+from a3po_megatron.launch.check import _check_device
 from a3po_megatron.model.family import Family, read_family
 from a3po_megatron.model.precision import (
     FP32_SCALES,
@@ -18,9 +24,11 @@ from a3po_megatron.model.precision import (
     megatron_settings,
     token_grain,
 )
+from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple
 from tests.tiny import make_checkpoint
 
+DEMO = Path(__file__).resolve().parents[1] / "configs/demo.yaml"
 BF16 = ModelOptions(path="x", dtype="bfloat16")
 H200 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 11, 0))
 
@@ -95,6 +103,46 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "words"),
+    [
+        ("cuda", ["model.dtype=float32"], "model.dtype: float32 is none that a GPU's attention"),
+        ("cpu", ["learner.precision=fp8-blockwise"], "learner.precision: fp8-blockwise needs a GPU"),
+        ("cpu", ["rollout.quantization=fp8_per_block"], "rollout.quantization: fp8_per_block needs a GPU"),
+        ("cpu", ["rollout.batch_invariant=true"], "rollout.batch_invariant has no effect on a CPU"),
+        ("cuda", ["rollout.quantization=fp8_per_block", "correction.tis_cap=null"], "needs correction.tis_cap"),
+        ("cuda", ["rollout.quantization=fp8_per_block", "rollout.tensor=4"], "num_key_value_heads × head_dim on an"),
+        ("cuda", ["rollout.quantization=fp8_per_block", "rollout.bf16_layers=[2,1]"], "the model has 2 layers"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused_by_name(tmp_path: Any, device: str, options: list[str], words: str) -> None:
+    family = family_of(tmp_path, head_dim=64)
+    config = load_config(DEMO, ["model.dtype=bfloat16", *options])
+    with pytest.raises(RequestError) as caught:
+        _check_device(config, family, backend_of(device))
+    assert words in str(caught.value)
+
+
+def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -> None:
+    family = family_of(tmp_path, head_dim=64)
+    asked = ["rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
+    asked += ["learner.precision=fp8-blockwise", "rollout.batch_invariant=true"]
+    config = load_config(DEMO, ["model.dtype=bfloat16", *asked])
+    _check_device(config, family, backend_of("cuda"))
+    arguments = engine_arguments(tmp_path, config.rollout, torch.bfloat16, backend_of("cuda"), 4)
+    assert arguments["quantization"] == "fp8_per_block"
+    assert arguments["quantization_config"]["ignore"] == ["*.mlp.gate", "model.layers.0.*", "model.layers.3.*"]
+    assert arguments["async_scheduling"] and arguments["enable_sleep_mode"]
+    assert environment.of_run(config) == {"VLLM_BATCH_INVARIANT": "1"}
+
+
+def test_every_argument_that_the_record_for_cuda_gives_vllm_is_one_of_vllms() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert backend_of("cuda").engine_args.keys() | {"quantization", "quantization_config"} <= fields
+
+
 def test_what_fits_is_taken(tmp_path: Any) -> None:
     family, experts = family_of(tmp_path), family_of(tmp_path, "qwen3_moe", moe_intermediate_size=64)
     for precision, parallel in itertools.product(
@@ -124,6 +172,29 @@ def test_what_the_machine_cannot_do_is_refused_by_name(
     with pytest.raises(RequestError) as caught:
         check_hardware(precision, hardware)
     assert words in str(caught.value)
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(RequestError, match="has 8 ranks .* this machine 4 GPUs"):
+        check_hardware(None, Hardware((9, 0), (13, 0), (2, 11, 0), gpus=4), ranks=8)
+
+
+def test_the_patches_for_a_cpu_refuse_to_install_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from a3po_megatron.compat import megatron_cpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is none here
+    with pytest.raises(RuntimeError, match="must not be installed where CUDA is present"):
+        megatron_cpu.install()
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("cuda", False), ("cpu", True)])
+def test_ranks_do_not_train_on_another_device_than_they_were_started_for(
+    wanted: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert select_backend(None).device == ("cuda" if found else "cpu")
+    with pytest.raises(RequestError, match=f"cluster.device is {wanted}, but torch finds"):
+        select_backend(wanted)
 
 
 def test_scales_that_are_powers_of_two_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ def keyed(parameters: dict[str, torch.Tensor]) -> dict[tuple[int, str], torch.Te
 def test_the_checksum_does_not_depend_on_how_much_is_hashed_at_once(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(receipt, "CHUNK", chunk)
+    monkeypatch.setattr(receipt, "CHUNK", {"cpu": chunk})
     weights = random_weights()
     names = list(weights)
     parameters = keyed(megatron_parameters(FAMILY, 2, 1, weights))

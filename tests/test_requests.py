@@ -159,6 +159,7 @@ def test_the_request_that_all_cases_spoil_is_sound(place: Place, a3po: Callable[
         ("parallel", {"virtual": 2, "pipeline": 2}, ["parallel.virtual = 4 chunks", "2 layers"]),
         ("parallel", {"expert": 2}, ["parallel.expert = 2", "no experts"]),
         ("rollout", {"expert": 2}, ["rollout.expert = 2", "no experts"]),
+        ("rollout", {"routing_replay": True}, ["rollout.routing_replay: true", "no experts"]),
         ("rollout", {"tensor": 4}, ["rollout.tensor = 4", "2 ranks"]),
         ("rollout", {"data": 3}, ["rollout.data = 3", "2 engines"]),
         ("rollout", {"max_tokens": 241}, ["257", "256", "rollout.max_tokens", "max_position_embeddings"]),
@@ -210,6 +211,32 @@ def test_a_layout_that_a_mixture_of_experts_cannot_have_is_refused_by_name(
     place.set("parallel", **parallel)
     place.set("rollout", **rollout)
     assert_refused(place, a3po, *named)
+
+
+@pytest.mark.parametrize(
+    ("experts", "rollout", "extra", "named"),
+    [
+        (257, {}, {}, ["at most 256 experts", "has 257"]),
+        (4, {"tensor": 2}, {}, ["rollout.tensor = 1, not 2"]),
+        (4, {}, {"moe_router_fusion": True}, ["megatron.extra.moe_router_fusion"]),
+        (256, {}, {}, ["vLLM cannot say", "(cpu)"]),
+    ],
+)
+def test_routing_replay_is_refused_where_it_cannot_work(
+    place: Place,
+    a3po: Callable[..., Ended],
+    experts: int,
+    rollout: dict[str, Any],
+    extra: dict[str, Any],
+    named: list[str],
+) -> None:
+    place.replace_model(kind="qwen3_moe", hidden_size=64, moe_intermediate_size=32, num_experts=experts)
+    place.options["parallel"] = {}
+    place.set("parallel", data=2)
+    place.set("megatron", extra=extra)
+    place.set("rollout", **rollout)
+    place.set("rollout", routing_replay=True)
+    assert_refused(place, a3po, "rollout.routing_replay: true", *named)
 
 
 def test_the_longest_context_that_the_model_has_is_accepted(place: Place, a3po: Callable[..., Ended]) -> None:
@@ -334,6 +361,8 @@ def test_pass_through_options_that_the_libraries_lack_or_that_are_ours_are_refus
     """One process for all: importing Megatron and vLLM takes most of the time."""
     cases = {
         "megatron.extra.attention_softmax_in_fp23=true": "did you mean attention_softmax_in_fp32?",
+        "megatron.extra.moe_enable_routing_replay=true": "follows from the model and the other options",
+        "rollout.engine_args.enable_return_routed_experts=true": "follows from the model and the other options",
         "megatron.extra.num_layers=3": "follows from the model and the other options",
         "megatron.extra.tensor_model_parallel_size=1": "follows from the model and the other options",
         "rollout.engine_args.max_num_batched_token=64": "did you mean max_num_batched_tokens?",

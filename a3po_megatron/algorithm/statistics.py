@@ -6,6 +6,9 @@ denominator is 0 is undefined (None), except that shaping which is switched off 
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 
 from ..batch import Batch
@@ -22,6 +25,8 @@ KEYS = (
     "fresh_tokens",
     "mismatch_abs",
     "mismatch_k3",
+    "routed",
+    "rerouted",
     *(f"{name}_{side}" for side in _SIDES for name in _NAMES),
 )
 
@@ -33,15 +38,18 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
     assert batch.old_logprobs is not None and batch.entropy is not None and batch.token_weights is not None
     old = batch.old_logprobs.double()
     fresh = torch.tensor([r.weight_version == weight_version for r in batch.rollouts], dtype=torch.bool)
-    fresh = fresh[batch.rollout_index] if batch.rollouts else torch.zeros(0, dtype=torch.bool)
-    difference = (old - batch.rollout_logprobs.double())[fresh]
+    fresh_tokens = fresh[batch.rollout_index] if batch.rollouts else torch.zeros(0, dtype=torch.bool)
+    difference = (old - batch.rollout_logprobs.double())[fresh_tokens]
+    routed = [math.prod(r.routes.shape[:2]) if r.routes is not None else 0 for r in batch.rollouts]
     sums = {
         "tokens": torch.tensor(float(old.numel())),
         "entropy": batch.entropy.double().sum(),
         "old_logprob": old.sum(),
-        "fresh_tokens": fresh.sum(),
+        "fresh_tokens": fresh_tokens.sum(),
         "mismatch_abs": difference.abs().sum(),
         "mismatch_k3": kl_k3(difference).sum(),
+        "routed": torch.tensor(0.0 if batch.rerouted is None else float(sum(itertools.compress(routed, fresh)))),
+        "rerouted": torch.tensor(0.0) if batch.rerouted is None else batch.rerouted[fresh].sum(),
     }
     one_minus_p = -torch.expm1(old)
     shaped = batch.token_weights != 1
@@ -68,6 +76,7 @@ def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, fl
         "policy/old_logprob_mean": share("old_logprob", "tokens"),
         "mismatch/logprob_abs_mean": share("mismatch_abs", "fresh_tokens"),
         "mismatch/kl_k3": share("mismatch_k3", "fresh_tokens"),
+        "mismatch/routes_rate": share("rerouted", "routed"),
         "shaping/rho": rho[0],
     }
     for side, weight in zip(_SIDES, rho, strict=True):

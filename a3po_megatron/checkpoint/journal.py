@@ -3,9 +3,10 @@
     journal/step-00012.rank-0      frames, one after the other, only ever appended
     frame                          digest, space, header (JSON, one line), newline, payload (arrays, end to end)
 
-    group       the G rollouts of a prompt: tokens and log-probs, as soon as the last of them is sampled
+    group       the G rollouts of a prompt: tokens, log-probs and routes, as soon as the last of them is sampled
     verdicts    its verdicts and rewards, once it is graded
-    scores      old log-probs and entropy of the rollouts that a rank trains on: the batch before its update
+    scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on: the batch before its
+                update
 
 A frame is believed only if its digests are right (the last one of a killed run may be torn, and is cut off), and if it
 says that it is of this run's options and data, this prompt, and these weights, by a digest of them. Then it is what
@@ -18,6 +19,7 @@ later steps again; `checkpoint.replay: all` believes those rollouts nevertheless
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +92,9 @@ def write_group(file: _Sink, group: Group, of: str = "") -> None:
     samples = [[r.sample, r.seed, r.step, r.finish, r.weight_version, len(r.tokens)] for r in group.rollouts]
     header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
     tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
-    write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs))
+    routes = [r.routes for r in group.rollouts if r.routes is not None]
+    header["routes"] = [list(part.shape) for part in routes]  # of every rollout, or of none
+    write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *routes)
 
 
 def write_verdicts(file: _Sink, group: Group) -> None:
@@ -118,6 +122,10 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
         rollouts.append(
             Rollout(prompt, sample, seed, step, tokens[mine].copy(), logprobs[mine].copy(), finish, text, version)
         )
+    offset = 12 * total
+    for rollout, shape in zip(rollouts, frame.header["routes"], strict=False):
+        rollout.routes = np.frombuffer(data, np.uint8, math.prod(shape), offset).reshape(shape).copy()
+        offset += rollout.routes.size
     for rollout, given in zip(rollouts, verdicts.header["verdicts"] if verdicts else [], strict=False):
         rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]
     return Group(prompt, rollouts)
@@ -168,7 +176,8 @@ class Journal:
     def add_scores(self, step: int, batch: Batch) -> None:
         assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
         names, lengths = [r.name for r in batch.rollouts], batch.lengths.tolist()
-        header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths}
+        rerouted = None if batch.rerouted is None else batch.rerouted.tolist()
+        header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths, "rerouted": rerouted}
         write_frame(self._open(step), header, batch.old_logprobs.numpy(), batch.entropy.numpy())
 
     def scores(self, step: int, rollouts: Sequence[Rollout]) -> np.ndarray | None:
@@ -183,6 +192,13 @@ class Journal:
             if found.get(rollout.name, np.empty((2, 0))).shape[1] != len(rollout.tokens):
                 return None
         return np.concatenate([np.empty((2, 0), np.float32), *(found[r.name] for r in rollouts)], axis=1)
+
+    def rerouted(self, step: int, rollouts: Sequence[Rollout]) -> list[int] | None:
+        """Batch.rerouted of rollouts whose `scores` were found; None if no routes were replayed."""
+        headers = [self._frames[step, "scores", rollout.name].header for rollout in rollouts]
+        if any(header["rerouted"] is None for header in headers):
+            return None
+        return [h["rerouted"][h["names"].index(r.name)] for h, r in zip(headers, rollouts, strict=True)]
 
     def forget(self, before: int) -> None:
         """Deletes what belongs to earlier steps, of all ranks: a checkpoint has what came of it."""

@@ -1,4 +1,4 @@
-"""The random streams of this process: Python's, numpy's, torch's, and Megatron's named ones.
+"""The random streams of this process: Python's, numpy's, torch's, CUDA's, and Megatron's named ones.
 
 Nothing in a run draws from them today: rollouts and orders are drawn by name (data/order.py), and dropout is off. They
 are kept so that whatever comes to draw from them resumes too.
@@ -25,6 +25,7 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _text(torch.get_rng_state()),
+        "cuda": _text(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
         "megatron": {name: _text(state) for name, state in get_cuda_rng_tracker().get_states().items()},
     }
 
@@ -37,6 +38,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_tensor(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_tensor(state["cuda"]))
     get_cuda_rng_tracker().set_states({name: _tensor(text) for name, text in state["megatron"].items()})
 
 

@@ -2,7 +2,7 @@
 
 | what | symptom without it | cause |
 |---|---|---|
-| `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op | building an engine seeds python, numpy and torch and, on a CPU, sets and replaces the thread setting |
+| `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op; its collectives no longer end with an error, its kernels compile in one thread | building an engine seeds python, numpy, torch and CUDA, sets and replaces the thread setting on a CPU, takes `NCCL_ASYNC_ERROR_HANDLING` out of the environment and sets `TORCHINDUCTOR_COMPILE_THREADS` |
 | `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
 | `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
 | `map_experts` | `rollout.expert` > 1 on a CPU: segmentation fault in `cpu_fused_moe` | the CPU experts hand global expert numbers to a kernel that has the local experts only (`expert_map` is ignored) |
@@ -24,10 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+_VARIABLES = ("NCCL_ASYNC_ERROR_HANDLING", "TORCHINDUCTOR_COMPILE_THREADS")
+
 
 @contextlib.contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Restores random states, thread count and `torch.set_num_threads` after the block."""
+    """Restores random states, thread count, `torch.set_num_threads` and the environment's variables after the block."""
+    variables = {name: os.environ.get(name) for name in _VARIABLES}
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     precision = torch.get_float32_matmul_precision()
@@ -40,6 +44,12 @@ def process_state_kept() -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        for name, value in variables.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def keep_process_group() -> None:

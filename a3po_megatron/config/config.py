@@ -75,6 +75,7 @@ WITHOUT_EFFECT = (
         lambda c: not (c.learner.precision or "").startswith("fp8"),
         "learner.precision is not FP8",
     ),
+    NoEffect(("rollout.bf16_layers",), lambda c: c.rollout.quantization is None, "rollout.quantization is not set"),
     NoEffect(("optimizer.min_lr",), lambda c: c.optimizer.schedule != "cosine", "optimizer.schedule is constant"),
     NoEffect(
         ("publish.canary_tokens", "publish.canary_bound", "publish.witness_every"),

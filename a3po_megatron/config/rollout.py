@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import PassedThrough, Positive, PositiveFloat, Probability, Section
+from .section import NonNegative, PassedThrough, Positive, PositiveFloat, Probability, Section
 
 
 class RolloutOptions(Section):
@@ -21,4 +21,10 @@ class RolloutOptions(Section):
     max_rounds: Positive = 4  # dynamic sampling: rounds a step may take to find enough groups with spread
     max_sequences: Positive = 256  # rollouts an engine decodes at once
     kv_cache_bytes: Positive = 256 << 20  # of one engine
+    # What the engine computes its linear layers in, output layer aside; None: model.dtype. GPUs only.
+    quantization: Literal["fp8_per_block"] | None = None
+    bf16_layers: tuple[NonNegative, NonNegative] = (0, 0)  # with quantization: first and last layers that are left out
+    batch_invariant: bool = False  # vLLM's kernels whose results do not depend on the batch: slower, learner included
+    # Mixtures of experts: the learner sends every token to the experts that the engine chose for it.
+    routing_replay: bool = False
     engine_args: PassedThrough = Field(default_factory=dict)  # further vLLM engine arguments, checked by name

@@ -37,7 +37,7 @@ def check_machine(config: Config) -> Backend:
     """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
     asked for."""
     hardware = find_hardware()
-    check_hardware(config.learner.precision, hardware)
+    check_hardware(config.learner.precision, hardware, config.parallel.ranks())
     return select_backend(config.cluster.device)
 
 
@@ -52,8 +52,15 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
     check_precision(config.learner, config.model, config.parallel, family, mini_batches)
     if is_fp8(config.learner.precision) and not backend.fp8:
         raise RequestError(f"learner.precision: {config.learner.precision} needs a GPU, and this run is on CPUs")
+    _check_quantization(config, family, backend)
+    if config.rollout.routing_replay and not backend.returns_routes:
+        raise RequestError(
+            f"rollout.routing_replay: true: vLLM cannot say which experts it chose on this device ({backend.device})"
+        )
     if backend.device == "cuda":
         return
+    if config.rollout.batch_invariant:
+        raise RequestError("rollout.batch_invariant has no effect on a CPU, where a rollout never depends on its batch")
     if family.head_dim not in CPU_HEAD_DIMS:
         raise RequestError(
             f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
@@ -123,6 +130,8 @@ def _check_layout(config: Config, family: Family) -> None:
             f"{family.max_positions} (max_position_embeddings)"
         )
     _check_engine_experts(config, family)
+    if config.rollout.routing_replay:
+        _check_replay(config, family)
     for name, size in (("num_attention_heads", family.heads), ("num_key_value_heads", family.kv_heads)):
         if size % config.rollout.tensor:
             raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the model's {name} = {size}")
@@ -133,6 +142,35 @@ def _check_layout(config: Config, family: Family) -> None:
             f"rollout.kv_cache_bytes = {config.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens: "
             f"that takes {per_token * length} bytes"
         )
+
+
+def _check_quantization(config: Config, family: Family, backend: Backend) -> None:
+    rollout = config.rollout
+    if rollout.quantization is None:
+        return
+    if not backend.fp8:
+        raise RequestError(f"rollout.quantization: {rollout.quantization} needs a GPU, and this run is on CPUs")
+    if config.correction.tis_cap is None:
+        raise RequestError(
+            f"rollout.quantization: {rollout.quantization} needs correction.tis_cap: uncorrected, learning loses what "
+            "the engine's rounding takes"
+        )
+    ffn = family.ffn if family.experts is None else family.experts.ffn
+    cut = rollout.tensor if rollout.expert == 1 else 1
+    sizes = {
+        "num_attention_heads × head_dim": family.heads * family.head_dim // rollout.tensor,
+        "num_key_value_heads × head_dim": family.kv_heads * family.head_dim // rollout.tensor,
+        "intermediate_size" if family.experts is None else "moe_intermediate_size": ffn // cut,
+    }
+    for name, size in sizes.items():
+        if size % 128:
+            raise RequestError(
+                f"rollout.quantization: {rollout.quantization} scales blocks of 128 × 128, and the model's {name} on "
+                f"an engine's rank is {size}: blocks would lie across tensors, and what the engine holds could not be "
+                "proven"
+            )
+    if sum(rollout.bf16_layers) > family.layers:
+        raise RequestError(f"rollout.bf16_layers = {list(rollout.bf16_layers)}: the model has {family.layers} layers")
 
 
 def _check_engine_experts(config: Config, family: Family) -> None:
@@ -157,6 +195,28 @@ def _check_engine_experts(config: Config, family: Family) -> None:
         raise RequestError(f"rollout.expert = {expert} does not divide the model's num_experts = {experts.count}")
 
 
+# Where Megatron routes in a fused kernel, or plays a recorded graph.
+BEYOND_REPLAY = ("moe_router_fusion", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
+
+
+def _check_replay(config: Config, family: Family) -> None:
+    option = "rollout.routing_replay: true"
+    if family.experts is None:
+        raise RequestError(f"{option}, but the model has no experts")
+    if family.experts.count > 256:
+        raise RequestError(f"{option} takes at most 256 experts (a byte each): the model has {family.experts.count}")
+    # vllm 0.32.0, distributed/aux_output_connector/worker.py: only the first rank of an engine is given its routes, and
+    # every other one's scheduler, which an engine in the learner's processes has too, fails without them.
+    if config.rollout.tensor > 1:
+        raise RequestError(
+            f"{option} needs rollout.tensor = 1, not {config.rollout.tensor}: vLLM gives an engine's routes to its "
+            "first rank only"
+        )
+    for name in BEYOND_REPLAY:
+        if name in config.megatron.extra:
+            raise RequestError(f"{option} does not go with megatron.extra.{name}: that routing is out of its reach")
+
+
 def _check_extra(config: Config, family: Family, backend: Backend) -> None:
     """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
     if not config.megatron.extra and not config.rollout.engine_args:
@@ -170,4 +230,4 @@ def _check_extra(config: Config, family: Family, backend: Backend) -> None:
         from ..rollout.vllm_engine import engine_arguments
 
         transformer_config(family, config.parallel, config.model, config.megatron, config.learner, backend)
-        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend)
+        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend, family.layers)

@@ -13,8 +13,12 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import A3POError, Interrupted, RequestError
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
@@ -33,6 +37,7 @@ ON_CUDA = {
     "VLLM_USE_DEEP_GEMM_E8M0": "0",  # the same in the engine: scales of float32
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's sequence parallelism orders its kernels by it
 }
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # read at imports; sets what cuBLAS and NCCL read at theirs
 WORDS_BYTES = 1 << 16  # what a pipe takes without a reader
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
 
@@ -74,6 +79,11 @@ def prepare() -> None:
     adopt_slurm()
     for name, value in settings().items():
         os.environ.setdefault(name, value)
+
+
+def of_run(config: Config) -> dict[str, str]:
+    """What else its ranks' environment must hold before anything is imported."""
+    return {BATCH_INVARIANT: "1"} if config.rollout.batch_invariant else {}
 
 
 def settings() -> dict[str, str]:

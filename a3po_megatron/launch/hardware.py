@@ -18,7 +18,8 @@ def find_hardware() -> Hardware:
     if not gpus:
         raise RequestError("there is a GPU, but nvidia-smi names none: see a3po doctor")
     cuda = _version(torch_cuda())
-    return Hardware(min(gpu.capability for gpu in gpus), cuda and cuda[:2], _version(installed("transformer-engine")))
+    engine = _version(installed("transformer-engine"))
+    return Hardware(min(gpu.capability for gpu in gpus), cuda and cuda[:2], engine, len(gpus))
 
 
 def _version(text: str | None) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..config import Config, load_resolved
 from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
-from .environment import settings
+from .environment import of_run, settings
 from .folder import prepare_folder
 from .signals import Signals
 from .slurm import SCRIPT, sbatch
@@ -124,6 +124,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     ]
     around = {
         **settings(),
+        **of_run(config),
         **os.environ,
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),

@@ -26,7 +26,7 @@ from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import STALL, position
-from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, settings
+from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, of_run, settings
 from .signals import Signals
 
 POLL_SECONDS = 0.1
@@ -85,7 +85,7 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
     ranks: list[_Rank] = []
     try:
         for rank in range(config.parallel.ranks()):
-            ranks.append(_start(rank, folder, config.parallel.ranks(), meeting, started, lock))
+            ranks.append(_start(rank, folder, config, meeting, started, lock))
         _watch(ranks, folder, signals)
     finally:
         meeting.close()
@@ -99,14 +99,15 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
             sys.stdout.flush()
 
 
-def _start(rank: int, folder: Path, world: int, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
+def _start(rank: int, folder: Path, config: Config, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
     environment = {
         **settings(),
+        **of_run(config),
         **LOOPBACK,
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(config.parallel.ranks()),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(meeting.getsockname()[1]),
         "A3PO_STARTED": str(started),

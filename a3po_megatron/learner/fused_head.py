@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from .rows import check, combine, gradient, in_slice, measure
 
-CHUNK_BYTES = 24 << 20  # of float32 work space for one chunk's logits, when the caller does not say; twice with entropy
+# Of float32 work space for one chunk's logits, when the caller does not say; on a CPU twice with entropy.
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 BLOCK_BYTES = 16 << 20  # of weights that are cast to float32 at once
 
 
@@ -55,7 +56,7 @@ def logprob_and_entropy(
         raise ValueError(f"rows must lie in 0 … {tokens - 1}")
     scored = tokens if rows is None else rows.numel()
     first, valid = check(targets, scored, len(weight), group, vocab_size, temperature, chunk_tokens)
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * max(len(weight), 1)))
+    chunk = chunk_tokens or max(1, CHUNK_BYTES[hidden.device.type] // (4 * max(len(weight), 1)))
     settings = (group, float(temperature), chunk, (first, valid), with_entropy, sequence_parallel)
     logprobs, entropy = _Head.apply(hidden, weight, targets, rows, settings)
     return logprobs, entropy if with_entropy else None
@@ -108,7 +109,7 @@ class _Head(torch.autograd.Function):
             if temperature != 1.0:
                 dx.div_(temperature)
             if sums is not None:
-                sums[:valid].addmm_(dx.t(), chosen.to(torch.float32))
+                _add_product(sums[:valid], dx.t(), chosen, weight)
             if d_hidden is not None:
                 part = _times(dx, weight, valid)
                 if rows is None:
@@ -134,6 +135,9 @@ class _Work:
     def logits(self, hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
         """hidden weightᵀ / temperature [t, valid] in float32."""
         x = self._first[: len(hidden)]
+        if _in_tensor_cores(hidden, weight):
+            torch.mm(hidden, weight[: x.shape[1]].t(), out_dtype=torch.float32, out=x)
+            return x.div_(temperature) if temperature != 1.0 else x
         wide = hidden.to(torch.float32)
         for block in _blocks(weight, x.shape[1]):
             torch.mm(wide, weight[block].to(torch.float32).t(), out=x[:, block])
@@ -151,10 +155,26 @@ def _blocks(weight: Tensor, valid: int) -> list[slice]:
 
 def _times(dx: Tensor, weight: Tensor, valid: int) -> Tensor:
     """dx weight [t, H] in float32."""
+    if _in_tensor_cores(dx, weight):
+        return torch.mm(dx.to(weight.dtype), weight[:valid], out_dtype=torch.float32)
     found = torch.zeros((len(dx), weight.shape[1]), dtype=torch.float32, device=dx.device)
     for block in _blocks(weight, valid):
         found.addmm_(dx[:, block], weight[block].to(torch.float32))
     return found
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor, weight: Tensor) -> None:
+    """sums += left right, the sums in float32."""
+    if _in_tensor_cores(left, weight):
+        torch.addmm(sums, left.to(weight.dtype), right, out_dtype=torch.float32, out=sums)
+    else:
+        sums.addmm_(left, right.to(torch.float32))
+
+
+def _in_tensor_cores(values: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU multiplies bf16 as it is, and sums in float32: of the gradient of the logits that rounds what
+    training in bf16 rounds anyway, where the head is an ordinary layer."""
+    return values.is_cuda and weight.dtype == torch.bfloat16
 
 
 def _chosen(whole: Tensor, rows: Tensor | None, span: slice) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import (
@@ -27,7 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
-from ..batch import Batch
+from ..batch import Batch, Rollout
 from ..checkpoint.store import SHARDING, load_sharded
 from ..cluster import Cluster, first
 from ..config import Config, OptimizerOptions
@@ -42,6 +43,9 @@ from ..telemetry.clock import phase
 from ..weights.load import load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .pipeline import Pipeline
+
+# What goes into one micro-batch: the arguments `sequences`, `starts` and `routed` of micro_batch
+Content = tuple[Sequence[PromptAndResponse], Sequence[int], Sequence[tuple[int, np.ndarray]]]
 
 _SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
 
@@ -75,7 +79,8 @@ class Learner:
         self.schedule = _schedule(self.optimizer, config.optimizer, config.trainer.steps)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
-        self.pipeline = Pipeline(cluster, self.chunks, family.vocab)
+        self.replay = config.rollout.routing_replay
+        self.pipeline = Pipeline(cluster, self.chunks, family.vocab, self.replay)
         self.arena = Arena(self.chunks, self.optimizer, cluster.backend.local())
         if checkpoint is not None:
             self._load(checkpoint)
@@ -138,14 +143,22 @@ class Learner:
             if batch.old_logprobs is not None:
                 return batch
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
-            results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True)
+            rerouted = torch.zeros(len(batch.rollouts), dtype=torch.int64) if self.replay else None
+            results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True, rerouted=rerouted)
+            if rerouted is not None:  # the ranks of a batch group hold different tokens or layers of its rollouts
+                batch.rerouted = self.cluster.sum_over_batch_group(rerouted)
             batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())
             return batch
 
-    def logprobs(self, sequences: Sequence[PromptAndResponse]) -> list[Tensor]:
-        """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank."""
+    def logprobs(
+        self, sequences: Sequence[PromptAndResponse], routes: Sequence[np.ndarray] | None = None
+    ) -> list[Tensor]:
+        """Log-probs at temperature 1 of each (prompt, response) pair's response tokens, on every rank.
+
+        `routes`: of each pair, to be replayed; None: the learner routes by itself.
+        """
         starts = itertools.accumulate((len(response) for _, response in sequences), initial=0)
-        packed = self._packed([(sequences, list(starts)[:-1])])
+        packed = self._packed([(sequences, list(starts)[:-1], list(enumerate(routes or [])))])
         lengths = [len(response) for _, response in sequences]
         values = self.pipeline.forward(packed, 1.0, with_entropy=False)
         return list(self._whole(packed, values, sum(lengths))[0].split(lengths))
@@ -252,11 +265,24 @@ class Learner:
         grain = 2 * self.cluster.context if self.cluster.context > 1 else 1  # every sequence is padded to that
         lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
         bins = pack(lengths, self.limit)
+        routed = [(i, self._routes(batch.rollouts[i])) for i in chosen] if self.replay else []
         return self._packed(
-            [([sequences[i] for i in items], [starts[chosen[i]] for i in items]) for items in bins or [[]]]
+            [
+                (
+                    [sequences[i] for i in items],
+                    [starts[chosen[i]] for i in items],
+                    [routed[i] for i in items if routed],
+                )
+                for items in bins or [[]]
+            ]
         )
 
-    def _packed(self, contents: Sequence[tuple[Sequence[PromptAndResponse], Sequence[int]]]) -> list[MicroBatch]:
+    def _routes(self, rollout: Rollout) -> np.ndarray:
+        if rollout.routes is None:
+            raise RunFailed(f"rollout {rollout.name} has no routes to replay (rollout.routing_replay)")
+        return rollout.routes
+
+    def _packed(self, contents: Sequence[Content]) -> list[MicroBatch]:
         """A micro-batch of each of the contents, then as many of padding alone as the layout needs.
 
         Experts exchange tokens between data-parallel ranks in every micro-batch, so all must run equally many. The
@@ -269,8 +295,8 @@ class Learner:
             count = self.cluster.agree("micro-batches", count, max)
         if self.layout.virtual > 1:
             count = -(-count // self.layout.pipeline) * self.layout.pipeline
-            multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at in contents)
-        packed = [micro_batch(held, at, multiple, context) for held, at in contents]
+            multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at, _ in contents)
+        packed = [micro_batch(held, at, multiple, context, routed) for held, at, routed in contents]
         return packed + [micro_batch([], [], multiple, context) for _ in range(count - len(packed))]
 
 

@@ -2,7 +2,8 @@
 
 A sequence of prompt tokens p and response tokens r (n of them) enters the model without its last token; the model's
 output at the positions len(p) - 1 … len(p) + n - 2 predicts the response. Positions restart with every sequence.
-Padding, where the layout demands a multiple, belongs to the end of a sequence and predicts nothing that counts.
+Padding, where the layout demands a multiple, belongs to the end of a sequence and predicts nothing that counts. Where
+routes are replayed, it goes to the experts 0 … k - 1; a micro-batch of padding alone routes by itself.
 
 Under context parallelism of C ranks every sequence is padded to a multiple of 2 C and cut into as many chunks; rank c
 holds chunks c and 2 C - 1 - c, so that causal attention costs all ranks the same (Megatron's and Transformer Engine's
@@ -17,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -32,16 +34,17 @@ class MicroBatch:
     predicting: Tensor  # [R] int64, where in T the output predicts a response token
     targets: Tensor  # [R] int64, those response tokens, rollout after rollout
     index: Tensor  # [R] int64, where they lie among the batch's response tokens; stays on the host, as the batch does
+    routes: Tensor | None = None  # [T, L, k] uint8, the experts of the tokens on this rank in each of L layers
+    rollout: Tensor | None = None  # [T] int64, with routes: the rollout of each token among the batch's; -1: padding
 
     def to(self, device: torch.device) -> MicroBatch:
         """What the model reads, on its device."""
         if device.type == "cpu":
             return self
         bounds = self.packing.cu_seqlens_q.to(device, non_blocking=True)
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "predicting", "targets")
-        }
+        names = ("tokens", "positions", "predicting", "targets", "routes", "rollout")
+        values = {name: getattr(self, name) for name in names}
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if value is not None}
         packing = dataclasses.replace(self.packing, cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
         return dataclasses.replace(self, packing=packing, **moved)
 
@@ -51,6 +54,7 @@ def micro_batch(
     starts: Sequence[int],  # where each rollout's response begins among the batch's response tokens
     multiple: int = 1,  # of which T must be one
     context: tuple[int, int] = (1, 0),  # context-parallel size and rank
+    routed: Sequence[tuple[int, np.ndarray]] = (),  # which rollout of the batch each is, and its routes; or of none
 ) -> MicroBatch:
     """Packs the sequences. Without any it holds one sequence of padding that predicts nothing, for a rank that has no
     share in an optimiser step but must take part in its collectives."""
@@ -89,6 +93,15 @@ def micro_batch(
     place[here] = torch.arange(len(here))
     found = place[torch.tensor(predicting, dtype=torch.int64)]
     mine = found >= 0
+    routes = rollout = None
+    if routed:
+        _, layers, experts = routed[0][1].shape
+        routes = torch.arange(experts, dtype=torch.uint8).repeat(len(tokens), layers, 1)
+        rollout = torch.full((len(tokens),), -1)
+        for (number, given), begin in zip(routed, ends[:-1], strict=True):
+            routes[begin : begin + len(given)] = torch.from_numpy(given)
+            rollout[begin : begin + len(given)] = number
+        routes, rollout = routes[here], rollout[here]
     return MicroBatch(
         tokens=torch.tensor([tokens])[:, here],
         positions=torch.tensor([positions])[:, here],
@@ -102,6 +115,8 @@ def micro_batch(
         predicting=found[mine],
         targets=torch.tensor(targets, dtype=torch.int64)[mine],
         index=torch.tensor(index, dtype=torch.int64)[mine],
+        routes=routes,
+        rollout=rollout,
     )
 
 

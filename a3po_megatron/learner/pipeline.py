@@ -16,6 +16,7 @@ from ..model.modules import GPT
 from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
+from .replay import ChunkReplay
 
 # (micro-batch, log-probs [R], entropy [R]) → (summed loss, number of tokens, sums to collect)
 LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, Tensor]]
@@ -25,13 +26,23 @@ class Pipeline:
     """The model under Megatron's schedule. Every rank of a batch group must bring the same micro-batches; with virtual
     stages those of one call must be equally long, and as many as a multiple of the pipeline's size."""
 
-    def __init__(self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int) -> None:
+    def __init__(
+        self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int, replay: bool = False
+    ) -> None:
         self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
         self.device = cluster.backend.local()
+        at = cluster.tensor, cluster.coordinates.tensor
+        self.replays = {chunk: ChunkReplay(chunk.module, at) for chunk in chunks if replay}
         for chunk in chunks:
             chunk.module.headless = True
 
-    def forward(self, micro_batches: Sequence[MicroBatch], temperature: float, with_entropy: bool) -> Tensor:
+    def forward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        with_entropy: bool,
+        rerouted: Tensor | None = None,  # [B] int64, counted up: see ChunkReplay.count; this rank's tokens and layers
+    ) -> Tensor:
         """Per-token results without gradient: [1 + with_entropy, R] of all micro-batches, laid end to end."""
 
         def collect(batch: MicroBatch, model: GPT, hidden: Tensor) -> Tensor:
@@ -41,7 +52,7 @@ class Pipeline:
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            outputs = self._run(micro_batches, collect, forward_only=True, collect_non_loss_data=True)
+            outputs = self._run(micro_batches, collect, rerouted, forward_only=True, collect_non_loss_data=True)
         for chunk in self.chunks:
             chunk.train()
         tokens = sum(batch.targets.numel() for batch in micro_batches)
@@ -74,24 +85,43 @@ class Pipeline:
             rows=batch.predicting,
         )
 
-    def _run(self, micro_batches: Sequence[MicroBatch], finish: Callable[..., Any], **options: Any) -> list[Any]:
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        finish: Callable[..., Any],
+        rerouted: Tensor | None = None,
+        **options: Any,
+    ) -> list[Any]:
         def step(batches: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[Tensor, Callable[..., Any]]:
             batch = next(batches).to(self.device)
             CLOCK.beat()
+            replay = self.replays.get(model)
+            if replay is not None:
+                replay.load(batch, counting=rerouted is not None)
             hidden = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+            if replay is not None:
+                replay.follow(batch, hidden)
+                if rerouted is not None:
+                    replay.count(batch, rerouted)
             return hidden, lambda output, non_loss_data=False: finish(batch, model.module, output)
 
-        return get_forward_backward_func()(
-            forward_step_func=step,
-            # Every model chunk reads the same micro-batches, each at its own pace.
-            data_iterator=[iter(micro_batches) for _ in self.chunks] if len(self.chunks) > 1 else iter(micro_batches),
-            model=self.chunks,
-            num_microbatches=len(micro_batches),
-            # With virtual stages the length of all, which Megatron divides by the context ranks; else ignored.
-            seq_length=micro_batches[0].tokens.shape[1] * self.cluster.context,
-            micro_batch_size=1,
-            **options,
-        )
+        try:
+            return get_forward_backward_func()(
+                forward_step_func=step,
+                # Every model chunk reads the same micro-batches, each at its own pace.
+                data_iterator=[iter(micro_batches) for _ in self.chunks]
+                if len(self.chunks) > 1
+                else iter(micro_batches),
+                model=self.chunks,
+                num_microbatches=len(micro_batches),
+                # With virtual stages the length of all, which Megatron divides by the context ranks; else ignored.
+                seq_length=micro_batches[0].tokens.shape[1] * self.cluster.context,
+                micro_batch_size=1,
+                **options,
+            )
+        finally:
+            for replay in self.replays.values():
+                replay.load(None)
 
     def from_last_stage(self, values: Tensor) -> Tensor:
         """The last pipeline stage's values, on every stage; all give a host tensor of the same shape."""

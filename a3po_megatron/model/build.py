@@ -41,6 +41,7 @@ OWNED = {
         "pipeline_model_parallel_layout",
         "microbatch_group_size_per_vp_stage",
     ),
+    "moe_enable_routing_replay",  # learner/replay.py stands in its place
     *("num_moe_experts", "fp16", "fp8", "fp4", "finalize_model_grads_func", "grad_scale_func", "no_sync_func"),
 }
 

@@ -39,6 +39,7 @@ class Hardware:
     capability: tuple[int, int] | None  # of the weakest GPU
     cuda: tuple[int, ...] | None  # that torch is built for
     transformer_engine: tuple[int, ...] | None  # its version
+    gpus: int = 1
 
 
 def is_fp8(precision: str | None) -> bool:
@@ -116,8 +117,8 @@ def check_precision(
             )
 
 
-def check_hardware(precision: str | None, hardware: Hardware) -> None:
-    """Raises RequestError where GPU, torch or Transformer Engine cannot do what is asked for."""
+def check_hardware(precision: str | None, hardware: Hardware, ranks: int = 1) -> None:
+    """Raises RequestError where GPUs, torch or Transformer Engine cannot do what is asked of this machine's ranks."""
     if hardware.capability is None:
         if is_fp8(precision):
             raise RequestError(f"learner.precision: {precision} needs a GPU, and there is none here")
@@ -126,6 +127,11 @@ def check_hardware(precision: str | None, hardware: Hardware) -> None:
         raise RequestError(
             "there is a GPU, but torch is built for the CPU: see docs/h200.md, or set CUDA_VISIBLE_DEVICES= (empty) to "
             "train on the CPU"
+        )
+    if ranks > hardware.gpus:
+        raise RequestError(
+            f"the layout has {ranks} ranks (parallel.tensor × context × pipeline × data), and this machine "
+            f"{hardware.gpus} GPUs: a rank takes one"
         )
     version, (low, high) = hardware.transformer_engine, TE_WINDOW
     if version is None:

@@ -142,6 +142,7 @@ class Collector:
                                     finish=completion.finish,
                                     text=self.tokens.decode(completion.tokens),
                                     weight_version=engine.weight_version,
+                                    routes=completion.routes,
                                 )
                             )
                         if len(group.rollouts) == self.trainer.rollouts_per_prompt:

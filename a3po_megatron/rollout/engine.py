@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,8 @@ from ..batch import Finish
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..model.layout import Piece
 
 # vllm 0.32.0, vllm/v1/attention/backends/cpu_attn.py
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -33,6 +35,7 @@ class Completion:
     tokens: np.ndarray  # [n] int64, with the stop token if there is one
     logprobs: np.ndarray  # [n] float32, of the distribution that was sampled from
     finish: Finish
+    routes: np.ndarray | None = None  # [T, L, k] uint8 (batch.Rollout); None: not asked for
 
 
 def local_experts(rank: int, tensor: int, expert: int, count: int) -> tuple[int, int]:
@@ -68,11 +71,17 @@ class Engine(Protocol):
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Takes a whole set of HF-named weights."""
 
+    def holdings(self) -> tuple[Sequence[Piece], Mapping[tuple[int, str], Tensor]]:
+        """What this rank holds, read back from its own tensors; not for the strength `stream`."""
+
+    def quantised(self, name: str, tensor: Tensor) -> Tensor:
+        """What an HF tensor is in this engine: itself, or its codes where the engine quantises it."""
+
     def forget(self) -> None:
-        """Drops everything that was computed with the weights before."""
+        """Drops everything that was computed with the weights before; from now on it can sample."""
 
     def sleep(self) -> None:
         """Gives device memory back, as far as this engine can; weights and cache are lost."""
 
     def wake(self) -> None:
-        """Makes it ready to load and sample again."""
+        """Takes its weights' memory again, to be loaded; its cache's only with `forget`."""

@@ -2,17 +2,26 @@
 
 The engine starts with random weights (`load_format="dummy"`): whatever a publish fails to bring shows at once, instead
 of being equal by chance because both sides read the same files.
+
+Where the device's memory is shared with the learner the engine is built first, on an empty device, and falls asleep:
+
+    asleep → wake → weights → load → forget → awake: samples → sleep → asleep
+
+At level 2 it keeps neither weights nor cache, and whatever was computed from weights at loading is garbage after a wake
+until a reload has written it anew: hence the reload of whole layers, the receipt and the canary after every one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..cluster import Backend
@@ -26,16 +35,20 @@ from ..compat.vllm import (
 )
 from ..config import RolloutOptions
 from ..config.passed import check_passed
-from ..errors import RunFailed
+from ..errors import RequestError, RunFailed
+from ..model.engine_layout import engine_pieces, experts_apart
 from ..model.family import Family
-from ..model.layout import EMBEDDING, HEAD
-from .engine import Completion, Request, in_order
+from ..model.layout import EMBEDDING, HEAD, Piece
+from .engine import Completion, Request, in_order, local_experts
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
 OWNED = {
     *("tokenizer", "quantization", "expert_placement_strategy", "pipeline_parallel_size", "data_parallel_size"),
     *("enable_sleep_mode", "weight_transfer_config", "worker_cls", "hf_overrides", "gpu_memory_utilization"),
+    *("async_scheduling", "moe_backend", "quantization_config"),
+    *("enable_return_routed_experts", "aux_output_config"),
 }
+QUANTISED = ("_proj.weight",)  # what ends so is a linear layer's or an expert's
 
 
 class VllmEngine:
@@ -52,16 +65,28 @@ class VllmEngine:
     ) -> None:
         from vllm import LLM
 
-        self.dtype, self.receipt_strength, self.weight_version = dtype, backend.receipt_strength, 0
-        self._family, self._stops, self._options = family, list(stops), options
+        if options.batch_invariant and os.environ.get("VLLM_BATCH_INVARIANT") != "1":
+            raise RequestError(
+                "rollout.batch_invariant needs VLLM_BATCH_INVARIANT=1 in the environment before torch is imported: "
+                "start with a3po train or a3po submit, which set it"
+            )
+        self.dtype, self.weight_version = dtype, 0
+        self.receipt_strength = "requantised" if options.quantization else backend.receipt_strength
+        self._family, self._stops, self._options, self._backend = family, list(stops), options, backend
+        count = family.experts.count if family.experts else 0
+        experts = local_experts(dist.get_rank(), options.tensor, options.expert, count)
+        self._pieces = engine_pieces(family, options.tensor, dist.get_rank() % options.tensor, experts)
+        self._unquantised = [f"model.layers.{layer}." for layer in _left_out(options, family.layers)]
         # An expert-parallel engine is sent its own experts only, which vLLM takes one by one.
         self.fused_experts = family.experts is not None and options.expert == 1
         keep_process_group()
         name_shared_memory()
-        if options.expert > 1:
+        if options.expert > 1 and backend.device == "cpu":
             map_experts()
         with process_state_kept():
-            self._llm = LLM(**engine_arguments(folder, options, dtype, backend))
+            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers))
+        self._state = "awake"
+        self.sleep()
 
     def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
         options = self._options
@@ -71,26 +96,50 @@ class VllmEngine:
         return in_order(self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens))
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
-        if self._family.experts is not None:
+        assert self._state in ("weights", "awake"), f"an engine that is {self._state} has no memory to load into"
+        if self._family.experts is not None and self._backend.device == "cpu":
             self._llm.apply_model(drop_expert_kernels)
         # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(stream)})
 
+    def holdings(self) -> tuple[Sequence[Piece], Mapping[tuple[int, str], Tensor]]:
+        (parameters,) = self._llm.apply_model(lambda model: dict(model.named_parameters()))
+        return self._pieces, experts_apart(parameters)
+
+    def quantised(self, name: str, tensor: Tensor) -> Tensor:
+        if self._options.quantization is None or not name.endswith(QUANTISED):
+            return tensor
+        if any(name.startswith(layer) for layer in self._unquantised):
+            return tensor
+        from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+        return per_block_cast_to_fp8(tensor, use_ue8m0=False)[0]
+
     def forget(self) -> None:
+        if self._backend.sleeps:
+            if not self._llm.wake_up(["kv_cache"]):
+                raise RunFailed("vLLM did not wake up: part of its memory is still asleep")
+            self._state = "awake"
         if not self._llm.reset_prefix_cache():
             raise RunFailed("vLLM did not drop its prefix cache after a publish: it holds keys of the old weights")
 
     def sleep(self) -> None:
-        """vLLM on a CPU cannot give memory back."""
+        if self._backend.sleeps:  # vLLM on a CPU cannot give memory back
+            assert self._state == "awake", f"an engine that is {self._state} cannot fall asleep"
+            self._llm.sleep(level=2)
+            self._state = "asleep"
 
     def wake(self) -> None:
-        """Nothing was given back."""
+        if self._backend.sleeps:
+            assert self._state == "asleep", f"an engine that is {self._state} cannot wake up"
+            self._llm.wake_up(["weights"])
+            self._state = "weights"
 
     def _with_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """On a CPU a tied output layer is a packed copy: without its own tensor it would stay as it was, silently."""
+        """A tied output layer that is a packed copy would stay as it was, silently, without its own tensor."""
         for name, tensor in stream:
             yield name, tensor
-            if self._family.tied and name == EMBEDDING:
+            if self._family.tied and self._backend.packs_head and name == EMBEDDING:
                 yield HEAD, tensor
 
     def _complete(
@@ -116,12 +165,33 @@ class VllmEngine:
                 engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
             while engine.has_unfinished_requests():
                 done: list[Any] = [output for output in engine.step() if output.finished]
-                yield [(int(output.request_id), _completion(output.outputs[0])) for output in done]
+                yield [(int(output.request_id), self._completion(output)) for output in done]
         finally:
             drop_requests(engine)
 
+    def _completion(self, request: Any) -> Completion:
+        """Of a finished request (vLLM's RequestOutput)."""
+        (output,) = request.outputs
+        if output.finish_reason not in ("stop", "length"):
+            raise RunFailed(f"vLLM ended a response with {output.finish_reason!r}")
+        tokens, routes = np.array(output.token_ids, dtype=np.int64), None
+        logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        if self._options.routing_replay:
+            routes = checked_routes(
+                output.routed_experts, len(request.prompt_token_ids) + len(tokens) - 1, self._family
+            )
+        return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason, routes)
 
-def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend) -> dict[str, Any]:
+
+def _left_out(options: RolloutOptions, layers: int) -> list[int]:
+    """The layers that are not quantised although others are."""
+    start, end = options.bf16_layers
+    return [layer for layer in range(layers) if layer < start or layer >= layers - end]
+
+
+def engine_arguments(
+    folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend, layers: int
+) -> dict[str, Any]:
     """What vLLM is built with. Raises RequestError for an entry of `rollout.engine_args` that it does not know, or that
     follows from other options."""
     length = options.max_prompt_tokens + options.max_tokens
@@ -141,6 +211,14 @@ def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, 
         "seed": 0,  # every request brings its own
         **backend.engine_args,
     }
+    if options.quantization is not None:
+        ours["quantization"] = options.quantization
+        ours["quantization_config"] = {
+            "ignore": ["*.mlp.gate", *(f"model.layers.{n}.*" for n in _left_out(options, layers))]
+        }
+    if options.routing_replay:
+        # Routes of a prompt that is in the prefix cache are taken from there: vLLM returns none without that cache.
+        ours |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}
     defaults = {"max_num_batched_tokens": max(length, 8192), "disable_log_stats": True}
     if options.engine_args:
         from vllm.engine.arg_utils import EngineArgs
@@ -150,9 +228,23 @@ def engine_arguments(folder: Path, options: RolloutOptions, dtype: torch.dtype, 
     return {**defaults, **ours, **options.engine_args}
 
 
-def _completion(output: Any) -> Completion:
-    if output.finish_reason not in ("stop", "length"):
-        raise RunFailed(f"vLLM ended a response with {output.finish_reason!r}")
-    tokens = np.array(output.token_ids, dtype=np.int64)
-    logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
-    return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason)
+def checked_routes(routes: Any, tokens: int, family: Family) -> np.ndarray:
+    """What vLLM says of one response's experts [T, L, k] uint8; RunFailed if that cannot be what it chose."""
+    assert family.experts is not None
+    option, wanted = "rollout.routing_replay", (tokens, family.layers, family.experts.per_token)
+    if not isinstance(routes, np.ndarray):
+        raise RunFailed(f"{option}: vLLM returned no experts for a response: {routes!r}")
+    if routes.shape != wanted or routes.dtype != np.uint8:
+        raise RunFailed(
+            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} uint8 (tokens but "
+            "the last, layers, experts per token)"
+        )
+    ordered = np.sort(routes, axis=2)
+    if routes.size and int(ordered[..., -1].max()) >= family.experts.count:
+        raise RunFailed(f"{option}: vLLM returned expert {ordered.max()}, of a model with {family.experts.count}")
+    # vLLM's buffer begins as zeros: that is how a layer looks that it did not watch.
+    if len(twice := np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=2))):
+        token, layer = twice[0].tolist()
+        chosen = routes[token, layer].tolist()
+        raise RunFailed(f"{option}: vLLM returned an expert twice, for token {token} in layer {layer}: {chosen}")
+    return np.ascontiguousarray(routes)

@@ -25,7 +25,7 @@ METRICS = (
     "shaping/rho",
     *("shaping/shaped_rate_positive", "shaping/inert_rate_positive", "shaping/gradient_share_positive"),
     *("shaping/shaped_rate_negative", "shaping/inert_rate_negative", "shaping/gradient_share_negative"),
-    *("mismatch/logprob_abs_mean", "mismatch/kl_k3"),
+    *("mismatch/logprob_abs_mean", "mismatch/kl_k3", "mismatch/routes_rate"),
     *("learner/loss", "learner/lr"),
     *("refit/seconds", "refit/bytes", "refit/canary", "refit/witness"),
     *("perf/tokens_per_second", "perf/recalled_groups"),

@@ -46,7 +46,7 @@ def save_rollouts(
 def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Batch) -> Path:
     """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
 
-    One entry a rollout of the mini-batch: names and tokens, log-probs of both engines, entropy, advantage and weights.
+    One entry a rollout of the mini-batch: names, tokens, routes, both engines' log-probs, entropy, advantage, weights.
     """
     import torch
 
@@ -61,6 +61,7 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
                 "name": rollout.name,
                 "prompt": list(rollout.prompt.tokens),
                 "tokens": rollout.tokens.tolist(),
+                "routes": None if rollout.routes is None else torch.from_numpy(rollout.routes),
                 "advantage": batch.advantages[row].clone(),
                 **{name: None if v is None else v[tokens].clone() for name, v in per_token.items()},
             }

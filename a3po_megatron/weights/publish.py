@@ -5,17 +5,21 @@
 
 Anything unequal is a PublishError that names the tensor, raised on every rank: nothing is sampled from weights that
 were not proven. Which fault each net catches: a tensor altered, moved, stale or missing on its way to the engine fails
-its checksum or the stream's check, by name; a tensor that the engine itself failed to take up shows in the canary.
+its checksum or the stream's check, by name; a tensor that the engine itself failed to take up fails the checksum of the
+engine's own tensors where they can be read back (strength `engine`, `requantised`), else it shows in the canary.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from blake3 import blake3
@@ -37,7 +41,10 @@ from .reshard import Groups, Parameters, Timings, fresh, gather, plan
 from .witness import Scored, largest_difference
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+# (prompt and response tokens of each, their routes or None) → log-probs of each response
+Logprobs = Callable[[Sequences, Sequence[np.ndarray] | None], list[Tensor]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
+QUANTISED_BOUND = 1.0  # an engine in FP8 beside a learner that is not; wrong weights differ by several nats
 
 
 class Publisher:
@@ -81,7 +88,7 @@ class Publisher:
     def publish(
         self,
         parameters: Parameters,  # this rank's shard
-        logprobs: Callable[[Sequences], list[Tensor]],  # the learner's, at temperature 1
+        logprobs: Logprobs,  # the learner's, at temperature 1
         engine: Engine,
     ) -> Receipt:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
@@ -94,6 +101,8 @@ class Publisher:
             expected = self._expected(parameters, engine.dtype)
             timings.receipt += time.perf_counter() - start
             got: dict[str, int] = {}
+            inside: dict[str, int] = {}  # what the engine's own tensors should then amount to
+            quantised = engine.quantised if engine.receipt_strength == "requantised" else None
             fused = FusedExperts(self.family) if engine.fused_experts else None
             allocate = fused.allocate if fused else fresh
             stream = checked(
@@ -102,6 +111,8 @@ class Publisher:
                 engine.dtype,
                 got,
                 timings,
+                quantised,
+                inside,
             )
             loading = time.perf_counter()
             spent = timings.gather + timings.send + timings.receipt
@@ -109,6 +120,10 @@ class Publisher:
             spent = timings.gather + timings.send + timings.receipt - spent
             timings.load = time.perf_counter() - loading - spent
             self._compare({name: expected[name] for name in shapes}, got)
+            if engine.receipt_strength != "stream":
+                start_back = time.perf_counter()
+                self._compare_back(engine, expected | inside)
+                timings.receipt += time.perf_counter() - start_back
             timings.resume = time.perf_counter()
             engine.forget()
             timings.resume = time.perf_counter() - timings.resume
@@ -162,8 +177,8 @@ class Publisher:
                 )
             return worst
 
-    def _bound(self, dtype: torch.dtype) -> float:
-        return self.options.canary_bound or CANARY_BOUND[dtype]
+    def _bound(self, dtype: torch.dtype, strength: str = "") -> float:
+        return self.options.canary_bound or (QUANTISED_BOUND if strength == "requantised" else CANARY_BOUND[dtype])
 
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
         names = list(hf_tensors(self.family))
@@ -182,21 +197,45 @@ class Publisher:
                     f"holds: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
                 )
 
-    def _canary(self, logprobs: Callable[[Sequences], list[Tensor]], engine: Engine) -> float:
+    def _compare_back(self, engine: Engine, expected: dict[str, int]) -> None:
+        """Holds the engine's own tensors against what it was to take up."""
+        names = list(expected)
+        pieces, tensors = engine.holdings()
+        whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
+        cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
+        sums = shard_checksums(cut, tensors, None, names)
+        if self.cluster.engine_group is not None:
+            dist.all_reduce(sums, group=self.cluster.engine_group)
+        found = dict(zip(names, sums.tolist(), strict=True))
+        found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
+        here = {piece.tensor for piece in pieces}
+        wrong = [name for name in names if name in here and found[name] != expected[name]]
+        for rank, missed in enumerate(self.cluster.agree("engine's tensors", wrong, list)):
+            if missed:
+                raise PublishError(
+                    f"publish {self.version + 1}: the engine of rank {rank} was sent {missed[0]}, but does not hold it"
+                    + (f", nor {len(missed) - 1} more tensors" if len(missed) > 1 else "")
+                )
+
+    def _canary(self, logprobs: Logprobs, engine: Engine) -> float:
         """Every engine continues the same prompts; the learner says how likely it finds those very tokens."""
-        bound = self._bound(engine.dtype)
+        bound = self._bound(engine.dtype, engine.receipt_strength)
         completions = engine.probe(self.canary, self.options.canary_tokens)
         mine = [
-            (tuple(request.prompt), tuple(completion.tokens.tolist()))
+            ((tuple(request.prompt), tuple(completion.tokens.tolist())), completion.routes)
             for request, completion in zip(self.canary, completions, strict=True)
         ]
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
-        asked = list(dict.fromkeys(pair for part in self.cluster.gather_batch_group(mine) for pair in part))
-        self.scored = learner = dict(zip(asked, logprobs(asked), strict=True))
+        asked = {_key(*one): one for part in self.cluster.gather_batch_group(mine) for one in part}
+        routes = [r for _, r in asked.values() if r is not None] or None  # of all, or of none
+        learner = dict(zip(asked, logprobs([pair for pair, _ in asked.values()], routes), strict=True))
         differences = [
-            learner[pair] - torch.from_numpy(completion.logprobs)
-            for pair, completion in zip(mine, completions, strict=True)
+            learner[_key(*one)] - torch.from_numpy(completion.logprobs)
+            for one, completion in zip(mine, completions, strict=True)
         ]
+        # The witness routes by itself: so must the learner, for it.
+        pairs = list(dict.fromkeys(pair for pair, _ in asked.values()))
+        self.scored = dict(zip(pairs, logprobs(pairs, None) if routes else learner.values(), strict=True))
         worst = float(torch.cat(differences).abs().max())  # torch's max keeps a NaN, Python's loses it
         by_rank = self.cluster.agree("canary", worst, list)
         for rank, value in enumerate(by_rank):
@@ -207,6 +246,10 @@ class Publisher:
                     "these weights"
                 )
         return max(by_rank)
+
+
+def _key(pair: tuple[tuple[int, ...], tuple[int, ...]], routes: np.ndarray | None) -> tuple[Any, ...]:
+    return *pair, None if routes is None else routes.tobytes()
 
 
 def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
@@ -222,8 +265,11 @@ def checked(
     dtype: torch.dtype,
     sums: dict[str, int],
     timings: Timings,
+    quantised: Callable[[str, Tensor], Tensor] | None = None,
+    inside: dict[str, int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hands on a stream of HF tensors, each only after its check; `sums` gets the checksum of what was handed on.
+    """Hands on a stream of HF tensors, each only after its check; `sums` gets the checksum of what was handed on, and
+    `inside` that of what the engine makes of it (`quantised`).
 
     Raises PublishError for a tensor that is unknown, given twice, of another shape or dtype, not finite, or missing at
     the end: vLLM itself would take most of these silently, or be unusable afterwards.
@@ -239,6 +285,8 @@ def checked(
         if not all_finite(tensor):
             raise PublishError(f"publish: {name} holds a value that is not finite")
         sums[name] = tensor_checksum(tensor)
+        if quantised is not None and inside is not None:
+            inside[name] = tensor_checksum(quantised(name, tensor))
         timings.receipt += time.perf_counter() - start
         yield name, tensor
     if missing := [name for name in shapes if name not in sums]:

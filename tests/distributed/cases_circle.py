@@ -107,9 +107,13 @@ def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
     return found
 
 
-def parts(ranks: Ranks, tensor: int, data: int, *overrides: str) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
+def parts(
+    ranks: Ranks, tensor: int, data: int, *overrides: str, **backend: Any
+) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
+    """A run's parts; `backend`: where its record is to differ from the CPU's."""
     config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides])
     cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
+    cluster.backend = dataclasses.replace(cluster.backend, **backend)
     family = read_family(config.model.path)
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)

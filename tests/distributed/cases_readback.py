@@ -1,0 +1,280 @@
+"""An engine whose own tensors are read back, and one that sleeps (tests/test_readback.py).
+
+vLLM's CPU backend drops a linear layer's weights once it has packed them, and packs an expert's in place. Here it keeps
+them too, as CUDA does anyway, so that its real model classes can be read back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from a3po_megatron.data.prompts import Prompts
+from a3po_megatron.errors import PublishError
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model import engine_layout
+from a3po_megatron.model.layout import Piece
+from a3po_megatron.residency import Residency
+from a3po_megatron.rollout.engine import Request, in_order
+from a3po_megatron.run import Run
+from tests.distributed import cases_circle as circle
+from tests.distributed.cases_circle import Forgetful
+from tests.distributed.runner import Ranks
+from tests.tiny import make_checkpoint
+
+# As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
+NARROW = {
+    "qwen3_moe": ["parallel.data=2", "parallel.expert=2"],
+    "qwen2": ["parallel.tensor=2"],
+    "qwen3": ["parallel.pipeline=2"],
+    "llama31": ["parallel.data=2"],
+}
+WIDE = {
+    "qwen3_moe": ["parallel.data=2", "rollout.tensor=2"],
+    "qwen3": ["parallel.pipeline=2", "rollout.tensor=2"],
+    "qwen2": ["parallel.tensor=2", "rollout.tensor=2"],
+}
+DEALT = {"qwen3_moe": ["parallel.data=2", "parallel.expert=2", "rollout.tensor=2", "rollout.expert=2"]}
+
+
+@contextlib.contextmanager
+def weights_kept() -> Iterator[None]:
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    pack, pack_experts = utils.dispatch_cpu_unquantized_gemm, CPUUnquantizedExperts.process_weights_after_loading
+
+    def keep(layer: torch.nn.Module, remove_weight: bool) -> None:
+        pack(layer, remove_weight=False)
+
+    def keep_experts(self: Any, layer: torch.nn.Module) -> None:
+        layer.kept = {name: getattr(layer, name).detach().clone() for name in ("w13_weight", "w2_weight")}
+        pack_experts(self, layer)
+
+    utils.dispatch_cpu_unquantized_gemm = keep
+    CPUUnquantizedExperts.process_weights_after_loading = keep_experts
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = pack
+        CPUUnquantizedExperts.process_weights_after_loading = pack_experts
+
+
+def _kept(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The parameters, experts as they were before they were packed."""
+    found = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        found |= {f"{prefix}.{name}": value for name, value in getattr(module, "kept", {}).items()}
+    return found
+
+
+class Readable(Forgetful):
+    def holdings(self) -> Any:
+        (parameters,) = self._llm.apply_model(_kept)
+        return self._pieces, engine_layout.experts_apart(parameters)
+
+
+def narrow(ranks: Ranks) -> dict[str, Any]:
+    return _all(ranks, NARROW)
+
+
+def wide(ranks: Ranks) -> dict[str, Any]:
+    return _all(ranks, WIDE)
+
+
+def dealt(ranks: Ranks) -> dict[str, Any]:
+    return _all(ranks, DEALT)
+
+
+def _all(ranks: Ranks, kinds: dict[str, list[str]]) -> dict[str, Any]:
+    with weights_kept():
+        return {kind: _reads_back(ranks, kind, options) for kind, options in kinds.items()}
+
+
+def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
+    """What publishes say of a sound engine, and of one that fails in every way that a stream's checksum cannot see."""
+    folder = ranks.folder / kind
+    if ranks.rank == 0 and not folder.exists():
+        sizes = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
+        make_checkpoint(folder, kind, **sizes)
+    torch.distributed.barrier()
+    # The canary is not to find anything first: what it sees is tests/test_circle.py's subject.
+    asked = (f"model.path={folder}", "publish.canary_bound=1e9", "publish.witness_at_start=false")
+    run, _, engine, learner, _ = _parts(Readable, ranks, *options, *asked)
+    found: dict[str, str] = {}
+
+    def attempt(name: str) -> None:
+        with torch.no_grad():
+            for parameter in learner.parameters().values():
+                parameter.mul_(1.05)
+        try:
+            receipt = run.publish(learner, engine)
+            found[name] = f"ok, {receipt.strength}"
+        except PublishError as error:
+            found[name] = str(error)
+
+    attempt("sound")
+    attempt("sound again")
+    load = engine.load
+    for name in ("norm.weight", "layers.1.self_attn.o_proj.weight", "layers.1.post_attention_layernorm.weight"):
+        # Written over behind vLLM's back, on the engine's last rank.
+        def damaged(stream: Iterable[tuple[str, Tensor]], name: str = f"model.{name}") -> None:
+            load(stream)
+            if ranks.rank == ranks.world - 1:
+                weight = engine.holdings()[1][0, name]
+                weight.data.view(-1).view(torch.int32)[3] ^= 1  # the last bit of one mantissa
+
+        engine.load = damaged  # type: ignore[method-assign]
+        attempt(f"one bit of {name}")
+    engine.load = load  # type: ignore[method-assign]
+    attempt("sound after that")
+    pieces = engine._pieces
+    engine._pieces = tuple(_swapped(pieces))
+    attempt("gate and up swapped in the engine's map")
+    engine._pieces = pieces
+    attempt("sound at last")
+    lacking = {piece.parameter for piece in pieces} ^ {name for _, name in engine.holdings()[1]}
+    found["unmapped"] = ", ".join(sorted(lacking))
+    return found
+
+
+def _parts(kind: type[Forgetful], ranks: Ranks, *options: str) -> Any:
+    usual, circle.Forgetful = circle.Forgetful, kind  # type: ignore[misc]
+    try:
+        return circle.parts(ranks, 1, 1, *options, receipt_strength="engine")
+    finally:
+        circle.Forgetful = usual  # type: ignore[misc]
+
+
+def _swapped(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    for piece in pieces:
+        half = piece.length if piece.tensor.endswith(("gate_proj.weight", "up_proj.weight")) else 0
+        yield dataclasses.replace(piece, offset=half - piece.offset) if half else piece
+
+
+def checks_quantised(ranks: Ranks) -> dict[str, Any]:
+    """vLLM's own quantiser: what it makes of whole HF tensors and of an engine rank's stacked shards of them."""
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+
+    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.layout import hf_tensors
+    from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum
+
+    folder = ranks.folder / "quantised"
+    sizes = {"hidden_size": 160, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
+    make_checkpoint(folder, "qwen3", **sizes, head_dim=32)
+    family = read_family(folder)
+    generator = torch.Generator().manual_seed(7)
+    whole = {n: torch.randn(s, generator=generator).bfloat16() for n, s in hf_tensors(family).items()}
+    names = [name for name in whole if name.endswith("_proj.weight")]
+    worst = max(_quantiser_error(whole[name], per_block_cast_to_fp8) for name in names)
+    unequal, altered = [], []
+    for tensor in (1, 2):
+        total = torch.zeros(len(names), dtype=torch.int64)
+        changed = total.clone()
+        for rank in range(tensor):
+            pieces = [p for p in engine_layout.engine_pieces(family, tensor, rank, (0, 0)) if p.tensor in names]
+            shards: dict[tuple[int, str], Tensor] = {}
+            for piece in pieces:
+                part = whole[piece.tensor].narrow(piece.dim, piece.start, piece.length)
+                shards[piece.key] = torch.cat([shards[piece.key], part]) if piece.key in shards else part
+            codes = {key: per_block_cast_to_fp8(shard, use_ue8m0=False)[0] for key, shard in shards.items()}
+            total += shard_checksums(pieces, codes, None, names)
+            for value in codes.values():
+                value.view(torch.uint8)[1, 1] ^= 1
+            changed += shard_checksums(pieces, codes, None, names)
+        wanted = [tensor_checksum(per_block_cast_to_fp8(whole[name], use_ue8m0=False)[0]) for name in names]
+        unequal += [f"tp {tensor}: {n}" for n, a, b in zip(names, total.tolist(), wanted, strict=True) if a != b]
+        altered.append(sum(a != b for a, b in zip(changed.tolist(), wanted, strict=True)))
+    return {"worst": worst, "unequal": unequal, "altered": altered}
+
+
+def _quantiser_error(weight: Tensor, quantise: Any) -> float:
+    """Largest difference of codes × scales from the weight, in units of what rounding to e4m3 allows: half a step."""
+    codes, scales = quantise(weight, use_ue8m0=False)
+    rows, columns = weight.shape
+    spread = scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    exact = weight.double() / spread.double()
+    step = torch.exp2(torch.floor(torch.log2(exact.abs().clamp(min=2.0**-6))) - 3)  # three bits of mantissa
+    return float(((codes.double() - exact).abs() / step).max())
+
+
+class Sleepy(Forgetful):
+    """An engine whose sleep and waking are only written down (a CPU cannot give memory back), its other calls too."""
+
+    calls: list[str]
+
+    def note_sleep(self) -> None:
+        self.calls = []
+        self._llm.sleep = lambda level: self.calls.append(f"sleep {level}")
+        self._llm.wake_up = self._note_waking
+        self._backend = dataclasses.replace(self._backend, sleeps=True)
+
+    def _note_waking(self, tags: list[str]) -> bool:
+        self.calls.append(f"wake {' '.join(tags)}")
+        return "kv_cache" in tags
+
+    def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        self.calls.append("load")
+        super().load(stream)
+
+    def holdings(self) -> Any:
+        self.calls.append("read back")
+        return super().holdings()
+
+    def probe(self, requests: Any, max_tokens: int) -> Any:
+        self.calls.append("probe")
+        return super().probe(requests, max_tokens)
+
+
+class NotedArena:
+    """A learner's arena that writes down who goes and who comes, with the engine's calls."""
+
+    def __init__(self, arena: Any, calls: list[str]) -> None:
+        self._arena, self._calls = arena, calls
+
+    def __getattr__(self, name: str) -> Any:
+        def call() -> None:
+            self._calls.append(name)
+            getattr(self._arena, name)()
+
+        return call
+
+
+def sleeps(ranks: Ranks) -> dict[str, Any]:
+    """In which order memory changes hands over two steps, for each of what the learner may take away."""
+    found: dict[str, Any] = {}
+    with weights_kept():
+        run, cluster, engine, learner, prompts = _parts(Sleepy, ranks)
+        engine.note_sleep()
+        for offload in ("none", "optimizer", "all"):
+            engine._state = "asleep"  # as its construction leaves it
+            engine.calls.clear()
+            arena: Any = NotedArena(learner.arena, engine.calls)
+            residency = Residency(engine, arena, cluster.backend, offload)
+            found[offload] = _two_steps(run, engine, learner, prompts, residency)
+        engine._state = "asleep"
+        try:
+            engine.load([])
+        except AssertionError as error:
+            found["load in sleep"] = str(error)
+    return found
+
+
+def _two_steps(run: Run, engine: Sleepy, learner: Learner, prompts: Prompts, residency: Residency) -> list[str]:
+    with residency.publishing():
+        run.publish(learner, engine)
+    for _ in range(2):
+        with residency.rollout():
+            engine.calls.append("sample")
+            in_order(engine.sample([Request(prompt.tokens, 1) for prompt in prompts.take(2)]))
+        with residency.training():
+            engine.calls.append("train")
+        with residency.publishing():
+            run.publish(learner, engine)
+    return list(engine.calls)

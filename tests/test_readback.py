@@ -1,0 +1,86 @@
+"""A publish reads back what the engine holds, rank by rank, and memory changes hands in the one order that is safe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from a3po_megatron.model.engine_layout import engine_pieces
+from a3po_megatron.model.family import read_family
+from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.rollout.engine import local_experts
+from a3po_megatron.weights.reshard import expert_of
+from tests.distributed import cases_readback as cases
+from tests.distributed.runner import run_ranks
+from tests.tiny import make_checkpoint
+
+
+@pytest.mark.parametrize(("case", "kinds"), [("narrow", cases.NARROW), ("wide", cases.WIDE), ("dealt", cases.DEALT)])
+def test_one_wrong_bit_in_one_ranks_engine_is_found_in_its_own_tensors_and_named(
+    tmp_path: Path, case: str, kinds: dict[str, Any]
+) -> None:
+    for by_kind in run_ranks(2, getattr(cases, case), folder=tmp_path)[case]:
+        assert by_kind.keys() == kinds.keys()
+        for kind, found in by_kind.items():
+            for name in ("sound", "sound again", "sound after that", "sound at last"):
+                assert found.pop(name) == "ok, engine", (kind, name)
+            assert found.pop("unmapped") == "", kind  # every tensor of vLLM's model is some HF tensor's
+            swapped = found.pop("gate and up swapped in the engine's map")
+            assert "gate_proj.weight, but does not hold it" in swapped, kind
+            assert len(found) == 3
+            for what, said in found.items():
+                tensor = f"model.{what.removeprefix('one bit of ')}"
+                # The ranks of an engine add up what they share; what each has whole, the one that lost it names.
+                rank = 0 if case != "narrow" and "o_proj" in tensor else 1
+                assert f"the engine of rank {rank} was sent {tensor}, but does not hold it" in said, (kind, what)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "qwen3_moe"])
+@pytest.mark.parametrize(("tensor", "expert"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4)])
+def test_the_ranks_of_an_engine_hold_every_element_whole_or_share_it_out(
+    tmp_path: Path, kind: str, tensor: int, expert: int
+) -> None:
+    sizes = {"num_key_value_heads": 4, "vocab_size": 333}
+    family = read_family(make_checkpoint(tmp_path, kind, **sizes))
+    count = family.experts.count if family.experts else 0
+    if expert > 1 and not count:
+        return
+    covered = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensors(family).items()}
+    for rank in range(tensor):
+        pieces = engine_pieces(family, tensor, rank, local_experts(rank, tensor, expert, count))
+        for piece in pieces:
+            assert covered[piece.tensor].shape == piece.shape
+            if piece.numel == math.prod(piece.shape) and expert_of(piece.tensor) is None:
+                covered[piece.tensor] += rank == 0  # on every rank; counted once
+                continue
+            span = (slice(None),) * piece.dim + (slice(piece.start, piece.start + piece.length),)
+            covered[piece.tensor][span] += 1
+    assert all((times == 1).all() for times in covered.values())
+
+
+def test_an_engines_codes_are_the_whole_tensors_wherever_its_shards_are_whole_blocks(tmp_path: Path) -> None:
+    found = run_ranks(1, cases.checks_quantised, folder=tmp_path)["checks_quantised"][0]
+    # The quantiser itself: e4m3 rounds to the nearest of its values, of which the last is reached by the largest.
+    # 0.02 more than half a step: the quantiser multiplies by a rounded reciprocal.
+    assert found["worst"] <= 0.52
+    assert found["unequal"] == []
+    # One code of every tensor of vLLM's, that is of one of the two or three HF tensors that are stacked in it.
+    assert found["altered"] == [2 * 4, 2 * 4]  # layers × (qkv, o, gate and up, down)
+
+
+def test_memory_changes_hands_in_the_one_order_in_which_it_is_there(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, cases.sleeps, folder=tmp_path)["sleeps"]
+    publish = ["wake weights", "load", "read back", "wake kv_cache", "probe"]
+    assert found.pop("load in sleep") == "an engine that is asleep has no memory to load into"
+    away = {"none": [], "optimizer": ["gradients_away", "optimizer_away", "give_back"]}
+    away["all"] = away["optimizer"]
+    leave = {"none": [], "optimizer": [], "all": ["parameters_away", "give_back"]}
+    back = {"none": [], "optimizer": ["parameters_back", "gradients_back", "optimizer_back"]}
+    back["all"] = back["optimizer"]
+    for offload, calls in found.items():
+        step = [*leave[offload], "sample", "sleep 2", *back[offload], "train", *away[offload], *publish]
+        assert calls == [*away[offload], *publish, *step, *step], offload
