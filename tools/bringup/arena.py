@@ -136,10 +136,12 @@ def whole_learner(report: Report, make: Callable[[], Any], device: torch.device,
     """Two learners take the same steps from the same gradients; one of them leaves the device in between."""
     cuda = device.type == "cuda"
     stays, moves = make(), make()
+    begun = [parameter.detach().clone() for parameter in stays.parameters().values()]
     left, free, same, seconds = [], [], [], []
     for number in range(cycles):
         for each in (stays, moves):
             fill_gradients(each, number)
+            each.schedule.step(increment=1)
             each.arena.ready()
             each.optimizer.step()
         same.append(equal([*stays.parameters().values()], [*moves.parameters().values()]))
@@ -160,6 +162,8 @@ def whole_learner(report: Report, make: Callable[[], Any], device: torch.device,
         free.append(free_bytes() if cuda else 0)
     middle = sorted(seconds)[len(seconds) // 2]
     report.holds(f"the next step equal to the last bit, {cycles} times", all(same))
+    changed = [not torch.equal(a, b) for a, b in zip(begun, stays.parameters().values(), strict=True)]
+    report.holds("the steps change every tensor", all(changed))
     report.number("bytes of the learner that leave", leaving(moves))
     report.number("seconds away, first and median", [seconds[0], middle])
     if cuda:

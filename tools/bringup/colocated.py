@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.cluster import CUDA, Backend, Cluster
-from a3po_megatron.config import PublishOptions, RolloutOptions
+from a3po_megatron.config import PublishOptions
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import Family, read_family
@@ -26,7 +26,6 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.weights.publish import Publisher
 
 from .rank import alone, config, make_learner
-from .report import Refused
 
 LENGTHS = {"max_prompt_tokens": 128, "max_tokens": 64, "max_sequences": 64}
 CANARY = [tuple(range(2 + n, 12 + n)) for n in range(4)]
@@ -53,26 +52,20 @@ class Colocated:
         """Another learner of the same weights, in another precision."""
         self.learner = make_learner(self.cluster, self.folder, learner=learner)
 
-    def scores(self, requests: Sequence[Request], completions: Sequence[Completion]) -> Tensor:
-        """The learner's log-probs [T] of what the engine sampled at temperature 1."""
+    def scores(self, requests: Sequence[Request], completions: Sequence[Completion], replayed: bool = False) -> Tensor:
+        """The learner's log-probs [T] of what the engine sampled; `replayed`: by the engine's routes."""
         pairs = [(tuple(r.prompt), tuple(c.tokens.tolist())) for r, c in zip(requests, completions, strict=True)]
-        return torch.cat(self.learner.logprobs(pairs))
-
-
-def rollout_options(**changes: Any) -> RolloutOptions:
-    """Raises Refused where this version of the package has no such option."""
-    if unknown := [name for name in changes if name not in RolloutOptions.model_fields]:
-        raise Refused(f"this version has no option rollout.{unknown[0]}")
-    return RolloutOptions.model_validate(LENGTHS | changes)
+        routes = [c.routes for c in completions if c.routes is not None] if replayed else None
+        return torch.cat(self.learner.logprobs(pairs, routes))
 
 
 def colocate(folder: Path, backend: Backend = CUDA, learner: dict[str, Any] | None = None, **rollout: Any) -> Colocated:
-    cluster, family, options = alone(backend), read_family(folder), rollout_options(**rollout)
-    settings = config(folder, learner=learner or {})
+    cluster, family = alone(backend), read_family(folder)
+    settings = config(folder, learner=learner or {}, rollout=LENGTHS | rollout)
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
     # Nothing ends a response but its length: completions of one length are compared token by token.
-    engine = VllmEngine(folder, family, (), options, dtype, backend)
-    made = make_learner(cluster, folder, learner=learner or {})
+    engine = VllmEngine(folder, family, (), settings.rollout, dtype, backend)
+    made = Learner(cluster, family, settings)
     layout = layout_of(settings.parallel, backend.spec)
     publisher = Publisher(cluster, family, layout, PublishOptions(), CANARY)
     return Colocated(cluster, family, folder, engine, made, publisher, Residency(engine, made.arena, backend))

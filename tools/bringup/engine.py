@@ -26,7 +26,7 @@ from torch import Tensor
 from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.rollout.engine import Completion, Request
 
-from .colocated import LENGTHS, Colocated, colocate, logprobs_of, requests_of, rollout_options
+from .colocated import LENGTHS, Colocated, colocate, logprobs_of, requests_of
 from .measure import free_bytes
 from .rank import TINY, make_model
 from .report import Report
@@ -108,7 +108,7 @@ def cycles(report: Report) -> None:
 
 def seeds_on(report: Report, backend: Backend, exactly: bool) -> None:
     """Which responses come again: alone, in another order, and from their middle."""
-    both = colocate(make_model(), backend)
+    both = colocate(make_model(), backend, batch_invariant=exactly)
     with both.residency.publishing():
         both.publish()
     requests = requests_of(both.family.vocab, 48)
@@ -171,7 +171,6 @@ def gap(engine: Tensor, learner: Tensor) -> dict[str, float]:
 
 def mismatch_on(report: Report, backend: Backend, precisions: Sequence[str], quantization: str | None) -> None:
     rollout = {} if quantization is None else {"quantization": quantization}
-    rollout_options(**rollout)  # refused before anything is built
     both = colocate(make_model(), backend, {"precision": precisions[0]}, **rollout)
     with both.residency.publishing():
         receipt = both.publish()
@@ -207,6 +206,46 @@ def mismatch(report: Report) -> None:
 
 def mismatch_fp8_engine(report: Report) -> None:
     mismatch_on(report, CUDA, PRECISIONS, "fp8_per_block")
+
+
+MOE = TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def routes_on(report: Report, backend: Backend) -> None:
+    """A mixture of experts whose learner follows the engine's routes, and the same without."""
+    both = colocate(make_model(MOE), backend, routing_replay=True)
+    with both.residency.publishing():
+        receipt = both.publish()
+    requests = requests_of(both.family.vocab, 64)
+    with both.residency.rollout():
+        completions = both.sample(requests)
+    with both.residency.training():
+        found = {
+            name: gap(logprobs_of(completions), both.scores(requests, completions, replayed))
+            for name, replayed in (("by the engine's routes", True), ("by its own", False))
+        }
+    for name, row in found.items():
+        report.number(f"learner {name}", row)
+    with_routes, without = found["by the engine's routes"], found["by its own"]
+    report.holds("every response has its routes", all(c.routes is not None for c in completions))
+    report.holds(f"the receipt says `{backend.receipt_strength}`", receipt.strength == backend.receipt_strength)
+    report.claim("mean exp |Δ log-prob|, replayed", with_routes["exp_abs_mean"], BF16_RATIO)
+    # Where no router is near a tie nothing is gained; nothing may be lost by it.
+    report.claim("mean |Δ| replayed over that without", with_routes["abs_mean"] / without["abs_mean"], 1.05)
+    report.headline(f"mean |Δ log-prob| {with_routes['abs_mean']:.4f} replayed, {without['abs_mean']:.4f} without")
+
+
+def routes(report: Report) -> None:
+    routes_on(report, CUDA)
 
 
 STANDALONE = """

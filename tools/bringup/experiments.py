@@ -37,6 +37,7 @@ EXPERIMENTS = (
     Experiment(
         "5e", "mismatch: the same, engine fp8_per_block", "engine:mismatch_fp8_engine", (*_ENGINE, "hopper"), 600
     ),
+    Experiment("5f", "mixture of experts: routes replayed", "engine:routes", _ENGINE, 600),
     Experiment("6", "the demo's loop, end to end", "loop:demo", _ENGINE, 900),
     Experiment("7", "generation in process against standalone vLLM", "engine:against_standalone", _ENGINE, 600),
 )

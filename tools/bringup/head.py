@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.learner import rows
+from a3po_megatron.learner.fused_head import CHUNK_BYTES
 from a3po_megatron.learner.fused_head import logprob_and_entropy as fused_head
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy as vocab_parallel
 
@@ -24,10 +25,11 @@ from .report import Report
 
 VOCABULARIES = (151936, 75968)
 WIDTH = 1024
-# The head works in float32 whatever it is given, so its error is that of float32 sums: products of length H ≤ 4096 at
-# unit scale err by some 1e-6, log-probs near −12 by as much again. tf32 products would err by 3e-4.
+# Whatever it is given, the head sums in float32: products of length H ≤ 4096 at unit scale err by some 1e-6, log-probs
+# near −12 by as much again. tf32 products would err by 3e-4.
 EXACT = {"logprob": 5e-5, "entropy": 5e-5, "d_weight": 2e-5, "d_hidden": 2e-5, "d_logits": 2e-5}
-# Handed back in bf16: half a unit in the last of 8 bits is 2^-9 of a value at most.
+# bf16 rounds a value by 2^-9 of it at most. On CUDA the gradient of the logits is rounded before its products, and
+# hidden's gradient is handed back in bf16, on either device.
 ROUNDED = 2**-9
 Head = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -102,8 +104,8 @@ def exact_on(
             report.number(name, found)
             for what, value in found.items():
                 bound = 0.0 if what == "padding" else EXACT[what.removesuffix(" of logits")]
-                if what == "d_hidden" and dtype == torch.bfloat16:
-                    bound = ROUNDED
+                if dtype == torch.bfloat16 and what in ("d_hidden", "d_weight"):
+                    bound += ROUNDED * ((device.type == "cuda") + (what == "d_hidden"))
                 report.claim(f"{name}: {what} against float64", value, bound)
             worst = max(worst, found["logprob"])
     report.headline(f"largest error of a log-prob {worst:.1e}")
@@ -199,10 +201,12 @@ def head_speed(report: Report, device: torch.device, tokens: int, width: int, vo
         except torch.OutOfMemoryError:
             found[arm] = {"ms": None, "peak_bytes": "out of memory"}
         report.number(f"{name}: {arm}", found[arm])
-    if found["fused"]["peak_bytes"] is not None:
-        # Work space for one chunk, and hidden's gradient; the weight's is Megatron's own buffer. A weight that is cast
-        # whole, or logits that are kept, would show.
-        report.claim(f"{name}: peak memory of the fused head, in logits", found["fused"]["peak_bytes"] / logits, 0.25)
+    for arm in ("fused", "fused, entropy"):
+        peak = found[arm]["peak_bytes"]
+        report.number(f"{name}: {arm}, peak over the logits' bytes", peak / logits)
+        # One chunk of logits in float32, once more in bf16, a quarter for statistics; hidden's gradient and a chunk of
+        # it in float32. The weight's is Megatron's own buffer. Logits that are kept would show.
+        report.claim(f"{name}: {arm}, peak bytes", peak, 1.75 * CHUNK_BYTES["cuda"] + 8 * tokens * width)
     if found["eager"]["ms"]:
         report.number(f"{name}: fused over eager, time", found["fused"]["ms"] / found["eager"]["ms"])
 
