@@ -103,6 +103,49 @@ def test_every_experiment_has_its_function() -> None:
     assert all(set(e.needs) <= {"cuda", "hopper", *machine.NEEDS} for e in EXPERIMENTS)
 
 
+def test_the_kernels_and_the_arenas_experiments_need_torch_and_triton_alone() -> None:
+    code = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("pydantic", "yaml", "megatron", "transformers", "vllm", "safetensors", "blake3"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from a3po_megatron.launch import environment
+environment.prepare()
+from tools.bringup import arena, head, machine, runner, sleep
+from a3po_megatron.learner import rows_triton
+assert machine.lacks(True, "", (9, 0)).keys() >= {"megatron", "package"}
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | NO_GPU, check=True, timeout=100)
+
+
+def test_where_there_is_a_gpu_the_evidence_is_written_and_a_failure_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = {
+        "date": "2027-01-01",
+        "code": "abc",
+        "device": "a card",
+        "details": {},
+        "versions": {"torch": "2"},
+        "lacks": {},
+    }
+    monkeypatch.setattr(gpu_bringup.machine, "look", lambda: dict(here))
+    monkeypatch.setattr(gpu_bringup, "EVIDENCE", tmp_path / "evidence" / "gpu.json")
+    for names, code in ((("succeeds", "refuses"), 0), (("succeeds", "raises"), 1)):
+        experiments = tuple(made_up(name) for name in names)
+        monkeypatch.setattr(gpu_bringup, "chosen", lambda _, found=experiments: found)
+        monkeypatch.setattr(sys, "argv", ["gpu_bringup.py"])
+        assert gpu_bringup.main() == code
+        found = json.loads(gpu_bringup.EVIDENCE.read_text())
+        assert found["device"] == "a card" and "lacks" not in found
+        assert list(found["experiments"]) == list(names)
+        assert "| 42" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     names = ("crashes", "raises", "fails", "takes_all_memory", "refuses", "leaves_silently")
@@ -264,6 +307,17 @@ def test_a_head_that_counts_padding_or_loses_precision_does_not_pass(monkeypatch
     report = Report()
     small_head(report)
     assert any("d_weight" in claim for claim in wrong(report))
+
+
+def test_times_of_kernels_and_head_are_taken_of_every_arm() -> None:
+    report, cpu = Report(), torch.device("cpu")
+    share = head.row_speed(report, cpu, 8, 100, ceiling=1e9)
+    head.head_speed(report, cpu, 8, 16, 100)
+    numbers = summary(report.lines)["numbers"]
+    assert share > 0 and numbers["rows T 8 V 100 entropy"]["backward_ms"] > 0
+    for arm in ("fused", "fused, entropy", "eager", "eager, entropy"):
+        assert numbers[f"head T 8 H 16 V 100: {arm}"]["ms"] > 0
+    assert "Liger" in summary(report.lines)["left_out"] or numbers["head T 8 H 16 V 100: liger"]["ms"] > 0
 
 
 def test_an_optimizer_that_leaves_and_returns_takes_the_same_steps() -> None:
