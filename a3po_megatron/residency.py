@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from .cluster import Backend
+from .errors import Interrupted
 from .model.arena import Arena
 from .rollout.engine import Engine
 from .telemetry.clock import CLOCK
@@ -52,7 +53,12 @@ class Residency:
             if self._offload == "all":
                 self._arena.parameters_away()
                 self._arena.give_back()
-            yield
+            try:
+                yield
+            except Interrupted:  # the learner is about to be saved
+                self._engine.sleep()
+                self._arena.parameters_back()
+                raise
             self._measure()
             self._engine.sleep()
 

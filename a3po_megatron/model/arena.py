@@ -1,18 +1,20 @@
-"""The learner's tensors out of device memory and back, while the engine has it.
+"""The learner's memory on a device, given away while the engine has it, and taken back.
 
     gradients     are dropped, and are zeros again when they come back
     optimizer     float32 masters and moments: one block of device memory, and its twin in pinned host memory
     parameters    the buffers that Megatron keeps them in anyway, and their twins
 
-A tensor that is away is not gone: its data is a view into the twin, so that a checkpoint can be taken, and a weight
-read, at any time. Whoever else looks into the block finds it again: its storage stays the same object, emptied.
-
-    away     host ← device in one copy, tensors → host views, device storage emptied
-    back     device storage filled in one copy on a stream of its own, tensors → device views, `ready` before their use
+    away     twin ← block in one copy, then the block's storage is emptied
+    back     the storage is filled again in one copy, on a stream of its own; `ready` before anyone uses it
 
 One block a kind, and one copy: many small ones reach a fraction of the link's bandwidth, and leave a device's memory in
-pieces that the engine's cache does not fit into. The first journey puts the optimizer's tensors into one block; where
-some of them live in the parameters' buffers already (float32 parameters are their own masters) they stay there.
+pieces that the engine's cache does not fit into. The storage stays the same object, so that whatever views it finds it
+again. The first journey puts the optimizer's tensors into one block; where some of them live in the parameters' buffers
+already (float32 parameters are their own masters) they stay there.
+
+Masters and moments that are away have their data in the twin: a checkpoint is taken of them as if they were there. The
+parameters have not: a parameter whose data changes its device gets another node in autograd's graph (torch,
+autograd/variable.cpp: set_data), without the hook by which its gradient reaches Megatron's buffers.
 
 Megatron's own `offload_to_cpu` moves tensor by tensor through pageable memory and replaces those shared masters by
 copies, which the model never sees again (megatron-core 0.16.1, optimizer/distrib_optimizer.py).
@@ -40,60 +42,38 @@ def plan(sizes: Sequence[int], alignment: int = ALIGNMENT) -> tuple[list[int], i
 
 
 class Block:
-    """One block of device memory with its twin on the host, and the tensors that live in it."""
+    """One block of device memory and its twin on the host."""
 
-    def __init__(self, storage: torch.UntypedStorage, members: Sequence[Tensor], spans: Sequence[int]) -> None:
-        """`spans[i]`: the byte at which members[i], contiguous, begins; all members are here."""
-        self._storage, self.bytes, self.members = storage, storage.nbytes(), list(members)
-        self._device = storage.device
-        self._here = [_at(storage, begin, member) for begin, member in zip(spans, members, strict=True)]
-        self._twin = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        twin = self._twin.untyped_storage()
-        self._there = [_at(twin, begin, member) for begin, member in zip(spans, members, strict=True)]
-        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.storage, self.bytes, self.is_here = storage, storage.nbytes(), True
+        on_gpu = storage.device.type == "cuda"
+        self.twin = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self._stream = torch.cuda.Stream() if on_gpu else None
         self._copied: Any = None  # the event after which a returning block is filled
-        self.is_here = True
-
-    @classmethod
-    def gather(cls, members: Sequence[Tensor], device: torch.device) -> Block:
-        """Tensors that have storages of their own, moved into one block, which begins away."""
-        spans, size = plan([member.numel() * member.element_size() for member in members])
-        # By way of the host: two copies of an optimizer need not fit on the device.
-        block = cls(torch.empty(size, dtype=torch.uint8, device=device).untyped_storage(), members, spans)
-        block._storage.resize_(0)
-        for member, there in zip(members, block._there, strict=True):
-            there.copy_(member.data)
-            member.data = there
-        block.is_here = False
-        return block
 
     @torch.no_grad()
     def away(self) -> None:
         if not self.is_here:
             return
         self.ready()
-        self._twin.copy_(_bytes(self._storage), non_blocking=True)
+        self.twin.copy_(_bytes(self.storage), non_blocking=True)
         if self._stream is not None:
             torch.cuda.current_stream().synchronize()  # before the memory is given away, and before anyone reads
-        for member, there in zip(self.members, self._there, strict=True):
-            member.data = there
-        self._storage.resize_(0)
+        self.storage.resize_(0)
         self.is_here = False
 
     @torch.no_grad()
     def back(self) -> None:
         if self.is_here:
             return
-        self._storage.resize_(self.bytes)
+        self.storage.resize_(self.bytes)
         if self._stream is None:
-            _bytes(self._storage).copy_(self._twin)
+            _bytes(self.storage).copy_(self.twin)
         else:
             self._stream.wait_stream(torch.cuda.current_stream())  # whoever had this memory before
             with torch.cuda.stream(self._stream):
-                _bytes(self._storage).copy_(self._twin, non_blocking=True)
+                _bytes(self.storage).copy_(self.twin, non_blocking=True)
                 self._copied = self._stream.record_event()
-        for member, here in zip(self.members, self._here, strict=True):
-            member.data = here
         self.is_here = True
 
     def ready(self) -> None:
@@ -101,6 +81,38 @@ class Block:
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
             self._copied = None
+
+
+class Gathered(Block):
+    """Tensors that had storages of their own, in one block; those that are away have their data in the twin."""
+
+    def __init__(self, members: Sequence[Tensor], device: torch.device) -> None:
+        """Begins away: by way of the host, since two copies of an optimizer need not fit on the device."""
+        spans, size = plan([member.numel() * member.element_size() for member in members])
+        super().__init__(torch.empty(size, dtype=torch.uint8, device=device).untyped_storage())
+        self.members = list(members)
+        self._here = [_at(self.storage, begin, member) for begin, member in zip(spans, members, strict=True)]
+        twin = self.twin.untyped_storage()
+        self._there = [_at(twin, begin, member) for begin, member in zip(spans, members, strict=True)]
+        self.storage.resize_(0)
+        self.is_here = False
+        for member, there in zip(self.members, self._there, strict=True):
+            there.copy_(member.data)
+            member.data = there
+
+    def away(self) -> None:
+        if self.is_here:
+            super().away()
+            self._point(self._there)
+
+    def back(self) -> None:
+        if not self.is_here:
+            super().back()
+            self._point(self._here)
+
+    def _point(self, places: Sequence[Tensor]) -> None:
+        for member, place in zip(self.members, places, strict=True):
+            member.data = place
 
 
 class Arena:
@@ -114,7 +126,7 @@ class Arena:
         self._gradients = [
             (b.grad_data.untyped_storage(), b.grad_data.untyped_storage().nbytes()) for b in self._buffers
         ]
-        self._states: Block | None = None
+        self._states: Gathered | None = None
         self._weights: list[Block] = []
 
     def gradients_away(self) -> None:
@@ -131,7 +143,7 @@ class Arena:
         members = self._own_states()
         # A checkpoint that was loaded, and the first step of some optimizers, bring new tensors.
         if members and (self._states is None or not _same(self._states.members, members)):
-            self._states = Block.gather(members, self._device)
+            self._states = Gathered(members, self._device)
         if self._states is not None:
             self._states.away()
 
@@ -162,29 +174,22 @@ class Arena:
             torch.cuda.empty_cache()
 
     def _weight_blocks(self) -> list[Block]:
-        everything = {id(t): t for t in (*self._parameters, *self._optimizer_tensors())}
-        blocks: list[Block] = []
-        inside: set[int] = set()
-        for storage in self._parameter_storages():
-            members = [t for t in everything.values() if _is_in(t, storage)]
-            inside.update(map(id, members))
-            blocks.append(Block(storage, members, [t.data.storage_offset() * t.element_size() for t in members]))
-        # Without the distributed optimizer parameters have storages of their own.
-        if loose := [p for p in self._parameters if id(p) not in inside]:
-            blocks.append(Block.gather(loose, self._device))
-            blocks[-1].back()
-        return blocks
+        storages = self._parameter_storages()
+        loose = [p for p in self._parameters if not any(_is_in(p, storage) for storage in storages)]
+        if loose:  # without the distributed optimizer they have storages of their own: one now, on the same device
+            spans, size = plan([p.numel() * p.element_size() for p in loose])
+            storages.append(torch.empty(size, dtype=torch.uint8, device=self._device).untyped_storage())
+            for parameter, begin in zip(loose, spans, strict=True):
+                parameter.data = _at(storages[-1], begin, parameter).copy_(parameter.data)
+        return [Block(storage) for storage in storages]
 
     def _own_states(self) -> list[Tensor]:
         """Masters and moments that live in no buffer of the parameters."""
-        blocks = [*self._weights, *([self._states] if self._states is not None else [])]
-        known = {id(member): block is self._states for block in blocks for member in block.members}
         storages, parameters = self._parameter_storages(), {id(p) for p in self._parameters}
         return [
             tensor
             for tensor in self._optimizer_tensors()
-            if known.get(id(tensor), not any(_is_in(tensor, storage) for storage in storages))
-            and id(tensor) not in parameters
+            if id(tensor) not in parameters and not any(_is_in(tensor, storage) for storage in storages)
         ]
 
     def _optimizer_tensors(self) -> list[Tensor]:

@@ -34,8 +34,8 @@ def _held_bytes(learner: Learner) -> dict[str, int]:
     buffers = [b for chunk in learner.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return {
         "gradients": sum(b.grad_data.untyped_storage().nbytes() for b in buffers),
-        "optimizer": arena._states._storage.nbytes() if arena._states is not None else 0,
-        "parameters": sum(block._storage.nbytes() for block in arena._weights),
+        "optimizer": arena._states.storage.nbytes() if arena._states is not None else 0,
+        "parameters": sum(block.storage.nbytes() for block in arena._weights),
         "buffers": sum(b.param_data.untyped_storage().nbytes() for b in buffers if b.param_data is not None),
     }
 
@@ -56,13 +56,14 @@ def leaves_and_returns(ranks: Ranks) -> dict[str, Any]:
             before = [value.detach().clone() for value in moves.parameters().values()]
             _leave(moves, parameters=True)
             left.append(_held_bytes(moves))
+            moves.arena.parameters_back()
             now = [value.detach() for value in moves.parameters().values()]
             readable.append(all(torch.equal(a, b) for a, b in zip(before, now, strict=True)))
             _return(moves)
             theirs.append(_update(moves, collected))
-        _leave(moves, parameters=True)
+        _leave(moves, parameters=False)
         away = ranks.folder / f"{name}-away"
-        save(moves, away)  # taken while nothing of it is there
+        save(moves, away)  # taken while masters, moments and gradients are not there
         _return(moves)
         theirs.append(_update(moves, collected))
         one, other = _read(at_home), _read(away)

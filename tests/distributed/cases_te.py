@@ -61,7 +61,7 @@ def named(ranks: Ranks) -> list[str]:
 def fp8_config(folder: Path, tensor: int, precision: str, **learner: Any) -> Config:
     config = settings(folder, tensor, 1, model={"dtype": "bfloat16"}, parallel={"sequence": tensor > 1})
     values = config.model_dump(mode="json")
-    values["learner"] |= {"precision": precision, "micro_batch_tokens": 300, **learner}
+    values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, **learner}
     return Config.model_validate(values)
 
 
