@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.model.arena import Block
+from a3po_megatron.model.arena import Gathered
 
 from .measure import free_bytes, settle
 from .report import Report
@@ -57,7 +57,7 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def cycle(block: Block, device: torch.device) -> tuple[float, float]:
+def cycle(block: Gathered, device: torch.device) -> tuple[float, float]:
     """Seconds away and back, each until the last byte is there."""
     settle(device)
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def blocks_on(report: Report, device: torch.device, sizes: Sequence[int], cycles
     report.number("PYTORCH_CUDA_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
     cuda = device.type == "cuda"
     slow = pageable(moves.members(), device)
-    block = Block.gather(moves.members(), device)
+    block = Gathered(moves.members(), device)
     block.back()
     block.ready()
     report.number("bytes", block.bytes)
@@ -148,22 +148,23 @@ def whole_learner(report: Report, make: Callable[[], Any], device: torch.device,
         here = free_bytes() if cuda else 0
         settle(device)
         start = time.perf_counter()
-        moves.arena.gradients_away()
-        moves.arena.optimizer_away()
-        moves.arena.parameters_away()
+        leave(moves)
         settle(device)
         seconds.append(time.perf_counter() - start)
         if cuda:
             left.append(leaving(moves) - (free_bytes() - here))
-        moves.arena.parameters_back()
-        moves.arena.gradients_back()
-        moves.arena.optimizer_back()
+        come_back(moves)
         settle(device)
         free.append(free_bytes() if cuda else 0)
     middle = sorted(seconds)[len(seconds) // 2]
     report.holds(f"the next step equal to the last bit, {cycles} times", all(same))
     changed = [not torch.equal(a, b) for a, b in zip(begun, stays.parameters().values(), strict=True)]
     report.holds("the steps change every tensor", all(changed))
+    update(stays)
+    update(moves)
+    wanted, found = (torch.cat([b.grad_data.flatten() for b in buffers(each)]) for each in (stays, moves))
+    # A parameter that lost its hook on the way leaves zeros: 1. Attention's backward may sum in any order, in bf16.
+    report.claim("gradients of an update afterwards", float((found - wanted).norm() / wanted.norm()), 1e-2)
     report.number("bytes of the learner that leave", leaving(moves))
     report.number("seconds away, first and median", [seconds[0], middle])
     if cuda:
@@ -181,12 +182,36 @@ def leaving(learner: Any) -> int:
     return sum(block.bytes for block in blocks) + sum(size for _, size in arena._gradients)
 
 
+def buffers(learner: Any) -> list[Any]:
+    return [b for chunk in learner.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
+def leave(learner: Any) -> None:
+    learner.arena.gradients_away()
+    learner.arena.optimizer_away()
+    learner.arena.parameters_away()
+
+
+def come_back(learner: Any) -> None:
+    learner.arena.parameters_back()
+    learner.arena.gradients_back()
+    learner.arena.optimizer_back()
+
+
 def fill_gradients(learner: Any, number: int) -> None:
     """The same values into every gradient buffer of equal learners."""
-    for chunk in learner.chunks:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            generator = torch.Generator(buffer.grad_data.device).manual_seed(number)
-            buffer.grad_data.normal_(std=1e-3, generator=generator)
+    for buffer in buffers(learner):
+        generator = torch.Generator(buffer.grad_data.device).manual_seed(number)
+        buffer.grad_data.normal_(std=1e-3, generator=generator)
+
+
+def update(learner: Any) -> None:
+    """A real one, forward and backward, on rollouts of its own scores."""
+    from .rank import LENGTHS, batch_of, draw_sequences
+
+    sequences = draw_sequences(learner.family.vocab, LENGTHS)
+    old = torch.cat(learner.logprobs(sequences))
+    learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))))
 
 
 def learner(report: Report) -> None:
