@@ -52,6 +52,7 @@ from .model.build import DTYPES
 from .model.family import Family
 from .model.files import HF, copy_side_files
 from .model.layout import layout_of
+from .model.precision import is_fp8
 from .rollout.collect import Collector
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
@@ -118,7 +119,8 @@ class Run:
         def engine_experts(rank: int) -> tuple[int, int]:
             return local_experts(rank, rollout.tensor, rollout.expert, experts)
 
-        self.publisher = Publisher(cluster, family, layout, config.publish, canary, engine_experts)
+        fp8 = is_fp8(config.learner.precision)
+        self.publisher = Publisher(cluster, family, layout, config.publish, canary, engine_experts, fp8)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._stages: dict[str, float] = {}

@@ -27,9 +27,11 @@ from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
 from a3po_megatron.launch.folder import prepare_folder  # noqa: E402
+from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
 from a3po_megatron.model.family import read_family  # noqa: E402
+from a3po_megatron.model.precision import check_hardware  # noqa: E402
 from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402
 from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
@@ -84,6 +86,7 @@ def main(folder: Path) -> None:
     lock = prepare_folder(folder, config) if rank == 0 and not environment.launched() else None  # noqa: F841  held
     Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words).start()
     CLOCK.seconds["imports"] = environment.since_start()
+    check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     with math_graders(config.reward) as graders:
         with phase("groups"):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)

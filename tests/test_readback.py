@@ -72,6 +72,10 @@ def test_an_engines_codes_are_the_whole_tensors_wherever_its_shards_are_whole_bl
     assert found["altered"] == [2 * 4, 2 * 4]  # layers × (qkv, o, gate and up, down)
 
 
+def test_an_engine_leaves_the_learners_process_as_it_found_it(tmp_path: Path) -> None:
+    assert run_ranks(1, cases.keeps_the_process, folder=tmp_path)["keeps_the_process"] == [[]]
+
+
 def test_memory_changes_hands_in_the_one_order_in_which_it_is_there(tmp_path: Path) -> None:
     (found,) = run_ranks(1, cases.sleeps, folder=tmp_path)["sleeps"]
     publish = ["wake weights", "load", "read back", "wake kv_cache", "probe"]

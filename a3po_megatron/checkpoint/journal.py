@@ -123,7 +123,7 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
             Rollout(prompt, sample, seed, step, tokens[mine].copy(), logprobs[mine].copy(), finish, text, version)
         )
     offset = 12 * total
-    for rollout, shape in zip(rollouts, frame.header["routes"], strict=False):
+    for rollout, shape in zip(rollouts, frame.header.get("routes", []), strict=False):
         rollout.routes = np.frombuffer(data, np.uint8, math.prod(shape), offset).reshape(shape).copy()
         offset += rollout.routes.size
     for rollout, given in zip(rollouts, verdicts.header["verdicts"] if verdicts else [], strict=False):
@@ -196,7 +196,7 @@ class Journal:
     def rerouted(self, step: int, rollouts: Sequence[Rollout]) -> list[int] | None:
         """Batch.rerouted of rollouts whose `scores` were found; None if no routes were replayed."""
         headers = [self._frames[step, "scores", rollout.name].header for rollout in rollouts]
-        if any(header["rerouted"] is None for header in headers):
+        if any(header.get("rerouted") is None for header in headers):
             return None
         return [h["rerouted"][h["names"].index(r.name)] for h, r in zip(headers, rollouts, strict=True)]
 

@@ -6,7 +6,6 @@
 | type names | `TypeError: Wrapped parameters must be one of torch.cuda.FloatTensor` when the optimizer is built, and unclipped gradients | tensor types compared with strings in `optimizer.py`, `distrib_optimizer.py`, `clip_grads.py` |
 | experts | `AttributeError: te_general_gemm`; `all_to_all_single` refuses a tensor of split sizes | `moe_utils` has the name only with Transformer Engine; `maybe_move_tensor_to_cpu` makes a list only of CUDA tensors |
 | uneven experts | `allgather: invalid tensor size` with tensor-parallel experts | gloo gathers equal sizes only, NCCL any |
-| optimizer state | asked for before the first step: `assert len(steps) == 1`, or without `step`; set: `KeyError: step`, an in-place write to a leaf; after a load Adam counts one step per parameter, so that the second step after a resume is silently wrong | `optimizer.py` and `distrib_optimizer.py` are written for fused optimizers, and give all parameters one `step` tensor |
 | RNG tracker | `CUDA RNG state` calls when a model is built or dropout forks its stream | `tensor_parallel/random.py` keeps CUDA generators |
 
 The facade is a stand-in for the *name* `torch` inside Megatron's modules; the real `torch` is left as it is, so that
@@ -199,55 +198,6 @@ def _install_moe() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
-def _prime(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter the state that torch gives it at its first step."""
-    names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    if isinstance(optimizer, torch.optim.SGD):
-        names = ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            state.update({name: torch.zeros_like(parameter) for name in names if name not in state})
-            if "exp_avg" in state:
-                state.setdefault("step", torch.tensor(0.0))
-
-
-def _install_optimizer_state() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-
-    def patch(kind: Any) -> None:
-        sharded_state_dict, load_state_dict = kind.sharded_state_dict, kind.load_state_dict
-
-        def primed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _prime(self.optimizer)
-            self.init_state_fn = lambda *_: None  # done; Megatron's leaves out `step`, and SGD has none
-            return sharded_state_dict(self, *args, **kwargs)
-
-        def loaded(self: Any, state_dict: Any) -> None:
-            for state in state_dict.get("optimizer", state_dict).get("state", {}).values():
-                if isinstance(state, dict) and "exp_avg" in state:  # `step` of 0 is not stored
-                    state.setdefault("step", torch.tensor(0.0))
-            load_state_dict(self, state_dict)
-            for state in self.optimizer.state.values():
-                if "step" in state:
-                    state["step"] = state["step"].clone()
-
-        kind.sharded_state_dict, kind.load_state_dict = primed, loaded
-
-    @torch.no_grad()
-    def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main = self.optimizer.param_groups[group]["params"][order]
-        for name, value in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":
-                value.copy_(tensors[name])
-
-    for kind in (DistributedOptimizer, FP32Optimizer, Float16OptimizerWithFloat16Params):
-        patch(kind)
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
-
-
 def install() -> None:
     """Installs the patches once per process; refuses where CUDA is present."""
     if torch.cuda.is_available():
@@ -264,6 +214,5 @@ def install() -> None:
     _rename_types(distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups)
     _rename_types(optimizer.Float16OptimizerWithFloat16Params.__init__)
     _rename_types(clip_grads.clip_grad_by_total_norm_fp32)
-    _install_optimizer_state()
     _install_rng_tracker()
     _install_moe()

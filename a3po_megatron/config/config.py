@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
 from .checkpoint import CheckpointOptions
@@ -42,6 +43,10 @@ class Config(Section):
     telemetry: TelemetryOptions = TelemetryOptions()
     cluster: ClusterOptions = ClusterOptions()
     slurm: SlurmOptions = SlurmOptions()
+
+    def on(self, device: Literal["cpu", "cuda"]) -> Config:
+        """The same run, on such devices and no others."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})
 
 
 class NoEffect(NamedTuple):
@@ -96,8 +101,8 @@ WITHOUT_EFFECT = (
 
 # What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
 RESUME_MAY_CHANGE = {
-    *("name", "parallel", "publish", "checkpoint", "telemetry", "cluster", "slurm"),
-    *("learner.micro_batch_tokens", "learner.offload"),
+    *("name", "parallel", "publish", "checkpoint", "telemetry", "slurm"),
+    *("cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
     *(
         "reward.pool",
@@ -113,15 +118,24 @@ RESUME_MAY_CHANGE = {
 
 def unlike(before: dict[str, Any], config: Config) -> list[str]:
     """Every option that keeps a run from going on as it is configured now: "option was …, is …"."""
+    with contextlib.suppress(ValidationError):  # options that it did not have yet: as they are by default
+        before = Config.model_validate(before).model_dump(mode="json")
     then, now = _flat(before), _flat(config.model_dump(mode="json"))
     kept = lasting(before).keys() | lasting(config.model_dump(mode="json")).keys()
+    devices = {then.get("cluster.device"), now["cluster.device"]}
+    if None in devices:
+        kept -= {"cluster.device"}
     experts = {then.get("parallel.expert"), now["parallel.expert"]}
     reasons = {
         "trainer.steps": ", and the learning rate's schedule ends with it"
         if config.optimizer.schedule == "cosine"
         else "",
         "parallel.expert": ", and Megatron's optimizer keeps experts that are spread apart" if 1 in experts else "",
+        "cluster.device": "" if None in devices else ", and the names in a checkpoint follow from it",
     }
+    if config.learner.precision == "fp8-tensorwise":
+        packs = ", and fp8-tensorwise would train a scored batch in other packs"
+        reasons |= dict.fromkeys(["learner.micro_batch_tokens", *(n for n in now if n.startswith("parallel."))], packs)
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}{reasons.get(name, '')}"
         for name in sorted(then.keys() | now.keys())

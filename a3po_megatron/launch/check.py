@@ -36,8 +36,8 @@ def check_request(config: Config, backend: Backend) -> None:
 def check_machine(config: Config) -> Backend:
     """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
     asked for."""
-    hardware = find_hardware()
-    check_hardware(config.learner.precision, hardware, config.parallel.ranks())
+    if config.cluster.device != "cpu":
+        check_hardware(config.learner.precision, find_hardware(), config.parallel.ranks())
     return select_backend(config.cluster.device)
 
 

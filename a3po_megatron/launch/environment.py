@@ -86,11 +86,12 @@ def of_run(config: Config) -> dict[str, str]:
     return {BATCH_INVARIANT: "1"} if config.rollout.batch_invariant else {}
 
 
-def settings() -> dict[str, str]:
-    """What a rank's environment needs on this machine."""
-    if not sees_gpu():
+def settings(device: str | None = None, container: bool = False) -> dict[str, str]:
+    """What a rank's environment needs on this machine; `container`: it has packages of its own."""
+    if device == "cpu" or (device is None and not sees_gpu()):
         return SETTINGS | ON_CPU
-    return SETTINGS | ON_CUDA | cuda_settings(Path(sysconfig.get_path("purelib")))
+    site = Path(sysconfig.get_path("purelib"))
+    return SETTINGS | ON_CUDA | ({} if container else cuda_settings(site))
 
 
 def sees_gpu() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from ..errors import RequestError
@@ -15,8 +16,11 @@ def find_hardware() -> Hardware:
     if not environment.sees_gpu():
         return Hardware(None, None, None)
     _, gpus = parse_gpus(output("nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and all(part.strip().isdecimal() for part in visible.split(",")):  # else by UUID: all
+        gpus = tuple(gpu for gpu in gpus if gpu.index in {int(part) for part in visible.split(",")})
     if not gpus:
-        raise RequestError("there is a GPU, but nvidia-smi names none: see a3po doctor")
+        raise RequestError("there is a GPU, but nvidia-smi names none that is visible: see a3po doctor")
     cuda = _version(torch_cuda())
     engine = _version(installed("transformer-engine"))
     return Hardware(min(gpu.capability for gpu in gpus), cuda and cuda[:2], engine, len(gpus))

@@ -123,7 +123,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         *("-m", "a3po_megatron.train", str(folder)),
     ]
     around = {
-        **settings(),
+        **settings(config.cluster.device, slurm.container is not None),
         **of_run(config),
         **os.environ,
         "MASTER_ADDR": nodes[0],

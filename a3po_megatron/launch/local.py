@@ -101,7 +101,7 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
 
 def _start(rank: int, folder: Path, config: Config, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
     environment = {
-        **settings(),
+        **settings(config.cluster.device),
         **of_run(config),
         **LOOPBACK,
         **os.environ,

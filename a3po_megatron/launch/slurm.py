@@ -63,9 +63,7 @@ def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
 
 def _filled(config: Config) -> Config:
     """What follows from the allocation where it is not given: parallel.data, and what the ranks train on."""
-    if config.cluster.device is None:
-        device = {"device": "cuda" if config.slurm.gpus_per_node else "cpu"}
-        config = config.model_copy(update={"cluster": config.cluster.model_copy(update=device)})
+    config = config.on(config.cluster.device or ("cuda" if config.slurm.gpus_per_node else "cpu"))
     parallel = config.parallel
     replica = parallel.tensor * parallel.context * parallel.pipeline
     if parallel.data is not None or config.slurm.ranks() % replica:

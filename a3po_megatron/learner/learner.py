@@ -31,6 +31,7 @@ from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch, Rollout
 from ..checkpoint.store import SHARDING, load_sharded
 from ..cluster import Cluster, first
+from ..compat.megatron import prime
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
@@ -76,6 +77,7 @@ class Learner:
             for number, chunk in enumerate(chunks)
         ]
         self.optimizer = _optimizer(self.chunks, config.optimizer, settings.params_dtype)
+        prime(self.optimizer)
         self.schedule = _schedule(self.optimizer, config.optimizer, config.trainer.steps)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
@@ -109,6 +111,7 @@ class Learner:
 
     def sharded_state(self, loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer as Megatron's sharded state dict: what a checkpoint stores of this rank."""
+        self.arena.ready()
         sharding = SHARDING | {"dp_cp_group": self.cluster.tokens_group}
         states = [chunk.module.sharded_state_dict(metadata=sharding) for chunk in self.chunks]
         state: dict[str, Any] = {self._chunk(number): each for number, each in enumerate(states)}

@@ -23,6 +23,7 @@ copies, which the model never sees again (megatron-core 0.16.1, optimizer/distri
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -44,10 +45,11 @@ def plan(sizes: Sequence[int], alignment: int = ALIGNMENT) -> tuple[list[int], i
 class Block:
     """One block of device memory and its twin on the host."""
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self.storage, self.bytes, self.is_here = storage, storage.nbytes(), True
+    def __init__(self, storage: torch.UntypedStorage, size: int | None = None) -> None:
+        """`size`: its bytes when it is here, if it is not yet."""
+        self.storage, self.bytes, self.is_here = storage, storage.nbytes() if size is None else size, True
         on_gpu = storage.device.type == "cuda"
-        self.twin = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=on_gpu)
+        self.twin = _pinned(self, self.bytes) if on_gpu else torch.empty(self.bytes, dtype=torch.uint8)
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._copied: Any = None  # the event after which a returning block is filled
 
@@ -88,31 +90,26 @@ class Gathered(Block):
 
     def __init__(self, members: Sequence[Tensor], device: torch.device) -> None:
         """Begins away: by way of the host, since two copies of an optimizer need not fit on the device."""
-        spans, size = plan([member.numel() * member.element_size() for member in members])
-        super().__init__(torch.empty(size, dtype=torch.uint8, device=device).untyped_storage())
-        self.members = list(members)
-        self._here = [_at(self.storage, begin, member) for begin, member in zip(spans, members, strict=True)]
+        self._spans, size = plan([member.numel() * member.element_size() for member in members])
+        super().__init__(torch.UntypedStorage(0, device=device), size)
+        self.members, self.is_here = list(members), False
         twin = self.twin.untyped_storage()
-        self._there = [_at(twin, begin, member) for begin, member in zip(spans, members, strict=True)]
-        self.storage.resize_(0)
-        self.is_here = False
-        for member, there in zip(self.members, self._there, strict=True):
-            there.copy_(member.data)
-            member.data = there
+        for member, begin in zip(self.members, self._spans, strict=True):
+            member.data = _at(twin, begin, member).copy_(member.data)
 
     def away(self) -> None:
         if self.is_here:
             super().away()
-            self._point(self._there)
+            self._point(self.twin.untyped_storage())
 
     def back(self) -> None:
         if not self.is_here:
             super().back()
-            self._point(self._here)
+            self._point(self.storage)
 
-    def _point(self, places: Sequence[Tensor]) -> None:
-        for member, place in zip(self.members, places, strict=True):
-            member.data = place
+    def _point(self, storage: torch.UntypedStorage) -> None:
+        for member, begin in zip(self.members, self._spans, strict=True):
+            member.data = _at(storage, begin, member)
 
 
 class Arena:
@@ -143,6 +140,8 @@ class Arena:
         members = self._own_states()
         # A checkpoint that was loaded, and the first step of some optimizers, bring new tensors.
         if members and (self._states is None or not _same(self._states.members, members)):
+            if self._states is not None:
+                self._states.away()  # whose place the new block takes
             self._states = Gathered(members, self._device)
         if self._states is not None:
             self._states.away()
@@ -231,6 +230,20 @@ def _at(storage: torch.UntypedStorage, begin: int, like: Tensor) -> Tensor:
     view = torch.empty(0, dtype=like.dtype, device=storage.device)
     strides = [math.prod(like.shape[k + 1 :]) for k in range(like.dim())]
     return view.set_(storage, begin // like.element_size(), like.shape, strides)
+
+
+def _pinned(owner: object, size: int) -> Tensor:
+    """Host memory [size] uint8 that a GPU copies from and to at full speed, for as long as `owner` lives.
+
+    Registered: torch's own pinned memory is rounded up to a power of 2, and kept when it is freed (pytorch#150517).
+    """
+    memory = torch.empty(size, dtype=torch.uint8)
+    if size:
+        runtime: Any = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+        # What it is called with keeps the memory until then.
+        weakref.finalize(owner, lambda kept: runtime.cudaHostUnregister(kept.data_ptr()), memory)
+    return memory
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -94,8 +94,8 @@ def transformer_config(
         "calculate_per_token_loss": True,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": False,
-        # Fused, these two round to bf16 within; the engine computes them in float32. With them the share of steps whose
-        # log-probs drift apart rises from 6 to 100 % (NeMo-RL issue 1801).
+        # Fused, these two let learner and engine drift apart: others measured it on 6 % of the steps without them, and
+        # on all steps with every fusion (NeMo-RL issue 1801).
         "bias_activation_fusion": False,
         "apply_rope_fusion": False,
         # Weight gradients are summed in float32: by Transformer Engine's products themselves, else by the hooks of

@@ -63,12 +63,10 @@ class VllmEngine:
         dtype: torch.dtype,
         backend: Backend,
     ) -> None:
-        from vllm import LLM
-
-        if options.batch_invariant and os.environ.get("VLLM_BATCH_INVARIANT") != "1":
+        if (os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1") is not options.batch_invariant:
             raise RequestError(
-                "rollout.batch_invariant needs VLLM_BATCH_INVARIANT=1 in the environment before torch is imported: "
-                "start with a3po train or a3po submit, which set it"
+                f"rollout.batch_invariant is {options.batch_invariant}, but VLLM_BATCH_INVARIANT is "
+                f"{os.environ.get('VLLM_BATCH_INVARIANT')} in the ranks' environment: leave it to the option"
             )
         self.dtype, self.weight_version = dtype, 0
         self.receipt_strength = "requantised" if options.quantization else backend.receipt_strength
@@ -79,11 +77,13 @@ class VllmEngine:
         self._unquantised = [f"model.layers.{layer}." for layer in _left_out(options, family.layers)]
         # An expert-parallel engine is sent its own experts only, which vLLM takes one by one.
         self.fused_experts = family.experts is not None and options.expert == 1
-        keep_process_group()
-        name_shared_memory()
-        if options.expert > 1 and backend.device == "cpu":
-            map_experts()
-        with process_state_kept():
+        with process_state_kept():  # importing vLLM changes it too
+            from vllm import LLM
+
+            keep_process_group()
+            name_shared_memory()
+            if options.expert > 1 and backend.device == "cpu":
+                map_experts()
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers))
         self._state = "awake"
         self.sleep()

@@ -6,7 +6,8 @@
 Anything unequal is a PublishError that names the tensor, raised on every rank: nothing is sampled from weights that
 were not proven. Which fault each net catches: a tensor altered, moved, stale or missing on its way to the engine fails
 its checksum or the stream's check, by name; a tensor that the engine itself failed to take up fails the checksum of the
-engine's own tensors where they can be read back (strength `engine`, `requantised`), else it shows in the canary.
+engine's own tensors where they can be read back (strength `engine`; `requantised`: of FP8 their codes, not the scales,
+whose layout is the kernel's), else it shows in the canary.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 # (prompt and response tokens of each, their routes or None) → log-probs of each response
 Logprobs = Callable[[Sequences, Sequence[np.ndarray] | None], list[Tensor]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.25}
-QUANTISED_BOUND = 1.0  # an engine in FP8 beside a learner that is not; wrong weights differ by several nats
+QUANTISED_BOUND = 1.0  # where learner or engine compute in FP8; wrong weights differ by several nats
 
 
 class Publisher:
@@ -58,8 +59,9 @@ class Publisher:
         options: PublishOptions,
         canary: Sequence[Sequence[int]],
         engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
+        fp8: bool = False,  # whether the learner computes in it
     ) -> None:
-        self.cluster, self.family, self.options = cluster, family, options
+        self.cluster, self.family, self.options, self.fp8 = cluster, family, options, fp8
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
         self.scored: Scored = {}  # the last canary, as the learner scored it
@@ -178,7 +180,8 @@ class Publisher:
             return worst
 
     def _bound(self, dtype: torch.dtype, strength: str = "") -> float:
-        return self.options.canary_bound or (QUANTISED_BOUND if strength == "requantised" else CANARY_BOUND[dtype])
+        rounded = self.fp8 or strength == "requantised"
+        return self.options.canary_bound or (QUANTISED_BOUND if rounded else CANARY_BOUND[dtype])
 
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
         names = list(hf_tensors(self.family))

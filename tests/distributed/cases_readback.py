@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from a3po_megatron.config import load_config
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.errors import PublishError
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model import engine_layout
+from a3po_megatron.model.family import read_family
 from a3po_megatron.model.layout import Piece
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Request, in_order
+from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run import Run
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
@@ -155,6 +161,35 @@ def _swapped(pieces: Iterable[Piece]) -> Iterator[Piece]:
     for piece in pieces:
         half = piece.length if piece.tensor.endswith(("gate_proj.weight", "up_proj.weight")) else 0
         yield dataclasses.replace(piece, offset=half - piece.offset) if half else piece
+
+
+def keeps_the_process(ranks: Ranks) -> list[str]:
+    """What is not as it was after a first engine was built in this process (vLLM is not imported before)."""
+    import random
+
+    import numpy as np
+
+    def state() -> dict[str, Any]:
+        return {
+            "variables": {n: os.environ.get(n) for n in ("TORCHINDUCTOR_COMPILE_THREADS", "NCCL_ASYNC_ERROR_HANDLING")},
+            "python": random.getstate(),
+            "numpy": np.random.get_state()[1].tolist(),
+            "torch": torch.get_rng_state().tolist(),
+            "threads": torch.get_num_threads(),
+            "setter": torch.set_num_threads,
+            "precision": torch.get_float32_matmul_precision(),
+        }
+
+    assert "vllm" not in sys.modules
+    os.environ["NCCL_ASYNC_ERROR_HANDLING"] = "1"
+    os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+    config = load_config(circle.DEMO, [])
+    cluster, family = ranks.arrange(), read_family(config.model.path)
+    random.random()
+    before = state()
+    VllmEngine(Path(config.model.path), family, [1], config.rollout, torch.float32, cluster.backend)
+    after = state()
+    return [name for name in before if before[name] != after[name]]
 
 
 def checks_quantised(ranks: Ranks) -> dict[str, Any]:
