@@ -162,3 +162,23 @@ def test_more_steps_are_refused_where_the_learning_rate_depends_on_their_number(
     before = Config.model_validate(cosine).model_dump(mode="json")
     (found,) = unlike(before, Config.model_validate(cosine | {"trainer": {"steps": 900}}))
     assert found == "trainer.steps was 300, is 900, and the learning rate's schedule ends with it"
+
+
+def test_a_run_of_before_an_option_existed_goes_on_where_the_option_is_as_it_is_by_default() -> None:
+    before = Config.model_validate(BASE).model_dump(mode="json")
+    for section, option in (("rollout", "routing_replay"), ("learner", "bf16_layers"), ("cluster", "device")):
+        del before[section][option]
+    assert unlike(before, Config.model_validate(BASE).on("cpu")) == []
+    (found,) = unlike(before, Config.model_validate(BASE | {"rollout": {"routing_replay": True}}))
+    assert found == "rollout.routing_replay was False, is True"
+
+
+def test_a_run_does_not_go_on_on_another_device_nor_a_tensorwise_one_in_other_packs() -> None:
+    on_cpu = Config.model_validate(BASE).on("cpu").model_dump(mode="json")
+    (found,) = unlike(on_cpu, Config.model_validate(BASE).on("cuda"))
+    assert found == "cluster.device was 'cpu', is 'cuda', and the names in a checkpoint follow from it"
+    for precision, refused in (("fp8-tensorwise", 1), ("fp8-blockwise", 0)):
+        learner = {"learner": {"precision": precision}}
+        before = Config.model_validate(BASE | learner).model_dump(mode="json")
+        now = Config.model_validate(BASE | {"learner": {"precision": precision, "micro_batch_tokens": 512}})
+        assert len(unlike(before, now)) == refused, precision

@@ -14,6 +14,7 @@ from a3po_megatron.cluster import backend_of, select_backend
 from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
+from a3po_megatron.launch import hardware as launch_hardware
 from a3po_megatron.launch.check import _check_device
 from a3po_megatron.model.family import Family, read_family
 from a3po_megatron.model.precision import (
@@ -172,6 +173,22 @@ def test_what_the_machine_cannot_do_is_refused_by_name(
     with pytest.raises(RequestError) as caught:
         check_hardware(precision, hardware)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "capability"), [(None, 3, (8, 0)), ("1,2", 2, (9, 0)), ("0", 1, (8, 0)), ("GPU-5c", 3, (8, 0))]
+)
+def test_only_gpus_that_are_visible_count(
+    visible: str | None, gpus: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = "0, A100, 580.1, 8.0, 81920\n1, H200, 580.1, 9.0, 143771\n2, H200, 580.1, 9.0, 143771\n"
+    monkeypatch.setattr(environment, "sees_gpu", lambda: True)  # there is none here, and no nvidia-smi
+    monkeypatch.setattr(launch_hardware, "output", lambda *_: answer)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = launch_hardware.find_hardware()
+    assert (found.gpus, found.capability) == (gpus, capability)
 
 
 def test_more_ranks_than_gpus_are_refused() -> None:
