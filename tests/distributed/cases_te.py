@@ -32,6 +32,7 @@ UPDATES = {
         _case("tensor", "qwen3", 2, 1),
         _case("sequence", "qwen3", 2, 1, sequence=True),
         _case("pipeline", "qwen3", 1, 1, pipeline=2),
+        _case("context", "qwen3", 1, 1, context=2),
         _case("spread_experts", "qwen3_moe", 1, 2, expert=2),
         _case("cut_experts", "qwen3_moe", 2, 1, sequence=True),
     ],

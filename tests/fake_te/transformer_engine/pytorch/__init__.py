@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 from . import distributed as distributed
 from . import ops as ops
@@ -196,10 +197,22 @@ class GroupedLinear(_Module):
 
 
 class DotProductAttention(_Module):
-    """Causal attention within packed sequences."""
+    """Causal attention within packed sequences.
 
-    def __init__(self, num_attention_heads: int, kv_channels: int, softmax_scale: float | None = None, **_: Any):
+    Under context parallelism of C ranks `cu_seqlens` are those of whole sequences, of which rank c holds the chunks c
+    and 2 C - 1 - c of 2 C (2.11, attention/dot_product_attention/context_parallel.py). Here every rank computes all.
+    """
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        kv_channels: int,
+        softmax_scale: float | None = None,
+        cp_group: Any = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
+        self.cp_group = cp_group
         self.scale = softmax_scale or kv_channels**-0.5
 
         def forgive(_: Any, incompatible: Any) -> None:
@@ -226,14 +239,34 @@ class DotProductAttention(_Module):
     ) -> Tensor:
         assert (qkv_format, attn_mask_type) == ("thd", "padding_causal") and attention_mask is None
         assert cu_seqlens_q is not None and cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q_padded is None
-        assert int(cu_seqlens_q[-1]) == len(query), "padding must belong to a sequence"
+        ranks = self.cp_group.size() if self.cp_group is not None else 1
+        assert int(cu_seqlens_q[-1]) == len(query) * ranks, "padding must belong to a sequence"
         assert max_seqlen_q == int((cu_seqlens_q[1:] - cu_seqlens_q[:-1]).max())
+        ends, mine = cu_seqlens_q.tolist(), slice(None)
+        if ranks > 1:
+            place = torch.cat([_chunks(ends, ranks, rank) for rank in range(ranks)])
+            query, key, value = (
+                torch.cat(all_gather(x.contiguous(), group=self.cp_group))[torch.argsort(place)]
+                for x in (query, key, value)
+            )
+            mine = _chunks(ends, ranks, self.cp_group.rank())  # type: ignore[assignment]
         outputs = []
-        for begin, end in itertools.pairwise(cu_seqlens_q.tolist()):
+        for begin, end in itertools.pairwise(ends):
             q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (query, key, value))
             found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             outputs.append(found[0].transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
+        return torch.cat(outputs).flatten(1)[mine]
+
+
+def _chunks(ends: list[int], ranks: int, rank: int) -> Tensor:
+    """Which tokens of the whole pack a context-parallel rank holds, in its order."""
+    parts = []
+    for begin, end in itertools.pairwise(ends):
+        length, rest = divmod(end - begin, 2 * ranks)
+        assert rest == 0, "a sequence must be whole chunks"
+        for number in (rank, 2 * ranks - 1 - rank):
+            parts.append(torch.arange(begin + number * length, begin + (number + 1) * length))
+    return torch.cat(parts)
 
 
 class Fp8Padding(torch.nn.Module):
