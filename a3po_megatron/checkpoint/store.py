@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, _StoragePrefix
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from ..compat.megatron import GATHERED
 from ..errors import RunFailed
 from .folder import HashedFile, Written
 
@@ -76,12 +77,15 @@ class _Staged(TorchDistSaveShardedStrategy):
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
         rank, world = dist.get_rank(), dist.get_world_size()
         keyed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        copies = {tensor.untyped_storage().data_ptr() for tensor in GATHERED}
         for shards in keyed.values():
             for shard in shards:
                 if isinstance(shard, ShardedTensor):
                     # Contiguous: a transposed view would be stored in its memory's order, which only torch's own
-                    # reader undoes. A copy in any case: the next update writes over the original.
-                    shard.data = shard.data.detach().to("cpu", copy=True).contiguous()
+                    # reader undoes. A copy, unless it is one: the next update writes over the original.
+                    live = shard.data.untyped_storage().data_ptr() not in copies
+                    shard.data = shard.data.detach().to("cpu", copy=live).contiguous()
+        GATHERED.clear()
         self.writer = FileSystemWriter(checkpoint_dir)
         self.writer.fs = self.files
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

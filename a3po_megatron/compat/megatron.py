@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
+GATHERED: list[torch.Tensor] = []  # what gather_states made since this was emptied: memory that nobody else writes to
 
 
 @torch.no_grad()
@@ -39,6 +40,7 @@ def gather_states(
         ((dtype, buckets),) = by_dtype.items()
         whole = rank == 0 or empty_data
         world: dict[str, Any] = {key: torch.empty(buffer.numel if whole else 0) for key in _KEYS}
+        GATHERED.extend(() if empty_data else world.values())
         begin = 0
         for ranges, bucket in zip(buckets if not empty_data else [], buffer.buckets, strict=False):
             share = bucket.grad_data.numel() // size

@@ -31,7 +31,7 @@ from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch, Rollout
 from ..checkpoint.store import SHARDING, load_sharded
 from ..cluster import Cluster, first
-from ..compat.megatron import prime
+from ..compat.megatron import GATHERED, prime
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
@@ -112,6 +112,7 @@ class Learner:
     def sharded_state(self, loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer as Megatron's sharded state dict: what a checkpoint stores of this rank."""
         self.arena.ready()
+        GATHERED.clear()  # of a state that was not saved
         sharding = SHARDING | {"dp_cp_group": self.cluster.tokens_group}
         states = [chunk.module.sharded_state_dict(metadata=sharding) for chunk in self.chunks]
         state: dict[str, Any] = {self._chunk(number): each for number, each in enumerate(states)}
