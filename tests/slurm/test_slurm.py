@@ -219,7 +219,7 @@ def test_what_the_cluster_cannot_give_is_named_before_submission(tmp_path: Path)
         ("slurm.gpus_per_node=9", "partition batch has 0 such nodes"),
         ("slurm.spares=1", "slurm.nodes + slurm.spares = 3"),
     ):
-        assert words in submit(tmp_path / "run", *TWO_NODES, option, ended=2)
+        assert words in submit(tmp_path / "run", *TWO_NODES, "cluster.device=cpu", option, ended=2)
     assert not (tmp_path / "run").exists()
 
 
