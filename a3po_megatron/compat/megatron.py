@@ -3,9 +3,9 @@
 | patch | symptom without it | cause |
 |---|---|---|
 | `gather_states` | a checkpoint of the distributed optimizer (`fully_reshardable`) holds shifted values and zeros, with a warning only: weights and moments of the last pipeline stage of a model with tied embeddings, or of any model with several buckets whose sizes are no multiples of the padding | `distrib_optimizer.py`: `get_parameter_state_dp_zero` lays buckets end to end without their padding, `sharded_param_state_fully_reshardable` looks for parameters where they are with it (its comment: "this is a bug in the param ranges logic") |
+| `gather_states` | a save stalls for 12 times as long as a copy of its bytes takes, measured with one data-parallel rank | the same function zeroes, copies, gathers, concatenates and copies again |
 | `output_layer_without_apex` | `RuntimeError: ColumnParallelLinear was called with gradient_accumulation_fusion set to True but the custom CUDA extension fused_weight_gradient_mlp_cuda module is not found` | Megatron's output layer needs apex where Transformer Engine's layers sum their weight gradients; the learner's head (learner/fused_head.py) takes that layer's weight and never runs it |
 | `prime`, `_install_optimizer_state` | asked for before the first step: `assert len(steps) == 1`, or without `step`; set: `KeyError: step`, an in-place write to a leaf; after a load Adam counts one step per parameter, so that the second step after a resume is silently wrong | `optimizer.py` and `distrib_optimizer.py` are written for fused Adam, give SGD nothing, and give all parameters one `step` tensor |
-| `gather_states` | a save stalls for 12 times as long as a copy of its bytes takes, measured with one data-parallel rank | the same function zeroes, copies, gathers, concatenates and copies again |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def output_layer_without_apex() -> Iterator[None]:
 def prime(optimizer: Any) -> None:
     """Gives every parameter of one of Megatron's optimizers the state that it would get at its first step."""
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-        _prime(each.optimizer)
+        if each.optimizer is not None:  # Megatron's stub on a rank without parameters
+            _make_states(each.optimizer)
+            each.init_state_fn = lambda *_: None  # done; Megatron's leaves out `step`, and SGD has none
 
 
-def _prime(optimizer: Any) -> None:
-    if optimizer is None:  # Megatron's stub on a rank without parameters
-        return
+def _make_states(optimizer: Any) -> None:
     names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if "momentum" in optimizer.defaults:  # SGD, torch's or a fused one
         names = ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
@@ -102,12 +102,7 @@ def _install_optimizer_state() -> None:
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     def patch(kind: Any) -> None:
-        sharded_state_dict, load_state_dict = kind.sharded_state_dict, kind.load_state_dict
-
-        def primed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            _prime(self.optimizer)
-            self.init_state_fn = lambda *_: None  # done; Megatron's leaves out `step`, and SGD has none
-            return sharded_state_dict(self, *args, **kwargs)
+        load_state_dict = kind.load_state_dict
 
         def loaded(self: Any, state_dict: Any) -> None:
             for state in state_dict.get("optimizer", state_dict).get("state", {}).values():
@@ -118,7 +113,7 @@ def _install_optimizer_state() -> None:
                 if "step" in state:
                     state["step"] = state["step"].clone()
 
-        kind.sharded_state_dict, kind.load_state_dict = primed, loaded
+        kind.load_state_dict = loaded
 
     @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..model.precision import FP32_SCALES, TE_WINDOW
+from ..model.precision import BLOCKWISE_CUDA, FP32_SCALES, HOPPER, TE_WINDOW
 from . import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def _gpus(found: Found) -> Iterator[Finding]:
         name = f"GPU {gpu.index} ({gpu.name}, sm{gpu.capability[0]}{gpu.capability[1]})"
         if gpu.capability < (8, 0):
             yield Finding(f"{name}: cuDNN's packed attention needs sm80 or newer")
-        elif gpu.capability < (9, 0):
+        elif gpu.capability < HOPPER:
             yield _warning(f"{name}: FP8 blockwise needs sm90 (H100, H200); bf16 runs")
     if blind := [tuple(pair) for pair in found.child.get("peers", {}).get("without", [])]:
         pairs = ", ".join(f"{a}–{b} ({found.links.get((a, b), '?')})" for a, b in blind)
@@ -130,7 +130,7 @@ def _torch(found: Found) -> Iterator[Finding]:
         torch = found.packages["torch"]
         yield Finding(f"torch {torch} is a build for CPUs: remove .venv and run tools/setup_gpu.sh")
         return
-    if _version(found.torch_cuda) < (12, 9):
+    if _version(found.torch_cuda) < BLOCKWISE_CUDA:
         yield _warning(f"torch is built for CUDA {found.torch_cuda}: FP8 blockwise needs 12.9 or newer; bf16 runs")
     if error := found.child.get("torch", {}).get("error"):
         yield Finding(f"torch cannot be imported: {error}")

@@ -24,6 +24,19 @@ def _mark(parameter: Tensor, dim: int) -> None:
         setattr(parameter, name, value)
 
 
+def _weight(
+    columns: int, rows: int, ranks: int, parallel_mode: str | None, initialise: Any, dtype: Any, device: Any
+) -> torch.nn.Parameter:
+    """A rank's share of a linear layer's weight."""
+    rows = rows // ranks if parallel_mode == "column" else rows
+    columns = columns // ranks if parallel_mode == "row" else columns
+    weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+    if initialise is not None:
+        initialise(weight)
+    _mark(weight, dim=1 if parallel_mode == "row" else 0)
+    return weight
+
+
 class _Module(torch.nn.Module):
     """The part of TransformerEngineBaseModule that state dicts see."""
 
@@ -75,13 +88,9 @@ class Linear(_Module):
         assert not return_bias
         self.sequence_parallel = sequence_parallel and tp_size > 1
         self.tp_group, self.tp_size, self.parallel_mode, self.ub_name = tp_group, tp_size, parallel_mode, ub_name
-        rows = out_features // tp_size if parallel_mode == "column" else out_features
-        columns = in_features // tp_size if parallel_mode == "row" else in_features
+        self.weight = _weight(in_features, out_features, tp_size, parallel_mode, init_method, params_dtype, device)
+        rows, columns = self.weight.shape
         self.in_features, self.out_features = columns, rows
-        self.weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=params_dtype, device=device))
-        if init_method is not None:
-            init_method(self.weight)
-        _mark(self.weight, dim=1 if parallel_mode == "row" else 0)
         self.bias = torch.nn.Parameter(torch.zeros(rows, dtype=params_dtype, device=device)) if bias else None
         if self.bias is not None:
             assert parallel_mode == "column"
@@ -169,13 +178,8 @@ class GroupedLinear(_Module):
         super().__init__()
         assert not bias
         self.num_gemms, self.use_bias, self.parallel_mode = num_gemms, bias, parallel_mode
-        rows = out_features // tp_size if parallel_mode == "column" else out_features
-        columns = in_features // tp_size if parallel_mode == "row" else in_features
         for number in range(num_gemms):
-            weight = torch.nn.Parameter(torch.empty(rows, columns, dtype=params_dtype, device=device))
-            if init_method is not None:
-                init_method(weight)
-            _mark(weight, dim=1 if parallel_mode == "row" else 0)
+            weight = _weight(in_features, out_features, tp_size, parallel_mode, init_method, params_dtype, device)
             self.register_parameter(f"weight{number}", weight)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
