@@ -24,7 +24,7 @@ test-slurm: setup
 	python -m pytest -m slurm tests/slurm
 
 soak: setup
-	python -m pytest -m soak
+	python -m pytest -m "soak or interruption"
 
 lint: setup
 	ruff check .

@@ -114,10 +114,21 @@ def test_steps_are_numbers_however_many_digits_they_have_and_other_folders_are_n
     for step in (999_999, 1_000_000):
         checkpoint(tmp_path, step)
     (tmp_path / "step-best").mkdir()
-    (tmp_path / "torn-step-000001").mkdir()
+    (tmp_path / "torn-step-best").mkdir()
     assert newest_whole(tmp_path) == (tmp_path / "step-1000000", [])
     prune(tmp_path, keep_last=1, keep_every=None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-best", "torn-step-000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-best", "torn-step-best"]
+
+
+def test_what_was_put_aside_stays_until_its_step_is_saved_again(tmp_path: Path) -> None:
+    for step in (4, 6, 8):
+        checkpoint(tmp_path, step)
+    put_aside(tmp_path, after=4)
+    prune(tmp_path, keep_last=2, keep_every=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "torn-step-000006", "torn-step-000008"]
+    checkpoint(tmp_path, 6)
+    prune(tmp_path, keep_last=2, keep_every=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000006", "torn-step-000008"]
 
 
 def test_the_last_n_and_every_m_th_checkpoint_are_kept(tmp_path: Path) -> None:

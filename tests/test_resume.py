@@ -4,7 +4,7 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take about half a minute; six points are always tested, all by `make soak`.
+An interrupted run and its resume take about half a minute; six points are always tested, all twenty by `make soak`.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def assert_finished_work_is_taken_over(folder: Path, point: Interrupt, saved: in
             assert taken[step] == 0, f"step {step} had never begun"
 
 
+@pytest.mark.interruption
 @pytest.mark.parametrize(("layout", "interrupt"), POINTS)
 def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
     layout: str, interrupt: Interrupt, whole: Callable[..., Path], tmp_path: Path

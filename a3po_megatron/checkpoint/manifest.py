@@ -29,6 +29,7 @@ from .folder import Written, digest_of, sync
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+STEP, TORN = "step-", "torn-step-"  # names of checkpoints, and of those that were put aside
 FORMAT = 1
 
 
@@ -97,12 +98,12 @@ def check_whole(folder: Path) -> Manifest:
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.rpartition("-")[2])
 
 
-def saved_steps(checkpoints: Path) -> list[Path]:
+def saved_steps(checkpoints: Path, kind: str = STEP) -> list[Path]:
     """The folders of a run's checkpoints, oldest first, whole or not."""
-    found = (path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
+    found = (path for path in checkpoints.glob(f"{kind}*") if path.is_dir() and path.name[len(kind) :].isdecimal())
     return sorted(found, key=step_of)
 
 
@@ -125,10 +126,10 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def put_aside(checkpoints: Path, after: int) -> None:
-    """Renames what is newer than a step, and hence not whole: the run will come to those steps again."""
+    """Renames what is newer than a step, and hence not whole: the run will come to those steps again (then `prune`)."""
     for newer in saved_steps(checkpoints):
         if step_of(newer) > after:
-            aside = newer.with_name(f"torn-{newer.name}")
+            aside = newer.with_name(newer.name.replace(STEP, TORN))
             if aside.exists():
                 shutil.rmtree(aside)
             newer.rename(aside)
@@ -156,8 +157,13 @@ def name_latest(checkpoints: Path, name: str) -> None:
 
 
 def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every`."""
-    for folder in saved_steps(checkpoints)[:-keep_last]:
+    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every`; also what was put
+    aside, once its step is saved again or past."""
+    saved = saved_steps(checkpoints)
+    for folder in saved[:-keep_last]:
         if keep_every is None or step_of(folder) % keep_every:
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
             shutil.rmtree(folder)
+    for aside in saved_steps(checkpoints, TORN):
+        if step_of(aside) <= step_of(saved[-1]):
+            shutil.rmtree(aside)

@@ -87,7 +87,7 @@ class Watchdog:
         """Who stands still; None: whoever it is that the others wait for is still at work."""
         where = {rank: position(self._logs, rank) for rank in range(self._world)}
         files = {rank: self._logs / f"rank-{rank}.beat" for rank in range(self._world)}
-        beats = {rank: file.stat().st_mtime for rank, file in files.items() if file.exists()}
+        beats = {rank: _renewed(file) for rank, file in files.items() if file.exists()}
         dead = [rank for rank, beat in beats.items() if max(beats.values()) - beat > OTHERS * self.period]
         least = min(changes for changes, _ in where.values())
         blamed = dead or [rank for rank, (changes, _) in where.items() if changes == least]
@@ -106,6 +106,12 @@ class Watchdog:
             f"{who} stood still (telemetry.stall_seconds, telemetry.stall_factor). The stacks of all ranks are in "
             f"{self._logs}/rank-*.stacks; the same command continues the run"
         )
+
+
+def _renewed(path: Path) -> float:
+    """When a file was last written. Opened, because a network file system asks its server then, not for a `stat`."""
+    with path.open() as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _replace(path: Path, text: str) -> None:
