@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -160,7 +162,7 @@ class Cluster:
         # This rank's place among the ranks of its stage that hold one copy of the stage's weights.
         copy = self.coordinates.context + self.context * self.coordinates.data
         self.within = self.coordinates.tensor + self.tensor * (copy % self._neighbours(parallel))
-        self._store = dist.PrefixStore("agree", store)
+        self._store, self._connection = dist.PrefixStore("agree", store), store
         self._round = 0
 
     def _engine_leaders(self, engine_ranks: int) -> list[int]:
@@ -241,6 +243,10 @@ class Cluster:
         if "error" in result:
             raise RunFailed(result["error"])
         return result["value"]
+
+    def store_of(self, name: str) -> dist.Store:
+        """A part of the store by itself, through a connection of its own, for a thread."""
+        return dist.PrefixStore(name, self._connection.clone())  # type: ignore[attr-defined]  # torch's stubs lack it
 
     def leave(self) -> None:
         """Every rank's last call: rank 0, which holds the store, leaves after all others have heard what it said."""
@@ -350,5 +356,7 @@ def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
     )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
     return Cluster(backend, parallel, engine_ranks, store)

@@ -26,10 +26,12 @@ import torch
 
 from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected, Group
-from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, whole_folder
+from .checkpoint.background import Background
+from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, sync, whole_folder
 from .checkpoint.interrupt import LEAD
 from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
 from .checkpoint.manifest import (
+    MANIFEST,
     Manifest,
     Stateful,
     inputs_of,
@@ -39,10 +41,11 @@ from .checkpoint.manifest import (
     saved_steps,
     step_of,
 )
-from .checkpoint.store import Saving
+from .checkpoint.side_files import HF, copy_side_files
+from .checkpoint.store import Saving, Share
 from .checkpoint.streams import random_state, restore_random_state
 from .checkpoint.torch_dist import INDEXES
-from .cluster import Cluster, first, sum_lists
+from .cluster import Cluster, first, same, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
@@ -50,7 +53,6 @@ from .errors import Interrupted, RequestError, RunFailed
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.family import Family
-from .model.files import HF, copy_side_files
 from .model.layout import layout_of
 from .model.precision import is_fp8
 from .rollout.collect import Collector
@@ -65,6 +67,22 @@ from .weights.receipt import Receipt
 
 INERT_WARNING = 0.95
 BYTES_PER_PARAMETER, ASSUMED_BYTES_PER_SECOND = 12, 100e6  # of a save: float32 weights and both moments of Adam
+
+
+def resumed_from(folder: Path, cluster: Cluster) -> Path | None:
+    """The checkpoint that a run goes on from, the newest that the launcher left; None: it begins anew.
+
+    Rank 0 says which: another node's file system may still show the folder as it was. Raises RunFailed if one does not
+    have it as rank 0 does.
+    """
+    newest = saved_steps(folder / "checkpoints")[-1:]
+    name = cluster.agree("checkpoint", newest[0].name if newest else None, _of_rank_0)
+    if name is None:
+        return None
+    checkpoint = folder / "checkpoints" / str(name)
+    manifest = checkpoint / MANIFEST
+    cluster.agree(f"{name}/{MANIFEST}", digest_of(manifest).blake3 if manifest.exists() else "missing", same)
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,9 @@ class _Boundary:
 class _Pending:
     """A checkpoint that is being written."""
 
-    boundary: _Boundary
-    target: Path
+    step: int
     saving: Saving
-    place: contextlib.ExitStack  # of the folder, on rank 0
-    begun: float  # time.monotonic()
+    background: Background
 
 
 class Run:
@@ -132,6 +148,7 @@ class Run:
         self._warned = False
         self._scored_before = False  # the batch of this step, by a run that was interrupted after that
         self._pending: _Pending | None = None
+        self._streams: dict[str, Any] | None = None  # as the run left them, for the first step's beginning
         self._inputs = inputs_of(config) if cluster.rank == 0 else {}  # as they are when the run reads them
         first_step = 0 if checkpoint is None else self._resume(checkpoint, prompts)
         self._saved = first_step  # the step of the last checkpoint that is in place
@@ -153,6 +170,8 @@ class Run:
             self._progress.say(f"started in {self._startup:.0f} s{goes_on}: {steps - start} steps to go")
         if leave := self.cluster.agree("leave at the start", self.interrupt.due("score"), first):
             raise Interrupted(leave)
+        if self._streams is not None:  # not before: publish, canary and witness of a start may draw, too
+            restore_random_state(self._streams)
         for step in range(start, steps):
             CLOCK.begin(step)
             self._step_start = time.perf_counter()
@@ -171,7 +190,7 @@ class Run:
         self.publisher.version = manifest.weight_version - 1  # the publish that every start begins with gives it again
         before = Config.model_validate(manifest.config)
         if (before.parallel, before.rollout.tensor) == (self.config.parallel, self.config.rollout.tensor):
-            restore_random_state(json.loads((checkpoint / f"rank-{self.cluster.rank}.json").read_text()))
+            self._streams = json.loads((checkpoint / f"rank-{self.cluster.rank}.json").read_text())
             self.collect.take_over(self._surplus(checkpoint / f"surplus.rank-{self.cluster.rank}", prompts))
         elif self.cluster.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
             files = sorted(checkpoint.glob("surplus.rank-*"))
@@ -261,48 +280,73 @@ class Run:
         broken = [name for (_, name), p in learner.parameters().items() if not all_finite(p.detach())]
         if found := self.cluster.agree("finite weights", broken, sum_lists):
             raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
-        target, begun = self.folder / "checkpoints" / f"step-{boundary.step:06d}", time.monotonic()
-        place = contextlib.ExitStack()
+        target = self.folder / "checkpoints" / f"step-{boundary.step:06d}"
+        whole, partial = contextlib.ExitStack(), partial_of(target)
         if self.cluster.rank == 0:
-            place.enter_context(whole_folder(target))
+            whole.enter_context(whole_folder(target))
         self.cluster.agree("checkpoint folder", True, all)
-        self._pending = _Pending(boundary, target, Saving(learner.sharded_state(), partial_of(target)), place, begun)
+        saving = Saving(learner.sharded_state(), partial)
+
+        def write() -> Share:
+            share = saving.write()
+            return dataclasses.replace(share, files=[*share.files, *self._save_rank(boundary, partial)])
+
+        def end(shares: list[Share], failure: str | None) -> None:
+            with whole:
+                if failure:
+                    raise RunFailed(failure)
+                saving.complete(shares)
+                self._save_manifest(boundary, partial, [file for share in shares for file in share.files])
+            self._drop_older(target)
+
+        background = Background(self.cluster.store_of(f"save {boundary.step}"), write, end)
+        self._pending = _Pending(boundary.step, saving, background)
 
     def _complete_save(self, wait: bool) -> None:
-        """Puts a checkpoint in place once all ranks have written their shares; `wait`: now."""
+        """Takes note of a checkpoint that is in place; `wait`: until it is. RunFailed if it could not be written."""
         if self._pending is None:
             return
-        pending = self._pending
-        if not wait and not self.cluster.agree("written", pending.saving.written, all):
-            return
-        self._pending = None
-        with pending.place:
-            if wrong := self.cluster.agree("written well", pending.saving.wait(CLOCK.beat), first):
-                raise RunFailed(f"the checkpoint of step {pending.boundary.step} could not be written: {wrong}")
-            partial = partial_of(pending.target)
-            mine = [*pending.saving.finish(), *self._save_rank(pending.boundary, partial)]
-            files = self.cluster.agree("checkpoint files", [dataclasses.asdict(file) for file in mine], sum_lists)
-            if self.cluster.rank == 0:
-                self._save_manifest(pending.boundary, partial, [Written(**file) for file in files])
-        if self.cluster.rank == 0:
-            options = self.config.checkpoint
-            name_latest(pending.target.parent, pending.target.name)
-            prune(pending.target.parent, options.keep_last, options.keep_every)
-            self.journal.forget(step_of(saved_steps(pending.target.parent)[-options.keep_last :][0]))
-        self.cluster.agree("checkpoint", True, all)
-        self._saved = pending.boundary.step
-        self.interrupt.observe({"save": time.monotonic() - pending.begun})
+        pending, background = self._pending, self._pending.background
+        if wait:
+            background.wait(CLOCK.beat, lambda: pending.saving.bytes)
+        over, failure, seconds = self.cluster.agree(
+            "saved", [background.over, background.failure, background.seconds], _of_rank_0
+        )
+        if over:
+            self._pending = None
+            if failure:
+                raise RunFailed(f"the checkpoint of step {pending.step} could not be written: {failure}")
+            self._saved = pending.step
+            self.interrupt.observe({"save": seconds})
+
+    def _drop_older(self, newest: Path) -> None:
+        """Names the newest checkpoint, and removes what it makes needless: older ones, and what led to it."""
+        options = self.config.checkpoint
+        name_latest(newest.parent, newest.name)
+        prune(newest.parent, options.keep_last, options.keep_every)
+        self.journal.forget(step_of(saved_steps(newest.parent)[-options.keep_last :][0]))
 
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
-        """What this rank alone holds; returns the files."""
+        """What this rank alone holds; returns the files. On the disk then, and with them what steps since the last save
+        left elsewhere and a run that goes on from this checkpoint counts on."""
         rank = self.cluster.rank
         with HashedFile(folder / f"rank-{rank}.json") as random:
             random.write(json.dumps(boundary.random).encode())
         with HashedFile(folder / f"surplus.rank-{rank}") as surplus:
             for group in boundary.held:
-                write_group(surplus, group)
-                write_verdicts(surplus, group)
-        return [random.written(), surplus.written()]
+                write_verdicts(surplus, group, write_group(surplus, group))
+        files = [random.written(), surplus.written()]
+        for path in [*(folder / file.name for file in files), *self._left_since(self._saved)]:
+            sync(path)
+        return files
+
+    def _left_since(self, step: int) -> Iterator[Path]:
+        """Files that this rank wrote in steps from `step` on, and their folders."""
+        for part in ("rollouts", "rejected"):
+            found = (self.folder / part).glob(f"step-*.rank-{self.cluster.rank}.*")
+            yield from (path for path in found if int(path.name[5:].partition(".")[0]) >= step)
+            yield from (path for path in [self.folder / part] if path.exists())
+        yield from (path for path in [self.folder / "metrics.jsonl"] if self.cluster.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
         copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.dtype)
@@ -376,8 +420,9 @@ class Run:
         known = self.journal.scores(step, batch.rollouts)
         self._scored_before = self.cluster.agree("scored before", known is not None, all)
         if self._scored_before:
-            batch.old_logprobs, batch.entropy = torch.from_numpy(known)
-            rerouted = self.journal.rerouted(step, batch.rollouts)
+            assert known is not None
+            values, rerouted = known
+            batch.old_logprobs, batch.entropy = torch.from_numpy(values)
             batch.rerouted = None if rerouted is None else torch.tensor(rerouted, dtype=torch.int64)
         return batch
 
@@ -395,7 +440,6 @@ class Run:
             )
         if self.cluster.batch_group.rank() == 0 and not self._scored_before:
             self.journal.add_scores(step, batch)
-        self._complete_save(wait=False)  # a checkpoint that is written should not wait for the step's end
         if leave := self.cluster.agree("leave before the update", self.interrupt.due("update", "publish"), first):
             raise Interrupted(leave)
 
@@ -448,6 +492,10 @@ class Run:
                     f"warning: {rate:.0%} of the shaped tokens of {side} rollouts have 1 - p < 1e-4: weighting them "
                     "changes next to nothing on this task (metric shaping/inert_rate)"
                 )
+
+
+def _of_rank_0(values: list[Any]) -> Any:
+    return values[0]
 
 
 _PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")

@@ -21,7 +21,7 @@ compat.prepare()  # before Megatron and vLLM are imported
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
 from a3po_megatron.checkpoint.journal import Journal  # noqa: E402
-from a3po_megatron.checkpoint.manifest import identity, saved_steps  # noqa: E402
+from a3po_megatron.checkpoint.manifest import identity  # noqa: E402
 from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
@@ -36,7 +36,7 @@ from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402
 from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
-from a3po_megatron.run import Run  # noqa: E402
+from a3po_megatron.run import Run, resumed_from  # noqa: E402
 from a3po_megatron.telemetry.clock import CLOCK, phase  # noqa: E402
 from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 
@@ -50,7 +50,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     dtype = DTYPES[config.model.dtype]
     with phase("engine"):
         engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
-    checkpoint = next(reversed(saved_steps(folder / "checkpoints")), None)  # the launcher left whole ones only
+    checkpoint = resumed_from(folder, cluster)
     with phase("model"):
         learner = Learner(cluster, family, config, checkpoint)
     any_weights = config.checkpoint.replay == "all"

@@ -360,6 +360,15 @@ def _checkpoints_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
         yield from objects_differ(chunks[key], others[key], f"{name}: {key}")
     common, other = (torch.load(folder / "common.pt", weights_only=False) for folder in (ours, theirs))
     yield from objects_differ(common, other, f"{name}/common.pt")
+    manifest, other = (json.loads((folder / "manifest.json").read_text()) for folder in (ours, theirs))
+    for part in ("step", "weight_version", "config", "inputs", "state"):
+        yield from objects_differ(manifest[part], other[part], f"{name}/manifest.json: {part}")
+    for path in sorted(theirs.glob("rank-*.json")):  # the random streams
+        streams, other = (json.loads((folder / path.name).read_text()) for folder in (ours, theirs))
+        yield from objects_differ(streams, other, f"{name}/{path.name}")
+    for path in sorted(theirs.glob("surplus.rank-*")):
+        if (ours / path.name).read_bytes() != path.read_bytes():
+            yield f"{name}/{path.name}: other groups are carried over"
 
 
 def read_chunks(checkpoint: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from a3po_megatron.weights import convert as convert_module
 from tests.distributed.runner import Ranks, run_ranks
+from tests.distributed.saving import write_whole
 from tests.test_convert import (
     INDEX,
     ROOT,
@@ -207,9 +208,7 @@ def transposed_shard(ranks: Ranks) -> list[bool]:
     wanted = torch.arange(24.0).view(6, 4).t()
     folder = ranks.folder / "saved"
     folder.mkdir()
-    saving = Saving({"layer": {"w": ShardedTensor.from_rank_offsets("w", wanted)}}, folder)
-    assert saving.wait() == ""
-    saving.finish()
+    write_whole(Saving({"layer": {"w": ShardedTensor.from_rank_offsets("w", wanted)}}, folder))
     found = torch.zeros(4, 6)
     with Reader(folder) as reader:
         reader.read(Box("w", (), 0, 4), found)

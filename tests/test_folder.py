@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +51,11 @@ def save_checkpoint(folder: Path, step: int, config: Config) -> Path:
     size = len(ROW) * step
     Manifest(step, step + 1, 2, config.model_dump(mode="json"), inputs_of(config), {}, size, files).save(target)
     return target
+
+
+def save_identity(folder: Path, config: Config) -> None:
+    known = {"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}
+    (folder / "identity.json").write_text(json.dumps(known))
 
 
 def put(folder: Path, *names: str) -> None:
@@ -101,6 +109,7 @@ def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, 
     for path in (run / "checkpoints").iterdir():
         path.rename(run / f"old-{path.name}")
     gone = ["rollouts/step-00000.rank-0.jsonl.zst", "rejected/step-00000.mini-batch-0.rank-0.pt", "hf/step-000002/"]
+    save_identity(run, config)
     put(run, *gone, "rollouts/notes.txt", "journal/step-00000.rank-0")
     assert goes_on(run, config) == []
     assert [name for name in gone if (run / name).exists()] == []
@@ -109,15 +118,54 @@ def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, 
     assert (run / "journal" / "step-00000.rank-0").exists()  # a replay begins at step 0, and looks into it
 
 
+def test_a_run_without_a_checkpoint_is_held_to_what_it_was_started_with_once_it_has_left_anything(
+    tmp_path: Path, config: Config
+) -> None:
+    folder = tmp_path / "run"
+    assert goes_on(folder, config) == []
+    model = Path(config.model.path)
+    (model / "chat_template.jinja").write_text("{{ messages }}")  # it failed before its first step: all may change
+    changed = config.model_copy(update={"trainer": config.trainer.model_copy(update={"seed": 1})})
+    assert goes_on(folder, changed) == []
+    for left in ("metrics.jsonl", "journal/step-00000.rank-1"):
+        put(folder, left)
+        with pytest.raises(RequestError, match=r"trainer\.seed was 1, is 0"):
+            goes_on(folder, config)
+        assert (folder / left).read_text() == "x"
+        (model / "chat_template.jinja").write_text(left)
+        with pytest.raises(RequestError, match=r"chat_template\.jinja was another file"):
+            goes_on(folder, changed)
+        (folder / left).unlink()
+        assert goes_on(folder, changed) == []
+    put(folder, "metrics.jsonl")
+    (folder / "identity.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"identity\.json: cannot tell what"):
+        goes_on(folder, changed)
+
+
+def test_a_file_system_without_locks_is_refused_by_name(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(RequestError, match=r"run: its file system has no locks \(Function not implemented\)"):
+        goes_on(tmp_path / "run", config)
+
+
 def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut(run: Path, config: Config) -> None:
     (run / "metrics.jsonl").write_text(ROW * SAVED)
     goes_on(run, config)  # as many as were recorded will do
     short = ROW * SAVED
     (run / "metrics.jsonl").write_text(short[:-1])
     put(run, "rollouts/step-00005.rank-0.jsonl.zst")
+    torn = save_checkpoint(run, SAVED + 2, config)
+    (torn / MANIFEST).unlink()
     with pytest.raises(RequestError, match=rf"metrics\.jsonl: it has {len(short) - 1} bytes.* {len(short)}: rows are"):
         goes_on(run, config)
     assert (run / "metrics.jsonl").read_text() == short[:-1]
+    assert torn.exists()  # not put aside
     assert (run / "rollouts" / "step-00005.rank-0.jsonl.zst").exists()
 
 
@@ -138,9 +186,9 @@ def test_another_file_under_the_same_path_is_refused_by_its_name_and_nothing_cha
     assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]
 
 
-@pytest.mark.parametrize("words", ["", "step-0000", "step-999999\n", "../checkpoints\n", "step-000002\n"])
-def test_latest_is_put_right_where_it_names_something_else(words: str, run: Path, config: Config) -> None:
-    (run / "checkpoints" / "latest").write_text(words)
+@pytest.mark.parametrize("words", [b"", b"step-0000", b"step-999999\n", b"../checkpoints\n", b"step-000002\n", b"\xff"])
+def test_latest_is_put_right_where_it_names_something_else(words: bytes, run: Path, config: Config) -> None:
+    (run / "checkpoints" / "latest").write_bytes(words)
     goes_on(run, config)
     assert (run / "checkpoints" / "latest").read_text() == f"step-{SAVED:06d}\n"
 
@@ -156,7 +204,7 @@ def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before
     put(run, "rollouts/step-00001.rank-0.jsonl.zst", "rollouts/step-00002.rank-0.jsonl.zst", "hf/step-000004/")
     remarks = goes_on(run, config)
     assert len(remarks) == 2
-    assert "step-000004/manifest.json: not a readable manifest" in remarks[0]
+    assert "step-000004/manifest.json: the file is missing" in remarks[0]
     assert remarks[1] == "goes on from step-000002"
     assert (run / "metrics.jsonl").read_text() == ROW * 2
     assert sorted(path.name for path in (run / "rollouts").iterdir()) == ["step-00001.rank-0.jsonl.zst"]

@@ -12,6 +12,7 @@ import torch
 
 from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Verdict
 from a3po_megatron.checkpoint.journal import Journal, cut_torn_frames, read_frames
+from a3po_megatron.errors import RunFailed
 
 PROMPTS = [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n, n + 1), n) for n in range(6)]
 
@@ -54,7 +55,7 @@ def test_groups_routes_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_t
         for number in range(rank, 6, 2):
             journal.add_group(3, group(number))
             if number < 4:
-                journal.add_verdicts(3, group(number))
+                journal.add_verdicts(3, [group(number)])
     again = Journal(tmp_path / "journal", 0, "run")
     for number in range(6):
         found = again.group(3, PROMPTS[number], decode)
@@ -90,17 +91,70 @@ def test_what_other_weights_or_a_run_with_other_options_sampled_is_not_believed(
         assert (again.scores(3, batch([0]).rollouts) is not None) == (found and weights == "old weights")
 
 
+def other_tokens(one: Group) -> Group:
+    """The responses of other weights, as long as these."""
+    for rollout in one.rollouts:
+        rollout.tokens = rollout.tokens + 1
+        rollout.text = decode(rollout.tokens)
+    return one
+
+
+def test_verdicts_belong_to_the_responses_that_were_graded_and_scores_to_those_that_were_scored(tmp_path: Path) -> None:
+    def of_weights(rank: int, weights: str) -> Journal:
+        journal = Journal(tmp_path, rank, "run")
+        journal.weights = weights
+        return journal
+
+    before = of_weights(0, "W1")
+    before.add_group(3, group(0))
+    before.add_verdicts(3, [group(0)])
+    of_weights(1, "W2").add_group(3, other_tokens(group(0)))  # sampled anew, and killed before it was graded
+    found = of_weights(0, "W2").group(3, PROMPTS[0], decode)
+    assert found is not None
+    assert (facts(found[0]), found[1]) == (facts(other_tokens(group(0))), False)
+    assert {r.verdict.outcome for r in found[0].rollouts} == {"invalid"}
+    found = of_weights(0, "W1").group(3, PROMPTS[0], decode)
+    assert found is not None and (facts(found[0]), found[1]) == (facts(group(0)), True)
+
+    of_weights(0, "W2").add_scores(3, batch([0]))
+    assert of_weights(0, "W2").scores(3, batch([0]).rollouts) is not None
+    assert of_weights(0, "W2").scores(3, other_tokens(group(0)).rollouts) is None
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1, 0)])
+def test_what_these_weights_sampled_is_found_whichever_file_holds_what_others_did(
+    tmp_path: Path, ranks: tuple[int, int]
+) -> None:
+    for rank, weights in zip(ranks, ("W1", "W2"), strict=True):
+        journal = Journal(tmp_path, rank, "run", any_weights=True)
+        journal.weights = weights
+        one = group(0) if weights == "W1" else other_tokens(group(0))
+        journal.add_group(3, one)
+        journal.add_verdicts(3, [one])
+    for weights, wanted in (("W1", group(0)), ("W2", other_tokens(group(0)))):
+        journal = Journal(tmp_path, 0, "run", any_weights=True)
+        journal.weights = weights
+        found = journal.group(3, PROMPTS[0], decode)
+        assert found is not None and (facts(found[0]), found[1]) == (facts(wanted), True)
+
+
+def test_a_journal_that_cannot_be_written_ends_the_run_with_the_name_of_its_file(tmp_path: Path) -> None:
+    (tmp_path / "journal").write_text("")  # no folder
+    with pytest.raises(RunFailed, match=r"journal/step-00003.rank-0: cannot write it: "):
+        Journal(tmp_path / "journal", 0, "run").add_group(3, group(0))
+
+
 def test_a_group_whose_grading_failed_is_graded_again(tmp_path: Path) -> None:
     one = group(2)
     one.rollouts[1].verdict = Verdict("invalid", "grader exceeded 1.0 s")
     journal = Journal(tmp_path, 0, "run")
     journal.add_group(3, one)
-    journal.add_verdicts(3, one)
+    journal.add_verdicts(3, [one])
     again = Journal(tmp_path, 0, "run")
     found = again.group(3, PROMPTS[2], decode)
     assert found is not None
     assert not found[1]
-    again.add_verdicts(3, group(2))  # this time with a verdict: it counts
+    again.add_verdicts(3, [group(2)])  # this time with a verdict: it counts
     found = Journal(tmp_path, 0, "run").group(3, PROMPTS[2], decode)
     assert found is not None
     assert found[1]
@@ -173,13 +227,15 @@ def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_
         wanted = batch(numbers)
         scores = found.scores(3, wanted.rollouts)
         assert scores is not None
-        assert torch.equal(torch.from_numpy(scores[0]), wanted.old_logprobs)
-        assert torch.equal(torch.from_numpy(scores[1]), wanted.entropy)
-        assert found.rerouted(3, wanted.rollouts) == wanted.rerouted.tolist()
+        (old, entropy), rerouted = scores
+        assert torch.equal(torch.from_numpy(old), wanted.old_logprobs)
+        assert torch.equal(torch.from_numpy(entropy), wanted.entropy)
+        assert rerouted == wanted.rerouted.tolist()
     assert found.scores(3, batch([0, 3]).rollouts) is None
     assert found.scores(4, batch([0]).rollouts) is None
     Journal(tmp_path, 2, "run").add_scores(3, batch([4], replay=False))
-    assert Journal(tmp_path, 5, "run").rerouted(3, batch([4]).rollouts) is None
+    scores = Journal(tmp_path, 5, "run").scores(3, batch([4]).rollouts)
+    assert scores is not None and scores[1] is None
     path = tmp_path / "step-00003.rank-1"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     assert Journal(tmp_path, 0, "run").scores(3, batch([1]).rollouts) is None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from a3po_megatron.checkpoint import manifest
 from a3po_megatron.checkpoint.folder import Written, digest_of
 from a3po_megatron.checkpoint.manifest import (
     MANIFEST,
@@ -62,10 +65,9 @@ DAMAGE = {
     "missing": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp: the file is missing"),
     "cut off": (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x"), "it has 1 bytes"),
     "extra": (lambda folder: (folder / "hf/more").write_text(""), "does not know this file"),
-    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "not a readable manifest"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), "manifest.json: the file is missing"),
     "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"step": 8'), "not a readable manifest"),
     "a copy": (lambda folder: _copy(folder), "it is of step 4: the folder was copied or renamed"),
-    "another format": (lambda folder: _reformat(folder), "its format is 2, this version reads 1"),
 }
 
 
@@ -77,7 +79,7 @@ def _copy(folder: Path) -> None:
 def _reformat(folder: Path) -> None:
     from a3po_megatron.checkpoint.manifest import _digest
 
-    body = json.loads((folder / MANIFEST).read_text()) | {"format": 2}
+    body = json.loads((folder / MANIFEST).read_text()) | {"format": 99}
     body.pop("manifest_blake3")
     (folder / MANIFEST).write_text(json.dumps({"manifest_blake3": _digest(body)} | body))
 
@@ -99,6 +101,34 @@ def test_the_newest_whole_checkpoint_is_used_the_newer_ones_are_put_aside_and_sa
     assert [path.name for path in saved_steps(tmp_path)] == ["step-000004", "step-000006"]
     assert (tmp_path / "torn-step-000008").is_dir()  # for whoever wants to know what happened
     assert newest_whole(tmp_path) == (folder, [])
+
+
+def test_what_another_version_wrote_or_a_disk_does_not_give_is_refused_and_not_taken_for_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (4, 6):
+        checkpoint(tmp_path, step)
+
+    def fails(path: Path) -> Written:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "digest_of", fails)
+        with pytest.raises(RequestError, match=r"step-000006/.*: cannot read it: Input/output error"):
+            newest_whole(tmp_path)
+    newest = tmp_path / "step-000006" / MANIFEST
+    body = newest.read_bytes()
+    newest.unlink()
+    newest.mkdir()  # opening it fails, but it is there
+    with pytest.raises(RequestError, match=r"manifest.json: cannot read it: Is a directory"):
+        newest_whole(tmp_path)
+    newest.rmdir()
+    newest.write_bytes(body)
+    (tmp_path / "step-000006" / ".nfs000012").write_text("removed while it was open")
+    assert newest_whole(tmp_path) == (tmp_path / "step-000006", [])
+    _reformat(tmp_path / "step-000006")
+    with pytest.raises(RequestError, match=r"its format is 99, this version reads \d+: go on with the version"):
+        newest_whole(tmp_path)
 
 
 def test_if_no_checkpoint_is_whole_the_run_is_refused_and_does_not_begin_anew(tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_an
 def test_a_save_returns_before_a_byte_is_written_and_holds_the_state_of_then_bit_for_bit(found: dict[str, Any]) -> None:
     for there in found["goes_on_meanwhile"]:
         assert there == {
-            "written at once": False,
-            "written after an update": False,
+            "over at once": False,
+            "over after an update": False,
             "bytes after an update": 0,
-            "failure": "",
-            "written in the end": True,
+            "failure": None,
+            "over in the end": True,
             "the update changed something": True,
             "weights": True,
             "unlike what is written at once": [],

@@ -32,7 +32,7 @@ compat.prepare()
 
 from bench_ranks import named_layout, run_bench  # noqa: E402
 
-STAGES = ("gather", "copy", "write", "finish", "stall", "clone")
+STAGES = ("gather", "copy", "write", "stall", "clone")
 
 
 def measure(folder: Path, saves: int) -> None:
@@ -59,14 +59,13 @@ def measure(folder: Path, saves: int) -> None:
         gathered = time.perf_counter()
         saving = Saving(state, target)
         copied = time.perf_counter()
-        failure = saving.wait()
+        share = saving.write()
         written = time.perf_counter()
-        if failure:
-            raise SystemExit(failure)
-        dist.barrier()
-        ready = time.perf_counter()
-        size = sum(file.bytes for file in saving.finish())
-        ended = time.perf_counter()
+        size = sum(file.bytes for file in share.files)
+        shares: list[Any] = [None] * cluster.world
+        dist.all_gather_object(shares, share)
+        if cluster.rank == 0:
+            saving.complete(shares)
         plain = torch.ones(size // 4)
         start = time.perf_counter()
         plain.clone()
@@ -74,9 +73,8 @@ def measure(folder: Path, saves: int) -> None:
             "gather": gathered - begin,
             "copy": copied - gathered,
             "write": written - copied,
-            "finish": ended - ready,
         }
-        stall = row["gather"] + row["copy"] + row["finish"]
+        stall = row["gather"] + row["copy"]
         rows.append(row | {"stall": stall, "clone": time.perf_counter() - start})
     seconds = {name: median(row[name] for row in rows[1:]) for name in STAGES}
     found = {"rank": cluster.rank, "bytes": size, "first_stall": rows[0]["stall"], "seconds": seconds}

@@ -4,13 +4,14 @@
     frame                          digest, space, header (JSON, one line), newline, payload (arrays, end to end)
 
     group       the G rollouts of a prompt: tokens, log-probs and routes, as soon as the last of them is sampled
-    verdicts    its verdicts and rewards, once it is graded
-    scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on: the batch before its
-                update
+    verdicts    verdicts and rewards of the group in one frame, which it names by that frame's digest
+    scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on, each named by its name
+                and a digest of its tokens and routes: the batch before its update
 
 A frame is believed only if its digests are right (the last one of a killed run may be torn, and is cut off), and if it
 says that it is of this run's options and data, this prompt, and these weights, by a digest of them. Then it is what
 would be computed again, since every rollout has its own seed; what is missing, or of something else, is computed again.
+Several starts of a run may have written frames of one step, in whichever order of files: all are looked through.
 
 A replay whose kernels do not add in a fixed order comes to other weights in the last bits, and finds nothing of its
 later steps again; `checkpoint.replay: all` believes those rollouts nevertheless (never their scores).
@@ -18,8 +19,10 @@ later steps again; `checkpoint.replay: all` believes those rollouts nevertheless
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ import numpy as np
 from blake3 import blake3
 
 from ..batch import Batch, Group, Prompt, Rollout, Verdict
+from ..errors import RunFailed
 
 Decode = Callable[[Any], str]  # token ids → text
 
@@ -36,6 +40,7 @@ Decode = Callable[[Any], str]  # token ids → text
 @dataclass(frozen=True)
 class Frame:
     header: dict[str, Any]
+    digest: str  # of its header, which holds that of its payload
     path: Path
     offset: int  # of its payload
 
@@ -53,11 +58,14 @@ class _Sink(Protocol):
     def flush(self) -> None: ...
 
 
-def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> None:
+def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> str:
+    """Returns the frame's digest."""
     payload = b"".join(array.tobytes() for array in arrays)
     text = json.dumps(header | {"bytes": len(payload), "blake3": blake3(payload).hexdigest()}).encode()
-    file.write(blake3(text).hexdigest().encode() + b" " + text + b"\n" + payload)
+    digest = blake3(text).hexdigest()
+    file.write(digest.encode() + b" " + text + b"\n" + payload)
     file.flush()
+    return digest
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
@@ -69,7 +77,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
             if blake3(text).hexdigest().encode() != digest:
                 return
             header = json.loads(text)
-            frame = Frame(header, path, file.tell())
+            frame = Frame(header, digest.decode(), path, file.tell())
             if frame.offset + header["bytes"] > size:
                 return
             file.seek(header["bytes"], 1)
@@ -88,18 +96,20 @@ def cut_torn_frames(folder: Path) -> None:
             file.truncate(whole)
 
 
-def write_group(file: _Sink, group: Group, of: str = "") -> None:
+def write_group(file: _Sink, group: Group, of: str = "") -> str:
+    """Returns the frame's digest, which its verdicts go by."""
     samples = [[r.sample, r.seed, r.step, r.finish, r.weight_version, len(r.tokens)] for r in group.rollouts]
     header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
     tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     routes = [r.routes for r in group.rollouts if r.routes is not None]
     header["routes"] = [list(part.shape) for part in routes]  # of every rollout, or of none
-    write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *routes)
+    return write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *routes)
 
 
-def write_verdicts(file: _Sink, group: Group) -> None:
+def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
+    """`frame`: the digest of the group's own."""
     verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward] for r in group.rollouts]
-    write_frame(file, {"kind": "verdicts", "prompt": group.prompt.index, "verdicts": verdicts})
+    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": verdicts})
 
 
 def asked(prompt: Prompt) -> str:
@@ -108,7 +118,10 @@ def asked(prompt: Prompt) -> str:
 
 
 def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Decode) -> Group | None:
-    """The group of a frame, graded if there are verdicts; None if it is not whole, or not of this prompt."""
+    """The group of a frame, graded if there are verdicts (of this frame: RunFailed if not); None if it is not whole, or
+    not of this prompt."""
+    if verdicts is not None and verdicts.header["of"] != frame.digest:
+        raise RunFailed(f"{verdicts.path}: these are not the verdicts of the group in {frame.path}")
     data = frame.payload()
     if data is None or frame.header["asked"] != asked(prompt):
         return None
@@ -126,8 +139,9 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
     for rollout, shape in zip(rollouts, frame.header.get("routes", []), strict=False):
         rollout.routes = np.frombuffer(data, np.uint8, math.prod(shape), offset).reshape(shape).copy()
         offset += rollout.routes.size
-    for rollout, given in zip(rollouts, verdicts.header["verdicts"] if verdicts else [], strict=False):
-        rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]
+    if verdicts is not None:
+        for rollout, given in zip(rollouts, verdicts.header["verdicts"], strict=True):
+            rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]
     return Group(prompt, rollouts)
 
 
@@ -139,12 +153,12 @@ class Journal:
         self.weights = ""  # a digest of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
-        self._frames: dict[tuple[int, str, Any], Frame] = {}
+        self._written: dict[int, str] = {}  # prompt → the digest of its last group's frame
+        self._frames: dict[tuple[int, str, Any], list[Frame]] = {}
         for path in journal_files(folder):
             for frame in read_frames(path):
-                kind = frame.header["kind"]
-                for name in frame.header["names"] if kind == "scores" else [frame.header["prompt"]]:
-                    self._frames[_step_of(path), kind, name] = frame
+                for name in _names(frame.header):
+                    self._frames.setdefault((_step_of(path), frame.header["kind"], name), []).append(frame)
 
     @property
     def _of(self) -> str:
@@ -155,50 +169,57 @@ class Journal:
 
         A verdict that is no verdict (a grader was killed, or had too little time) is asked for again.
         """
-        frame = self._frames.get((step, "group", prompt.index))
-        if frame is None or not (frame.header["of"] == self._of or (self._any_weights and self._is_of_run(frame))):
-            return None
-        verdicts = self._frames.get((step, "verdicts", prompt.index))
-        if verdicts is not None and any(outcome == "invalid" for outcome, *_ in verdicts.header["verdicts"]):
-            verdicts = None
-        group = read_group(frame, verdicts, prompt, decode)
-        return (group, verdicts is not None) if group else None
-
-    def _is_of_run(self, frame: Frame) -> bool:
-        return str(frame.header["of"]).partition(" ")[0] == self._run
+        frames = self._frames.get((step, "group", prompt.index), [])
+        of_run = [frame for frame in frames if self._any_weights and frame.header["of"].partition(" ")[0] == self._run]
+        for frame in (*(frame for frame in frames if frame.header["of"] == self._of), *of_run):
+            given = self._frames.get((step, "verdicts", frame.digest), [])
+            sound = (v for v in given if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
+            verdicts = next(sound, None)
+            if group := read_group(frame, verdicts, prompt, decode):
+                self._written[prompt.index] = frame.digest
+                return group, verdicts is not None
+        return None
 
     def add_group(self, step: int, group: Group) -> None:
-        write_group(self._open(step), group, self._of)
+        with self._appending(step) as file:
+            self._written[group.prompt.index] = write_group(file, group, self._of)
 
-    def add_verdicts(self, step: int, group: Group) -> None:
-        write_verdicts(self._open(step), group)
+    def add_verdicts(self, step: int, groups: Sequence[Group]) -> None:
+        """Of groups that were added, or found, in this step; with all that was added before they are on the disk then,
+        where a machine's end does not reach them."""
+        with self._appending(step) as file:
+            for group in groups:
+                write_verdicts(file, group, self._written.pop(group.prompt.index))
+            os.fdatasync(file.fileno())
 
     def add_scores(self, step: int, batch: Batch) -> None:
         assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
-        names, lengths = [r.name for r in batch.rollouts], batch.lengths.tolist()
+        names, lengths = [_scored(rollout) for rollout in batch.rollouts], batch.lengths.tolist()
         rerouted = None if batch.rerouted is None else batch.rerouted.tolist()
         header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths, "rerouted": rerouted}
-        write_frame(self._open(step), header, batch.old_logprobs.numpy(), batch.entropy.numpy())
+        with self._appending(step) as file:
+            write_frame(file, header, batch.old_logprobs.numpy(), batch.entropy.numpy())
+            os.fdatasync(file.fileno())
 
-    def scores(self, step: int, rollouts: Sequence[Rollout]) -> np.ndarray | None:
-        """Old log-probs and entropies [2, T] of the rollouts' tokens, end to end; None if any is missing."""
-        found: dict[str, np.ndarray] = {}
-        for rollout in rollouts:
-            frame = self._frames.get((step, "scores", rollout.name))
-            if frame is None or frame.header["of"] != self._of:
+    def scores(self, step: int, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, list[int] | None] | None:
+        """Old log-probs and entropies [2, T] of the rollouts' tokens, end to end, and Batch.rerouted (None: no routes
+        were replayed); None if any is missing."""
+        read: dict[str, tuple[dict[str, np.ndarray], dict[str, int]]] = {}  # frame → what is in it
+        values, rerouted = [np.empty((2, 0), np.float32)], []
+        for name in map(_scored, rollouts):
+            for frame in self._frames.get((step, "scores", name), []):
+                if frame.header["of"] != self._of:
+                    continue
+                if frame.digest not in read:
+                    read[frame.digest] = _scores_of(frame)
+                if name in read[frame.digest][0]:
+                    values.append(read[frame.digest][0][name])
+                    rerouted.append(read[frame.digest][1].get(name))
+                    break
+            else:
                 return None
-            if rollout.name not in found:
-                found |= _scores_of(frame)
-            if found.get(rollout.name, np.empty((2, 0))).shape[1] != len(rollout.tokens):
-                return None
-        return np.concatenate([np.empty((2, 0), np.float32), *(found[r.name] for r in rollouts)], axis=1)
-
-    def rerouted(self, step: int, rollouts: Sequence[Rollout]) -> list[int] | None:
-        """Batch.rerouted of rollouts whose `scores` were found; None if no routes were replayed."""
-        headers = [self._frames[step, "scores", rollout.name].header for rollout in rollouts]
-        if any(header.get("rerouted") is None for header in headers):
-            return None
-        return [h["rerouted"][h["names"].index(r.name)] for h, r in zip(headers, rollouts, strict=True)]
+        known = [count for count in rerouted if count is not None]
+        return np.concatenate(values, axis=1), known if len(known) == len(rollouts) else None
 
     def forget(self, before: int) -> None:
         """Deletes what belongs to earlier steps, of all ranks: a checkpoint has what came of it."""
@@ -206,24 +227,44 @@ class Journal:
             if _step_of(path) < before:
                 path.unlink(missing_ok=True)
 
-    def _open(self, step: int) -> IO[bytes]:
+    @contextlib.contextmanager
+    def _appending(self, step: int) -> Iterator[IO[bytes]]:
         path = self._folder / f"step-{step:05d}.rank-{self._rank}"
-        if self._file is None or self._file.name != str(path):
-            if self._file is not None:
-                self._file.close()
-            self._folder.mkdir(exist_ok=True)
-            self._file = path.open("ab")
-        return self._file
+        try:
+            if self._file is None or self._file.name != str(path):
+                if self._file is not None:
+                    self._file.close()
+                self._folder.mkdir(exist_ok=True)
+                self._file = path.open("ab")
+            yield self._file
+        except OSError as error:
+            raise RunFailed(f"{path}: cannot write it: {error.strerror}") from error
 
 
-def _scores_of(frame: Frame) -> dict[str, np.ndarray]:
+def _names(header: dict[str, Any]) -> list[Any]:
+    """What a frame is looked for by."""
+    if header["kind"] == "scores":
+        return list(header["names"])
+    return [header["of"] if header["kind"] == "verdicts" else header["prompt"]]
+
+
+def _scored(rollout: Rollout) -> str:
+    """What scores go by: another response of the same name and length has others."""
+    digest = blake3(rollout.tokens.astype("<i8").tobytes())
+    if rollout.routes is not None:
+        digest.update(rollout.routes.tobytes())
+    return f"{rollout.name} {digest.hexdigest()[:32]}"
+
+
+def _scores_of(frame: Frame) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """By rollout, the values [2, n] and, where routes were replayed, the rerouted pairs; nothing if torn."""
     data = frame.payload()
     if data is None:
-        return {}
-    lengths = frame.header["lengths"]
+        return {}, {}
+    names, lengths = frame.header["names"], frame.header["lengths"]
     values = np.frombuffer(data, "<f4").reshape(2, sum(lengths))
     parts = np.split(values, np.cumsum(lengths)[:-1], axis=1)
-    return dict(zip(frame.header["names"], parts, strict=True))
+    return dict(zip(names, parts, strict=True)), dict(zip(names, frame.header["rerouted"] or [], strict=False))
 
 
 def _step_of(path: Path) -> int:

@@ -26,11 +26,13 @@ from blake3 import blake3
 from ..config import Config, lasting
 from ..errors import RequestError
 from .folder import Written, digest_of, sync
+from .side_files import side_files
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
 STEP, TORN = "step-", "torn-step-"  # names of checkpoints, and of those that were put aside
-FORMAT = 1
+FORMAT = 2
+LEFT_BY_NFS = ".nfs"  # a removed file that some process had open
 
 
 class Stateful(Protocol):
@@ -62,38 +64,60 @@ def _digest(body: dict[str, Any]) -> str:
     return blake3(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+class Torn(RequestError):
+    """A checkpoint that is not as it was written: cut off, damaged, incomplete. An older one may be whole."""
+
+
 def read_manifest(folder: Path) -> Manifest:
-    """Raises RequestError where it is missing, torn, altered, or of another version's format."""
+    """Raises Torn where it is missing, cut off or altered, and RequestError for another version's format or a disk that
+    does not give it."""
     path = folder / MANIFEST
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_bytes())
         stored, form = body.pop("manifest_blake3"), body["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"{path}: not a readable manifest: {error!r}") from error
+    except FileNotFoundError as error:
+        raise Torn(f"{path}: the file is missing") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Torn(f"{path}: not a readable manifest: {error!r}") from error
     if _digest(body) != stored:
-        raise RequestError(f"{path}: it is not as it was written")
+        raise Torn(f"{path}: it is not as it was written")
     if form != FORMAT:
-        raise RequestError(f"{path}: its format is {form}, this version reads {FORMAT}")
+        raise RequestError(
+            f"{path}: its format is {form}, this version reads {FORMAT}: go on with the version that wrote it "
+            "(provenance.json), or choose another --run-dir"
+        )
     files = {name: Written(name, entry["bytes"], entry["blake3"]) for name, entry in body.pop("files").items()}
     return Manifest(**{k: v for k, v in body.items() if k not in ("format", "algorithm")}, files=files)
 
 
+def _unreadable(path: Path, error: OSError) -> RequestError:
+    """Of a disk that fails now, which says nothing of what is on it."""
+    return RequestError(f"{path}: cannot read it: {error.strerror}; when the disk is well, the same command goes on")
+
+
 def check_whole(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose every byte is as it was written. Raises RequestError naming what is not."""
+    """The manifest of a checkpoint whose every byte is as it was written. Raises Torn naming what is not, and
+    RequestError as `read_manifest`."""
     manifest = read_manifest(folder)
     if manifest.step != step_of(folder):
-        raise RequestError(f"{folder / MANIFEST}: it is of step {manifest.step}: the folder was copied or renamed")
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+        raise Torn(f"{folder / MANIFEST}: it is of step {manifest.step}: the folder was copied or renamed")
+    found = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith(LEFT_BY_NFS))
+    there = {str(path.relative_to(folder)) for path in found} - {MANIFEST}
     if missing := sorted(manifest.files.keys() - there):
-        raise RequestError(f"{folder / missing[0]}: the file is missing")
+        raise Torn(f"{folder / missing[0]}: the file is missing")
     if extra := sorted(there - manifest.files.keys()):
-        raise RequestError(f"{folder / extra[0]}: the checkpoint's manifest does not know this file")
+        raise Torn(f"{folder / extra[0]}: the checkpoint's manifest does not know this file")
     for name, written in manifest.files.items():
-        size = (folder / name).stat().st_size
-        if size != written.bytes:
-            raise RequestError(f"{folder / name}: it has {size} bytes, {written.bytes} were written")
-        if digest_of(folder / name).blake3 != written.blake3:
-            raise RequestError(f"{folder / name}: its bytes are not those that were written: it is damaged")
+        try:
+            size = (folder / name).stat().st_size
+            if size != written.bytes:
+                raise Torn(f"{folder / name}: it has {size} bytes, {written.bytes} were written")
+            if digest_of(folder / name).blake3 != written.blake3:
+                raise Torn(f"{folder / name}: its bytes are not those that were written: it is damaged")
+        except OSError as error:
+            raise _unreadable(folder / name, error) from error
     return manifest
 
 
@@ -110,18 +134,21 @@ def saved_steps(checkpoints: Path, kind: str = STEP) -> list[Path]:
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with those that are newer.
 
-    None: there never was one. Raises RequestError if there are checkpoints and none is whole.
+    None: there never was one. Raises RequestError if there are checkpoints and none is whole, or one cannot be judged.
     """
     wrong: list[str] = []
     for folder in reversed(saved_steps(checkpoints)):
         try:
             check_whole(folder)
-        except RequestError as error:
+        except Torn as error:
             wrong.append(str(error))
             continue
         return folder, wrong
     if wrong:
-        raise RequestError(f"{checkpoints}: no checkpoint is whole, there is none to go on from: {'; '.join(wrong)}")
+        raise RequestError(
+            f"{checkpoints}: no checkpoint is whole, there is none to go on from: {'; '.join(wrong)}. Put a copy of "
+            "one in place, or choose another --run-dir"
+        )
     return None, []
 
 
@@ -137,10 +164,11 @@ def put_aside(checkpoints: Path, after: int) -> None:
 
 def inputs_of(config: Config) -> dict[str, str]:
     """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
-    model = Path(config.model.path)
-    files = {name: model / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
-    files["data"] = Path(config.data.path)
-    return {name: digest_of(path).blake3 for name, path in files.items() if path.is_file() and path.stat().st_size}
+    model, data = Path(config.model.path), Path(config.data.path)
+    files = {name: model / name for name in (side_files(model) if model.is_dir() else ())}
+    if data.is_file():
+        files["data"] = data
+    return {name: digest_of(path).blake3 if path.stat().st_size else "" for name, path in files.items()}
 
 
 def identity(config: Config) -> str:

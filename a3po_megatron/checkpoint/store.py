@@ -1,11 +1,12 @@
 """Megatron's distributed checkpoints: every rank writes its own shards, while the run goes on.
 
-    begin     collective: plan who writes what, copy this rank's share aside; returns as soon as that is done
-    (writing) a thread of each rank hashes and writes its share, and returns when it is on the disk
-    finish    collective: waits for all threads, writes what says where everything lies
+    Saving(…)   collective: plan who writes what, copy this rank's share aside
+    write       every rank, in a thread: hash and write its share
+    complete    rank 0, in a thread, when all have: write what says where everything lies
 
-What a save costs the run is the copy: bounded by bytes, not by the disk. Megatron's own writer starts processes for
-every save, 8–11 s the first time on a CPU; this one puts the same bytes into the same files from a thread.
+What a save costs the run is the copy: bounded by bytes, not by the disk. The threads are checkpoint/background.py's.
+Megatron's own writer starts processes for every save, 8–11 s the first time on a CPU; this one puts the same bytes into
+the same files from a thread.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,54 +104,45 @@ class _Staged(TorchDistSaveShardedStrategy):
         return AsyncRequest(write, (), [])
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one rank wrote: the files, and where each shard lies in them."""
+
+    files: list[Written]
+    results: list[WriteResult]
+
+
 class Saving:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint whose bytes were copied aside, so that the run may change them."""
 
     def __init__(self, state: dict[str, Any], folder: Path) -> None:
-        """Plans and copies, and starts to write into an existing, empty folder. A collective over all ranks."""
-        self._strategy, self._folder, self._failure = _Staged(), folder, ""
+        """Plans and copies; `folder` exists, and is empty. A collective over all ranks."""
+        self._strategy, self._folder = _Staged(), folder
         request = dist_checkpointing.save(
             state, str(folder), sharded_strategy=self._strategy, async_sharded_save=True, content_metadata=SHARDING
         )
-        self._thread = threading.Thread(target=self._write, args=(request.async_fn,), name="checkpoint", daemon=True)
-        self._thread.start()
+        self._write_data = request.async_fn
 
-    def _write(self, write: Any) -> None:
+    @property
+    def bytes(self) -> int:
+        """Written so far."""
+        return self._strategy.files.bytes
+
+    def write(self) -> Share:
+        """Writes this rank's share: not a collective, for any thread. Raises RunFailed naming the file."""
         checksums = get_crc32_options()
         set_crc32_options(False)  # the archive's own checksum, which nothing reads: the file is hashed as a whole
         try:
-            write()
-        except RunFailed as error:
-            self._failure = str(error)
-        except Exception as error:  # whatever it is: the ranks that wait for this one must learn of it
-            self._failure = f"{self._folder}: rank {dist.get_rank()} cannot write its share: {error!r}"
+            self._write_data()
         finally:
             set_crc32_options(checksums)
+        return Share(list(self._strategy.files.written), self._strategy.results)
 
-    def wait(self, beat: Callable[[], None] = lambda: None) -> str:
-        """Waits for this rank's share; returns what went wrong with it, "" if nothing. `beat`: while bytes flow."""
-        while self._thread.is_alive():
-            before = self._strategy.files.bytes
-            self._thread.join(1.0)
-            if self._strategy.files.bytes > before:
-                beat()
-        return self._failure
-
-    @property
-    def written(self) -> bool:
-        """Whether this rank's share has been written, well or not."""
-        return not self._thread.is_alive()
-
-    def finish(self) -> list[Written]:
-        """Completes the checkpoint, after every rank's share was written; returns this rank's files. A collective."""
-        results: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(self._strategy.results, results)
-        mine = list(self._strategy.files.written)
-        if results is not None:
-            assert self._strategy.metadata is not None
-            self._strategy.writer.finish(self._strategy.metadata, results)
-            save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
-        return mine
+    def complete(self, shares: list[Share]) -> None:
+        """On rank 0, once all ranks have written: what says where everything lies."""
+        assert self._strategy.metadata is not None, "rank 0 has the plan of all"
+        self._strategy.writer.finish(self._strategy.metadata, [share.results for share in shares])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._folder))
 
 
 # How the distributed optimizer's state is stored: as tensors like the parameters', so that any layout can read it.

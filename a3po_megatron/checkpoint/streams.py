@@ -1,7 +1,7 @@
 """The random streams of this process: Python's, numpy's, torch's, CUDA's, and Megatron's named ones.
 
-Nothing in a run draws from them today: rollouts and orders are drawn by name (data/order.py), and dropout is off. They
-are kept so that whatever comes to draw from them resumes too.
+Nothing in a run goes by them today: rollouts and orders are drawn by name (data/order.py), dropout is off, and what an
+engine draws is put back (rollout/vllm_engine.py). They are kept so that whatever comes to draw from them resumes too.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from ..checkpoint.journal import cut_torn_frames
+from ..checkpoint.folder import sync
+from ..checkpoint.journal import cut_torn_frames, journal_files
 from ..checkpoint.manifest import (
     LATEST,
     inputs_of,
@@ -41,6 +42,9 @@ def default_folder(name: str) -> Path:
 
 
 LOCK_SECONDS = 2.0  # the ranks of a killed launcher die just after it
+LEASE_SECONDS = 100.0  # in a job: a network file system keeps the lock of a node that died for its lease, 90 s of NFS's
+IDENTITY = "identity.json"  # options and inputs of the run in a folder, from its first start on
+LARGE_BYTES = 10e9  # of a checkpoint that takes a while to read
 
 
 def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[str], list[str]]:
@@ -57,7 +61,7 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
         lock = (folder / ".lock").open("w")
     except OSError as error:
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline = time.monotonic() + (LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,8 +70,14 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
             if time.monotonic() >= deadline:
                 raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
             time.sleep(0.1)
+        except OSError as error:
+            raise RequestError(
+                f"{folder}: its file system has no locks ({error.strerror}), and two runs must not write into one "
+                "folder: mount it with them (Lustre: -o flock), or choose a --run-dir elsewhere"
+            ) from error
     try:
         remarks = _go_on(folder, config)
+        _save_identity(folder / IDENTITY, config)
         save_resolved(config, folder / "config.yaml")
         _save_provenance(folder / "provenance.json", command)
     except OSError as error:
@@ -86,26 +96,30 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
 
 def _go_on(folder: Path, config: Config) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
+    for newest in saved_steps(folder / "checkpoints")[-1:]:
+        size = sum(path.stat().st_size for path in newest.rglob("*"))
+        if size > LARGE_BYTES:
+            print(f"{folder}: reads all of {newest.name} to see whether it is whole ({size / 1e9:.0f} GB)", flush=True)
     checkpoint, wrong = newest_whole(folder / "checkpoints")
     remarks = [f"a checkpoint is not whole, so an older one is used: {problem}" for problem in wrong]
     step, metrics_bytes = 0, 0
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         step, metrics_bytes = manifest.step, manifest.metrics_bytes
-        inputs = inputs_of(config)
-        changed = unlike(manifest.config, config) + [
-            f"{name} was another file"
-            for name in sorted(inputs.keys() | manifest.inputs.keys())
-            if inputs.get(name) != manifest.inputs.get(name)
-        ]
-        if changed:
-            raise RequestError(
-                f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
-                f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
-            )
+        _check_same(folder, config, manifest.config, manifest.inputs)
+    elif (started := _started(folder)) is not None:
+        _check_same(folder, config, started["config"], started["inputs"])
+    metrics = folder / "metrics.jsonl"
+    found = metrics.stat().st_size if metrics.exists() else 0
+    if found < metrics_bytes:
+        raise RequestError(
+            f"{metrics}: it has {found} bytes, at the newest checkpoint it had {metrics_bytes}: rows are missing; put "
+            "them back, or choose another --run-dir"
+        )
+    if checkpoint is not None:
         put_aside(folder / "checkpoints", after=step)
         latest = folder / "checkpoints" / LATEST
-        if not latest.exists() or latest.read_text().strip() != checkpoint.name:
+        if not latest.exists() or latest.read_bytes().strip() != checkpoint.name.encode():
             name_latest(folder / "checkpoints", checkpoint.name)
         if step >= config.trainer.steps:
             raise Finished(
@@ -113,7 +127,8 @@ def _go_on(folder: Path, config: Config) -> list[str]:
                 "--run-dir"
             )
         remarks.append(f"goes on from {checkpoint.name}")
-    _cut_metrics(folder / "metrics.jsonl", metrics_bytes)
+    if found:
+        os.truncate(metrics, metrics_bytes)
     for path in [*(folder / "rollouts").glob("step-[0-9]*.*"), *(folder / "rejected").glob("step-[0-9]*.*")]:
         number = path.name.partition(".")[0].removeprefix("step-")
         if number.isdecimal() and (int(number) >= step or path.suffix == ".partial"):
@@ -135,12 +150,39 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     return remarks
 
 
-def _cut_metrics(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise RequestError(f"{path}: it has {found} bytes, at the newest checkpoint it had {size}: rows are missing")
-    if found:
-        os.truncate(path, size)
+def _check_same(folder: Path, config: Config, before: dict[str, Any], files: dict[str, str]) -> None:
+    """Raises RequestError with what is not as it was: an option, a file that the run reads."""
+    now = inputs_of(config)
+    changed = unlike(before, config) + [
+        f"{name} was another file" for name in sorted(now.keys() | files.keys()) if now.get(name) != files.get(name)
+    ]
+    if changed:
+        raise RequestError(
+            f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
+            f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
+        )
+
+
+def _started(folder: Path) -> dict[str, Any] | None:
+    """What a run without a checkpoint was started with, if it has come far enough to have left anything."""
+    left = [folder / "metrics.jsonl", *journal_files(folder / "journal")]
+    if not any(path.exists() and path.stat().st_size for path in left):
+        return None
+    try:
+        started = json.loads((folder / IDENTITY).read_bytes())
+        return {"config": dict(started["config"]), "inputs": dict(started["inputs"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{folder / IDENTITY}: cannot tell what the run in this folder was started with: {error!r}; choose another "
+            "--run-dir"
+        ) from error
+
+
+def _save_identity(path: Path, config: Config) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps({"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}) + "\n")
+    sync(temporary)
+    temporary.replace(path)
 
 
 def installed() -> dict[str, str | None]:

@@ -169,8 +169,7 @@ class Collector:
                 rollout.verdict = verdict
                 length = len(rollout.tokens)
                 rollout.reward = score(length, rollout.finish, verdict, self.reward, self.rollout.max_tokens)
-            for group in groups:
-                self.journal.add_verdicts(step, group)
+            self.journal.add_verdicts(step, groups)
 
     def state(self) -> dict[str, Any]:
         """What all ranks know alike; `held` has the groups themselves."""

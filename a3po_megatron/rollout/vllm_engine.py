@@ -149,6 +149,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        devices = [torch.cuda.current_device()] if self._backend.device == "cuda" else []
         try:
             for number, request in enumerate(requests):
                 parameters = SamplingParams(
@@ -164,7 +165,11 @@ class VllmEngine:
                 )
                 engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
             while engine.has_unfinished_requests():
-                done: list[Any] = [output for output in engine.step() if output.finished]
+                # vLLM draws for the whole batch before it draws anew for requests with a seed: this process' streams
+                # would go on with every engine step, of which a resumed run has fewer.
+                with torch.random.fork_rng(devices, device_type="cuda"):
+                    outputs = engine.step()
+                done: list[Any] = [output for output in outputs if output.finished]
                 yield [(int(output.request_id), self._completion(output)) for output in done]
         finally:
             drop_requests(engine)

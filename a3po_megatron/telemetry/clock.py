@@ -71,7 +71,8 @@ class Clock:
     def _announce(self) -> None:
         self.changes += 1
         if self._file is not None:
-            self._file.write_text(f"{self.step} {self.current}\nchanges {self.changes}\n")
+            with contextlib.suppress(OSError):  # a full disk: who writes what counts says so, and where
+                self._file.write_text(f"{self.step} {self.current}\nchanges {self.changes}\n")
         self.listener(self.step, self.current)
 
 

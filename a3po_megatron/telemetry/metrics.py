@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +55,15 @@ class MetricsWriter:
             row[name] = value
             if self._board is not None and value is not None:
                 self._board.add_scalar(name, value, step)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunFailed(f"{self._file.name}: cannot write it: {error.strerror}") from error
         return row
 
     def bytes(self) -> int:
-        """The size of metrics.jsonl, once that is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """The size of metrics.jsonl."""
         return self._file.tell()
 
     def close(self) -> None:

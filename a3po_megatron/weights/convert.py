@@ -32,10 +32,10 @@ from ..checkpoint.safetensors import (
     split_files,
     write_file,
 )
+from ..checkpoint.side_files import CONFIG, HF, copy_side_files, dtype_of, has_tokenizer, side_files
 from ..checkpoint.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
 from ..errors import RequestError
 from ..model.family import Family, read_family
-from ..model.files import CONFIG, HF, copy_side_files, dtype_of, has_tokenizer, side_files
 from ..model.layout import FINAL_NORM, hf_tensors
 from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
 from .jobs import Count, deal, run_jobs

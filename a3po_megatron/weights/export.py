@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..checkpoint.folder import save_digests, whole_folder
 from ..checkpoint.safetensors import INDEX, file_names, save_index, split_files, write_file
+from ..checkpoint.side_files import copy_side_files
 from ..errors import RunFailed
-from ..model.files import copy_side_files
 from .load import all_finite
 
 SHARD_BYTES = 5_000_000_000

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from a3po_megatron.batch import Collected
+from a3po_megatron.checkpoint.background import Background
 from a3po_megatron.checkpoint.folder import HashedFile
 from a3po_megatron.checkpoint.interrupt import Interrupt
 from a3po_megatron.checkpoint.journal import Journal
@@ -27,6 +28,7 @@ from a3po_megatron.model.family import read_family
 from a3po_megatron.run import Run, _Boundary
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
 from tests.distributed.runner import Ranks
+from tests.distributed.saving import write_whole
 from tests.tiny import make_collected
 
 # name → (model, dtype, layout, optimizer): each way to keep an optimizer's state, and every kind of parallelism.
@@ -68,11 +70,7 @@ def save(learner: Learner, folder: Path) -> None:
     if dist.get_rank() == 0:
         os.makedirs(folder)
     dist.barrier()
-    saving = Saving(learner.sharded_state(), folder)
-    assert saving.wait() == ""
-    dist.barrier()
-    saving.finish()
-    dist.barrier()
+    write_whole(Saving(learner.sharded_state(), folder))
 
 
 def goes_on(ranks: Ranks) -> dict[str, Any]:
@@ -89,11 +87,8 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
             dist.barrier()
             state = stopped.state()
             saving = Saving(stopped.sharded_state(), folder)
-            rows = [_update(stopped, collected) for _ in range(3)]  # while it is written
-            assert saving.wait() == ""
-            dist.barrier()
-            saving.finish()
-            dist.barrier()
+            rows = [_update(stopped, collected) for _ in range(3)]  # before it is written
+            write_whole(saving)
             again = _learner(ranks, name, layout, folder)
             again.restore(state)
             found[f"{name} {before}"] = {
@@ -187,15 +182,15 @@ def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
     dist.barrier()
     with held_back(seconds=30.0) as event:
         saving = Saving(learner.sharded_state(), folder)
-        found["written at once"] = saving.written
+        store = learner.cluster.store_of("held back")
+        background = Background(store, saving.write, lambda shares, _: saving.complete(shares))
+        found["over at once"] = background.over
         _update(learner, collected)
-        found["written after an update"] = saving.written
+        found["over after an update"] = background.over
         found["bytes after an update"] = sum(p.stat().st_size for p in folder.glob(f"__{ranks.rank}_*.distcp"))
         event.set()
-        found["failure"] = saving.wait()
-        found["written in the end"] = saving.written
-        dist.barrier()
-        saving.finish()
+        background.wait(lambda: None, lambda: saving.bytes)
+        found["failure"], found["over in the end"] = background.failure, background.over
         dist.barrier()
     found["the update changed something"] = not all(
         torch.equal(value, before[key]) for key, value in learner.parameters().items()

@@ -16,6 +16,7 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
 from tests.distributed.cases_learner import batch_of, one_update, settings, share
 from tests.distributed.runner import Case, Ranks
+from tests.distributed.saving import write_whole
 from tests.tiny import make_collected
 
 
@@ -114,10 +115,7 @@ def saved(ranks: Ranks) -> dict[str, bool]:
     if ranks.rank == 0:
         target.mkdir()
     dist.barrier()
-    saving = Saving(learner.sharded_state(), target)
-    assert not saving.wait()
-    saving.finish()
-    dist.barrier()
+    write_whole(Saving(learner.sharded_state(), target))
     again = Learner(cluster, family, settings(folder, 1, 2), target)
     equal = {"weights": _equal(learner, again)}
     for each in (learner, again):

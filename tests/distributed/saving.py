@@ -1,0 +1,20 @@
+"""What a run does in the background when it saves, here at once and step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from a3po_megatron.checkpoint.store import Saving, Share
+
+
+def write_whole(saving: Saving) -> Share:
+    """Every rank writes its share, rank 0 completes the checkpoint; a collective. Returns this rank's share."""
+    share = saving.write()
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    if dist.get_rank() == 0:
+        saving.complete(shares)
+    dist.barrier()
+    return share
