@@ -28,7 +28,6 @@ from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected, Group
 from .checkpoint.background import Background
 from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, sync, whole_folder
-from .checkpoint.interrupt import LEAD
 from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
 from .checkpoint.manifest import (
     MANIFEST,
@@ -158,6 +157,7 @@ class Run:
         self._boundary = self._state(first_step)
         share = sum(p.numel() for p in learner.parameters().values()) * BYTES_PER_PARAMETER
         self.interrupt.observe({"save": share / ASSUMED_BYTES_PER_SECOND})  # until one was measured
+        self.interrupt.recall(folder)
         self.interrupt.limit(config.checkpoint.time_limit_seconds, max(0.0, time.time() - self._started))
 
     def steps(self) -> Iterator[int]:
@@ -246,7 +246,7 @@ class Run:
         self._saving = time.perf_counter() - start
         self.interrupt.observe(CLOCK.seconds)
         if self.cluster.rank == 0:  # what a job's signal should come before its end, for the next submission
-            (self.folder / LEAD).write_text(f"{self.interrupt.lead('update', 'publish'):.0f}\n")
+            self.interrupt.save(self.folder)
         if not last and (leave := self.cluster.agree("leave after the step", self.interrupt.due("score"), first)):
             raise Interrupted(leave)
 
@@ -280,6 +280,7 @@ class Run:
         broken = [name for (_, name), p in learner.parameters().items() if not all_finite(p.detach())]
         if found := self.cluster.agree("finite weights", broken, sum_lists):
             raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
+        self.cluster.agree(f"state of step {boundary.step}", json.dumps(boundary.state, sort_keys=True), same)
         target = self.folder / "checkpoints" / f"step-{boundary.step:06d}"
         whole, partial = contextlib.ExitStack(), partial_of(target)
         if self.cluster.rank == 0:
@@ -300,7 +301,7 @@ class Run:
             self._drop_older(target)
 
         background = Background(self.cluster.store_of(f"save {boundary.step}"), write, end)
-        self._pending = _Pending(boundary.step, saving, background)
+        self._pending, self.interrupt.saves = _Pending(boundary.step, saving, background), 2
 
     def _complete_save(self, wait: bool) -> None:
         """Takes note of a checkpoint that is in place; `wait`: until it is. RunFailed if it could not be written."""
@@ -313,7 +314,7 @@ class Run:
             "saved", [background.over, background.failure, background.seconds], _of_rank_0
         )
         if over:
-            self._pending = None
+            self._pending, self.interrupt.saves = None, 1
             if failure:
                 raise RunFailed(f"the checkpoint of step {pending.step} could not be written: {failure}")
             self._saved = pending.step

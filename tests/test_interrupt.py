@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from a3po_megatron.checkpoint.interrupt import CAUTION, MARGIN_SECONDS, SIGNALS, Interrupt
+from a3po_megatron.checkpoint.interrupt import CAUTION, LEAD, MARGIN_SECONDS, SIGNALS, Interrupt
 
 
 class Now:
@@ -75,11 +76,53 @@ def test_the_end_of_a_slurm_job_is_a_time_limit_too_and_the_earlier_one_counts(
 
 def test_a_rollout_is_finished_only_if_what_is_left_of_it_is_less_than_what_leaving_would_lose(now: Now) -> None:
     interrupt = Interrupt(now)
-    assert not interrupt.worth_finishing("rollout", 5.0)  # nobody knows how long it takes
-    interrupt.observe({"rollout": 40.0, "save": 2.0})
-    assert not interrupt.worth_finishing("rollout", 15.0)
-    assert interrupt.worth_finishing("rollout", 25.0)
-    assert not interrupt.worth_finishing("rollout", 41.0)  # longer than ever: nobody knows how long it will take
+    assert not interrupt.worth_finishing("rollout", 5.0, 5.0)  # nobody knows how long it takes
+    interrupt.observe({"rollout": 40.0, "score": 4.0, "save": 2.0})
+    assert not interrupt.worth_finishing("rollout", 15.0, 15.0)
+    assert interrupt.worth_finishing("rollout", 25.0, 25.0)
+    assert not interrupt.worth_finishing("rollout", 25.0, 10.0)  # 15 s of an earlier round are safe
+    assert not interrupt.worth_finishing("rollout", 41.0, 41.0)  # longer than ever: nobody knows how long it will take
     interrupt.limit(20.0, elapsed=0.0)
-    assert not interrupt.worth_finishing("rollout", 25.0)  # 15 s more, with caution, and a save do not fit into 20 s
-    assert interrupt.worth_finishing("rollout", 39.0)
+    assert not interrupt.worth_finishing("rollout", 25.0, 25.0)  # 15 s more, with caution, and a save: more than 20 s
+    assert interrupt.worth_finishing("rollout", 34.0, 34.0)  # 1.5 × (6 + 2) + 3 s
+    assert not interrupt.worth_finishing("rollout", 34.0, 34.0, "score")  # 1.5 × (6 + 4 + 2) + 3 s
+
+
+def test_between_term_and_kill_only_what_fits_into_slurms_shortest_wait_is_finished(now: Now) -> None:
+    interrupt = Interrupt(now)
+    interrupt.observe({"rollout": 100.0, "save": 2.0})
+    assert interrupt.worth_finishing("rollout", 60.0, 60.0)
+    interrupt._caught(signal.SIGUSR1, None)  # a request, with whatever limit there is
+    assert interrupt.worth_finishing("rollout", 60.0, 60.0)
+    interrupt._caught(signal.SIGTERM, None)
+    assert not interrupt.worth_finishing("rollout", 60.0, 60.0)
+    assert interrupt.worth_finishing("rollout", 90.0, 90.0)  # 1.5 × (10 + 2) + 3 s of 30
+    now.seconds += 15.0
+    interrupt._caught(signal.SIGTERM, None)  # once more changes nothing
+    assert not interrupt.worth_finishing("rollout", 90.0, 90.0)
+
+
+def test_while_a_save_is_being_written_leaving_takes_two(now: Now) -> None:
+    interrupt = Interrupt(now)
+    interrupt.observe({"save": 10.0})
+    assert interrupt.lead() == CAUTION * 10.0 + MARGIN_SECONDS
+    interrupt.saves = 2
+    assert interrupt.lead() == CAUTION * 20.0 + MARGIN_SECONDS
+
+
+def test_what_a_start_measured_is_known_to_the_next_one_and_the_lead_is_that_of_the_longer_way(
+    now: Now, tmp_path: Path
+) -> None:
+    interrupt = Interrupt(now)
+    interrupt.observe({"reward": 9.0, "score": 4.0, "update": 5.0, "publish": 1.0, "save": 2.0})
+    interrupt.save(tmp_path)
+    assert (tmp_path / LEAD).read_text().splitlines()[0] == f"{CAUTION * 15.0 + MARGIN_SECONDS:.0f}"
+    again = Interrupt(now)
+    again.recall(tmp_path)
+    for phases in (("reward", "score"), ("update", "publish")):
+        assert again.lead(*phases) == interrupt.lead(*phases)
+    for torn in ("", "12", "12\n", "12\n{", "12\n[1]", '12\n{"update": null}'):
+        (tmp_path / LEAD).write_text(torn)
+        untold = Interrupt(now)
+        untold.recall(tmp_path)
+        assert untold.lead("update") == MARGIN_SECONDS

@@ -8,29 +8,37 @@ and leave together (`due` is one rank's opinion; cluster.agree decides):
     after a step        an update is never left half done
 
 The time limit is that of `checkpoint.time_limit_seconds`, or of the Slurm job (SLURM_JOB_END_TIME). How long before it
-a rank must leave follows from what the phases up to the next such place, and a save, took so far.
+a rank must leave follows from what the phases up to the next such place, and a save, took so far; TERM is a limit too.
+What was measured stands in the run's folder, for its next start:
+
+    lead_seconds    line 1: how long before a job's end its signal must come; line 2: seconds of each phase, JSON
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CAUTION = 1.5  # a phase may take longer than it ever did
 MARGIN_SECONDS = 3.0  # agreeing, ending, and what no phase counts
 REMEMBERED = 5
-LEAD = "lead_seconds"  # file in a run folder: what the run measured, for the next job's signal
+TERM_SECONDS = 30.0  # from TERM to KILL, if no more is promised: Slurm's KillWait
+LEAD = "lead_seconds"
 
 
 class Interrupt:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.signal: str | None = None  # the first one that came
+        self.saves = 1  # that leaving takes: one more while one is being written
         self._now = now
-        self._deadline: float | None = None
+        self._deadline, self._killed = math.inf, math.inf
         self._seconds: dict[str, deque[float]] = {}
 
     def install(self) -> None:
@@ -40,13 +48,15 @@ class Interrupt:
 
     def _caught(self, number: int, _: object) -> None:
         self.signal = self.signal or signal.Signals(number).name
+        if number == signal.SIGTERM:
+            self._killed = min(self._killed, self._now() + TERM_SECONDS)
 
     def limit(self, seconds: float | None, elapsed: float) -> None:
         """Sets the deadline: `seconds` after the run's start, which is `elapsed` ago, or the Slurm job's end."""
         ends = [] if seconds is None else [self._now() + seconds - elapsed]
         if (job_end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
             ends.append(self._now() + int(job_end) - time.time())
-        self._deadline = min(ends, default=None)
+        self._deadline = min(ends, default=math.inf)
 
     def observe(self, seconds: Mapping[str, float]) -> None:
         """Learns how long each phase of a step, or a save from its beginning until it was in place, took."""
@@ -59,22 +69,38 @@ class Interrupt:
 
     def lead(self, *ahead: str) -> float:
         """How long before a deadline a rank must leave if these phases lie ahead."""
-        return CAUTION * self.expected(*ahead, "save") + MARGIN_SECONDS
+        return CAUTION * self.expected(*ahead, *["save"] * self.saves) + MARGIN_SECONDS
 
     def due(self, *ahead: str) -> str | None:
         """Why to leave now rather than go through the phases `ahead`; None: go on."""
         if self.signal is not None:
             return self.signal
-        if self._deadline is not None and self._now() + self.lead(*ahead) >= self._deadline:
+        if self._now() + self.lead(*ahead) >= self._deadline:
             return "the time limit"
         return None
 
-    def worth_finishing(self, phase: str, elapsed: float) -> bool:
-        """Whether the rest of a phase is shorter than what leaving it would lose, and fits before the deadline."""
-        expected = self.expected(phase)
-        left = expected - elapsed
-        fits = self._deadline is None or self._now() + CAUTION * (left + self.expected("save")) < self._deadline
-        return 0 < left <= elapsed and fits
+    def worth_finishing(self, phase: str, done: float, at_stake: float, *after: str) -> bool:
+        """Whether the rest of a phase, `done` seconds into it, is shorter than what leaving it would lose, `at_stake`
+        seconds of it, and fits before the deadline with the phases `after` it."""
+        left = self.expected(phase) - done
+        fits = self._now() + CAUTION * left + self.lead(*after) < min(self._deadline, self._killed)
+        return 0 < left <= at_stake and fits
+
+    def save(self, folder: Path) -> None:
+        """Writes down what was measured, for the run's next start, and its next job's signal."""
+        lead = max(self.lead("reward", "score"), self.lead("update", "publish"))
+        seconds = {phase: round(self.expected(phase), 3) for phase in self._seconds}
+        temporary = folder / f".{LEAD}.partial"
+        temporary.write_text(f"{lead:.0f}\n{json.dumps(seconds)}\n")
+        temporary.replace(folder / LEAD)
+
+    def recall(self, folder: Path) -> None:
+        """What a start of before measured counts as seen once, if there is anything to be read."""
+        try:
+            seconds = json.loads((folder / LEAD).read_text().splitlines()[1])
+            self.observe({phase: float(took) for phase, took in seconds.items()})
+        except (OSError, ValueError, IndexError, AttributeError, TypeError):
+            return  # nothing measured yet, or a file that was cut off: only times are lost
 
 
 INTERRUPT = Interrupt()

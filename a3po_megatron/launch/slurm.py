@@ -108,7 +108,7 @@ def lead_seconds(config: Config, folder: Path) -> int:
     if config.slurm.lead_seconds is not None:
         return config.slurm.lead_seconds
     measured = folder / LEAD
-    return max(30, int(float(measured.read_text()))) if measured.exists() else FIRST_LEAD_SECONDS
+    return max(30, int(measured.read_text().split()[0])) if measured.exists() else FIRST_LEAD_SECONDS
 
 
 def write(plan: Plan, overrides: list[list[str]]) -> None:

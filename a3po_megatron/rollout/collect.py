@@ -111,7 +111,7 @@ class Collector:
         All ranks of an engine hold the same completions: its leaders share them out.
         """
         with phase("rollout"):
-            start, leaders = time.monotonic(), self.cluster.engine_leaders
+            start, before, leaders = time.monotonic(), CLOCK.seconds["rollout"], self.cluster.engine_leaders
             mine = prompts[self.cluster.engine :: self.cluster.engines]
             place = leaders.index(self.cluster.rank) if self.cluster.rank in leaders else len(mine)
             led = {prompt.index for prompt in mine[place :: len(leaders)]}
@@ -149,16 +149,21 @@ class Collector:
                             group.rollouts.sort(key=lambda rollout: rollout.sample)
                             self.journal.add_group(step, group)
                             found[prompt.index] = group, False
-                    leave = self._leave_rollout(time.monotonic() - start)
+                    leave = self._leave_rollout(before, time.monotonic() - start)
                     if leave:
                         break
             groups = [found[prompt.index] for prompt in mine if prompt.index in led & found.keys()]
             return [group for group, _ in groups], [group for group, graded in groups if not graded], leave
 
-    def _leave_rollout(self, elapsed: float) -> str | None:
-        """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on."""
+    def _leave_rollout(self, before: float, elapsed: float) -> str | None:
+        """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on.
+
+        `before`: seconds of the step's earlier rounds, which are safe; `elapsed`: of this one, whose unfinished
+        rollouts would be lost.
+        """
         leave = self.interrupt.due("reward", "score")
-        wants = leave is not None and not self.interrupt.worth_finishing("rollout", elapsed)
+        worth = self.interrupt.worth_finishing("rollout", before + elapsed, elapsed, "reward", "score")
+        wants = leave is not None and not worth
         return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
 
     def _grade(self, graders: Graders, groups: list[Group], step: int) -> None:
