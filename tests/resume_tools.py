@@ -91,11 +91,12 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 
 def environment(point: str | None = None) -> dict[str, str]:
-    """This checkout's code first; with a point, before it the module that interrupts a rank there."""
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """This checkout's code, and before it the module that draws from every random stream in a rank's updates and, with
+    a point, interrupts a rank there."""
+    path = [str(ROOT / "tests" / "interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     around = {name: value for name, value in os.environ.items() if name != "A3PO_TEST_INTERRUPT"}
+    around["A3PO_TEST_DRAWS"] = "1"
     if point is not None:
-        path.insert(0, str(ROOT / "tests" / "interrupting"))
         around["A3PO_TEST_INTERRUPT"] = point
     return around | {"PYTHONPATH": os.pathsep.join(path)}
 

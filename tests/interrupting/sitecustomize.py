@@ -1,5 +1,7 @@
 """Put first on PYTHONPATH, this hits a training run with a signal at one exact point (tests/resume_tools.py).
 
+Where A3PO_TEST_DRAWS is set, every random stream of a rank is drawn from in every update, as dropout would.
+
 Python imports a module of this name at every start. Polling a run from outside would miss phases of milliseconds; here
 the rank itself sends the signal in the moment in which it announces the phase. A3PO_TEST_INTERRUPT holds the point:
 
@@ -85,6 +87,31 @@ def install(point: dict[str, Any]) -> None:
     Clock._announce = announce_and_hit
 
 
+def install_draws() -> None:
+    from a3po_megatron.telemetry.clock import Clock
+
+    announce = Clock._announce
+
+    def announce_and_draw(clock: Clock) -> None:
+        announce(clock)
+        if clock._stack[-1] == "update":
+            import random
+
+            import numpy
+            import torch
+            from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+            random.random()
+            numpy.random.random()
+            torch.rand(1)
+            with get_cuda_rng_tracker().fork():
+                torch.rand(1)
+
+    Clock._announce = announce_and_draw
+
+
+if is_rank() and "A3PO_TEST_DRAWS" in os.environ:
+    install_draws()
 if is_rank() and "A3PO_TEST_INTERRUPT" in os.environ:
     wanted = json.loads(os.environ["A3PO_TEST_INTERRUPT"])
     if int(os.environ["RANK"]) == wanted["rank"] and not Path(wanted["marker"]).exists():
