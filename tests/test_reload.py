@@ -79,5 +79,6 @@ def test_a_run_keeps_the_last_checkpoints_and_every_third_and_the_journals_since
             "5": [3, 4, 5],
         }
         for step, there in by_step.items():
+            assert there["meanwhile"], f"the checkpoint of step {step} was not in place until the ranks came together"
             assert (there["step"], there["latest"]) == (int(step), f"step-{int(step):06d}")
             assert there["journals"] == list(range(max(1, int(step) - 1), int(step) + 1))

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -292,10 +293,17 @@ def keeps(ranks: Ranks) -> dict[str, Any]:
     dist.barrier()
     for step in range(1, 6):
         (journal / f"step-{step:05d}.rank-{ranks.rank}").touch()  # of the step that begins after this save
-        _save_step(run, learner, step)
-        dist.barrier()
         checkpoints = folder / "checkpoints"
+        run._save(_Boundary(step, step + 1, {}, [], random_state(), 0), learner)
+        # As in a long rollout: no rank looks at the save, or takes part in a collective.
+        deadline, latest = time.monotonic() + 30.0, checkpoints / "latest"
+        while time.monotonic() < deadline and not (latest.exists() and latest.read_text() == f"step-{step:06d}\n"):
+            time.sleep(0.02)
+        meanwhile = (checkpoints / f"step-{step:06d}").is_dir()
+        run._complete_save(wait=True)
+        dist.barrier()
         found[str(step)] = {
+            "meanwhile": meanwhile,
             "saved": sorted(int(path.name[5:]) for path in checkpoints.glob("step-*")),
             "journals": sorted(int(path.name[5:10]) for path in journal.glob(f"*.rank-{ranks.rank}")),
             "latest": (checkpoints / "latest").read_text().strip(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from a3po_megatron.launch.environment import die_with_parent
+from a3po_megatron.launch.local import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 Case = Callable[["Ranks"], Any]
@@ -60,9 +60,8 @@ def run_ranks(
 
     `te`: with the layer spec of Transformer Engine, of which tests/fake_te is a stand-in.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = rendezvous(None)
+    meeting.set_inheritable(True)
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
     processes = []
@@ -73,7 +72,8 @@ def run_ranks(
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(meeting.getsockname()[1]),
+            "A3PO_STORE_FD": str(meeting.fileno()),
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
         }
@@ -83,8 +83,17 @@ def run_ranks(
         command = [sys.executable, "-m", "tests.distributed.runner", str(folder), str(timeout), *names]
         log = (folder / f"rank-{rank}.log").open("w")
         processes.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=die_with_parent)
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+                pass_fds=[meeting.fileno()] if rank == 0 else [],
+            )
         )
+    meeting.close()
     try:
         for process in processes:
             process.wait(timeout)
@@ -122,9 +131,10 @@ def _main(folder: Path, timeout: float, names: list[str]) -> None:
     faulthandler.dump_traceback_later(timeout - 5, exit=True)  # a hang ends with every thread's stack in the log
     try:
         torch.set_num_threads(1)
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, rank == 0, timedelta(seconds=120)
-        )
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # The port is listened on since before this process was started: nobody else can have it.
+        listening = int(os.environ.pop("A3PO_STORE_FD")) if rank == 0 else None
+        store = dist.TCPStore(address, port, world, rank == 0, timedelta(seconds=120), master_listen_fd=listening)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         ranks = Ranks(rank, world, dist.PrefixStore("cases", store), folder)
         for name in names:
