@@ -20,6 +20,7 @@ from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.checkpoint.manifest import check_whole
 from a3po_megatron.checkpoint.store import Saving
 from a3po_megatron.checkpoint.streams import random_state
+from a3po_megatron.compat.megatron import GATHERED
 from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.learner.learner import Learner
@@ -39,7 +40,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "dp2 bf16": ("qwen3", "bfloat16", {"data": 2}, {}),  # float32 masters
     "tp2 whole": ("qwen3", "float32", {"tensor": 2}, {"distributed": False}),
     "tp2 whole bf16": ("qwen3", "bfloat16", {"tensor": 2}, {"distributed": False}),
-    "tp2 sgd": ("qwen3", "float32", {"tensor": 2}, {"distributed": False, "name": "sgd", "momentum": 0.9}),
+    "dp2 sgd": ("qwen3", "float32", {"data": 2}, {"distributed": False, "name": "sgd", "momentum": 0.9}),
 }
 # Where what one layout saved is loaded by another one.
 ELSEWHERE = {"tp2": ({"pipeline": 2}, {"data": 2}), "pp2 tied": ({"tensor": 2},), "dp2 bf16": ({"tensor": 2},)}
@@ -87,12 +88,13 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
             if ranks.rank == 0:
                 os.makedirs(folder)
             dist.barrier()
-            state = stopped.state()
-            saving = Saving(stopped.sharded_state(), folder)
+            state, sharded = stopped.state(), stopped.sharded_state()
+            gathered = sum(tensor.nbytes for tensor in GATHERED)
+            saving = Saving(sharded, folder)
             rows = [_update(stopped, collected) for _ in range(3)]  # while it is written
             assert saving.wait() == ""
             dist.barrier()
-            saving.finish()
+            written = sum(file.bytes for file in saving.finish())
             dist.barrier()
             again = _learner(ranks, name, layout, folder)
             again.restore(state)
@@ -102,6 +104,8 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
                     torch.equal(a, b)
                     for a, b in zip(stopped.parameters().values(), again.parameters().values(), strict=True)
                 ),
+                "written": written,
+                "gathered": gathered,
             }
     return found
 
