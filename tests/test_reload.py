@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from a3po_megatron.compat.megatron import holders, owners
 from tests.distributed import cases_resume as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
@@ -27,7 +30,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_another(found: dict[str, Any]) -> None:
     for by_rank in found["goes_on"]:
-        assert by_rank == {f"{name} {n}": {"rows": True, "weights": True} for name in cases.SAVED for n in (0, 2)}
+        assert by_rank.keys() == {f"{name} {n}" for name in cases.SAVED for n in (0, 2)}
+        assert [name for name, there in by_rank.items() if not (there["rows"] and there["weights"])] == []
     for by_rank in found["goes_on_elsewhere"]:
         for name, there in by_rank.items():
             assert there["weights"], name
@@ -37,6 +41,41 @@ def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_an
             bounds = (1e-2, 1e-2) if "bf16" in name else (1e-6, 1e-4)
             for values in (there["loss"], there["norm"]):
                 assert all(value <= bound for value, bound in zip(values, bounds, strict=True)), (name, there)
+
+
+def test_of_two_data_parallel_ranks_each_gathers_and_writes_about_half(found: dict[str, Any]) -> None:
+    one, other = found["goes_on"]
+    for name in (f"{name} {n}" for name in cases.SAVED for n in (0, 2) if name.startswith("dp2")):
+        whole = one[name]["written"] + other[name]["written"]
+        for there in (one[name], other[name]):
+            assert 0.4 < there["written"] / whole < 0.6, (name, there)
+            assert there["gathered"] <= there["written"], name
+            assert (there["gathered"] == 0) == ("sgd" in name), name  # a whole optimizer has nothing to gather
+
+
+@given(st.lists(st.lists(st.integers(1, 2000), min_size=1, max_size=30), min_size=1, max_size=4), st.integers(1, 9))
+def test_every_state_of_every_parameter_is_written_once_and_no_rank_writes_more_than_one_of_them_too_many(
+    buckets: list[list[int]], size: int
+) -> None:
+    held = []
+    for numels in buckets:
+        share, begin = -(-sum(numels) // size), 0
+        for numel in numels:
+            held.append(holders(begin, begin + numel, share))
+            assert [n for part in held[-1].values() for n in range(part.start, part.stop)] == list(range(numel))
+            assert all(rank * share <= begin + part.start for rank, part in held[-1].items())
+            assert all(begin + part.stop <= (rank + 1) * share for rank, part in held[-1].items())
+            begin += numel
+    numels = [numel for bucket in buckets for numel in bucket]
+    loads = [0] * size
+    for numel, parts, chosen in zip(numels, held, owners(held, size), strict=True):
+        assert len(chosen) == 3
+        if len(parts) == 1:
+            assert {*chosen} == {*parts}  # nothing travels
+        for rank in chosen:
+            loads[rank] += numel
+    padding = 3 * len(buckets)  # what a bucket's shares are rounded up by
+    assert max(loads) <= sum(loads) / size + max(numels) + padding
 
 
 def test_a_save_returns_before_a_byte_is_written_and_holds_the_state_of_then_bit_for_bit(found: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@
 
 Prints, per rank, medians over the saves after the first:
 
-    gather    Megatron lays out what this rank stores (with the distributed optimizer: gathers it)
-    copy      what is stored is copied aside; then the run goes on
+    gather    Megatron lays out what this rank stores (the distributed optimizer's part is put together and copied)
+    copy      the rest of it is copied aside; then the run goes on
     write     hashed, written and on the disk, in the background
     finish    what says where everything lies
     stall     gather + copy + finish: what the run waits for

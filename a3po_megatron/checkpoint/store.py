@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -64,6 +68,21 @@ class _HashedFiles(FileSystem):
         self.written.append(file.written())
 
 
+def _share_out(state: Any) -> None:
+    """Makes one of the ranks that hold a tensor the one that writes it, so that all write about as much. A collective.
+
+    What only one rank holds, as it does the states of a distributed optimizer, counts first; only descriptions travel.
+    """
+    groups = [parallel_state.get_data_parallel_group(with_context_parallel=True)]
+    # Experts that are not split as wide as the rest have copies on tensor-parallel neighbours too.
+    copies = parallel_state.get_expert_data_parallel_group()
+    if not {*dist.get_process_group_ranks(copies)} <= {*dist.get_process_group_ranks(groups[0])}:
+        groups.append(copies)
+    for group in groups:
+        plan = determine_main_replica_uniform_distribution(state, group)
+        distribute_main_replicas_with_precomputed_distribution(state, group, plan)
+
+
 class _Staged(TorchDistSaveShardedStrategy):
     """Plans and copies; leaves the writing to whoever calls the request."""
 
@@ -76,6 +95,7 @@ class _Staged(TorchDistSaveShardedStrategy):
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
         rank, world = dist.get_rank(), dist.get_world_size()
+        _share_out(sharded_state_dict)
         keyed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         copies = {tensor.untyped_storage().data_ptr() for tensor in GATHERED}
         for shards in keyed.values():
@@ -148,7 +168,6 @@ class Saving:
 # How the distributed optimizer's state is stored: as tensors like the parameters', so that any layout can read it.
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,  # gathered over gloo on one rank of each replica group
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }

@@ -2,8 +2,8 @@
 
 | patch | symptom without it | cause |
 |---|---|---|
-| `gather_states` | a checkpoint of the distributed optimizer (`fully_reshardable`) holds shifted values and zeros, with a warning only: weights and moments of the last pipeline stage of a model with tied embeddings, or of any model with several buckets whose sizes are no multiples of the padding | `distrib_optimizer.py`: `get_parameter_state_dp_zero` lays buckets end to end without their padding, `sharded_param_state_fully_reshardable` looks for parameters where they are with it (its comment: "this is a bug in the param ranges logic") |
-| `gather_states` | a save stalls for 12 times as long as a copy of its bytes takes, measured with one data-parallel rank | the same function zeroes, copies, gathers, concatenates and copies again |
+| `spread_states` | a checkpoint of the distributed optimizer (`fully_reshardable`) holds shifted values and zeros, with a warning only: weights and moments of the last pipeline stage of a model with tied embeddings, or of any model with several buckets whose sizes are no multiples of the padding | `distrib_optimizer.py`: `get_parameter_state_dp_zero` lays buckets end to end without their padding, `sharded_param_state_fully_reshardable` looks for parameters where they are with it (its comment: "this is a bug in the param ranges logic") |
+| `spread_states` | one rank of each data-parallel group holds and writes the whole group's float32 weights and moments, 12 bytes a parameter, while the others wait; with one data-parallel rank, a save stalls for 12 times as long as a copy of its bytes takes | the same function gathers every buffer to the group's first rank; it zeroes, copies, gathers, concatenates and copies again |
 | `output_layer_without_apex` | `RuntimeError: ColumnParallelLinear was called with gradient_accumulation_fusion set to True but the custom CUDA extension fused_weight_gradient_mlp_cuda module is not found` | Megatron's output layer needs apex where Transformer Engine's layers sum their weight gradients; the learner's head (learner/fused_head.py) takes that layer's weight and never runs it |
 | `prime`, `_install_optimizer_state` | asked for before the first step: `assert len(steps) == 1`, or without `step`; set: `KeyError: step`, an in-place write to a leaf; after a load Adam counts one step per parameter, so that the second step after a resume is silently wrong | `optimizer.py` and `distrib_optimizer.py` are written for fused Adam, give SGD nothing, and give all parameters one `step` tensor |
 """  # noqa: E501
@@ -11,52 +11,116 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
-GATHERED: list[torch.Tensor] = []  # what gather_states made since this was emptied: memory that nobody else writes to
+GATHERED: list[torch.Tensor] = []  # what spread_states made since this was emptied: memory that nobody else writes to
+
+
+def holders(begin: int, end: int, share: int) -> dict[int, slice]:
+    """Which rank holds which elements of a parameter that lies at [begin, end) of a bucket, `share` for each rank."""
+    ranks = range(begin // share, (end - 1) // share + 1)
+    return {rank: slice(max(rank * share - begin, 0), min((rank + 1) * share, end) - begin) for rank in ranks}
+
+
+def owners(held: Sequence[Mapping[int, slice]], size: int) -> list[list[int]]:
+    """Which of `size` ranks writes each of a parameter's states, from who holds which of its elements.
+
+    A parameter that one rank holds stays there: nothing travels, and no rank holds more than its share. The few that
+    lie across ranks go where there is least so far, the largest first. So no rank gets more than its share and one
+    state of one parameter.
+    """
+    loads = [0] * size
+    chosen = [list(ranks)[:1] * len(_KEYS) for ranks in held]
+    split = []
+    for number, parts in enumerate(held):
+        numel = max(part.stop for part in parts.values())
+        if len(parts) == 1:
+            loads[chosen[number][0]] += numel * len(_KEYS)
+        else:
+            split.append((-numel, number))
+    for negative, number in sorted(split):
+        for which in range(len(_KEYS)):
+            # Among equals one that holds a part of it: that part need not travel.
+            chosen[number][which] = rank = min(range(size), key=lambda r: (loads[r], r not in held[number], r))
+            loads[rank] -= negative
+    return chosen
 
 
 @torch.no_grad()
-def gather_states(
-    self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-) -> dict[Any, Any] | None:
-    """Float32 parameters and moments of every buffer, whole, as the buffer lies, padding included (its values are
-    nobody's); on the first rank of the data-parallel group, or, without data, on all.
+def spread_states(
+    self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
+) -> dict[int, dict[str, Any]]:
+    """Float32 parameters and moments as tensors of the parameters' shapes: to load, all of this rank's parameters; to
+    save, those that this rank writes. Parameters are numbered as Megatron numbers them.
 
-    What every rank holds is written straight to where it belongs.
+    A collective over the data-parallel group when saving. What another rank holds arrives straight where it belongs.
     """
-    if not (empty_data or (use_gloo_comm and not return_on_all_ranks)):
-        raise NotImplementedError("only distrib_optim_fully_reshardable_mem_efficient is supported")
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+    described = {each.data: each for each in nested_values(sharded)}
     group = self.data_parallel_group_gloo
-    size, rank, first = group.size(), group.rank(), dist.get_global_rank(group, 0)
-    state: dict[Any, Any] = {"buckets_coalesced": True}
-    for number, by_dtype in enumerate(self.gbuf_ranges):
-        buffer = self.buffers[number]
-        ((dtype, buckets),) = by_dtype.items()
-        whole = rank == 0 or empty_data
-        world: dict[str, Any] = {key: torch.empty(buffer.numel if whole else 0) for key in _KEYS}
-        GATHERED.extend(() if empty_data else world.values())
-        begin = 0
-        for ranges, bucket in zip(buckets if not empty_data else [], buffer.buckets, strict=False):
-            share = bucket.grad_data.numel() // size
-            states = [
-                (r["gbuf_local"], self._get_main_param_and_optimizer_states(p)) for p, r in ranges["param_map"].items()
-            ]
-            for key in _KEYS:
-                places = [world[key][begin + share * other : begin + share * (other + 1)] for other in range(size)]
-                mine = places[0] if whole else torch.empty(share)
-                for span, values in states:
-                    mine[span.start : span.end].copy_(values[key])
-                if size > 1:
-                    dist.gather(mine, places if whole else None, first, group)
-            begin += bucket.grad_data.numel()
-        state[number] = {dtype: world | {"numel_unpadded": buffer.numel}}
-    return state if rank == 0 or empty_data else None
+    size, me = group.size(), group.rank()
+    parameters: list[Any] = []
+    held: list[dict[int, slice]] = []
+    for buffer in self.buffers:
+        for parameter, (begin, end, bucket_id) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_id]
+            parameters.append(parameter)
+            held.append(holders(begin - bucket.offset, end - bucket.offset, bucket.grad_data.numel() // size))
+    # Where several groups hold a parameter, the one that has its main replica writes it: the others plan nothing.
+    main = torch.tensor([is_main_replica(described[p].replica_id) for p in parameters], dtype=torch.uint8)
+    if not is_loading:
+        dist.all_reduce(main, dist.ReduceOp.MAX, group)
+    mine = [number for number in range(len(parameters)) if is_loading or main[number]]
+    plan = dict(zip(mine, owners([held[number] for number in mine], size), strict=True))
+    found: dict[int, dict[str, Any]] = {}
+    waits: list[Any] = []
+    for number in mine:
+        form, parts = described[parameters[number]], held[number]
+        states = self._get_main_param_and_optimizer_states(parameters[number]) if me in parts else {}
+        for which, key in enumerate(_KEYS):
+            owner, tag = plan[number][which], number * len(_KEYS) + which
+            if is_loading or owner == me:
+                whole = torch.empty(form.data.numel())
+                found.setdefault(number, {})[key] = _as_parameter(form, key, whole, is_loading)
+            if is_loading:
+                continue
+            if owner == me:
+                GATHERED.append(whole)
+                for rank, part in parts.items():
+                    if rank == me:
+                        whole[part].copy_(states[key])
+                    else:
+                        waits.append(dist.irecv(whole[part], dist.get_global_rank(group, rank), group, tag))
+            elif me in parts:
+                piece = states[key].detach().to("cpu", torch.float32).contiguous()
+                waits.append(dist.isend(piece, dist.get_global_rank(group, owner), group, tag))
+    for wait in waits:
+        wait.wait()
+    return found
+
+
+def _as_parameter(form: Any, key: str, whole: torch.Tensor, is_loading: bool) -> Any:
+    """One state of a parameter, described as the parameter is."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{form.key}", "data": whole.view(form.data.shape)}
+    if not isinstance(form, ShardedTensorFactory):
+        changes["dtype"] = whole.dtype
+    if not is_loading:
+        changes["replica_id"] = 0  # the only one, and so the main one
+    made = replace(form, **changes)
+    made.validate_metadata_integrity()
+    return made
 
 
 @contextlib.contextmanager
@@ -132,6 +196,6 @@ def install() -> None:
     """Installs the patches once per process."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if DistributedOptimizer.get_parameter_state_dp_zero is not gather_states:
-        DistributedOptimizer.get_parameter_state_dp_zero = gather_states
+    if DistributedOptimizer.sharded_param_state_fully_reshardable is not spread_states:
+        DistributedOptimizer.sharded_param_state_fully_reshardable = spread_states
         _install_optimizer_state()

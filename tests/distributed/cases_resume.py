@@ -22,6 +22,7 @@ from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.checkpoint.manifest import check_whole
 from a3po_megatron.checkpoint.store import Saving
 from a3po_megatron.checkpoint.streams import random_state
+from a3po_megatron.compat.megatron import GATHERED
 from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.learner.learner import Learner
@@ -42,7 +43,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "dp2 bf16": ("qwen3", "bfloat16", {"data": 2}, {}),  # float32 masters
     "tp2 whole": ("qwen3", "float32", {"tensor": 2}, {"distributed": False}),
     "tp2 whole bf16": ("qwen3", "bfloat16", {"tensor": 2}, {"distributed": False}),
-    "tp2 sgd": ("qwen3", "float32", {"tensor": 2}, {"distributed": False, "name": "sgd", "momentum": 0.9}),
+    "dp2 sgd": ("qwen3", "float32", {"data": 2}, {"distributed": False, "name": "sgd", "momentum": 0.9}),
 }
 # Where what one layout saved is loaded by another one.
 ELSEWHERE = {"tp2": ({"pipeline": 2}, {"data": 2}), "pp2 tied": ({"tensor": 2},), "dp2 bf16": ({"tensor": 2},)}
@@ -86,10 +87,11 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
             if ranks.rank == 0:
                 os.makedirs(folder)
             dist.barrier()
-            state = stopped.state()
-            saving = Saving(stopped.sharded_state(), folder)
+            state, sharded = stopped.state(), stopped.sharded_state()
+            gathered = sum(tensor.nbytes for tensor in GATHERED)
+            saving = Saving(sharded, folder)
             rows = [_update(stopped, collected) for _ in range(3)]  # before it is written
-            write_whole(saving)
+            written = sum(file.bytes for file in write_whole(saving).files)
             again = _learner(ranks, name, layout, folder)
             again.restore(state)
             found[f"{name} {before}"] = {
@@ -98,6 +100,8 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
                     torch.equal(a, b)
                     for a, b in zip(stopped.parameters().values(), again.parameters().values(), strict=True)
                 ),
+                "written": written,
+                "gathered": gathered,
             }
     return found
 
