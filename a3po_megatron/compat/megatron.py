@@ -3,7 +3,7 @@
 | patch | symptom without it | cause |
 |---|---|---|
 | `spread_states` | a checkpoint of the distributed optimizer (`fully_reshardable`) holds shifted values and zeros, with a warning only: weights and moments of the last pipeline stage of a model with tied embeddings, or of any model with several buckets whose sizes are no multiples of the padding | `distrib_optimizer.py`: `get_parameter_state_dp_zero` lays buckets end to end without their padding, `sharded_param_state_fully_reshardable` looks for parameters where they are with it (its comment: "this is a bug in the param ranges logic") |
-| `spread_states` | one rank of each data-parallel group holds and writes the whole group's float32 weights and moments, 12 bytes a parameter, while the others wait; with one data-parallel rank, a save stalls for 12 times as long as a copy of its bytes takes | the same function gathers every buffer to the group's first rank; it zeroes, copies, gathers, concatenates and copies again |
+| `spread_states` | one rank of each data-parallel group holds and writes the whole group's float32 weights and moments, 12 bytes a parameter, while the others wait, and every rank reads all of it when it goes on; with one data-parallel rank, a save stalls for 12 times as long as a copy of its bytes takes | the same function gathers every buffer to the group's first rank; it zeroes, copies, gathers, concatenates and copies again |
 | `output_layer_without_apex` | `RuntimeError: ColumnParallelLinear was called with gradient_accumulation_fusion set to True but the custom CUDA extension fused_weight_gradient_mlp_cuda module is not found` | Megatron's output layer needs apex where Transformer Engine's layers sum their weight gradients; the learner's head (learner/fused_head.py) takes that layer's weight and never runs it |
 | `prime`, `_install_optimizer_state` | asked for before the first step: `assert len(steps) == 1`, or without `step`; set: `KeyError: step`, an in-place write to a leaf; after a load Adam counts one step per parameter, so that the second step after a resume is silently wrong | `optimizer.py` and `distrib_optimizer.py` are written for fused Adam, give SGD nothing, and give all parameters one `step` tensor |
 """  # noqa: E501
@@ -56,10 +56,10 @@ def owners(held: Sequence[Mapping[int, slice]], size: int) -> list[list[int]]:
 def spread_states(
     self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, Any]]:
-    """Float32 parameters and moments as tensors of the parameters' shapes: to load, all of this rank's parameters; to
-    save, those that this rank writes. Parameters are numbered as Megatron numbers them.
+    """Float32 parameters and moments as tensors of the parameters' shapes: to load, of those that this rank holds any
+    part of, whole; to save, those that it writes. Parameters are numbered as Megatron numbers them.
 
-    A collective over the data-parallel group when saving. What another rank holds arrives straight where it belongs.
+    A collective over the data-parallel group. What another rank holds arrives straight where it belongs.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import is_main_replica
@@ -78,23 +78,25 @@ def spread_states(
             held.append(holders(begin - bucket.offset, end - bucket.offset, bucket.grad_data.numel() // size))
     # Where several groups hold a parameter, the one that has its main replica writes it: the others plan nothing.
     main = torch.tensor([is_main_replica(described[p].replica_id) for p in parameters], dtype=torch.uint8)
-    if not is_loading:
-        dist.all_reduce(main, dist.ReduceOp.MAX, group)
-    mine = [number for number in range(len(parameters)) if is_loading or main[number]]
-    plan = dict(zip(mine, owners([held[number] for number in mine], size), strict=True))
+    dist.all_reduce(main, dist.ReduceOp.MAX, group)
     found: dict[int, dict[str, Any]] = {}
+    if is_loading:
+        for number, parts in enumerate(held):
+            if me in parts:
+                copy = 0 if main[number] and me == min(parts) else 1
+                found[number] = {key: _as_parameter(described[parameters[number]], key, copy) for key in _KEYS}
+        return found
+    mine = [number for number in range(len(parameters)) if main[number]]
+    plan = dict(zip(mine, owners([held[number] for number in mine], size), strict=True))
     waits: list[Any] = []
     for number in mine:
         form, parts = described[parameters[number]], held[number]
         states = self._get_main_param_and_optimizer_states(parameters[number]) if me in parts else {}
         for which, key in enumerate(_KEYS):
             owner, tag = plan[number][which], number * len(_KEYS) + which
-            if is_loading or owner == me:
-                whole = torch.empty(form.data.numel())
-                found.setdefault(number, {})[key] = _as_parameter(form, key, whole, is_loading)
-            if is_loading:
-                continue
             if owner == me:
+                found.setdefault(number, {})[key] = _as_parameter(form, key, 0)  # the only copy that is written
+                whole = found[number][key].data.view(-1)
                 GATHERED.append(whole)
                 for rank, part in parts.items():
                     if rank == me:
@@ -109,15 +111,14 @@ def spread_states(
     return found
 
 
-def _as_parameter(form: Any, key: str, whole: torch.Tensor, is_loading: bool) -> Any:
-    """One state of a parameter, described as the parameter is."""
+def _as_parameter(form: Any, key: str, copy: int) -> Any:
+    """Room for one state of a parameter, described as the parameter is; of all copies, 0 is the main one."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{form.key}", "data": whole.view(form.data.shape)}
+    data = torch.empty(form.data.shape)
+    changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{form.key}", "data": data, "replica_id": copy}
     if not isinstance(form, ShardedTensorFactory):
-        changes["dtype"] = whole.dtype
-    if not is_loading:
-        changes["replica_id"] = 0  # the only one, and so the main one
+        changes["dtype"] = data.dtype
     made = replace(form, **changes)
     made.validate_metadata_integrity()
     return made

@@ -102,8 +102,17 @@ def goes_on(ranks: Ranks) -> dict[str, Any]:
                 ),
                 "written": written,
                 "gathered": gathered,
+                "asked": _moments_asked(again),
             }
     return found
+
+
+def _moments_asked(learner: Learner) -> int:
+    """Bytes of a distributed optimizer's state that a learner reads of a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    asked = nested_values(learner.sharded_state(loading=True)["optimizer"])
+    return sum(each.data.nbytes for each in asked if str(getattr(each, "key", "")).startswith("optimizer.state."))
 
 
 def goes_on_elsewhere(ranks: Ranks) -> dict[str, Any]:
@@ -118,6 +127,7 @@ def goes_on_elsewhere(ranks: Ranks) -> dict[str, Any]:
         weights = as_hf(stopped, {key: value.float() for key, value in stopped.parameters().items()})
         moments, state = _read(folder), stopped.state()
         rows = [_update(stopped, collected) for _ in range(2)]
+        later = as_hf(stopped, {key: value.float() for key, value in stopped.parameters().items()})
         for number, layout in enumerate(layouts):
             moved = _learner(ranks, name, layout, folder)
             moved.restore(state)
@@ -125,15 +135,22 @@ def goes_on_elsewhere(ranks: Ranks) -> dict[str, Any]:
             again = ranks.folder / f"{name}-again-{number}"
             save(moved, again)
             theirs = [_update(moved, collected) for _ in range(2)]
+            ended = as_hf(moved, {key: value.float() for key, value in moved.parameters().items()})
             found[f"{name} {layout}"] = {
                 "weights": all(torch.equal(there[key], weights[key]) for key in weights),
                 "unequal": [key for key, value in _read(again).items() if not _equal(value, moments[key])],
+                "apart": _norm(ended, later) / _norm(later, weights),
                 "loss": [abs(a["learner/loss"] - b["learner/loss"]) for a, b in zip(rows, theirs, strict=True)],
                 "norm": [
                     abs(a["policy/grad_norm"] / b["policy/grad_norm"] - 1) for a, b in zip(rows, theirs, strict=True)
                 ],
             }
     return found
+
+
+def _norm(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Euclidean, of the difference of all weights."""
+    return float(sum((one[key] - other[key]).double().square().sum() for key in one)) ** 0.5
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
