@@ -151,7 +151,8 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
             if not asked and stalled(folder / "logs") is not None:
                 asked = True  # a rank that cannot act writes its stacks all the same, even if it is stopped
                 process.send_signal(signal.SIGUSR2)
-                process.send_signal(signal.SIGCONT)
+                time.sleep(POLL_SECONDS)  # what srun passes on is to be there first; it keeps CONT for itself
+                subprocess.run(["scancel", "--signal=CONT", os.environ["SLURM_JOB_ID"]], check=False)
             time.sleep(POLL_SECONDS)
     text = (attempt / "srun.err").read_text()
     words = {}
