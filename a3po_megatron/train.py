@@ -84,12 +84,15 @@ def main(folder: Path) -> None:
     config = load_resolved(folder / "config.yaml")
     rank, world = environment.rank(), environment.world()
     lock = prepare_folder(folder, config) if rank == 0 and not environment.launched() else None  # noqa: F841  held
-    Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words).start()
+    watchdog = Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words)
+    if environment.launched():
+        watchdog.start()
     CLOCK.seconds["imports"] = environment.since_start()
     check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     with math_graders(config.reward) as graders:
         with phase("groups"):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+        watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
         train(folder, config, cluster, graders)
 
 

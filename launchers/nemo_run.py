@@ -76,7 +76,8 @@ def main() -> None:
     python = config["slurm"]["python"] or options.a3po_python
     meet = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1)'
     port = "export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))"
-    ranks = f"{meet}\n{port}\nexec {shlex.quote(python)} -m a3po_megatron.train {shlex.quote(str(folder))}\n"
+    deaf = "trap '' USR1 TERM INT"  # until the rank can hear them
+    ranks = f"{deaf}\n{meet}\n{port}\nexec {shlex.quote(python)} -m a3po_megatron.train {shlex.quote(str(folder))}\n"
     with run.Experiment(config["name"]) as experiment:
         experiment.add(run.Script(inline=ranks), executor=executor(config["slurm"]), name="train")
         experiment.dryrun() if options.dry_run else experiment.run(detach=options.detach, tail_logs=False)

@@ -9,6 +9,11 @@ inherit: a port of a compute node is open to whoever else is on the network. Not
 
 from __future__ import annotations
 
+from a3po_megatron.launch.signals import Signals
+
+if __name__ == "__main__":
+    SIGNALS = Signals()  # before the imports that take seconds, and Ray's start
+
 import contextlib
 import os
 import secrets
@@ -68,12 +73,12 @@ def _wait(address: str, nodes: int, started: list[subprocess.Popen[bytes]], logs
     sys.exit(f"error: Ray did not come up on {nodes} node(s): see {logs}/ray-*.log")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, signals: Signals) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with cluster(job.hosts(os.environ["SLURM_JOB_NODELIST"]), folder / "logs") as address:
         os.environ["RAY_ADDRESS"] = address
-        job.main(folder)
+        job.main(folder, signals)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), SIGNALS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -110,7 +111,16 @@ def test_two_ranks_that_stand_still_end_with_85_name_the_one_behind_and_leave_th
 
 
 WORKS = """
-import time
+import os, sys, time
+from pathlib import Path
+
+if sys.argv[2] == "1":  # on a node whose clock is an hour behind
+
+    def replace(path, target):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+        os.replace(path, target)
+
+    Path.replace = replace
 
 def at_work(rank, clock, lock):
     \"\"\"Rank 0 waits, as in a collective; rank 1 is behind it and gets on.\"\"\"
@@ -138,6 +148,67 @@ def test_a_rank_that_waits_for_one_that_is_slow_but_at_work_ends_nothing(tmp_pat
         for process in ranks:
             process.kill()
             process.wait()
+
+
+def test_a_heartbeat_is_missed_when_its_counter_stands_still_whatever_time_its_file_bears(
+    tmp_path: Path, times: list[float]
+) -> None:
+    (logs := tmp_path / "logs").mkdir()
+    clock = Clock()
+    dog = Watchdog(tmp_path, 0, 3, FAST, clock, print)
+    (logs / "rank-0.phase").write_text("3 update\nchanges 9\n")
+    for rank in (1, 2):  # both are ahead of rank 0, which waits for them
+        (logs / f"rank-{rank}.phase").write_text("3 update\nchanges 10\n")
+    said = []
+    for number in range(60):  # 15 s
+        times.append(number * dog.period)
+        (logs / "rank-1.beat").write_text(f"silent 0.1 s of 8.0 s, beat {number}\n")
+        os.utime(logs / "rank-1.beat", (0, 0))
+        (logs / "rank-2.beat").write_text("silent 0.1 s of 8.0 s, beat 3\n")  # the file server's clock goes on
+        said.append(dog.look())
+    assert dog.limit() == 8.0
+    assert not any(said[: int(8.0 / dog.period) + 1])
+    assert said[int(8.0 / dog.period) + 1].startswith("rank 2 (phase update of step 3; no heartbeat) stood still")
+
+
+LEFT = """
+import sys, time
+from pathlib import Path
+from a3po_megatron.config import TelemetryOptions
+from a3po_megatron.telemetry.clock import Clock
+from a3po_megatron.telemetry.watchdog import Watchdog
+
+def say(*words):
+    print(*words, flush=True)
+
+Watchdog(Path(sys.argv[1]), 0, 1, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), Clock(), say).start()
+say("watches")
+time.sleep(60)
+"""
+
+
+def test_what_an_earlier_start_left_or_what_cannot_be_read_does_not_end_a_run_nor_its_watch(tmp_path: Path) -> None:
+    stall = tmp_path / "logs" / "stall"
+    stall.parent.mkdir()
+    stall.write_text("rank 1 stood still, once")
+    rank = subprocess.Popen(
+        [sys.executable, "-c", LEFT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "watches\n"
+        time.sleep(0.5)  # four looks
+        stall.rename(stall.with_suffix(".previous"))
+        stall.mkdir()
+        time.sleep(0.5)
+        assert rank.poll() is None
+        stall.rmdir()
+        stall.write_text("rank 1 stood still, again")
+        assert rank.wait(10) == 85
+        assert rank.stdout.read() == "interrupted rank 1 stood still, again\n"
+    finally:
+        rank.kill()
+        rank.wait()
 
 
 def test_a_run_one_rank_of_which_is_stopped_ends_with_85_names_it_and_goes_on_afterwards(

@@ -9,13 +9,14 @@ import os
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import A3POError, Interrupted, RequestError
+from ..errors import A3POError, Interrupted, RequestError, RunFailed
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -135,12 +136,11 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
         main(folder)
     except A3POError as error:
         kinds = {RequestError: "request", Interrupted: "interrupted"}
-        last_words(next((name for kind, name in kinds.items() if isinstance(error, kind)), "run"), str(error))
-        code = error.exit_code
+        kind = next((name for each, name in kinds.items() if isinstance(error, each)), "run")
+        code = CODES[last_words(kind, str(error))]
         traceback.print_exc()
     except BaseException as error:  # the rank's last words, whatever it died of
-        last_words("crash", f"{type(error).__name__}: {error}")
-        code = 1
+        code = CODES[last_words("crash", f"{type(error).__name__}: {error}")]
         traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):  # the log's disk may be full: that must not be what the rank ends with
@@ -149,11 +149,39 @@ def report_failures(folder: Path, main: Callable[[Path], None]) -> None:
         os._exit(code)
 
 
-def last_words(kind: str, message: str) -> None:
+CODES = {  # what a rank may end of
+    "request": RequestError.exit_code,
+    "run": RunFailed.exit_code,
+    "crash": RunFailed.exit_code,
+    "interrupted": Interrupted.exit_code,
+}
+_SPEAKING = threading.Lock()  # the watchdog's thread speaks too
+_said: list[str] = []
+
+
+def last_words(kind: str, message: str) -> str:
     """Hands the launcher what this rank ends with: through a pipe, since a disk may be full; from another node, which
-    no pipe reaches, in a file."""
-    words = json.dumps({"kind": kind, "message": message[: WORDS_BYTES // 8]}) + "\n"
+    no pipe reaches, in a file.
+
+    Only the first words count, whose kind is returned: of ranks that leave because the run stands still, one is the
+    first to be gone, and then what the others wait for fails.
+    """
+    with _SPEAKING:
+        if not _said:
+            _said.append(kind)
+            try:
+                _hand_over(json.dumps({"kind": kind, "message": message[: WORDS_BYTES // 8]}) + "\n")
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    print(f"no last words: {error}", file=sys.stderr, flush=True)
+        return _said[0]
+
+
+def _hand_over(words: str) -> None:
     if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
         os.write(int(descriptor), words.encode())
     elif (folder := os.environ.get("A3PO_WORDS_DIR")) is not None:
-        Path(folder, f"rank-{rank()}.words").write_text(words)
+        whole = Path(folder, f"rank-{rank()}.words")
+        partial = whole.with_name(f".{whole.name}.partial")
+        partial.write_text(words)
+        partial.replace(whole)

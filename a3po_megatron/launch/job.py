@@ -6,6 +6,7 @@
     0                          the report, and the successor of a chain is taken back
     interrupted (85)           requeue | the successor goes on | the array's next job goes on
     a node or a rank fails     once more in this allocation without that node, as long as there are spares
+    a rank stood still         the same without the node of the rank that is blamed; else as interrupted
     anything else              the job fails
 
 Every start leaves its ranks' logs in logs/attempt-N.
@@ -13,24 +14,32 @@ Every start leaves its ranks' logs in logs/attempt-N.
 
 from __future__ import annotations
 
+import sys
+
+from .signals import Signals, ignore
+
+if __name__ == "__main__":
+    SIGNALS = Signals()  # before the imports that take seconds
+
 import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, load_resolved
 from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
+from ..telemetry.watchdog import NAMED, stalled
 from .environment import of_run, settings
 from .folder import prepare_folder
-from .signals import Signals
 from .slurm import SCRIPT, sbatch
 
 POLL_SECONDS = 0.5
+# Until a rank can hear the signals, which are repeated, it must not die of them.
+RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
 # srun: error: rl1: task 1: Killed
 BAD_TASK = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?!Exited with exit code 85)")
 
@@ -42,8 +51,7 @@ class Ended:
     bad_node: str | None  # the first whose task failed
 
 
-def main(folder: Path) -> None:
-    signals = Signals()
+def main(folder: Path, signals: Signals) -> None:
     config = load_resolved(folder / "config.yaml")
     job = os.environ["SLURM_JOB_ID"]
     successor = _submit_successor(folder, config, job)
@@ -91,13 +99,12 @@ def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
 
             print(f"run folder: {folder}\nreport:     {write_report([folder], None)}", flush=True)
             return None
-        failure = _failure(folder, ended)
-        if ended.bad_node is None or any(kind != "crash" for kind, _ in ended.words.values()):
-            return failure  # what a rank says of the run would be the same on any node
-        bad.add(ended.bad_node)
-        if len(nodes) - len(bad) < config.slurm.nodes:
+        failure = _failure(folder, ended, signals.number is not None)
+        blamed = _blamed(folder, ended, use, config.slurm.ranks_per_node())
+        bad |= blamed
+        if not blamed or len(nodes) - len(bad) < config.slurm.nodes:
             return failure
-        print(f"{failure}; once more without {ended.bad_node}", flush=True)
+        print(f"{failure}; once more without {', '.join(sorted(blamed))}", flush=True)
 
 
 def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> Ended:
@@ -119,6 +126,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         "--kill-on-bad-exit=1",
         f"--output={attempt}/rank-%t.log",
         *container,
+        *RANK,
         slurm.python or ("python" if slurm.container else sys.executable),
         *("-m", "a3po_megatron.train", str(folder)),
     ]
@@ -134,9 +142,17 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     if (end := _end_of_job()) is not None:
         around.setdefault("SLURM_JOB_END_TIME", end)
     with (attempt / "srun.err").open("w") as err:
-        process = subprocess.Popen(command, env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
+        process = subprocess.Popen(
+            command, env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err, preexec_fn=ignore
+        )
+        asked = False
         while process.poll() is None:
             signals.pass_on([process], always=signal.SIGUSR1)
+            if not asked and stalled(folder / "logs") is not None:
+                asked = True  # a rank that cannot act writes its stacks all the same, even if it is stopped
+                process.send_signal(signal.SIGUSR2)
+                time.sleep(POLL_SECONDS)  # what srun passes on is to be there first; it keeps CONT for itself
+                subprocess.run(["scancel", "--signal=CONT", os.environ["SLURM_JOB_ID"]], check=False)
             time.sleep(POLL_SECONDS)
     text = (attempt / "srun.err").read_text()
     words = {}
@@ -147,15 +163,29 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     return Ended(process.returncode, words, found.group(1) if found else None)
 
 
-def _failure(folder: Path, ended: Ended) -> A3POError:
+def _failure(folder: Path, ended: Ended, told: bool) -> A3POError:
     """What the ranks failed of, by the order of blame of launch/local.py."""
+    if (message := stalled(folder / "logs")) is not None:
+        return Interrupted(message)  # what the ranks wait for fails when the first has left
     kinds = {"request": RequestError, "run": RunFailed, "crash": RunFailed, "interrupted": Interrupted}
     for kind, error in kinds.items():
         for rank, (said, message) in sorted(ended.words.items()):
             if said == kind:
                 return error(message if kind in ("request", "interrupted") else f"rank {rank}: {message}")
+    if ended.code == Interrupted.exit_code or (told and ended.bad_node is None):
+        # No rank could write why, or srun was told to leave before it had started any.
+        return Interrupted(f"{folder}: interrupted; the same command goes on")
     where = f" on {ended.bad_node}" if ended.bad_node else ""
     return RunFailed(f"{folder}: a rank{where} failed and left no message (srun: {ended.code}); see logs/attempt-*")
+
+
+def _blamed(folder: Path, ended: Ended, nodes: list[str], ranks_per_node: int) -> set[str]:
+    """The nodes that the next start should do without."""
+    if (message := stalled(folder / "logs")) is not None:  # ranks on other nodes only waited
+        return {nodes[int(rank) // ranks_per_node] for rank in NAMED.findall(message)}
+    if ended.bad_node is None or any(kind != "crash" for kind, _ in ended.words.values()):
+        return set()  # what a rank says of the run would be the same on any node
+    return {ended.bad_node}
 
 
 def hosts(nodes: str) -> list[str]:
@@ -175,4 +205,4 @@ def _end_of_job() -> str | None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), SIGNALS)

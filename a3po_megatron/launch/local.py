@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..checkpoint.interrupt import SIGNALS
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
-from ..telemetry.watchdog import STALL, position
+from ..telemetry.watchdog import position, stalled
 from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, of_run, settings
-from .signals import Signals
+from .signals import Signals, ignore
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 1.0  # after a first death: whichever rank died of its own fault is then known
@@ -142,8 +141,7 @@ def _start(rank: int, folder: Path, config: Config, meeting: socket.socket, star
 
 def _begin_rank() -> None:
     die_with_parent()
-    for number in SIGNALS:  # until it can hear them: the launcher repeats them
-        signal.signal(number, signal.SIG_IGN)
+    ignore()
 
 
 def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
@@ -158,7 +156,7 @@ def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
         return
     dead = {rank for rank, each in enumerate(ranks) if each.code not in (None, 0)}
     where = {rank: position(folder / "logs", rank)[1] for rank in range(len(ranks))}
-    if (folder / "logs" / STALL).exists():
+    if stalled(folder / "logs") is not None:
         for each in ranks:  # one that cannot act writes its stacks all the same, even if it is stopped
             if each.code is None:
                 each.process.send_signal(signal.SIGUSR2)
@@ -170,7 +168,10 @@ def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
 
 
 def _failure(ranks: list[_Rank], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
-    """The error of the rank that is to blame: one killed by a signal, else one that said what is wrong, else any."""
+    """The error of the rank that is to blame: one killed by a signal, else one that said what is wrong, else any. Not
+    after a stall: what the ranks wait for fails when the first has left."""
+    if (message := stalled(folder / "logs")) is not None:
+        return Interrupted(message)
     reports: list[tuple[int, int, A3POError]] = []
     for rank, each in enumerate(ranks):
         code, place = each.code, f"rank {rank} ({where[rank]})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -12,13 +13,21 @@ from ..checkpoint.interrupt import SIGNALS
 from ..errors import Interrupted
 
 REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
+KEPT = "A3PO_SIGNALLED"  # environment: what came to the shell that this process was before (slurm/train.sbatch.j2)
+
+
+def ignore() -> None:
+    """Between fork and exec: until the child can hear the signals, which are repeated, it must not die of them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Signals:
     """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        kept = os.environ.pop(KEPT, None)
+        self.number: int | None = signal.Signals[kept] if kept else None
         self.at_once = False
         self._repeated = 0.0
         self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}

@@ -7,6 +7,8 @@ array     slurm.attempts jobs, one after the other; those that find nothing left
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import shlex
@@ -17,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.interrupt import LEAD
-from ..config import Config, save_resolved
+from ..checkpoint.manifest import read_manifest, saved_steps
+from ..config import Config, save_resolved, unlike
 from ..errors import RequestError, RunFailed
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
 SCRIPT = "job.sbatch"
+LOCK = ".lock"
 # Of a multi-node run; each with its reason, which stands in the script too.
 NETWORK = (
     ("NCCL_ASYNC_ERROR_HANDLING", "1", "a peer that is gone is an error, not a hang"),
@@ -107,12 +111,54 @@ def lead_seconds(config: Config, folder: Path) -> int:
     """How long before the end of a job its signal comes: as given, else as the run in the folder measured."""
     if config.slurm.lead_seconds is not None:
         return config.slurm.lead_seconds
-    measured = folder / LEAD
-    return max(30, int(measured.read_text().split()[0])) if measured.exists() else FIRST_LEAD_SECONDS
+    try:
+        return max(30, int((folder / LEAD).read_text().split()[0]))
+    except (OSError, ValueError, IndexError):  # it has not measured yet, or was killed while it wrote that down
+        return FIRST_LEAD_SECONDS
 
 
 def write(plan: Plan, overrides: list[list[str]]) -> None:
-    """The run folders with their configurations, and the script."""
+    """The run folders with their configurations, and the script. Raises RequestError, before anything is changed, for a
+    folder with a live run, or with one that was configured otherwise: the job that continues it reads these files."""
+    with contextlib.ExitStack() as locks:
+        for folder, config in zip(plan.folders, plan.configs, strict=True):
+            locks.enter_context(_free(folder))
+            _check_alike(folder, config)
+        _write(plan, overrides)
+
+
+def _free(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """The lock of a run folder (launch/folder.py), if it has one yet."""
+    try:
+        lock = (folder / LOCK).open("r+")
+    except FileNotFoundError:
+        return contextlib.nullcontext()
+    except OSError as error:
+        raise RequestError(f"{folder}: cannot look whether a run is live in it: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
+    return lock
+
+
+def _check_alike(folder: Path, config: Config) -> None:
+    """Whether the files of a checkpoint are whole is left to the job: it goes on from one that is."""
+    for checkpoint in reversed(saved_steps(folder / "checkpoints")):
+        try:
+            before = read_manifest(checkpoint).config
+        except RequestError:
+            continue
+        if changed := unlike(before, config):
+            raise RequestError(
+                f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
+                f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
+            )
+        return
+
+
+def _write(plan: Plan, overrides: list[list[str]]) -> None:
     for folder, config in zip(plan.folders, plan.configs, strict=True):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         save_resolved(config, folder / "config.yaml")

@@ -9,16 +9,19 @@ of phase than the others, once all of these are beyond their own limits.
     the first rank to notice   writes logs/stall: the ranks to blame, and the phase of each
     every rank                 sees that file, writes the stacks of its threads to logs/rank-N.stacks, and exits with 85
 
-The heartbeat is logs/rank-N.beat, which the thread renews: it stops only with the whole process. Ranks find each other
-through files, because a thread that waits in torch's store blocks it for all others. A rank that cannot even run this
-thread (it is stopped, or holds the interpreter's lock) is woken by the launcher with USR2, which writes the stacks
-without the interpreter.
+The heartbeat is logs/rank-N.beat, a counter which the thread renews: it stops only with the whole process. A rank has
+none if others see its counter stand still, look after look; what time a file bears says nothing, because nodes' clocks
+differ. Ranks find each other through files, because a thread that waits in torch's store blocks it for all others. A
+rank that cannot even run this thread (it is stopped, or holds the interpreter's lock) is woken by the launcher with
+USR2, which writes the stacks without the interpreter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,11 +36,12 @@ from .clock import Clock
 
 STALL = "stall"
 UNKNOWN_PHASE = 4  # times the least limit
-OTHERS = 3.0  # periods that the others get to notice, and to write their stacks
+OTHERS = 3  # periods that the others get to notice, and to write their stacks; heartbeats that may be missed
+NAMED = re.compile(r"rank (\d+) \(")  # in what logs/stall says
 
 
 class Watchdog:
-    """Watches one rank: `start` it once, in the rank's main thread."""
+    """Watches one rank: `start` it in the rank's main thread."""
 
     def __init__(
         self,
@@ -46,54 +50,84 @@ class Watchdog:
         world: int,
         options: TelemetryOptions,
         clock: Clock,
-        last_words: Callable[[str, str], None],  # kind, message: to the launcher
+        last_words: Callable[[str, str], object],  # kind, message: to the launcher
     ) -> None:
         self._logs, self._rank, self._world, self._options, self._clock = folder / "logs", rank, world, options, clock
         self._last_words = last_words
         self.period = min(5.0, options.stall_seconds / 8)
-        self._stacks: IO[str]
+        self._stacks: IO[str] | None = None
+        self._left: tuple[int, int] | None = None  # the stall file that was there before
+        self._count = 0  # heartbeats
+        self._looks = 0
+        self._seen: dict[int, tuple[str | None, int]] = {}  # rank → its heartbeat, and in which look it was new
 
     def start(self) -> None:
+        """Once; later calls do nothing."""
+        if self._stacks is not None:
+            return
         self._stacks = (self._logs / f"rank-{self._rank}.stacks").open("a")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        # Whoever makes the folder ready moves an earlier start's away; another node may see it for a while yet.
+        if (found := _stall(self._logs)) is not None:
+            self._left = found[1]
+        threading.Thread(target=self._watch, args=(self._stacks,), name="watchdog", daemon=True).start()
 
     def limit(self) -> float:
         """Seconds that the current phase may be silent."""
         least, known = self._options.stall_seconds, self._clock.longest_silence.get(self._clock.current)
         return UNKNOWN_PHASE * least if known is None else max(least, self._options.stall_factor * known)
 
-    def _watch(self) -> None:
-        while not (self._logs / STALL).exists():
+    def _watch(self, stacks: IO[str]) -> None:
+        while (found := _stall(self._logs)) is None or found[1] == self._left:
             time.sleep(self.period)
             try:
-                self._beat()
-                if self._clock.silence() > self.limit() and (message := self._blame()):
-                    _replace(self._logs / STALL, message)
+                if message := self.look():
+                    self._write(STALL, message)
             except OSError as error:  # a full disk must not end the watch, which may be what ends the run
-                print(f"watchdog: {error}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
-        message = (self._logs / STALL).read_text()
-        self._last_words("interrupted", message)
-        print(message, file=sys.stderr, flush=True)
-        time.sleep(OTHERS * self.period)
-        os._exit(Interrupted.exit_code)
+                _say(f"watchdog: {error}")
+        try:
+            faulthandler.dump_traceback(file=stacks, all_threads=True)
+            self._last_words("interrupted", found[0])
+            _say(found[0])
+            time.sleep(OTHERS * self.period)
+        finally:
+            os._exit(Interrupted.exit_code)
 
-    def _beat(self) -> None:
+    def look(self) -> str | None:
+        """Renews this rank's heartbeat. Once this rank has been silent beyond its limit: who it is that stands still.
+
+        It begins to look at the others' heartbeats a little before, so that it knows by then which of them stopped.
+        """
         silence, limit = self._clock.silence(), self.limit()
-        _replace(self._logs / f"rank-{self._rank}.beat", f"silent {silence:.1f} s of {limit:.1f} s\n")
+        self._count += 1
+        self._write(f"rank-{self._rank}.beat", f"silent {silence:.1f} s of {limit:.1f} s, beat {self._count}\n")
+        if silence <= limit - OTHERS * self.period:
+            self._looks = 0
+            self._seen.clear()
+            return None
+        self._looks += 1
+        for rank in range(self._world):
+            beat = _text(self._logs / f"rank-{rank}.beat")
+            if rank not in self._seen or self._seen[rank][0] != beat:
+                self._seen[rank] = beat, self._looks
+        return self._blame() if silence > limit and self._looks > OTHERS else None
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole at once: others read it at any time, or write it too."""
+        temporary = self._logs / f"{name}.rank-{self._rank}.partial"
+        temporary.write_text(text)
+        temporary.replace(self._logs / name)
 
     def _blame(self) -> str | None:
-        """Who stands still; None: whoever it is that the others wait for is still at work."""
+        """Who stands still; None: whoever it is that the others wait for is still at work, or only just starting."""
         where = {rank: position(self._logs, rank) for rank in range(self._world)}
-        files = {rank: self._logs / f"rank-{rank}.beat" for rank in range(self._world)}
-        beats = {rank: _renewed(file) for rank, file in files.items() if file.exists()}
-        dead = [rank for rank, beat in beats.items() if max(beats.values()) - beat > OTHERS * self.period]
+        beats = {rank: beat for rank, (beat, _) in self._seen.items() if beat is not None}
+        dead = [rank for rank in beats if self._looks - self._seen[rank][1] >= OTHERS]
         least = min(changes for changes, _ in where.values())
         blamed = dead or [rank for rank, (changes, _) in where.items() if changes == least]
         facts = []
         for rank in blamed:
-            words = files[rank].read_text().split() if rank in beats else ["silent", "0", "s", "of", "0", "s"]
+            words = beats.get(rank, "silent 0 s of 0 s").split()
             silence, limit = float(words[1]), float(words[4])
             if rank not in dead and silence <= limit:
                 return None
@@ -108,17 +142,36 @@ class Watchdog:
         )
 
 
-def _renewed(path: Path) -> float:
-    """When a file was last written. Opened, because a network file system asks its server then, not for a `stat`."""
-    with path.open() as file:
-        return os.fstat(file.fileno()).st_mtime
+def stalled(logs: Path) -> str | None:
+    """What ended a run that stood still; None if it did not."""
+    return None if (found := _stall(logs)) is None else found[0]
 
 
-def _replace(path: Path, text: str) -> None:
-    """Whole at once: others read it at any time."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _stall(logs: Path) -> tuple[str, tuple[int, int]] | None:
+    """What the stall file says, and which file that is; None: there is none, or it cannot be read just now.
+
+    Opened, and its folder before it: a network file system asks its server then, and else may answer from memory.
+    """
+    try:
+        os.close(os.open(logs, os.O_RDONLY | os.O_DIRECTORY))
+        with (logs / STALL).open() as file:
+            facts = os.fstat(file.fileno())
+            return file.read(), (facts.st_ino, facts.st_mtime_ns)
+    except OSError:
+        return None
+
+
+def _text(path: Path) -> str | None:
+    """What a file holds now; None if there is none."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _say(words: str) -> None:
+    with contextlib.suppress(OSError):  # the log's disk may be full
+        print(words, file=sys.stderr, flush=True)
 
 
 def position(logs: Path, rank: int) -> tuple[int, str]:

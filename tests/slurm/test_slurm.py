@@ -131,6 +131,57 @@ def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bi
     assert len(list((runs["chain"] / "logs").glob("slurm-*.out"))) == 2
 
 
+def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path, tmp_path: Path) -> None:
+    """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again."""
+    script, ranks = tmp_path / "script", tmp_path / "ranks"
+    first = submit(script, *ONE_NODE, "slurm.setup=['[ ${SLURM_RESTART_COUNT:-} ] || sleep 4']")
+    second = submit(ranks, *ONE_NODE)
+    begun, deadline = None, time.monotonic() + 60
+    while queue().get(first) == "PENDING" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    cluster.run("scancel", "--batch", "--signal=USR1", first)
+    while (begun is None or time.monotonic() < begun + 4) and time.monotonic() < deadline:
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "srun" and str(ranks) in (process.info["cmdline"] or ()):
+                process.send_signal(signal.SIGUSR1)
+                begun = begun or time.monotonic()
+        time.sleep(0.02)
+    wait_done(first, second)
+    assert "interrupted by SIGUSR1 before it started" in said(script), said(script)
+    assert attempts(script) == 1
+    assert "interrupted" in said(ranks), said(ranks)
+    assert attempts(ranks) == 2
+    for folder in (script, ranks):
+        tools.assert_same_run(folder, whole)
+
+
+def test_a_run_that_stands_still_leaves_the_stacks_of_all_ranks_is_requeued_and_goes_on(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submit(folder, *TWO_NODES, "telemetry.stall_seconds=15")
+    wait_for(folder, 3)  # it has been through every phase: the limits are the short ones
+    stopped = next(p for p in ranks_of(folder) if p.environ()["SLURM_PROCID"] == "1")
+    stopped.send_signal(signal.SIGSTOP)
+    deadline, stacks = time.monotonic() + 120, folder / "logs/rank-1.stacks"
+    while not stacks.read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGSTOP)  # woken for its stacks, it would get on, and these few steps to their end
+    wait_done(job, seconds=300)
+    assert "rank 1 (phase " in said(folder), said(folder)
+    assert "no heartbeat) stood still" in said(folder)
+    for rank in range(2):  # also of the stopped one
+        assert "Thread 0x" in (folder / f"logs/rank-{rank}.stacks").read_text(), rank
+    assert attempts(folder) == 2
+    assert "goes on from step-" in said(folder)
+    tools.assert_same_run(folder, whole)
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    found = [p for p in psutil.process_iter() if "a3po_megatron.train" in p.cmdline() and str(folder) in p.cmdline()]
+    return [process for process in found if process.name().startswith("python")]
+
+
 def test_a_run_that_is_preempted_by_a_higher_partition_comes_back(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(folder, *TWO_NODES, "slurm.partition=batch")
@@ -158,8 +209,7 @@ def test_a_rank_that_dies_is_replaced_by_a_spare_node_within_the_allocation(whol
     folder = tmp_path / "run"
     job = submit(folder, *ONE_NODE, "slurm.spares=1")
     wait_for(folder, 3)
-    victims = [p for p in psutil.process_iter() if "a3po_megatron.train" in p.cmdline() and str(folder) in p.cmdline()]
-    ranks = [p for p in victims if p.name().startswith("python")]
+    ranks = ranks_of(folder)
     assert len(ranks) == 2
     ranks[0].send_signal(signal.SIGKILL)
     wait_done(job)
