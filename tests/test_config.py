@@ -488,3 +488,21 @@ def test_settings_are_frozen(folder: Path) -> None:
     with pytest.raises(ValidationError, match="frozen"):
         config.trainer.steps = 3  # type: ignore[misc]
     assert config == read(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "replay"),
+    [
+        ("cpu", {}, "exact"),
+        ("cuda", {}, "all"),  # a replay there ends in other last bits: nothing would be found again
+        ("cuda", {"rollout": {"batch_invariant": True}}, "exact"),
+        ("cuda", {"checkpoint": {"replay": "exact"}}, "exact"),
+        ("cpu", {"checkpoint": {"replay": "all"}}, "all"),
+    ],
+)
+def test_what_a_replay_believes_follows_from_the_device_unless_it_is_given(
+    device: Any, options: dict[str, Any], replay: str
+) -> None:
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"path": "builtin:arithmetic"}} | options)
+    assert config.on(device).checkpoint.replay == replay
+    assert config.on(device).cluster.device == device

@@ -13,6 +13,7 @@ class CheckpointOptions(Section):
     keep_every: Positive | None = None  # but for those whose step is a multiple of this; None: no others
     time_limit_seconds: PositiveFloat | None = None  # of one start; None: the Slurm job's, if any
     # What a replay takes from the journal: what the very same weights sampled, or, where kernels do not add in a fixed
-    # order, also what those sampled that differ from them in the last bits.
-    replay: Literal["exact", "all"] = "exact"
+    # order, also what those sampled that differ from them in the last bits. None: exact on a CPU, and on a GPU with
+    # rollout.batch_invariant; else all, since nothing would be found again.
+    replay: Literal["exact", "all"] | None = None
     export_hf_every: Positive | None = None  # an HF folder in hf/, and one at the end; None: none

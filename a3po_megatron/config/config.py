@@ -45,8 +45,11 @@ class Config(Section):
     slurm: SlurmOptions = SlurmOptions()
 
     def on(self, device: Literal["cpu", "cuda"]) -> Config:
-        """The same run, on such devices and no others."""
-        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"device": device})})
+        """The same run, on such devices and no others, with what follows from them."""
+        replay = self.checkpoint.replay or ("exact" if device == "cpu" or self.rollout.batch_invariant else "all")
+        checkpoint = self.checkpoint.model_copy(update={"replay": replay})
+        cluster = self.cluster.model_copy(update={"device": device})
+        return self.model_copy(update={"cluster": cluster, "checkpoint": checkpoint})
 
 
 class NoEffect(NamedTuple):
