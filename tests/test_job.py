@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from a3po_megatron.checkpoint.interrupt import LEAD
-from a3po_megatron.checkpoint.manifest import Manifest
+from a3po_megatron.checkpoint.manifest import Manifest, inputs_of
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.launch import job, local, slurm
@@ -135,7 +135,7 @@ def test_submitting_into_a_live_run_or_one_configured_otherwise_is_refused_and_c
 
     saved = folder / "checkpoints" / "step-000004"
     saved.mkdir()
-    Manifest(4, 5, 2, config.model_dump(mode="json"), {}, {}, 0, {}).save(saved)
+    Manifest(4, 5, 2, config.model_dump(mode="json"), inputs_of(config), {}, 0, {}).save(saved)
     with pytest.raises(RequestError, match="configured otherwise.*optimizer.lr was .*, is 0.5"):
         slurm.write(planned(folder, "optimizer.lr=0.5"), [[]])
     assert [(folder / name).read_bytes() for name in names] == written

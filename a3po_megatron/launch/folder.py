@@ -41,6 +41,7 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{date}-{secrets.token_hex(2)}"
 
 
+LOCK = ".lock"
 LOCK_SECONDS = 2.0  # the ranks of a killed launcher die just after it
 LEASE_SECONDS = 100.0  # in a job: a network file system keeps the lock of a node that died for its lease, 90 s of NFS's
 IDENTITY = "identity.json"  # options and inputs of the run in a folder, from its first start on
@@ -58,23 +59,9 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
     try:
         for part in ("rollouts", "logs", "checkpoints"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
-    deadline = time.monotonic() + (LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
-            time.sleep(0.1)
-        except OSError as error:
-            raise RequestError(
-                f"{folder}: its file system has no locks ({error.strerror}), and two runs must not write into one "
-                "folder: mount it with them (Lustre: -o flock), or choose a --run-dir elsewhere"
-            ) from error
+    lock = hold(folder, LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
     try:
         remarks = _go_on(folder, config)
         _save_identity(folder / IDENTITY, config)
@@ -83,6 +70,33 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
     except OSError as error:
         raise RequestError(f"{error.filename or folder}: cannot make the folder ready: {error.strerror}") from error
     return lock, remarks
+
+
+def hold(folder: Path, seconds: float = 0.0) -> IO[str]:
+    """The lock of an existing folder: nobody else can have it while the file that is returned is open.
+
+    Waits for it for so long; raises RequestError if a run is live in the folder even then, or it cannot be locked.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise RequestError(f"{folder / LOCK}: cannot open it: {error.strerror}") from error
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                lock.close()
+                raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
+            time.sleep(0.1)
+        except OSError as error:
+            lock.close()
+            raise RequestError(
+                f"{folder}: its file system has no locks ({error.strerror}), and two runs must not write into one "
+                "folder: mount it with them (Lustre: -o flock), or choose a --run-dir elsewhere"
+            ) from error
 
 
 def prepare_folder(folder: Path, config: Config) -> IO[str]:
@@ -106,9 +120,9 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         step, metrics_bytes = manifest.step, manifest.metrics_bytes
-        _check_same(folder, config, manifest.config, manifest.inputs)
-    elif (started := _started(folder)) is not None:
-        _check_same(folder, config, started["config"], started["inputs"])
+        check_same(folder, config, manifest.config, manifest.inputs)
+    elif (started := started_with(folder)) is not None:
+        check_same(folder, config, started["config"], started["inputs"])
     metrics = folder / "metrics.jsonl"
     found = metrics.stat().st_size if metrics.exists() else 0
     if found < metrics_bytes:
@@ -150,7 +164,7 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     return remarks
 
 
-def _check_same(folder: Path, config: Config, before: dict[str, Any], files: dict[str, str]) -> None:
+def check_same(folder: Path, config: Config, before: dict[str, Any], files: dict[str, str]) -> None:
     """Raises RequestError with what is not as it was: an option, a file that the run reads."""
     now = inputs_of(config)
     changed = unlike(before, config) + [
@@ -163,7 +177,7 @@ def _check_same(folder: Path, config: Config, before: dict[str, Any], files: dic
         )
 
 
-def _started(folder: Path) -> dict[str, Any] | None:
+def started_with(folder: Path) -> dict[str, Any] | None:
     """What a run without a checkpoint was started with, if it has come far enough to have left anything."""
     left = [folder / "metrics.jsonl", *journal_files(folder / "journal")]
     if not any(path.exists() and path.stat().st_size for path in left):

@@ -8,7 +8,6 @@ array     slurm.attempts jobs, one after the other; those that find nothing left
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import shlex
@@ -19,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.interrupt import LEAD
-from ..checkpoint.manifest import read_manifest, saved_steps
-from ..config import Config, save_resolved, unlike
+from ..checkpoint.manifest import Torn, read_manifest, saved_steps
+from ..config import Config, save_resolved
 from ..errors import RequestError, RunFailed
+from .folder import check_same, hold, started_with
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
 SCRIPT = "job.sbatch"
-LOCK = ".lock"
 # Of a multi-node run; each with its reason, which stands in the script too.
 NETWORK = (
     ("NCCL_ASYNC_ERROR_HANDLING", "1", "a peer that is gone is an error, not a hang"),
@@ -122,40 +121,21 @@ def write(plan: Plan, overrides: list[list[str]]) -> None:
     folder with a live run, or with one that was configured otherwise: the job that continues it reads these files."""
     with contextlib.ExitStack() as locks:
         for folder, config in zip(plan.folders, plan.configs, strict=True):
-            locks.enter_context(_free(folder))
+            if folder.exists():
+                locks.enter_context(hold(folder))
             _check_alike(folder, config)
         _write(plan, overrides)
-
-
-def _free(folder: Path) -> contextlib.AbstractContextManager[object]:
-    """The lock of a run folder (launch/folder.py), if it has one yet."""
-    try:
-        lock = (folder / LOCK).open("r+")
-    except FileNotFoundError:
-        return contextlib.nullcontext()
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot look whether a run is live in it: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
-    return lock
 
 
 def _check_alike(folder: Path, config: Config) -> None:
     """Whether the files of a checkpoint are whole is left to the job: it goes on from one that is."""
     for checkpoint in reversed(saved_steps(folder / "checkpoints")):
-        try:
-            before = read_manifest(checkpoint).config
-        except RequestError:
-            continue
-        if changed := unlike(before, config):
-            raise RequestError(
-                f"{folder}: the run in this folder was configured otherwise, and a run cannot change under way: "
-                f"{'; '.join(changed)}. Take that back, or choose another --run-dir"
-            )
-        return
+        with contextlib.suppress(Torn):
+            before = read_manifest(checkpoint)
+            check_same(folder, config, before.config, before.inputs)
+            return
+    if (started := started_with(folder)) is not None:
+        check_same(folder, config, started["config"], started["inputs"])
 
 
 def _write(plan: Plan, overrides: list[list[str]]) -> None:
