@@ -62,6 +62,7 @@ class Interrupt:
     nth: int = 1  # occurrence of the phase in this step: `rollout` comes once a round of sampling
     delay: float = 0.0  # seconds after the phase's begin
     times: int = 1  # the signal comes so often
+    file: tuple[str, str, str] | None = None  # instead of the phase: "before" or "after", a call of `os`, a path's end
 
     @property
     def kills(self) -> bool:
@@ -161,9 +162,9 @@ def interrupted(folder: Path, point: Interrupt, *overrides: str) -> Ended:
     else:
         assert ended.code == 1, ended.all
         assert f"rank {point.rank} " in ended.err and "SIGKILL" in ended.err, ended.err
-        if not point.delay:
+        if not (point.delay or point.file):
             assert f"phase {phase} of step {point.step}" in ended.err, ended.err
-    if point.kills and not point.delay:  # the point is where the process died
+    if point.kills and not (point.delay or point.file):  # the point is where the process died
         words = (folder / "logs" / f"rank-{point.rank}.phase").read_text().splitlines()[0]
         assert words.startswith(f"{point.step} {phase}"), words
     assert "Traceback" not in ended.err, ended.err

@@ -205,6 +205,7 @@ def transposed_shard(ranks: Ranks) -> list[bool]:
     from a3po_megatron.checkpoint.store import Saving
     from a3po_megatron.checkpoint.torch_dist import Box, Reader
 
+    ranks.arrange()
     wanted = torch.arange(24.0).view(6, 4).t()
     folder = ranks.folder / "saved"
     folder.mkdir()

@@ -209,18 +209,6 @@ def test_a_size_that_the_tensor_parallel_size_does_not_divide_is_named(changes: 
         assert name in str(caught.value)
 
 
-def test_experts_split_otherwise_than_the_rest_need_ranks_of_their_own() -> None:
-    """With parallel.expert = 1, gradients of copies on tensor neighbours were seen not to be added up by Megatron."""
-    family = family_of(CONFIG | MOE, "config.json")
-    for tensor, expert_tensor in ((2, 1), (1, 2)):
-        with pytest.raises(
-            RequestError, match=rf"expert_tensor = {expert_tensor} beside .* needs parallel\.expert > 1"
-        ):
-            check_layout(family, Layout(tensor, expert_tensor=expert_tensor))
-        check_layout(family, Layout(tensor, expert=2, expert_tensor=expert_tensor))
-    check_layout(family, Layout(2, expert_tensor=2))
-
-
 # --- names and shapes against transformers and published checkpoints ----------------------------------------------
 
 

@@ -186,6 +186,13 @@ def test_an_option_that_cannot_work_is_refused_by_name(
     ("sizes", "parallel", "rollout", "named"),
     [
         ({}, {"tensor": 2}, {}, ["parallel.tensor = 2", "parallel.sequence: true"]),
+        # Seen: after two updates the copies of an expert on tensor neighbours differed.
+        (
+            {},
+            {"tensor": 2, "sequence": True, "expert_tensor": 1},
+            {},
+            ["parallel.expert_tensor = 1", "parallel.tensor = 2", "parallel.expert > 1"],
+        ),
         ({"hidden_size": 48}, {"data": 2}, {}, ["hidden_size 48", "multiple of 32"]),
         ({}, {"data": 2}, {"expert": 2}, ["rollout.expert = 2", "rollout.tensor = 1"]),
         ({}, {"data": 3, "expert": 3}, {}, ["parallel.expert = 3", "num_experts = 4"]),

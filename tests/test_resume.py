@@ -146,6 +146,41 @@ def test_a_run_killed_in_its_last_save_ends_bit_for_bit_as_an_undisturbed_one(
     tools.assert_same_run(folder, wanted)
 
 
+IN_PLACE = [  # what rank 0 does to put a checkpoint in place and remove the one before, in the background
+    ("before", "rename", "step-000004"),
+    ("after", "rename", "step-000004"),
+    ("after", "replace", "checkpoints/latest"),
+    ("after", "unlink", "step-000002/manifest.json"),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("file", IN_PLACE, ids=lambda file: f"{file[0]}-{file[1]}-{file[2].replace('/', '-')}")
+def test_a_run_killed_while_a_checkpoint_is_put_in_place_ends_bit_for_bit_as_an_undisturbed_one(
+    file: tuple[str, str, str], whole: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, asked = tmp_path / "run", "checkpoint.keep_last=1"
+    tools.interrupted(folder, Interrupt("save", 3, "SIGKILL", "all", file=file), *LAYOUTS["tp2"], asked)
+    again = tools.trained(folder, *LAYOUTS["tp2"], asked)
+    # `latest` was replaced first for the checkpoint after step 2; the other kills are at the one after step 4.
+    renamed = 4 if file != IN_PLACE[0] and file != IN_PLACE[2] else 2
+    assert tools.steps_shown(again)[0] == renamed + 1, again.all
+    assert not list((folder / "checkpoints").glob(".step-*"))
+    tools.assert_same_run(folder, whole("tp2"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("phase", ["engine", "model", "publish"])
+def test_a_start_that_goes_on_may_be_killed_too(phase: str, whole: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tools.interrupted(folder, Interrupt("update", 3, "SIGKILL", "all"), *LAYOUTS["tp2"])
+    saved = tools.saved_steps(folder)
+    tools.interrupted(folder, Interrupt(phase, -1, "SIGKILL", "all"), *LAYOUTS["tp2"])
+    assert tools.saved_steps(folder) == saved
+    tools.trained(folder, *LAYOUTS["tp2"])
+    tools.assert_same_run(folder, whole("tp2"))
+
+
 def test_a_finished_run_is_refused_and_nothing_in_its_folder_changes(
     whole: Callable[..., Path], tmp_path: Path
 ) -> None:

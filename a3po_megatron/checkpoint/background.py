@@ -74,4 +74,4 @@ def _attempt(what: str, work: Callable[[], Any]) -> tuple[Any, str | None]:
     except A3POError as error:
         return None, str(error)
     except Exception as error:
-        return None, f"{what}: {error!r}"
+        return None, f"{what}: {type(error).__name__}: {error}"

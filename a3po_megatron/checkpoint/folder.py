@@ -54,14 +54,15 @@ class HashedFile(io.RawIOBase):
             for begin in range(0, len(view), self._STEP):
                 part = view[begin : begin + self._STEP]
                 self._digest.update(part)
+                synced = self.bytes // self._SYNC
                 while len(part):  # an unbuffered file may take less than it is given
-                    part = part[self._file.write(part) :]
-            if (self.bytes + len(view)) // self._SYNC > self.bytes // self._SYNC:
-                os.fdatasync(self._file.fileno())
+                    taken = self._file.write(part)
+                    part, self.bytes = part[taken:], self.bytes + taken
+                if self.bytes // self._SYNC > synced:
+                    os.fdatasync(self._file.fileno())
         except OSError as error:
             self.failure = RunFailed(f"{self._file.name}: cannot write it: {error.strerror}")
             raise self.failure from error
-        self.bytes += len(view)
         return len(view)
 
     def tell(self) -> int:

@@ -116,6 +116,13 @@ def _check_options(config: Config) -> None:
 
 def _check_layout(config: Config, family: Family) -> None:
     check_layout(family, layout_of(config.parallel))
+    split = config.parallel.expert_tensor
+    if config.parallel.expert == 1 and split not in (None, config.parallel.tensor):
+        # Megatron then counts experts among the rest, of which tensor neighbours hold parts, not copies.
+        raise RequestError(
+            f"parallel.expert_tensor = {split} beside parallel.tensor = {config.parallel.tensor} needs parallel.expert "
+            "> 1: without it Megatron does not add up what copies of an expert learned, and they drift apart"
+        )
     if family.experts is not None and config.parallel.tensor > 1 and not config.parallel.sequence:
         raise RequestError(
             f"parallel.tensor = {config.parallel.tensor} needs parallel.sequence: true for a mixture of experts: "

@@ -185,12 +185,6 @@ def check_layout(family: Family, layout: Layout) -> None:
     else:
         divide("parallel.expert_tensor", layout.etp, "moe_intermediate_size", family.experts.ffn)
         divide("parallel.expert", layout.expert, "num_experts", family.experts.count)
-        if layout.expert == 1 and layout.etp != layout.tensor:
-            # Megatron then counts experts among the rest, of which tensor neighbours hold parts, not copies.
-            raise RequestError(
-                f"parallel.expert_tensor = {layout.etp} beside parallel.tensor = {layout.tensor} needs parallel.expert "
-                "> 1: without it Megatron does not add up what copies of an expert learned, and they drift apart"
-            )
     chunks = layout.pipeline * layout.virtual
     if layout.virtual > 1 and layout.pipeline == 1:
         raise RequestError(f"parallel.virtual = {layout.virtual} needs parallel.pipeline > 1")

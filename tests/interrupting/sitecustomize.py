@@ -1,6 +1,7 @@
 """Put first on PYTHONPATH, this hits a training run with a signal at one exact point (tests/resume_tools.py).
 
-Where A3PO_TEST_DRAWS is set, every random stream of a rank is drawn from in every update, as dropout would.
+Where A3PO_TEST_DRAWS is set, every random stream of a rank is drawn from in every update, as dropout would. Where
+A3PO_TEST_CLOCK is set, the clock on the wall is set back by so many seconds when step 3 begins.
 
 Python imports a module of this name at every start. Polling a run from outside would miss phases of milliseconds; here
 the rank itself sends the signal in the moment in which it announces the phase. A3PO_TEST_INTERRUPT holds the point:
@@ -8,6 +9,7 @@ the rank itself sends the signal in the moment in which it announces the phase. 
     {"rank": 1, "step": 2, "phase": "update", "nth": 1,   the n-th announcement of this phase in this step, on this rank
      "signal": "SIGUSR1", "to": "rank",                   or "launcher", or "all": every rank and the launcher at once
      "times": 1, "delay": 0.0,                            so often; so many seconds later, to hit the middle of a phase
+     "file": ["before", "rename", "step-000004"],         or null; not the phase but this call of `os` on such a path
      "marker": "/…/fired"}                                written when it fires: once it is there, nothing fires again
 """
 
@@ -84,7 +86,22 @@ def install(point: dict[str, Any]) -> None:
             else:
                 send()
 
-    Clock._announce = announce_and_hit
+    if point["file"] is None:
+        Clock._announce = announce_and_hit
+        return
+    when, name, part = point["file"]
+    call = getattr(os, name)
+
+    def call_and_hit(*paths: Any, **more: Any) -> Any:
+        mine = os.getpid() == me and str(paths[-1]).endswith(part)
+        if mine and when == "before":
+            send()
+        result = call(*paths, **more)
+        if mine and when == "after":
+            send()
+        return result
+
+    setattr(os, name, call_and_hit)
 
 
 def install_draws() -> None:
@@ -110,6 +127,21 @@ def install_draws() -> None:
     Clock._announce = announce_and_draw
 
 
+def install_clock(seconds: float) -> None:
+    from a3po_megatron.telemetry.clock import CLOCK, Clock
+
+    begin, now = Clock.begin, time.time
+
+    def begin_and_set(clock: Clock, step: int) -> None:
+        if clock is CLOCK and step == 3:
+            time.time = lambda: now() - seconds
+        begin(clock, step)
+
+    Clock.begin = begin_and_set
+
+
+if is_rank() and "A3PO_TEST_CLOCK" in os.environ:
+    install_clock(float(os.environ["A3PO_TEST_CLOCK"]))
 if is_rank() and "A3PO_TEST_DRAWS" in os.environ:
     install_draws()
 if is_rank() and "A3PO_TEST_INTERRUPT" in os.environ:
