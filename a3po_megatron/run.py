@@ -337,15 +337,15 @@ class Run:
             for group in boundary.held:
                 write_verdicts(surplus, group, write_group(surplus, group))
         files = [random.written(), surplus.written()]
-        for path in [*(folder / file.name for file in files), *self._left_since(self._saved)]:
+        for path in [*(folder / file.name for file in files), *self._left_by(range(self._saved, boundary.step))]:
             sync(path)
         return files
 
-    def _left_since(self, step: int) -> Iterator[Path]:
-        """Files that this rank wrote in steps from `step` on, and their folders."""
+    def _left_by(self, steps: range) -> Iterator[Path]:
+        """Files that this rank wrote in some steps, all done, and their folders."""
         for part in ("rollouts", "rejected"):
             found = (self.folder / part).glob(f"step-*.rank-{self.cluster.rank}.*")
-            yield from (path for path in found if int(path.name[5:].partition(".")[0]) >= step)
+            yield from (path for path in found if int(path.name[5:].partition(".")[0]) in steps)
             yield from (path for path in [self.folder / part] if path.exists())
         yield from (path for path in [self.folder / "metrics.jsonl"] if self.cluster.rank == 0 and path.exists())
 
