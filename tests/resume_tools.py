@@ -96,7 +96,7 @@ def environment(point: str | None = None) -> dict[str, str]:
     a point, interrupts a rank there."""
     path = [str(ROOT / "tests" / "interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     around = {name: value for name, value in os.environ.items() if name != "A3PO_TEST_INTERRUPT"}
-    around["A3PO_TEST_DRAWS"] = "1"
+    around.setdefault("A3PO_TEST_DRAWS", "1")
     if point is not None:
         around["A3PO_TEST_INTERRUPT"] = point
     return around | {"PYTHONPATH": os.pathsep.join(path)}

@@ -1,6 +1,6 @@
 """Put first on PYTHONPATH, this hits a training run with a signal at one exact point (tests/resume_tools.py).
 
-Where A3PO_TEST_DRAWS is set, every random stream of a rank is drawn from in every update, as dropout would. Where
+Where A3PO_TEST_DRAWS is 1, every random stream of a rank is drawn from in every update, as dropout would. Where
 A3PO_TEST_CLOCK is set, the clock on the wall is set back by so many seconds when step 3 begins.
 
 Python imports a module of this name at every start. Polling a run from outside would miss phases of milliseconds; here
@@ -142,7 +142,7 @@ def install_clock(seconds: float) -> None:
 
 if is_rank() and "A3PO_TEST_CLOCK" in os.environ:
     install_clock(float(os.environ["A3PO_TEST_CLOCK"]))
-if is_rank() and "A3PO_TEST_DRAWS" in os.environ:
+if is_rank() and os.environ.get("A3PO_TEST_DRAWS") == "1":
     install_draws()
 if is_rank() and "A3PO_TEST_INTERRUPT" in os.environ:
     wanted = json.loads(os.environ["A3PO_TEST_INTERRUPT"])
