@@ -135,11 +135,11 @@ def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bi
 
 def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path, tmp_path: Path) -> None:
     """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again."""
-    script, ranks = tmp_path / "script", tmp_path / "ranks"
-    first = submit(script, *ONE_NODE, "slurm.setup=['[ ${SLURM_RESTART_COUNT:-} ] || sleep 4']")
-    second = submit(ranks, *ONE_NODE)
+    script, ranks, here = tmp_path / "script", tmp_path / "ranks", tmp_path / "set-up"
+    setup = f"slurm.setup=['[ ${{SLURM_RESTART_COUNT:-}} ] || {{ touch {here}; sleep 4; }}']"
+    first, second = submit(script, *ONE_NODE, setup), submit(ranks, *ONE_NODE)
     begun, deadline = None, time.monotonic() + 60
-    while queue().get(first) == "PENDING" and time.monotonic() < deadline:
+    while not here.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     cluster.run("scancel", "--batch", "--signal=USR1", first)
     while (begun is None or time.monotonic() < begun + 4) and time.monotonic() < deadline:
