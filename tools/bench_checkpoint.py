@@ -8,8 +8,7 @@ Prints, per rank, medians over the saves after the first:
     gather    Megatron lays out what this rank stores (the distributed optimizer's part is put together and copied)
     copy      the rest of it is copied aside; then the run goes on
     write     hashed, written and on the disk, in the background
-    finish    what says where everything lies
-    stall     gather + copy + finish: what the run waits for
+    stall     gather + copy: what the run waits for
     clone     the plain copy of as many bytes, for comparison: a stall is bounded by bytes
 """
 

@@ -187,6 +187,8 @@ class Journal:
     def add_verdicts(self, step: int, groups: Sequence[Group]) -> None:
         """Of groups that were added, or found, in this step; with all that was added before they are on the disk then,
         where a machine's end does not reach them."""
+        if not groups:  # a rank that leads none has no file
+            return
         with self._appending(step) as file:
             for group in groups:
                 write_verdicts(file, group, self._written.pop(group.prompt.index))
