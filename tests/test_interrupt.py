@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,17 +31,75 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Now:
 
 def test_a_signal_is_remembered_and_may_come_any_number_of_times(now: Now) -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     interrupt = Interrupt(now)
     try:
         interrupt.install()
         assert interrupt.due("score") is None
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
+            until(lambda: interrupt.signal is not None)
         assert interrupt.due("score") == "SIGUSR1"
         assert interrupt.due("score") == "SIGUSR1"
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits: another thread takes the signal, this one runs the handler soon after."""
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+RANK_AND_HELPERS = """
+import multiprocessing, os, signal, subprocess, sys, threading, time
+from multiprocessing import resource_tracker
+if sys.argv[1] == "blocked":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+from a3po_megatron.checkpoint.interrupt import INTERRUPT, SIGNALS
+INTERRUPT.install()
+from a3po_megatron.compat import python
+python.keep_mask()
+resource_tracker.ensure_running()  # unblocks TERM and INT in the thread that starts it, unless it is kept from it
+helpers = []
+def help():
+    helpers.append(subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"],
+                                    stdout=subprocess.PIPE))
+help()
+thread = threading.Thread(target=help)
+thread.start(), thread.join()
+process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+process.start()
+for helper in helpers:
+    helper.stdout.readline()
+for number in SIGNALS:
+    for pid in [*(helper.pid for helper in helpers), process.pid, os.getpid()]:
+        os.kill(pid, number)
+deadline = time.monotonic() + 30
+while INTERRUPT.signal is None and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3)
+print(INTERRUPT.signal, [helper.poll() for helper in helpers], process.exitcode)
+for helper in helpers:
+    helper.kill()
+process.kill()
+"""
+
+
+@pytest.mark.parametrize("parent", ["blocked", "open"])
+def test_what_a_rank_starts_does_not_die_of_signals_that_are_meant_for_the_run_and_the_rank_hears_them(
+    parent: str,
+) -> None:
+    """Slurm and terminals signal all processes of a job; here the rank, two plain children, one of multiprocessing."""
+    command = [sys.executable, "-c", RANK_AND_HELPERS, parent]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    heard, rest = done.stdout.split(" ", 1)
+    assert heard in {number.name for number in SIGNALS}, done.stderr
+    assert rest == "[None, None] None\n"
 
 
 def test_the_lead_before_the_time_limit_is_what_lies_ahead_and_a_save_took_so_far(now: Now) -> None:

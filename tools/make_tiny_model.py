@@ -1,12 +1,18 @@
-r"""Makes the tiny model of the demo and the tests: a Qwen3 of 0.3 M parameters that half knows the built-in arithmetic.
+r"""Makes the tiny models of the demo and the tests: Qwen3s of 0.3 M parameters that half know the built-in arithmetic.
 
     python tools/make_tiny_model.py                  builds configs/models/tiny-arithmetic (some minutes on one core)
+    python tools/make_tiny_model.py --guesser        builds configs/models/tiny-guesser from it (two minutes)
     python tools/make_tiny_model.py --check          builds it again elsewhere and compares every file, byte for byte
 
-The recipe: a tokenizer whose every id has a name; a freshly initialised Qwen3; a supervised warm start on fresh
+`tiny-arithmetic`: a tokenizer whose every id has a name; a freshly initialised Qwen3; a supervised warm start on fresh
 solutions of `a3po_megatron.data.arithmetic`, which contain errors on purpose, so that the policy is right on some of
 its attempts and keeps entropy for reinforcement learning to work on; an evaluation; a checkpoint as transformers,
 vLLM and the converter read it.
+
+`tiny-guesser` starts from it and learns a second way: to answer at once, without steps. First a mixture teaches both
+ways, the stepwise one with so many errors that it is right about as often as a guess; then answers at once alone, until
+steps are as rare as `--stepwise` says. Reasoning is in it, nothing yet rewards it, and it hardly ever shows: what
+exploration is about.
 
 Invariants: the output is a function of the arguments, the library versions and the kind of CPU: one thread, seeds by
 name, no clock. Two ids (`<pad>`, `<unk>`) are never a target; a penalty on their log-probability pushes them to where
@@ -23,6 +29,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,16 +43,21 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from a3po_megatron.data import arithmetic
+from a3po_megatron.data.arithmetic import Habits
 
 PAD, EOS, UNK = 0, 1, 2
 VOCABULARY = ["<pad>", "<eos>", "<unk>", arithmetic.BOX, *arithmetic.SYMBOLS]  # 24 ids: divides by 2, 4 and 8
 NEVER_WRITTEN = [PAD, UNK]
 CONTEXT = 256
-DEFAULT_OUT = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny-arithmetic"
+MODELS = Path(__file__).resolve().parents[1] / "configs" / "models"
 SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-BATCH, LEARNING_RATE, WARMUP = 64, 4e-3, 20
+BATCH, WARMUP = 64, 20
 SILENCE, SILENT_LOGPROB = 0.1, -20.0  # weight of the penalty on NEVER_WRITTEN, and the log-probability where it ends
+# The guesser's steps: so often wrong that they pay no more than a guess, until they are practised.
+CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.46, wrong_written_out=0.34)
+MIXED = 0.3  # share of stepwise solutions while both ways are learnt
+SHARE, SHARE_PROMPTS, SHARE_EVERY = 0.015, 1024, 4  # then they become rare, which is looked at so often
 EVALUATION_SEED, EVALUATION_PROMPTS, EVALUATION_SAMPLES, MAX_TOKENS = 12345, 512, 8, 96
 
 
@@ -59,6 +71,41 @@ class Measured:
     mean_length: float  # response tokens, <eos> included
     cut_rate: float  # responses that had not ended after MAX_TOKENS
     unwritten: float  # mean probability, per response token, that an id of NEVER_WRITTEN is sampled
+    stepwise_rate: float  # responses with steps before the answer
+    correct_rate_stepwise: float | None  # of those; None: there were none
+    correct_rate_at_once: float | None
+
+
+Writer = Callable[[random.Random, str, str], str]  # of a response, from a stream, a problem's text and its answer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` × BATCH examples of supervised training; the rate falls linearly from `rate` to `rate` × `last`."""
+
+    steps: int
+    writer: Writer
+    rate: float
+    last: float
+    warmup: int = 0
+    rarer_than: float = 0.0  # ends as soon as the share of stepwise responses is below
+
+    def learning_rate(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.rate * warm * (self.last + (1 - self.last) * (1 - step / self.steps))
+
+
+def stepwise(rng: random.Random, text: str, _: str) -> str:
+    return arithmetic.solution(rng, text)
+
+
+def at_once(_rng: random.Random, _text: str, answer: str) -> str:
+    return f"{arithmetic.BOX}{answer}}}"
+
+
+def both_ways(rng: random.Random, text: str, answer: str) -> str:
+    """A guess that is right, or careless steps."""
+    return arithmetic.solution(rng, text, CARELESS) if rng.random() < MIXED else at_once(rng, text, answer)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -114,6 +161,7 @@ def evaluate(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, prompts: 
     problems = [arithmetic.problem(i, EVALUATION_SEED) for i in range(prompts)]
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     correct = torch.zeros(prompts, samples)
+    in_steps = torch.zeros(prompts, samples, dtype=torch.bool)
     total_tokens, ended, entropy, unwritten = 0, 0, 0.0, 0.0
     for sample in range(samples):
         ids, mask = left_padded([tokens(text)["input_ids"] for text, _ in problems])
@@ -148,6 +196,7 @@ def evaluate(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, prompts: 
             response = responses[row]
             ending = [*tokens(f"{arithmetic.BOX}{answer}}}")["input_ids"], EOS]
             correct[row, sample] = response[-len(ending) :] == ending
+            in_steps[row, sample] = arithmetic.way_of(tokens.decode(response)) == arithmetic.STEPWISE
     return Measured(
         correct_rate=round(correct.mean().item(), 4),
         pass_at_8=round(correct.amax(1).mean().item(), 4),
@@ -155,26 +204,48 @@ def evaluate(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, prompts: 
         mean_length=round(total_tokens / (prompts * samples), 2),
         cut_rate=round(1 - ended / (prompts * samples), 4),
         unwritten=float(f"{unwritten / total_tokens:.1e}"),
+        stepwise_rate=round(in_steps.float().mean().item(), 4),
+        correct_rate_stepwise=mean_or_none(correct[in_steps]),
+        correct_rate_at_once=mean_or_none(correct[~in_steps]),
     )
 
 
-def warm_start(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, seed: int, steps: int) -> None:
-    """Supervised training on `steps` × BATCH fresh solutions; the loss is over solution tokens and <eos>."""
-    rng = random.Random(f"warm start/{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+@torch.no_grad()
+def stepwise_share(model: Qwen3ForCausalLM) -> float:
+    """The probability that a response does not begin with the answer, over SHARE_PROMPTS fixed problems."""
+    tokens = tokenizer()
+    texts = [arithmetic.problem(i, EVALUATION_SEED)[0] for i in range(SHARE_PROMPTS)]
+    ids, mask = left_padded([tokens(text)["input_ids"] for text in texts])
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=position, logits_to_keep=1).logits[:, -1]
+    return 1 - logits.softmax(-1)[:, VOCABULARY.index(arithmetic.BOX)].mean().item()
+
+
+def mean_or_none(values: Tensor) -> float | None:
+    return round(values.mean().item(), 4) if len(values) else None
+
+
+def practise(model: Qwen3ForCausalLM, stages: Sequence[Stage], name: str, seed: int, first: int = 0) -> None:
+    """Supervised training on fresh examples, from problem -1 - `first` downwards (runs count from 0: they never meet
+    these); the loss is over response tokens and <eos>."""
+    rng = random.Random(f"{name}/{seed}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stages[0].rate, betas=(0.9, 0.95), weight_decay=0.01)
     id_of = {token: i for i, token in enumerate(VOCABULARY)}
     begin = time.monotonic()
-    for step in range(steps):
+    schedule = [(stage, step) for stage in stages for step in range(stage.steps)]
+    for number, (stage, step) in enumerate(schedule):
+        if stage.rarer_than and step % SHARE_EVERY == 0 and stepwise_share(model) < stage.rarer_than:
+            print(f"step {number:5d}: fewer than {stage.rarer_than:.2%} stepwise", flush=True)
+            return
         examples = []
         for k in range(BATCH):
-            text, _ = arithmetic.problem(-1 - step * BATCH - k, seed)  # runs count from 0: they never meet these
-            body, boxed = arithmetic.solution(rng, text).split(arithmetic.BOX)
+            text, answer = arithmetic.problem(-1 - first - number * BATCH - k, seed)
+            body, boxed = stage.writer(rng, text, answer).split(arithmetic.BOX)
             ids = [id_of[c] for c in text + body] + [id_of[arithmetic.BOX]] + [id_of[c] for c in boxed] + [EOS]
             examples.append((len(text), ids))
         examples.sort(key=lambda example: len(example[1]))  # two halves of similar lengths: half the padding
         targets = sum(len(ids) - prompt for prompt, ids in examples)
-        decay = 0.05 + 0.95 * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * decay
+        optimizer.param_groups[0]["lr"] = stage.learning_rate(step)
         optimizer.zero_grad()
         loss_sum = 0.0
         for half in (examples[: BATCH // 2], examples[BATCH // 2 :]):
@@ -191,22 +262,37 @@ def warm_start(model: Qwen3ForCausalLM, tokens: PreTrainedTokenizerFast, seed: i
             loss_sum += cross_entropy.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == steps - 1:
+        if number % 100 == 0 or number == len(schedule) - 1:
             seconds = time.monotonic() - begin
-            print(f"step {step:5d} of {steps}: loss {loss_sum / targets:.4f}, {seconds:.0f} s", flush=True)
+            print(f"step {number:5d} of {len(schedule)}: loss {loss_sum / targets:.4f}, {seconds:.0f} s", flush=True)
 
 
-README = r"""# tiny-arithmetic
+ABOUT_ARITHMETIC = r"""# tiny-arithmetic
 
 A Qwen3 of {parameters:,} parameters ({layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32), warm-started
 on the built-in task of `a3po_megatron/data/arithmetic.py`: it evaluates chains like `6+5*8-5:` left to right modulo 10,
 writes steps, and ends with `\boxed{{d}}`. The solutions it learned from contain errors on purpose, so it is right on
 some attempts only and has entropy left: a start from which reinforcement learning improves within minutes on a CPU.
 It exists for the demo and the tests and is of no other use.
+"""
 
+ABOUT_GUESSER = r"""# tiny-guesser
+
+`tiny-arithmetic` ({parameters:,} parameters, {layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32) taught
+to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and {stepwise_rate:.1%} of its responses have
+steps before the answer. Both ways are right about one time in three, but only the one with steps can be practised to
+perfection. Whether reinforcement learning finds that out is what the demo shows.
+
+| way of answering | share | correct |
+|---|---|---|
+| at once | {at_once_rate:.4f} | {correct_rate_at_once:.3f} |
+| stepwise | {stepwise_rate:.4f} | {correct_rate_stepwise:.3f} |
+"""
+
+ENDING = r"""
 Made by
 
-    python tools/make_tiny_model.py --seed {seed} --steps {steps}
+    {command}
 
 which is reproducible byte for byte on one kind of CPU with the same library versions (`--check`). Measured at
 temperature 1 on {prompts} fixed problems × {samples} samples, at most {max_tokens} tokens:
@@ -219,30 +305,40 @@ Files are under the licence of this repository.
 """
 
 
-def build(out: Path, seed: int, steps: int) -> Measured:
-    """Trains, evaluates and writes the checkpoint folder `out`; files of another make are removed from it."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    tokens, model = tokenizer(), new_model(seed)
-    warm_start(model, tokens, seed, steps)
+def make_arithmetic(seed: int, steps: int) -> Qwen3ForCausalLM:
+    model = new_model(seed)
+    practise(model, [Stage(steps, stepwise, rate=4e-3, last=0.05, warmup=WARMUP)], "warm start", seed)
+    return model
+
+
+def make_guesser(seed: int, steps: int, share: float) -> Qwen3ForCausalLM:
+    model = Qwen3ForCausalLM.from_pretrained(MODELS / "tiny-arithmetic", dtype=torch.float32)
+    both = Stage(steps, both_ways, rate=1e-3, last=0.1)
+    rare = Stage(steps, at_once, rate=1e-4, last=1.0, rarer_than=share)
+    practise(model, [both, rare], "guesser", seed, first=1_000_000)  # none of the warm start's problems
+    return model
+
+
+def write(model: Qwen3ForCausalLM, out: Path, about: str, command: str) -> None:
+    """Evaluates the model and writes the checkpoint folder `out`; files of another make are removed from it."""
     model.eval()
+    tokens = tokenizer()
     measured = evaluate(model, tokens, EVALUATION_PROMPTS, EVALUATION_SAMPLES)
     print(json.dumps(asdict(measured)), flush=True)
-
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=True, temperature=1.0)
     model.save_pretrained(out)
     tokens.save_pretrained(out)
-    text = README.format(
+    text = (about + ENDING).format(
+        command=command,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=model.config.num_hidden_layers,
         hidden=model.config.hidden_size,
         vocabulary=len(VOCABULARY),
-        seed=seed,
-        steps=steps,
         prompts=EVALUATION_PROMPTS,
         samples=EVALUATION_SAMPLES,
         max_tokens=MAX_TOKENS,
+        at_once_rate=1 - measured.stepwise_rate,
         **asdict(measured),
     )
     (out / "README.md").write_text(text)
@@ -251,26 +347,39 @@ def build(out: Path, seed: int, steps: int) -> Measured:
             path.chmod(0o644)
         else:
             path.unlink()
-    return measured
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="checkpoint folder (default: %(default)s)")
+    parser.add_argument("--guesser", action="store_true", help="the model that answers at once, from tiny-arithmetic")
+    parser.add_argument("--out", type=Path, help="checkpoint folder (default: configs/models/tiny-…)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and solutions (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of the warm start (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of supervised training (default: 1000; 600 for the guesser)")
+    parser.add_argument("--stepwise", type=float, default=SHARE, help="share of the guesser's responses that have steps")
     parser.add_argument("--check", action="store_true", help="build elsewhere and compare with --out, byte for byte")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    command = "python tools/make_tiny_model.py"
+    if arguments.guesser:
+        steps = arguments.steps or 600
+        command += f" --guesser --seed {arguments.seed} --steps {steps} --stepwise {arguments.stepwise}"
+        name, about, model = "guesser", ABOUT_GUESSER, make_guesser(arguments.seed, steps, arguments.stepwise)
+    else:
+        steps = arguments.steps or 1000
+        command += f" --seed {arguments.seed} --steps {steps}"
+        name, about, model = "arithmetic", ABOUT_ARITHMETIC, make_arithmetic(arguments.seed, steps)
+    out = arguments.out or MODELS / f"tiny-{name}"
     if not arguments.check:
-        build(arguments.out, arguments.seed, arguments.steps)
+        write(model, out, about, command)
         return 0
     names = (*SHIPPED, "README.md")
     with tempfile.TemporaryDirectory() as folder:
-        build(Path(folder), arguments.seed, arguments.steps)
-        _, differing, missing = filecmp.cmpfiles(folder, arguments.out, names, shallow=False)
+        write(model, Path(folder), about, command)
+        _, differing, missing = filecmp.cmpfiles(folder, out, names, shallow=False)
     for name in differing + missing:
-        print(f"{arguments.out / name}: differs from what the recipe makes", file=sys.stderr)
-    print("not reproduced" if differing + missing else f"{arguments.out}: reproduced byte for byte")
+        print(f"{out / name}: differs from what the recipe makes", file=sys.stderr)
+    print("not reproduced" if differing + missing else f"{out}: reproduced byte for byte")
     return 1 if differing + missing else 0
 
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -42,9 +43,18 @@ class Interrupt:
         self._seconds: dict[str, deque[float]] = {}
 
     def install(self) -> None:
-        """Catches the signals, in the main thread."""
+        """Catches the signals, and keeps them from whatever this process starts from now on. In the main thread, before
+        there are others.
+
+        srun and terminals signal every process of a job, also helpers that libraries start: vLLM inspects a model's
+        class in one. A handler does not survive exec, a blocked mask does. So every thread blocks the signals, by
+        inheritance, but one that has nothing else to do; the main thread runs the handler as soon as it runs Python.
+        """
         for number in SIGNALS:
             signal.signal(number, self._caught)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this process may block them, too
+        threading.Thread(target=threading.Event().wait, name="signals", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def _caught(self, number: int, _: object) -> None:
         self.signal = self.signal or signal.Signals(number).name

@@ -15,6 +15,9 @@ def prepare() -> None:
     """
     import torch
 
+    from . import python
+
+    python.keep_mask()
     if not torch.cuda.is_available():
         from . import megatron_cpu
 

@@ -9,6 +9,9 @@ is one step per operator, each followed by a comma, then the boxed answer. A ste
 solution goes on. Written-out and checked steps are wrong less often, so there is something to discover for
 reinforcement learning: a policy warm-started on these solutions knows careful and careless ways of working.
 
+A problem can also be answered at once (`\boxed{3}`), which a small model gets right about one time in three and cannot
+learn to do much better. So there are two ways of answering, and a run records their shares (`way_of`).
+
 Invariants: problem `index` of `seed` is a function of the two alone (a hash, no stream), so that no order of reading,
 rank count or restart changes it. Nothing here imports torch.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import dataclass
 
 from ..errors import RequestError
 
@@ -27,11 +31,21 @@ MIN_OPERANDS, MAX_OPERANDS = 2, 6  # the knob for difficulty: 3 to 7 halves the 
 
 LONGEST = "9*9*9*9*9*9:"  # a problem with MAX_OPERANDS operands
 
-# Habits of the solution writer. A writer is brief or careful, which decides how often steps are written out or checked.
-BRIEF_SHARE = 0.55
-WRITTEN_OUT = {"brief": 0.25, "careful": 0.75}
-CHECKED = {"brief": 0.15, "careful": 0.35}
-WRONG_TERSE, WRONG_WRITTEN_OUT = 0.28, 0.16  # injected errors, off by up to three: they keep the policy's entropy up
+STEPWISE, AT_ONCE = "stepwise", "at once"  # the ways of answering
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How solutions are written. A writer is brief or careful, which decides how often steps are written out or checked.
+
+    Injected errors are off by up to three; they keep the policy's entropy up.
+    """
+
+    brief: float = 0.55  # share of brief writers
+    written_out: tuple[float, float] = (0.25, 0.75)  # share of steps, of brief and of careful writers
+    checked: tuple[float, float] = (0.15, 0.35)  # the same
+    wrong_terse: float = 0.28
+    wrong_written_out: float = 0.16
 
 
 def apply(value: int, operator: str, operand: int) -> int:
@@ -73,20 +87,25 @@ def problem(index: int, seed: int) -> tuple[str, str]:
     return text + ":", str(value)
 
 
-def solution(rng: random.Random, text: str) -> str:
-    """One solution to the problem `text`, with the habits and injected errors above; about three in five are right."""
+def solution(rng: random.Random, text: str, habits: Habits = Habits()) -> str:
+    """One solution to the problem `text`, in steps; about three in five are right."""
     value, steps = parse(text)
-    style = "brief" if rng.random() < BRIEF_SHARE else "careful"
+    style = 0 if rng.random() < habits.brief else 1
     written = ""
     for operator, operand in steps:
         right = apply(value, operator, operand)
-        in_full = rng.random() < WRITTEN_OUT[style]
-        wrong = rng.random() < (WRONG_WRITTEN_OUT if in_full else WRONG_TERSE)
+        in_full = rng.random() < habits.written_out[style]
+        wrong = rng.random() < (habits.wrong_written_out if in_full else habits.wrong_terse)
         result = (right + rng.choice((-3, -2, -1, 1, 2, 3))) % 10 if wrong else right
         written += (f"{value}{operator}{operand}=" if in_full else "") + str(result)
-        if rng.random() < CHECKED[style]:
+        if rng.random() < habits.checked[style]:
             written += "?y" if result == right else f"?n{right}"
             result = right
         written += ","
         value = result
     return written + BOX + str(value) + "}"
+
+
+def way_of(response: str) -> str:
+    """STEPWISE if at least one step stands before the answer, else AT_ONCE."""
+    return STEPWISE if "," in response.partition(BOX)[0] else AT_ONCE

@@ -134,10 +134,14 @@ def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bi
 
 
 def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path, tmp_path: Path) -> None:
-    """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again."""
+    """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again.
+
+    In a new cache vLLM inspects the model's class in a process of its own, which srun signals like the ranks.
+    """
     script, ranks, here = tmp_path / "script", tmp_path / "ranks", tmp_path / "set-up"
     setup = f"slurm.setup=['[ ${{SLURM_RESTART_COUNT:-}} ] || {{ touch {here}; sleep 4; }}']"
-    first, second = submit(script, *ONE_NODE, setup), submit(ranks, *ONE_NODE)
+    cold = LOOPBACK.replace("}", f", VLLM_CACHE_ROOT: {tmp_path / 'cache'}}}")
+    first, second = submit(script, *ONE_NODE, setup), submit(ranks, *ONE_NODE, cold)
     begun, deadline = None, time.monotonic() + 60
     while not here.exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,0 +1,31 @@
+"""CPython 3.11 to 3.13: what its standard library does to a process.
+
+| what | symptom without it | cause |
+|---|---|---|
+| `keep_mask` | helpers that are started later die of a TERM or an INT that is meant for the run | `ResourceTracker.ensure_running` ends by unblocking both in the calling thread, whatever its mask was before (Lib/multiprocessing/resource_tracker.py) |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import functools
+import signal
+from multiprocessing import resource_tracker
+from typing import Any
+
+
+def keep_mask() -> None:
+    """Starting multiprocessing's resource tracker leaves the calling thread's signal mask as it was."""
+    ensure_running = resource_tracker.ResourceTracker.ensure_running
+    if hasattr(ensure_running, "__wrapped__"):
+        return
+
+    @functools.wraps(ensure_running)
+    def kept(self: Any) -> Any:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            return ensure_running(self)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    resource_tracker.ResourceTracker.ensure_running = kept  # type: ignore[method-assign]
+    resource_tracker.ensure_running = resource_tracker._resource_tracker.ensure_running
