@@ -87,7 +87,7 @@ class Ended:
 
 def command(folder: Path, *overrides: str) -> list[str]:
     options = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
-    words = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo.yaml", "--run-dir", str(folder)]
+    words = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     return [*words, *options]
 
 

@@ -18,7 +18,7 @@ from a3po_megatron.config.load import known_options
 from a3po_megatron.errors import RequestError
 from tests.distributed.runner import ROOT
 
-DEMOS = (ROOT / "configs/demo.yaml", ROOT / "configs/demo-dapo.yaml")
+PAIRS = [[ROOT / f"configs/{name}.yaml", ROOT / f"configs/{name}-dapo.yaml"] for name in ("demo", "arithmetic")]
 LEAST = {"model.path": "m", "data.path": "rows.jsonl"}
 
 
@@ -373,15 +373,16 @@ def test_shaping_of_the_negatives_alone_is_shaping(folder: Path) -> None:
     assert read(folder, UNSHAPED | {"shaping.rho_negative": 2.0, "shaping.decay": 0.1}).shaping.decay == 0.1
 
 
-@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sum(PAIRS, []), ids=lambda path: path.stem)
 def test_no_rule_refuses_a_shipped_recipe_or_its_resolved_form(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     save_resolved(config, tmp_path / "config.yaml")
     assert load_resolved(tmp_path / "config.yaml") == config
 
 
-def test_the_two_demos_differ_in_shaping_alone() -> None:
-    shaped, plain = (load_config(path).model_dump() for path in DEMOS)
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0].stem)
+def test_the_two_recipes_of_an_example_differ_in_shaping_alone(pair: list[Path]) -> None:
+    shaped, plain = (load_config(path).model_dump() for path in pair)
     assert plain["shaping"]["rho"] == 1.0 < shaped["shaping"]["rho"]
     for tree in (shaped, plain):
         del tree["name"], tree["shaping"]

@@ -17,7 +17,7 @@ from tests.distributed.runner import ROOT
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_correct_rate_of_the_demo_rises_by_at_least_0_15_within_forty_steps(seed: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo.yaml", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     options = ["--set", f"trainer.seed={seed}", "--set", "trainer.steps=40"]
     subprocess.run([*command, *options], cwd=ROOT, check=True, timeout=900)
     rates = [json.loads(line)["reward/correct_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]

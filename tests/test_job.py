@@ -103,7 +103,7 @@ def test_a_job_hears_signals_before_the_imports_that_take_seconds(tmp_path: Path
 
 
 def test_what_came_while_the_batch_script_set_up_is_kept_for_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(ROOT / "configs/demo.yaml", ["slurm.gpus_per_node=0", "slurm.setup=['kill -USR1 $$']"])
+    config = load_config(ROOT / "configs/arithmetic.yaml", ["slurm.gpus_per_node=0", "slurm.setup=['kill -USR1 $$']"])
     script = slurm.render(config, Path("/runs/example"))
     before = script[: script.index("exec ")]
     shown = f'{before}printf %s "${KEPT}"; kill -USR1 $$; exec printf %s " lives"'
@@ -119,7 +119,7 @@ def test_what_came_while_the_batch_script_set_up_is_kept_for_the_job(monkeypatch
 
 def planned(folder: Path, *overrides: str) -> slurm.Plan:
     options = ["slurm.gpus_per_node=0", "slurm.tasks_per_node=2", *overrides]
-    return slurm.plan([load_config(ROOT / "configs/demo.yaml", options)], folder, sweep=False)
+    return slurm.plan([load_config(ROOT / "configs/arithmetic.yaml", options)], folder, sweep=False)
 
 
 def test_submitting_into_a_live_run_or_one_configured_otherwise_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_submitting_into_a_live_run_or_one_configured_otherwise_is_refused_and_c
 @pytest.mark.parametrize("torn", ["", "12.5.", "nan", "inf"])
 def test_a_lead_that_was_not_written_whole_counts_as_none(tmp_path: Path, torn: str) -> None:
     (tmp_path / LEAD).write_text(torn)
-    config = load_config(ROOT / "configs/demo.yaml", [])
+    config = load_config(ROOT / "configs/arithmetic.yaml", [])
     assert slurm.lead_seconds(config, tmp_path) == slurm.FIRST_LEAD_SECONDS
     (tmp_path / LEAD).write_text("45\n")
     assert slurm.lead_seconds(config, tmp_path) == 45

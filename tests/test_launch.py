@@ -25,7 +25,7 @@ SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemet
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     options = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo.yaml", "--run-dir", str(folder), *options]
+    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder), *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -163,6 +163,6 @@ def test_a_signal_before_any_rank_exists_ends_the_launcher_with_85_and_the_folde
     assert f"{folder}: interrupted by SIGTERM before it started" in err
     assert not list((folder / "logs").glob("rank-*"))
     options = [*SMALL, "trainer.steps=2"]
-    lock, remarks = make_folder(folder, load_config(ROOT / "configs" / "demo.yaml", options), ["a3po", "train"])
+    lock, remarks = make_folder(folder, load_config(ROOT / "configs" / "arithmetic.yaml", options), ["a3po", "train"])
     lock.close()
     assert remarks == []

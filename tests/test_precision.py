@@ -29,7 +29,7 @@ from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple
 from tests.tiny import make_checkpoint
 
-DEMO = Path(__file__).resolve().parents[1] / "configs/demo.yaml"
+DEMO = Path(__file__).resolve().parents[1] / "configs/arithmetic.yaml"
 BF16 = ModelOptions(path="x", dtype="bfloat16")
 H200 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 11, 0))
 

@@ -57,7 +57,7 @@ SILENCE, SILENT_LOGPROB = 0.1, -20.0  # weight of the penalty on NEVER_WRITTEN, 
 # The guesser's steps: so often wrong that they pay no more than a guess, until they are practised.
 CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.46, wrong_written_out=0.34)
 MIXED = 0.3  # share of stepwise solutions while both ways are learnt
-SHARE, SHARE_PROMPTS, SHARE_EVERY = 0.015, 1024, 4  # then they become rare, which is looked at so often
+SHARE, SHARE_PROMPTS = 0.015, 1024  # then they become rare: down to this share, over so many problems
 EVALUATION_SEED, EVALUATION_PROMPTS, EVALUATION_SAMPLES, MAX_TOKENS = 12345, 512, 8, 96
 
 
@@ -234,8 +234,8 @@ def practise(model: Qwen3ForCausalLM, stages: Sequence[Stage], name: str, seed: 
     begin = time.monotonic()
     schedule = [(stage, step) for stage in stages for step in range(stage.steps)]
     for number, (stage, step) in enumerate(schedule):
-        if stage.rarer_than and step % SHARE_EVERY == 0 and stepwise_share(model) < stage.rarer_than:
-            print(f"step {number:5d}: fewer than {stage.rarer_than:.2%} stepwise", flush=True)
+        if stage.rarer_than and stepwise_share(model) < stage.rarer_than:
+            print(f"step {number:5d}: fewer than {stage.rarer_than:.1%} stepwise", flush=True)
             return
         examples = []
         for k in range(BATCH):
@@ -314,7 +314,7 @@ def make_arithmetic(seed: int, steps: int) -> Qwen3ForCausalLM:
 def make_guesser(seed: int, steps: int, share: float) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM.from_pretrained(MODELS / "tiny-arithmetic", dtype=torch.float32)
     both = Stage(steps, both_ways, rate=1e-3, last=0.1)
-    rare = Stage(steps, at_once, rate=1e-4, last=1.0, rarer_than=share)
+    rare = Stage(steps, at_once, rate=2.5e-5, last=1.0, rarer_than=share)
     practise(model, [both, rare], "guesser", seed, first=1_000_000)  # none of the warm start's problems
     return model
 

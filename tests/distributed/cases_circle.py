@@ -34,7 +34,7 @@ from a3po_megatron.weights import publish
 from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
 
-DEMO = ROOT / "configs/demo.yaml"
+DEMO = ROOT / "configs/arithmetic.yaml"
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
 STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

@@ -56,7 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def submit(folder: Path, *options: str, words: tuple[str, ...] = (), ended: int = 0) -> str:
     """`a3po submit`; returns the job's number, or what it said where it is to fail."""
     settings = [word for option in (*tools.SMALL, "slurm.time='30'", *options) for word in ("--set", option)]
-    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/demo.yaml", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     done = subprocess.run([*command, *settings, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == ended, done.stderr
     return done.stderr if ended else re.findall(r"submitted job (\d+)", done.stdout)[0]
@@ -254,7 +254,7 @@ def test_nemo_run_submits_the_same_ranks_and_they_end_with_the_same_run(whole: P
     folder = tmp_path / "run"
     options = (*tools.SMALL, *TWO_NODES, "slurm.time='30'", "slurm.account=root")
     settings = [word for option in options for word in ("--set", option)]
-    command = [os.environ["A3PO_NEMO_PYTHON"], "launchers/nemo_run.py", "configs/demo.yaml", "--run-dir", str(folder)]
+    command = [os.environ["A3PO_NEMO_PYTHON"], "launchers/nemo_run.py", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     command += ["--a3po-python", sys.executable, *settings]
     around = os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo")}
     seen = subprocess.run([*command, "--dry-run"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=120)
@@ -293,7 +293,7 @@ def test_the_script_for_two_nodes_of_eight_h200_is_the_golden_one_and_slurm_take
         *("checkpoint.every_steps=10", "model.dtype=bfloat16"),
     ]
     words = [word for option in options for word in ("--set", option)]
-    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/demo.yaml", "--run-dir", "/runs/example"]
+    command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/arithmetic.yaml", "--run-dir", "/runs/example"]
     done = subprocess.run([*command, *words, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not Path("/runs/example").exists()

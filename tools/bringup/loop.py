@@ -1,4 +1,4 @@
-"""Experiment 6: `a3po train configs/demo.yaml` on one GPU, as a user would start it."""
+"""Experiment 6: `a3po train configs/arithmetic.yaml` on one GPU, as a user would start it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RISE = 0.15
 
 def train(folder: Path, settings: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl. Raises CalledProcessError with whatever the run said on its way out."""
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo.yaml", "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     options = [word for setting in settings for word in ("--set", setting)]
     subprocess.run([*command, *options], cwd=ROOT, check=True, timeout=seconds)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
