@@ -145,6 +145,7 @@ class Run:
         self._rejected = 0  # updates in a row that were not finite
         self._gave_up = False  # too many of them
         self._warned = False
+        self._way_of = prompts.way_of
         self._scored_before = False  # the batch of this step, by a run that was interrupted after that
         self._pending: _Pending | None = None
         self._streams: dict[str, Any] | None = None  # as the run left them, for the first step's beginning
@@ -481,6 +482,7 @@ class Run:
             batch,
             self.config.telemetry.texts_per_step,
             self.tokens.pieces,
+            self._way_of,
         )
 
     def _warn(self, row: dict[str, float | None]) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from a3po_megatron.errors import RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "configs" / "models" / "tiny-arithmetic"
+GUESSER = ROOT / "configs" / "models" / "tiny-guesser"
 
 
 def value_of(text: str) -> int:
@@ -92,6 +94,22 @@ def test_the_same_generator_state_writes_the_same_solution() -> None:
     assert [arithmetic.solution(first, t) for t in texts] != [arithmetic.solution(other, t) for t in texts]
 
 
+@pytest.mark.parametrize(
+    ("response", "way"),
+    [
+        ("\\boxed{3}", "at_once"),
+        ("", "at_once"),
+        ("3\\boxed{3}", "at_once"),  # no step was finished
+        ("\\boxed{3}1,2,", "at_once"),  # what follows the answer did not lead to it
+        ("1,\\boxed{3}", "stepwise"),
+        ("1*8=8?y,3,\\boxed{3}", "stepwise"),
+        ("1,1,1,", "stepwise"),  # cut off before its answer
+    ],
+)
+def test_a_response_is_stepwise_if_a_step_stands_before_its_answer(response: str, way: str) -> None:
+    assert arithmetic.way_of(response) == way
+
+
 @pytest.mark.parametrize("text", ["", "5", "5:x", "5+:", "5+12:", "5/2:", "5+2", ":", "٣+2:"])
 def test_a_text_that_is_no_problem_is_refused_by_name(text: str) -> None:
     with pytest.raises(RequestError, match=re.escape(repr(text))):
@@ -103,7 +121,7 @@ def test_the_task_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
-# ----- the shipped checkpoint
+# ----- the shipped checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +134,9 @@ def recipe() -> ModuleType:
     return module
 
 
-def test_the_checkpoint_holds_the_declared_files_and_is_small(recipe: ModuleType) -> None:
-    files = {path.name: path.stat().st_size for path in SHIPPED.iterdir()}
+@pytest.mark.parametrize("folder", [SHIPPED, GUESSER], ids=lambda folder: folder.name)
+def test_a_checkpoint_holds_the_declared_files_and_is_small(recipe: ModuleType, folder: Path) -> None:
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(files) == {*recipe.SHIPPED, "README.md"}
     assert sum(files.values()) <= 4 << 20
 
@@ -146,18 +165,32 @@ def test_the_shipped_tokenizer_encodes_one_id_per_symbol_and_decodes_exactly(rec
     assert tokens("5 x\n")["input_ids"][1:] == [tokens.unk_token_id] * 3
 
 
-def test_the_shipped_model_half_knows_the_task_and_never_samples_an_unwritten_id(recipe: ModuleType) -> None:
+def measured(recipe: ModuleType, folder: Path, prompts: int) -> Any:
     import torch
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = Qwen3ForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
-        measured = recipe.evaluate(model, AutoTokenizer.from_pretrained(SHIPPED), prompts=256, samples=1)
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return recipe.evaluate(model, AutoTokenizer.from_pretrained(folder), prompts=prompts, samples=1)
     finally:
         torch.set_num_threads(threads)
-    assert 0.25 < measured.correct_rate < 0.55  # standard error 0.03
-    assert 0.35 < measured.entropy < 0.6
-    assert measured.cut_rate == 0.0
-    assert measured.unwritten < 1e-7
+
+
+def test_the_shipped_model_half_knows_the_task_and_never_samples_an_unwritten_id(recipe: ModuleType) -> None:
+    found = measured(recipe, SHIPPED, 256)
+    assert 0.25 < found.correct_rate < 0.55  # standard error 0.03
+    assert 0.35 < found.entropy < 0.6
+    assert found.cut_rate == 0.0
+    assert found.unwritten < 1e-7
+    assert found.stepwise_rate == 1.0
+
+
+def test_the_guesser_hardly_ever_writes_steps_and_is_right_one_time_in_three(recipe: ModuleType) -> None:
+    found = measured(recipe, GUESSER, 1024)
+    assert 0.002 < found.stepwise_rate < 2.5 * recipe.SHARE  # of 1,024 responses: standard error 0.004
+    assert 0.25 < found.correct_rate < 0.38  # standard error 0.015
+    assert found.unwritten < 1e-7
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (SHIPPED, GUESSER)]
+    assert tokenizers[0] == tokenizers[1]

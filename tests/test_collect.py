@@ -45,6 +45,7 @@ class FakePrompts:
 
     def __init__(self) -> None:
         self.position = 0
+        self.way_of: Callable[[str], str] | None = None
 
     def take(self, count: int) -> list[Prompt]:
         first, self.position = self.position, self.position + count
@@ -316,6 +317,16 @@ def test_the_overlong_penalty_counts_in_the_mean_reward() -> None:
 def test_invalid_verdicts_are_a_rate_of_all_sampled_rollouts() -> None:
     found = Setting(lambda prompt: "cwwi", wanted=2, max_invalid_rate=0.25).step(0)
     assert found.metrics["reward/invalid_rate"] == 0.25
+
+
+def test_the_share_of_each_way_of_answering_is_over_all_sampled_rollouts_and_null_where_a_task_names_none() -> None:
+    setting = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, rounds=1)
+    assert setting.step(0).metrics["task/stepwise_rate"] is None
+    assert setting.step(1).metrics["task/at_once_rate"] is None
+    ways = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, rounds=1)
+    ways.prompts.way_of = {"c": "stepwise", "w": "at_once"}.__getitem__
+    found = ways.step(0).metrics  # the second group has no spread and is dropped, but counts
+    assert (found["task/stepwise_rate"], found["task/at_once_rate"]) == (5 / 8, 3 / 8)
 
 
 # --- what ends the run ---------------------------------------------------------------------------------------------

@@ -373,7 +373,7 @@ def test_shaping_of_the_negatives_alone_is_shaping(folder: Path) -> None:
     assert read(folder, UNSHAPED | {"shaping.rho_negative": 2.0, "shaping.decay": 0.1}).shaping.decay == 0.1
 
 
-@pytest.mark.parametrize("path", sum(PAIRS, []), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for pair in PAIRS for path in pair], ids=lambda path: path.stem)
 def test_no_rule_refuses_a_shipped_recipe_or_its_resolved_form(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     save_resolved(config, tmp_path / "config.yaml")

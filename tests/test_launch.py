@@ -25,8 +25,8 @@ SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemet
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     options = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder), *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder)]
+    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: float = 120) -> str:

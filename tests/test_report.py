@@ -285,7 +285,8 @@ def test_the_page_compares_both_runs_and_loads_nothing(tmp_path: Path) -> None:
         assert run["metrics"]["mismatch/logprob_abs_mean"][3] is None
         assert [step["step"] for step in run["rollouts"]] == list(range(6))
     assert [run["label"] for run in data["runs"]] == ["a3po", "dapo"]
-    assert {chart["title"] for chart in data["charts"]} == {chart.title for chart in CHARTS} | {
+    charts = {chart.title for chart in CHARTS} - {"Ways of answering"}  # this task names none
+    assert {chart["title"] for chart in data["charts"]} == charts | {
         "refit/bytes",
         "startup/seconds",
     }
@@ -341,6 +342,50 @@ def test_the_viewer_holds_the_shaped_tokens_and_both_engines(tmp_path: Path) -> 
         assert sample["gap"] == pytest.approx(gaps, rel=0.06)
         assert sample["seed"] == str(record["seed"])  # exact, although it is no exact JavaScript number
         assert (sample["outcome"], sample["advantage"]) == (record["outcome"], record["advantage"])
+
+
+def test_the_viewer_opens_on_a_correct_rollout_of_the_rarer_way_that_shaping_weights(tmp_path: Path) -> None:
+    """Rare where the run begins, whatever became of it; not for a task that names no ways."""
+    folder = make_run(tmp_path / "a3po", seed=3, steps=30)
+    plain = make_run(tmp_path / "dapo", name="dapo", rho=1.0, seed=4, steps=30)
+    assert page_data(write_report([plain, folder]))["open"] is None
+    for run in (plain, folder):
+        for number, path in enumerate(sorted((run / "rollouts").iterdir())):
+            records = list(read_rollouts(path, []))
+            for record in records:  # one in 16 at first, nearly all at the end
+                steps = record["prompt_index"] % 4 == 0 and record["sample"] == 0 if number < 6 else record["sample"]
+                record["way"] = "stepwise" if steps else "at_once"
+            write_rollouts(path, records)
+    data = page_data(write_report([plain, folder]))
+    run, step, prompt, sample = (data["open"][key] for key in ("run", "step", "prompt", "sample"))
+    assert run == 1  # no token of the other has a weight
+    (group,) = [
+        g for s in data["runs"][run]["rollouts"] if s["step"] == step for g in s["groups"] if g["key"] == prompt
+    ]
+    (chosen,) = [s for s in group["samples"] if s["n"] == sample]
+    assert (chosen["way"], chosen["outcome"]) == ("stepwise", "correct")
+    assert max(chosen["weights"]) > 1
+    earlier = [
+        s
+        for each in data["runs"][run]["rollouts"]
+        if each["step"] < step
+        for g in each["groups"]
+        for s in g["samples"]
+        if s["way"] == "stepwise" and s["outcome"] == "correct" and max(s["weights"]) > 1
+    ]
+    assert not earlier
+
+
+def test_the_ways_of_answering_are_the_first_chart_and_left_out_where_a_task_names_none(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=4)
+    assert page_data(write_report([folder]))["charts"][0]["title"] == "Correct rate"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row | {"task/stepwise_rate": 0.25, "task/at_once_rate": 0.75} for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [chart["title"] for chart in page_data(write_report([folder]))["charts"]][:2] == [
+        "Ways of answering",
+        "Correct rate",
+    ]
 
 
 def test_a_rollout_that_was_not_trained_on_shows_the_sampling_logprobs(tmp_path: Path) -> None:

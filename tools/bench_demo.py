@@ -1,7 +1,11 @@
-"""The demo, with and without shaping, for three seeds: the README's table and figure.
+"""The demo, with and without shaping: docs/evidence/demo.json, and from it the README's table and figure.
 
-    python tools/bench_demo.py runs/seeds          trains what is not there yet (six runs of two minutes)
-    python tools/bench_demo.py runs/seeds --figure docs/demo.png --json docs/evidence/demo.json
+    python tools/bench_demo.py runs/bench              trains what is not there yet, two runs at a time, and writes all
+    python tools/bench_demo.py runs/bench --jobs 1     one at a time: the only way in which seconds mean anything
+
+Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–7, on which it was not.
+Then one share of stepwise responses less and one more, each with its own guesser (tools/make_tiny_model.py): where
+neither way of training, and where both of them leave guessing.
 
 In the figure a thin line is a seed (moving mean), a thick one the mean of the seeds.
 """
@@ -12,6 +16,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,76 +30,133 @@ from a3po_megatron.report.charts import moving_mean
 from a3po_megatron.report.read import Run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {"A3PO": "configs/demo.yaml", "DAPO": "configs/demo-dapo.yaml"}
-SEEDS = (0, 1, 2)
-WINDOWS = ((0, 5), (35, 40), (55, 60))  # of steps, the correct rate's means in the table
-WINDOW = 5  # steps of a moving mean
+EVIDENCE, FIGURE = ROOT / "docs/evidence/demo.json", ROOT / "docs/demo.png"
+RUN_SECONDS = 1800
+ARMS = {"A3PO": "configs/demo.yaml", "DAPO": "configs/demo-dapo.yaml"}
+SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0, 1, 2)
+SHIPPED, OTHER_SHARES = 0.015, (0.005, 0.04)
+EVERY = 40  # steps between the values that the JSON and the tables hold
+CORRECT, STEPWISE = 0.85, 0.9  # at least so much of A3PO at the last step …
+MARGIN = 0.15  # … and the mean of DAPO at least so much below it
 # Okabe and Ito's colours, told apart with every common colour vision deficiency.
 COLOURS = {"A3PO": "#0072b2", "DAPO": "#d55e00"}
 INK, DIM, GRID = "#1b1f24", "#59636e", "#e4e8ec"
-
-Runs = dict[str, list[Run]]
-
-
-def trained(folder: Path) -> Runs:
-    """The runs of every recipe, by seed; trains those that are not in the folder."""
-    runs: Runs = {}
-    for recipe, config in CONFIGS.items():
-        for seed in SEEDS:
-            place = folder / f"{recipe.lower()}-{seed}"
-            if not (place / "report.html").exists():  # the last thing that a run does
-                command = [sys.executable, "-m", "a3po_megatron", "train", config, "--run-dir", str(place)]
-                subprocess.run([*command, "--set", f"trainer.seed={seed}"], cwd=ROOT, check=True, timeout=1800)
-            runs.setdefault(recipe, []).append(read_run(place))
-    return runs
+WINDOW = 5  # steps of a moving mean
 
 
-def summary(runs: Runs) -> dict[str, Any]:
-    """Correct rate in each window and entropy in the last one, of every seed."""
-    last = slice(*WINDOWS[-1])
+@dataclass(frozen=True)
+class Case:
+    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.share:g}-{self.arm.lower()}-{self.seed}"
+
+
+def cases() -> list[Case]:
+    shipped = [Case(SHIPPED, arm, seed) for seed in (*SEEDS, *FURTHER_SEEDS) for arm in ARMS]
+    return shipped + [Case(share, arm, seed) for share in OTHER_SHARES for seed in SHARE_SEEDS for arm in ARMS]
+
+
+def guesser(folder: Path, share: float) -> Path:
+    """The model that starts with this share of stepwise responses; made where it is not there yet."""
+    if share == SHIPPED:
+        return ROOT / "configs/models/tiny-guesser"
+    model = folder.resolve() / f"guesser-{share:g}"
+    if not (model / "README.md").exists():  # the last file that it writes
+        command = [
+            sys.executable,
+            "tools/make_tiny_model.py",
+            "--guesser",
+            "--stepwise",
+            str(share),
+            "--out",
+            str(model),
+        ]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=subprocess.DEVNULL)
+    return model
+
+
+def trained(folder: Path, case: Case) -> Run:
+    place = folder.resolve() / case.name
+    if not (place / "report.html").exists():  # the last thing that a run does
+        model = guesser(folder, case.share)
+        settings = [f"trainer.seed={case.seed}", f"model.path={model}"]
+        command = [sys.executable, "-m", "a3po_megatron", "train", ARMS[case.arm], "--run-dir", str(place)]
+        command += [word for setting in settings for word in ("--set", setting)]
+        with (folder / f"{case.name}.log").open("w") as log:
+            subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=log)
+    run = read_run(place)
+    print(f"{case.name}: correct {run.values('reward/correct_rate')[-1]:.3f}", flush=True)
+    return run
+
+
+def summary(case: Case, run: Run) -> dict[str, Any]:
+    """What the tables need of a run; of series the values of every EVERY-th and of the last step."""
+    stepwise, steps = run.values("task/stepwise_rate"), len(run.steps)
+    at = [*range(0, steps, EVERY), *([steps - 1] if (steps - 1) % EVERY else [])]
+
+    def of(metric: str) -> list[float]:
+        return [round(run.values(metric)[step], 4) for step in at]
+
     return {
-        recipe: {
-            "correct_rate": {
-                f"{first}–{end - 1}": [mean(run.values("reward/correct_rate")[first:end]) for run in of]
-                for first, end in WINDOWS
-            },
-            "entropy": [mean(run.values("policy/entropy")[last]) for run in of],
-            "startup_seconds": [run.values("startup/seconds")[0] for run in of],
-        }
-        for recipe, of in runs.items()
+        **asdict(case),
+        "steps": at,
+        "correct_rate": of("reward/correct_rate"),
+        "stepwise_rate": of("task/stepwise_rate"),
+        "entropy": of("policy/entropy"),
+        "length": of("rollout/length_mean"),
+        "half_stepwise_at": next((step for step, rate in enumerate(stepwise) if rate >= 0.5), None),
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    def cell(values: list[float]) -> str:
-        return " / ".join(f"{value:.2f}" for value in values)
-
-    windows = [f"steps {first}–{end - 1}" for first, end in WINDOWS]
-    lines = [
-        f"| correct rate ({WINDOW}-step means) | {' | '.join(windows)} | entropy, {windows[-1]} |",
-        "|---" * (len(WINDOWS) + 2) + "|",
-    ]
-    for recipe, values in found.items():
-        cells = [*map(cell, values["correct_rate"].values()), cell(values["entropy"])]
-        lines.append(f"| {recipe}, seeds {' / '.join(map(str, SEEDS))} | {' | '.join(cells)} |")
+def table(rows: list[dict[str, Any]], share: float, seeds: Iterable[int]) -> str:
+    """Correct rates and stepwise shares of both arms, a cell holding one value a seed."""
+    chosen = [row for row in rows if row["share"] == share and row["seed"] in set(seeds)]
+    at = chosen[0]["steps"]
+    shown = [i for i, step in enumerate(at) if step % (2 * EVERY) == 0 or step == at[-1]]
+    heads = [f"correct, step {at[i]}" for i in shown] + ["stepwise at the end", "most are stepwise from step"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for arm in ARMS:
+        of = [row for row in chosen if row["arm"] == arm]
+        cells = [" / ".join(f"{row['correct_rate'][i]:.2f}" for row in of) for i in shown]
+        cells.append(" / ".join(f"{row['stepwise_rate'][-1]:.2f}" for row in of))
+        cells.append(" / ".join("never" if (step := row["half_stepwise_at"]) is None else str(step) for row in of))
+        lines.append(f"| {arm}, seeds {' / '.join(str(row['seed']) for row in of)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _draw(axis: Axes, runs: Runs, metric: str, title: str, unit: str, scale: float) -> None:
-    for recipe, of in runs.items():
-        seeds = [[value * scale for value in run.values(metric)] for run in of]
+def verdict(rows: list[dict[str, Any]], seeds: Iterable[int]) -> str:
+    """Whether the shipped guesser's runs of these seeds meet the bar."""
+    ends: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+    for row in rows:
+        if row["share"] == SHIPPED and row["seed"] in set(seeds):
+            ends[row["arm"]].append((row["correct_rate"][-1], row["stepwise_rate"][-1]))
+    good = sum(correct >= CORRECT and stepwise >= STEPWISE for correct, stepwise in ends["A3PO"])
+    shaped, plain = (mean(correct for correct, _ in ends[arm]) for arm in ARMS)
+    least = min(correct for correct, _ in ends["A3PO"])
+    return (
+        f"seeds {', '.join(map(str, seeds))}: A3PO found reasoning in {good} of {len(ends['A3PO'])}; mean correct rate "
+        f"at the end {shaped:.3f} (least {least:.3f}) against {plain:.3f}, {'at least' if shaped - plain >= MARGIN else 'LESS THAN'} "
+        f"{MARGIN} apart"
+    )
+
+
+def _draw(axis: Axes, runs: dict[str, list[Run]], metric: str, title: str) -> None:
+    for arm, of in runs.items():
+        seeds = [[100 * value for value in run.values(metric)] for run in of]
         for values in seeds:
-            axis.plot(moving_mean(values, WINDOW), color=COLOURS[recipe], linewidth=0.9, alpha=0.45)
+            axis.plot(moving_mean(values, WINDOW), color=COLOURS[arm], linewidth=0.9, alpha=0.45)
         together = moving_mean([mean(step) for step in zip(*seeds, strict=True)], WINDOW)
-        axis.plot(together, color=COLOURS[recipe], linewidth=2.4, label=recipe)
-        end = together[-1]
-        axis.annotate(
-            recipe, (len(together) - 1, end), (5, 0), textcoords="offset points", color=COLOURS[recipe], va="center"
-        )
+        axis.plot(together, color=COLOURS[arm], linewidth=2.4, label=arm)
+        place = (len(together) - 1, together[-1])
+        axis.annotate(arm, place, (5, 0), textcoords="offset points", color=COLOURS[arm], va="center")
     axis.set_title(title, loc="left", fontsize=12, color=INK, fontweight="bold")
     axis.set_xlabel("step", color=DIM)
-    axis.set_ylabel(unit, color=DIM)
-    axis.set_ylim(bottom=0)
+    axis.set_ylabel("%", color=DIM)
+    axis.set_ylim(0, 102)
     axis.margins(x=0.01)
     axis.grid(color=GRID, linewidth=0.8)
     axis.tick_params(colors=DIM, length=0)
@@ -101,27 +165,36 @@ def _draw(axis: Axes, runs: Runs, metric: str, title: str, unit: str, scale: flo
         spine.set_color(GRID)
 
 
-def draw(runs: Runs, path: Path) -> None:
+def draw(runs: dict[str, list[Run]], path: Path) -> None:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _draw(left, runs, "reward/correct_rate", "Correct rate", "%", 100.0)
-    _draw(right, runs, "policy/entropy", "Entropy", "nats", 1.0)
+    _draw(left, runs, "reward/correct_rate", "Correct answers")
+    _draw(right, runs, "task/stepwise_rate", "Responses that reason in steps")
     figure.savefig(path, dpi=200, facecolor="white")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the run folders")
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
-    runs = trained(options.runs)
-    found = summary(runs)
-    print(table(found))
-    if options.figure:
-        draw(runs, options.figure)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for share in OTHER_SHARES:
+        guesser(options.runs, share)
+    todo = cases()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = list(pool.map(lambda case: trained(options.runs, case), todo))
+    rows = [summary(case, run) for case, run in zip(todo, runs, strict=True)]
+    EVIDENCE.parent.mkdir(exist_ok=True)
+    EVIDENCE.write_text(json.dumps({"runs": rows}, ensure_ascii=False).replace('{"share"', '\n {"share"') + "\n")
+    by_arm: dict[str, list[Run]] = {arm: [] for arm in ARMS}
+    for case, run in zip(todo, runs, strict=True):
+        if case.share == SHIPPED and case.seed in SEEDS:
+            by_arm[case.arm].append(run)
+    draw(by_arm, FIGURE)
+    for share, seeds in ((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS), *((share, SHARE_SEEDS) for share in OTHER_SHARES)):
+        print(f"\nstarting share {share:.1%}\n{table(rows, share, seeds)}")
+    print(f"\n{verdict(rows, SEEDS)}\n{verdict(rows, FURTHER_SEEDS)}")
 
 
 if __name__ == "__main__":

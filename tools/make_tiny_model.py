@@ -355,7 +355,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="checkpoint folder (default: configs/models/tiny-…)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, problems and solutions (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="of supervised training (default: 1000; 600 for the guesser)")
-    parser.add_argument("--stepwise", type=float, default=SHARE, help="share of the guesser's responses that have steps")
+    parser.add_argument("--stepwise", type=float, default=SHARE, help="share of the guesser's responses in steps")
     parser.add_argument("--check", action="store_true", help="build elsewhere and compare with --out, byte for byte")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -31,12 +31,12 @@ MIN_OPERANDS, MAX_OPERANDS = 2, 6  # the knob for difficulty: 3 to 7 halves the 
 
 LONGEST = "9*9*9*9*9*9:"  # a problem with MAX_OPERANDS operands
 
-STEPWISE, AT_ONCE = "stepwise", "at once"  # the ways of answering
+STEPWISE, AT_ONCE = "stepwise", "at_once"  # the ways of answering
 
 
 @dataclass(frozen=True)
 class Habits:
-    """How solutions are written. A writer is brief or careful, which decides how often steps are written out or checked.
+    """How solutions are written. A writer is brief or careful: that decides how often steps are written out or checked.
 
     Injected errors are off by up to three; they keep the policy's entropy up.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Prompts:
             raise RequestError(
                 f"{ARITHMETIC}: its longest prompt has {length} tokens, rollout.max_prompt_tokens is {max_tokens}"
             )
+        # In which of the task's ways a response answers; None: the task names none. Recorded, never rewarded.
+        self.way_of: Callable[[str], str] | None = arithmetic.way_of if self._rows is None else None
         self._orders: dict[int, list[int]] = {}
         self.position = 0
 

@@ -40,6 +40,13 @@ def _percent(section: str, title: str, says: str, *lines: tuple[str, str]) -> Ch
 CHARTS = (
     _percent(
         REWARD,
+        "Ways of answering",
+        "Share of all sampled rollouts that write steps before they answer, and of those that answer at once.",
+        ("task/stepwise_rate", "stepwise"),
+        ("task/at_once_rate", "at once"),
+    ),
+    _percent(
+        REWARD,
         "Correct rate",
         "Share of all sampled rollouts that the grader found correct, before any group is dropped.",
         ("reward/correct_rate", "correct"),

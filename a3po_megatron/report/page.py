@@ -75,6 +75,7 @@ def render(runs: Sequence[Run]) -> str:
         "phases": _phases(runs),
         "phasePrefix": PHASE_PREFIX,
         "window": window,
+        "open": _opening(data_runs),
     }
     source = resources.files(__package__).joinpath("template.html.j2").read_text("utf-8")
     environment = jinja2.Environment(
@@ -236,7 +237,7 @@ def _sample(record: Record, notes: list[str]) -> Record:
     if len(record["tokens"]) > end:
         notes.append(CUT)
     sampled, old = record["logprobs"][:end], (record.get("old_logprobs") or [])[:end]
-    kept = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step")
+    kept = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
     return {
         **{key: _short(record.get(key)) for key in kept},
         "n": record["sample"],
@@ -251,6 +252,33 @@ def _sample(record: Record, notes: list[str]) -> Record:
         "entropy": [_short(value) for value in (record.get("entropy") or [])[:end]] or None,
         "weights": [_short(value) for value in (record.get("weights") or [])[:end]] or None,
     }
+
+
+def _opening(runs: list[Record]) -> Record | None:
+    """Which rollout the viewer opens on, where rollouts have ways of answering: one of the way that is rarer where the
+    runs begin. Best a correct one whose shaping can be seen, and of those the first. None: it opens on the last step.
+    """
+    places = [
+        (number, step["step"], group["key"], sample)
+        for number, run in enumerate(runs)
+        for step in run["rollouts"]
+        for group in step["groups"]
+        for sample in group["samples"]
+        if sample["way"]
+    ]
+    if not places:
+        return None
+    begin = sorted({step for _, step, _, _ in places})[: max(1, len(runs[0]["steps"]) // 20)]
+    shares = Counter({way: 0 for way in sorted({sample["way"] for *_, sample in places})})
+    shares.update(sample["way"] for _, step, _, sample in places if step in begin)
+    rarer = min(shares, key=shares.__getitem__)
+
+    def merit(place: tuple[int, int, str, Record]) -> tuple[bool, bool]:
+        sample = place[3]
+        return any(weight != 1 for weight in sample["weights"] or ()), sample["outcome"] == "correct"
+
+    run, step, prompt, sample = max((place for place in places if place[3]["way"] == rarer), key=merit)
+    return {"run": run, "step": step, "prompt": prompt, "sample": sample["n"]}
 
 
 def _gap(old: float | None, sampled: float | None) -> float | None:

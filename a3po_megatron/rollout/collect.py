@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from ..batch import Collected, Group, Prompt, Rollout, Verdict
@@ -21,6 +21,7 @@ from ..checkpoint.interrupt import Interrupt
 from ..checkpoint.journal import Journal
 from ..cluster import Cluster, first
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
+from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
@@ -29,7 +30,7 @@ from ..reward.reward import score
 from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request
 
-_COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward")
+_COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward", "stepwise")
 
 
 class Graders(Protocol):
@@ -84,7 +85,7 @@ class Collector:
                 raise Interrupted(leave)
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
-            outcome = self.cluster.agree("round", _outcome(groups), _merge)
+            outcome = self.cluster.agree("round", _outcome(groups, prompts.way_of), _merge)
             kept += outcome["spread"]
             totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
             rounds, tried = rounds + 1, tried + count
@@ -96,7 +97,7 @@ class Collector:
             groups=sorted(groups, key=lambda group: group.prompt.index),
             sampled=sampled,
             accepted=accepted,
-            metrics=_metrics(totals)
+            metrics=_metrics(totals, prompts.way_of is not None)
             | {
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
@@ -207,7 +208,7 @@ class Collector:
             )
 
 
-def _outcome(groups: list[Group]) -> dict[str, Any]:
+def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[str, Any]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     return {
         "spread": [group.prompt.index for group in groups if group.has_spread],
@@ -218,6 +219,7 @@ def _outcome(groups: list[Group]) -> dict[str, Any]:
             "truncated": sum(r.finish == "length" for r in rollouts),
             "length": sum(len(r.tokens) for r in rollouts),
             "reward": math.fsum(r.reward for r in rollouts),
+            "stepwise": sum(way_of(r.text) == STEPWISE for r in rollouts) if way_of else 0,
         },
     }
 
@@ -230,9 +232,11 @@ def _merge(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _metrics(totals: dict[str, float]) -> dict[str, float | None]:
-    """Over all sampled rollouts, before any group is dropped; None where nothing was sampled (all carried over)."""
+def _metrics(totals: dict[str, float], has_ways: bool) -> dict[str, float | None]:
+    """Over all sampled rollouts, before any group is dropped; None where nothing was sampled (all carried over), and
+    of ways of answering where the task names none."""
     sampled = totals["sampled"]
+    stepwise = totals["stepwise"] / sampled if sampled and has_ways else None
     return {
         "reward/mean": totals["reward"] / sampled if sampled else None,
         "reward/correct_rate": totals["correct"] / sampled if sampled else None,
@@ -240,4 +244,6 @@ def _metrics(totals: dict[str, float]) -> dict[str, float | None]:
         "rollout/length_mean": totals["length"] / sampled if sampled else None,
         "rollout/truncated_rate": totals["truncated"] / sampled if sampled else None,
         "rollout/tokens": totals["length"],
+        "task/stepwise_rate": stepwise,
+        "task/at_once_rate": None if stepwise is None else 1 - stepwise,
     }

@@ -19,6 +19,7 @@ METRICS = (
     *("reward/mean", "reward/correct_rate", "reward/invalid_rate"),
     *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
     *("rollout/kept_groups", "rollout/carried_groups", "rollout/rounds"),
+    *("task/stepwise_rate", "task/at_once_rate"),  # of a task that names ways of answering
     *("policy/entropy", "policy/old_logprob_mean", "policy/kl_old", "policy/clip_low_rate", "policy/clip_high_rate"),
     *("policy/grad_norm", "policy/ratio_first_max", "policy/rejected_updates"),
     "shaping/rho",

@@ -41,6 +41,8 @@ class ProgressLine:
 
     def __init__(self, steps: int, console: Console, first: int = 0) -> None:
         self._steps, self._console, self._start, self._first = steps, console, time.monotonic(), first
+        self._stepwise: float | None = None  # the last step's share of responses with steps
+        self._said_stepwise = False
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -59,10 +61,11 @@ class ProgressLine:
 
     def step(self, done: int, row: dict[str, float | None]) -> None:
         """`done` steps have ended; `row` is the last one's metrics."""
-        facts = (
-            f"correct {_number(row['reward/correct_rate'], '.3f')}  entropy {_number(row['policy/entropy'], '.3f')}  "
-            f"{_number(row['perf/tokens_per_second'], ',.0f')} tokens/s"
-        )
+        shares = {"correct": row["reward/correct_rate"], "entropy": row["policy/entropy"]}
+        if row["task/stepwise_rate"] is not None:
+            shares["stepwise"] = row["task/stepwise_rate"]
+        facts = "  ".join(f"{name} {_number(value, '.3f')}" for name, value in shares.items())
+        facts += f"  {_number(row['perf/tokens_per_second'], ',.0f')} tokens/s"
         remaining = (time.monotonic() - self._start) / max(done - self._first, 1) * (self._steps - done)
         left = f"{int(remaining) // 60}:{int(remaining) % 60:02d} left"
         if self._bar is not None:
@@ -70,6 +73,17 @@ class ProgressLine:
         else:
             kept = _number(row["rollout/kept_groups"], ".0f")
             self._console.print(f"step {done:>4}/{self._steps}  {facts}  {kept} groups  {left}")
+        self._say_way(done, row["task/stepwise_rate"])
+
+    def _say_way(self, done: int, rate: float | None) -> None:
+        """Says once that most responses have come to write steps; nothing of a run that began so."""
+        before, self._stepwise = self._stepwise, rate
+        if not self._said_stepwise and before is not None and rate is not None and before < 0.5 <= rate:
+            self._said_stepwise = True
+            self.say(
+                f"step {done}: more than half of the responses now write steps before they answer ({rate:.0%}; metric "
+                "task/stepwise_rate)"
+            )
 
     def say(self, text: str) -> None:
         """A line that stays."""

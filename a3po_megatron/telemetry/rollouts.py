@@ -25,6 +25,7 @@ def save_rollouts(
     batch: Batch,
     texts: int,  # how many groups get their texts
     pieces: Callable[[Any], list[str]],
+    way_of: Callable[[str], str] | None = None,  # of a task that names ways of answering
 ) -> Path:
     """Writes the file of one step and rank under a temporary name and puts it in place."""
     trained = _trained(batch)
@@ -32,6 +33,8 @@ def save_rollouts(
     for number, group in enumerate(groups):
         for rollout in group.rollouts:
             record = _record(rollout, step, group.prompt.index in accepted, trained.get(rollout.name))
+            if way_of:
+                record["way"] = way_of(rollout.text)
             if number < texts:
                 record |= {"prompt": group.prompt.text, "answer": group.prompt.answer, "text": rollout.text}
                 record["pieces"] = pieces(rollout.tokens)

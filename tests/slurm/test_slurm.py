@@ -139,7 +139,8 @@ def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path
     In a new cache vLLM inspects the model's class in a process of its own, which srun signals like the ranks.
     """
     script, ranks, here = tmp_path / "script", tmp_path / "ranks", tmp_path / "set-up"
-    setup = f"slurm.setup=['[ ${{SLURM_RESTART_COUNT:-}} ] || {{ touch {here}; sleep 4; }}']"
+    heard = f"touch {here}; for i in $(seq 600); do [ -z ${{A3PO_SIGNALLED:-}} ] || break; sleep 0.1; done"
+    setup = f"slurm.setup=['[ ${{SLURM_RESTART_COUNT:-}} ] || {{ {heard}; }}']"
     cold = LOOPBACK.replace("}", f", VLLM_CACHE_ROOT: {tmp_path / 'cache'}}}")
     first, second = submit(script, *ONE_NODE, setup), submit(ranks, *ONE_NODE, cold)
     begun, deadline = None, time.monotonic() + 60
@@ -254,8 +255,8 @@ def test_nemo_run_submits_the_same_ranks_and_they_end_with_the_same_run(whole: P
     folder = tmp_path / "run"
     options = (*tools.SMALL, *TWO_NODES, "slurm.time='30'", "slurm.account=root")
     settings = [word for option in options for word in ("--set", option)]
-    command = [os.environ["A3PO_NEMO_PYTHON"], "launchers/nemo_run.py", "configs/arithmetic.yaml", "--run-dir", str(folder)]
-    command += ["--a3po-python", sys.executable, *settings]
+    command = [os.environ["A3PO_NEMO_PYTHON"], "launchers/nemo_run.py", "configs/arithmetic.yaml"]
+    command += ["--run-dir", str(folder), "--a3po-python", sys.executable, *settings]
     around = os.environ | {"NEMORUN_HOME": str(tmp_path / "nemo")}
     seen = subprocess.run([*command, "--dry-run"], cwd=ROOT, env=around, capture_output=True, text=True, timeout=120)
     assert seen.returncode == 0, seen.stderr

@@ -1,0 +1,34 @@
+"""What a person is told while a run goes on, where it is no terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from a3po_megatron.telemetry.metrics import METRICS
+from a3po_megatron.telemetry.progress import ProgressLine
+
+
+def shown(*stepwise: float | None, first: int = 0) -> list[str]:
+    """The lines of a run with these shares of stepwise responses, a step each."""
+    out = io.StringIO()
+    progress = ProgressLine(len(stepwise), Console(file=out, width=200), first)
+    for step, rate in enumerate(stepwise, 1):
+        row: dict[str, float | None] = dict.fromkeys(METRICS, 0.25)
+        progress.step(first + step, row | {"task/stepwise_rate": rate})
+    progress.close()
+    return out.getvalue().splitlines()
+
+
+def test_a_run_says_once_and_in_words_when_most_responses_have_come_to_write_steps() -> None:
+    lines = shown(0.01, 0.49, 0.5, 0.4, 0.9)
+    assert [line for line in lines if "more than half" in line] == [
+        "step 3: more than half of the responses now write steps before they answer (50%; metric task/stepwise_rate)"
+    ]
+    assert "stepwise 0.490" in lines[1]
+
+
+def test_a_run_that_begins_so_or_whose_task_names_no_ways_of_answering_says_nothing_of_it() -> None:
+    assert not [line for line in shown(0.98, 1.0, 0.99) if "half" in line]
+    assert not [line for line in shown(None, None) if "half" in line or "stepwise" in line]
