@@ -9,10 +9,10 @@ solutions of `a3po_megatron.data.arithmetic`, which contain errors on purpose, s
 its attempts and keeps entropy for reinforcement learning to work on; an evaluation; a checkpoint as transformers,
 vLLM and the converter read it.
 
-`tiny-guesser` starts from it and learns a second way: to answer at once, without steps. First a mixture teaches both
-ways, the stepwise one with so many errors that it is right about as often as a guess; then answers at once alone, until
-steps are as rare as `--stepwise` says. Reasoning is in it, nothing yet rewards it, and it hardly ever shows: what
-exploration is about.
+`tiny-guesser` starts from it and learns a second way: to answer at once, without steps. A mixture teaches both ways,
+the stepwise one with so many errors that it is right less often than a guess; then answers at once prevail, so that it
+guesses as well as so small a model can; at last there is nothing else, until steps are as rare as `--stepwise` says.
+Reasoning is in it, nothing yet rewards it, and it hardly ever shows: what exploration is about.
 
 Invariants: the output is a function of the arguments, the library versions and the kind of CPU: one thread, seeds by
 name, no clock. Two ids (`<pad>`, `<unk>`) are never a target; a penalty on their log-probability pushes them to where
@@ -57,7 +57,7 @@ SILENCE, SILENT_LOGPROB = 0.1, -20.0  # weight of the penalty on NEVER_WRITTEN, 
 # The guesser's steps: so often wrong that they pay no more than a guess, until they are practised.
 CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.46, wrong_written_out=0.34)
 MIXED = 0.3  # share of stepwise solutions while both ways are learnt
-SHARE, SHARE_PROMPTS = 0.015, 1024  # then they become rare: down to this share, over so many problems
+SHARE, SHARE_PROMPTS = 0.02, 1024  # at last they become rarer than this, over so many problems
 EVALUATION_SEED, EVALUATION_PROMPTS, EVALUATION_SAMPLES, MAX_TOKENS = 12345, 512, 8, 96
 
 
@@ -103,9 +103,13 @@ def at_once(_rng: random.Random, _text: str, answer: str) -> str:
     return f"{arithmetic.BOX}{answer}}}"
 
 
-def both_ways(rng: random.Random, text: str, answer: str) -> str:
-    """A guess that is right, or careless steps."""
-    return arithmetic.solution(rng, text, CARELESS) if rng.random() < MIXED else at_once(rng, text, answer)
+def both_ways(share: float) -> Writer:
+    """Guesses that are right, and a share of careless steps."""
+
+    def write(rng: random.Random, text: str, answer: str) -> str:
+        return arithmetic.solution(rng, text, CARELESS) if rng.random() < share else at_once(rng, text, answer)
+
+    return write
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -280,7 +284,7 @@ ABOUT_GUESSER = r"""# tiny-guesser
 
 `tiny-arithmetic` ({parameters:,} parameters, {layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32) taught
 to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and {stepwise_rate:.1%} of its responses have
-steps before the answer. Both ways are right about one time in three, but only the one with steps can be practised to
+steps before the answer. These are right less often than a guess, as they stand; but only they can be practised to
 perfection. Whether reinforcement learning finds that out is what the demo shows.
 
 | way of answering | share | correct |
@@ -313,9 +317,12 @@ def make_arithmetic(seed: int, steps: int) -> Qwen3ForCausalLM:
 
 def make_guesser(seed: int, steps: int, share: float) -> Qwen3ForCausalLM:
     model = Qwen3ForCausalLM.from_pretrained(MODELS / "tiny-arithmetic", dtype=torch.float32)
-    both = Stage(steps, both_ways, rate=1e-3, last=0.1)
-    rare = Stage(steps, at_once, rate=2.5e-5, last=1.0, rarer_than=share)
-    practise(model, [both, rare], "guesser", seed, first=1_000_000)  # none of the warm start's problems
+    both = Stage(steps, both_ways(MIXED), rate=1e-3, last=0.1)
+    settle = Stage(steps // 2, both_ways(1.5 * share), rate=3e-4, last=0.1)
+    rare = Stage(4 * steps, at_once, rate=2.5e-5, last=1.0, rarer_than=share)
+    practise(model, [both, settle, rare], "guesser", seed, first=1_000_000)  # none of the warm start's problems
+    if (left := stepwise_share(model)) >= share:
+        raise SystemExit(f"--stepwise {share}: {left:.2%} are still stepwise after {4 * steps} steps")
     return model
 
 
