@@ -49,6 +49,10 @@ class Backend:
         """This rank's device."""
         return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
+    def visible(self) -> int:
+        """Devices that this process sees; 0 on a CPU."""
+        return 0 if self.device == "cpu" else torch.cuda.device_count()
+
     def used_bytes(self) -> int:
         """Memory in use now: of this process on a CPU, of the whole device on CUDA (vLLM's pools are not torch's)."""
         if self.device == "cpu":
@@ -90,6 +94,13 @@ CUDA = Backend(
     engine_args={
         "enable_sleep_mode": True,
         "async_scheduling": True,
+        # Logits, and so sampling and log-probs, in float32 like the learner's: rounded to bf16 they are off by up to
+        # 0.06 where they are larger than 16. vLLM multiplies bf16 and sums in float32 (layers/logits_processor.py).
+        "hf_overrides": {"head_dtype": "float32"},
+        # Else both are on where nvcc and ninja are found in PATH, and off elsewhere: other kernels on another node,
+        # minutes of compilation, and engines that warm up side by side have hung in it (vllm issue 45917).
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+        "enable_flashinfer_autotune": False,
         # The experts' kernels that keep their weights in the order in which they are read back and reloaded.
         "moe_backend": "triton",
         # Memory is asked for in bytes (rollout.kv_cache_bytes). vLLM still refuses to start where less than this share

@@ -391,6 +391,7 @@ class Run:
                     "refit/seconds": receipt.seconds,
                     "refit/bytes": receipt.bytes,
                     "refit/canary": receipt.canary,
+                    "refit/canary_mean": receipt.canary_mean,
                     "refit/witness": receipt.witness,
                     "perf/tokens_per_second": sampled / elapsed,
                     **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},

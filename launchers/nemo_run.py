@@ -34,6 +34,7 @@ def executor(slurm: dict[str, Any]) -> run.SlurmExecutor:
     unknown = [name for name in ("spares", "extra") if slurm[name]]
     if unknown:
         sys.exit(f"error: slurm.{unknown[0]} is not passed on to nemo-run: take it back, or use `a3po submit`")
+    memory = 0 if slurm["memory"] is None and slurm["gpus_per_node"] else slurm["memory"]  # as launch/slurm.py
     if slurm["account"] is None:
         sys.exit("error: slurm.account is not set: nemo-run names its jobs after it, and does not work without")
     return run.SlurmExecutor(
@@ -44,7 +45,7 @@ def executor(slurm: dict[str, Any]) -> run.SlurmExecutor:
         gpus_per_node=slurm["gpus_per_node"] or None,
         cpus_per_task=slurm["cpus_per_task"],
         time=slurm["time"],
-        mem=str(slurm["memory"]) if slurm["memory"] else None,
+        mem=None if memory is None else str(memory),
         container_image=slurm["container"],
         container_mounts=list(slurm["mounts"]),
         # Since 22.05 srun does not take the number of CPUs over from the job.

@@ -69,6 +69,29 @@ def test_a_tied_weight_gets_both_of_its_gradients_into_main_grad_through_megatro
     assert torch.allclose(tied.main_grad, plain.grad, rtol=1e-5, atol=1e-6)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradient_that_nobody_reads_is_one_piece_of_memory_for_all_micro_batches(tied: bool) -> None:
+    """V x H a micro-batch would be a gigabyte of a large model. Where a tied embedding's is added, it stays zeros."""
+    hidden, weight, targets = random()
+    mine = weight.clone().requires_grad_()
+    mine.main_grad, mine.grad_added_to_main_grad, mine.zero_out_wgrad = torch.zeros_like(weight), False, tied  # type: ignore[attr-defined]
+    seen: list[torch.Tensor] = []
+
+    def hook(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        seen.append(parameter.grad)
+        parameter.grad = None
+
+    mine.register_post_accumulate_grad_hook(hook)
+    for _ in range(3):
+        logprob_and_entropy(hidden, mine, targets, None)[0].sum().backward()
+    assert len({gradient.data_ptr() for gradient in seen}) == 1
+    if tied:
+        (logprob_and_entropy(hidden, mine, targets, None)[0].sum() + mine[:5].sum()).backward()
+        assert seen[-1].sum() == 5 * weight.shape[1]  # the embedding's gradient alone
+        assert not seen[0].any()
+
+
 def test_main_grad_of_another_dtype_is_refused_and_is_used_without_megatrons_hook() -> None:
     hidden, weight, targets = random()
     mine = weight.clone().requires_grad_()

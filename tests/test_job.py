@@ -117,6 +117,22 @@ def test_what_came_while_the_batch_script_set_up_is_kept_for_the_job(monkeypatch
         signals.check(Path("/runs/example"))
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["slurm.gpus_per_node=8"], "#SBATCH --mem=0\n"),
+        (["slurm.gpus_per_node=8", "slurm.memory=500G"], "#SBATCH --mem=500G\n"),
+        (["slurm.gpus_per_node=0"], ""),
+    ],
+)
+def test_a_job_on_gpus_asks_for_the_memory_of_the_whole_node_unless_told_otherwise(
+    options: list[str], line: str
+) -> None:
+    """What the optimizer keeps on the host is more than a partition gives by default: the job is killed."""
+    script = slurm.render(load_config(ROOT / "configs/arithmetic.yaml", options), Path("/runs/example"))
+    assert (line in script) if line else ("--mem" not in script)
+
+
 def planned(folder: Path, *overrides: str) -> slurm.Plan:
     options = ["slurm.gpus_per_node=0", "slurm.tasks_per_node=2", *overrides]
     return slurm.plan([load_config(ROOT / "configs/arithmetic.yaml", options)], folder, sweep=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from a3po_megatron.cluster import backend_of, select_backend
-from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, load_config
+from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, RolloutOptions, load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
 from a3po_megatron.launch import hardware as launch_hardware
@@ -135,6 +135,27 @@ def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -
     assert arguments["quantization_config"]["ignore"] == ["*.mlp.gate", "model.layers.0.*", "model.layers.3.*"]
     assert arguments["async_scheduling"] and arguments["enable_sleep_mode"]
     assert environment.of_run(config) == {"VLLM_BATCH_INVARIANT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("device", "tensor", "visible", "off"),
+    [("cuda", 2, 1, True), ("cuda", 2, 8, False), ("cuda", 1, 1, False), ("cpu", 2, 1, False)],
+)
+def test_an_engine_over_ranks_that_see_one_device_each_does_without_vllms_own_all_reduce(
+    device: str, tensor: int, visible: int, off: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM looks its neighbours up among the visible devices: KeyError '0->1'."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)  # there is none here
+    options = RolloutOptions(tensor=tensor)
+    arguments = engine_arguments(tmp_path, options, torch.bfloat16, backend_of(device), 4)
+    assert arguments.get("disable_custom_all_reduce", False) is off
+
+
+@pytest.mark.parametrize("mine", ["hf_overrides", "compilation_config", "kernel_config", "disable_custom_all_reduce"])
+def test_what_decides_the_engines_kernels_is_not_given_beside_the_record(mine: str, tmp_path: Path) -> None:
+    options = RolloutOptions(engine_args={mine: {}})
+    with pytest.raises(RequestError, match=f"rollout.engine_args.{mine}"):
+        engine_arguments(tmp_path, options, torch.bfloat16, backend_of("cuda"), 4)
 
 
 def test_every_argument_that_the_record_for_cuda_gives_vllm_is_one_of_vllms() -> None:

@@ -43,10 +43,12 @@ if [ ! -f .venv/.installed ] || [ "$(cat .venv/.installed)" != "$wanted" ]; then
     trap 'rm -rf "$built"' EXIT
     # The compiler's version and all headers come from the packages just installed, whatever CUDA the machine has.
     # FORCE_BUILD: without it the build first tries to download a wheel, which hangs where nothing answers.
+    # NO_LOCAL_VERSION: where TMPDIR lies in a git checkout, the version would get that one's commit, and TE's import
+    # wants three equal versions.
     env PATH="$PWD/.venv/bin:$PATH" CUDA_HOME="$site/nvidia/cu13" \
       CUDNN_PATH="$site/nvidia/cudnn" CUDNN_HOME="$site/nvidia/cudnn" \
       CPATH="$site/nvidia/cudnn/include:$site/nvidia/nccl/include${CPATH:+:$CPATH}" \
-      NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-$((cores < 16 ? cores : 16))}" \
+      NVTE_NO_LOCAL_VERSION=1 NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS="${MAX_JOBS:-$((cores < 16 ? cores : 16))}" \
       .venv/bin/pip --disable-pip-version-check wheel --no-deps --no-build-isolation \
       --no-binary transformer-engine-torch -w "$built" "transformer-engine-torch==$engine" ||
       fail "transformer-engine-torch $engine does not compile (see above)"

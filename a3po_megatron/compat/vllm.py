@@ -8,6 +8,7 @@
 | `map_experts` | `rollout.expert` > 1 on a CPU: segmentation fault in `cpu_fused_moe` | the CPU experts hand global expert numbers to a kernel that has the local experts only (`expert_map` is ignored) |
 | `drop_expert_kernels` | after a reload a mixture of experts still uses the experts it had, silently | the CPU backend packs experts into a kernel object once and does not make it anew |
 | `drop_requests` | after an exception between two engine steps the next call never returns | its requests stay in the scheduler |
+| | with routing replay the canary after the first rollout dies: `auxiliary output generation changed with output in flight` | with async scheduling step N + 1 is scheduled before the output of N is read; when the last response of N ends on a stop token, nothing is unfinished and N + 1 stays in the queue (v1/engine/core.py), over sleep and the reset of the prefix cache |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -115,5 +116,9 @@ def drop_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def drop_requests(engine: Any) -> None:
-    """Removes every request of a vLLM `LLMEngine`."""
+    """Removes every request of a vLLM `LLMEngine`, and waits for steps that are still under way. On all of its ranks
+    alike."""
     engine.abort_request(list(engine.output_processor.request_states), internal=True)
+    core = engine.engine_core.engine_core
+    while core.batch_queue or core.scheduler.has_requests():  # an empty step more says who has finished
+        engine.step()

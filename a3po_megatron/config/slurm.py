@@ -23,9 +23,9 @@ class SlurmOptions(Section):
     gpus_per_node: NonNegative = 8  # 0: a run on CPUs
     tasks_per_node: Positive | None = None  # ranks; None: one for every GPU
     cpus_per_task: Positive = 8
-    memory: int | str | None = (
-        None  # per node (in MB, or with a unit), as Slurm writes it; None: the partition's default
-    )
+    # Per node (in MB, or with a unit), as Slurm writes it; None: all of the node's where it asks for GPUs, else the
+    # partition's default.
+    memory: int | str | None = None
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"), BeforeValidator(_quoted)] = "04:00:00"
     lead_seconds: Positive | None = (
         None  # the signal comes so long before the end; None: as the run measured, first 300

@@ -198,7 +198,19 @@ def _weight_gradient(weight: Tensor, sums: Tensor) -> Tensor | None:
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
+    return _unread(weight, zeros=bool(getattr(weight, "zero_out_wgrad", False)))
+
+
+_UNREAD: dict[tuple[torch.Size, torch.dtype, torch.device, bool], Tensor] = {}
+
+
+def _unread(weight: Tensor, zeros: bool) -> Tensor:
+    """A gradient that nobody writes to: autograd must be given one, the sums are in main_grad. One for all
+    micro-batches: V x H of a large model is a gigabyte. Zeros where Megatron adds it to a tied embedding's."""
+    key = weight.shape, weight.dtype, weight.device, zeros
+    if key not in _UNREAD:
+        _UNREAD[key] = torch.zeros_like(weight) if zeros else torch.empty_like(weight)
+    return _UNREAD[key].detach()  # autograd copies a tensor that someone else holds, but not what shares its memory
 
 
 def _gather(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:

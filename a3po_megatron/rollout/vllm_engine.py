@@ -47,6 +47,7 @@ OWNED = {
     *("enable_sleep_mode", "weight_transfer_config", "worker_cls", "hf_overrides", "gpu_memory_utilization"),
     *("async_scheduling", "moe_backend", "quantization_config"),
     *("enable_return_routed_experts", "aux_output_config"),
+    *("compilation_config", "kernel_config", "disable_custom_all_reduce"),
 }
 QUANTISED = ("_proj.weight",)  # what ends so is a linear layer's or an expert's
 
@@ -172,7 +173,8 @@ class VllmEngine:
                 done: list[Any] = [output for output in outputs if output.finished]
                 yield [(int(output.request_id), self._completion(output)) for output in done]
         finally:
-            drop_requests(engine)
+            with torch.random.fork_rng(devices, device_type="cuda"):
+                drop_requests(engine)
 
     def _completion(self, request: Any) -> Completion:
         """Of a finished request (vLLM's RequestOutput)."""
@@ -216,6 +218,10 @@ def engine_arguments(
         "seed": 0,  # every request brings its own
         **backend.engine_args,
     }
+    if options.tensor > 1 and backend.visible() == 1:
+        # One device a task (--gpus-per-task, --gpu-bind): vLLM's own all-reduce looks its neighbours up among the
+        # visible ones, and ends with KeyError '0->1'. NCCL finds them.
+        ours["disable_custom_all_reduce"] = True
     if options.quantization is not None:
         ours["quantization"] = options.quantization
         ours["quantization_config"] = {

@@ -27,7 +27,7 @@ METRICS = (
     *("shaping/shaped_rate_negative", "shaping/inert_rate_negative", "shaping/gradient_share_negative"),
     *("mismatch/logprob_abs_mean", "mismatch/kl_k3", "mismatch/routes_rate"),
     *("learner/loss", "learner/lr"),
-    *("refit/seconds", "refit/bytes", "refit/canary", "refit/witness"),
+    *("refit/seconds", "refit/bytes", "refit/canary", "refit/canary_mean", "refit/witness"),
     *("perf/tokens_per_second", "perf/recalled_groups"),
     *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
     *("startup/seconds", *(f"startup/{stage}" for stage in STARTUP), "memory/peak_bytes"),

@@ -38,6 +38,7 @@ class Receipt:
     seconds: float  # all in all, without the canary
     timings: Timings
     canary: float | None  # largest |log-prob difference| learner − engine on the canary; None: switched off
+    canary_mean: float | None
     witness: float | None = None  # the same, learner − transformers on an export; None: not asked this time
 
 

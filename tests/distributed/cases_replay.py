@@ -279,7 +279,7 @@ def canary(ranks: Ranks) -> dict[str, Any]:
         ("says nothing", lambda tokens: None),
     ):
         try:
-            found[name] = publisher._canary(learner.logprobs, Probed(sent, told))
+            found[name], _ = publisher._canary(learner.logprobs, Probed(sent, told))
         except PublishError as error:
             found[name] = str(error)
     # What the witness is shown: the learner's own way.
