@@ -84,8 +84,8 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
     environment.filters["quote"] = shlex.quote
     array = f"0-{sweep - 1}" if sweep else f"1-{slurm.attempts}%1" if slurm.resume == "array" else ""
     number = "%A_%a" if array else "%j"
-    # The optimizer's twins lie in pinned host memory, twice while a save is written: a partition's default of a few GB a
-    # core gets such a job killed. 0: all of the node's.
+    # The optimizer's twins lie in pinned host memory, twice while a save is written: a partition's default of a few GB
+    # a core gets such a job killed. 0: all of the node's.
     memory = 0 if slurm.memory is None and slurm.gpus_per_node else slurm.memory
     allocation = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "mem": memory}
     cache = slurm.cache or str(folder / "cache")
