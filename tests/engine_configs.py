@@ -1,4 +1,4 @@
-"""In a process of its own: what vLLM makes of our arguments on a GPU, as JSON: case → fields of its configuration.
+"""In a process of its own: what vLLM makes of our arguments on a GPU, as JSON: case → fields of the result.
 
 vLLM's `create_engine_config` is real; the platform is vLLM's own for CUDA with the answers of an H200 node put in, since
 there is none here, and two C extensions are empty, which the configuration only looks for.
@@ -40,7 +40,7 @@ class H200(cuda.NonNvmlCudaPlatform):  # type: ignore[misc]
 
     @classmethod
     def has_device_capability(cls, capability: Any, device_id: int = 0) -> bool:
-        return 90 >= (capability if isinstance(capability, int) else 10 * capability[0] + capability[1])
+        return (capability if isinstance(capability, int) else 10 * capability[0] + capability[1]) <= 90
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
@@ -118,18 +118,17 @@ def fields(folder: Any, layers: int, rollout: dict[str, Any], visible: int) -> d
 
 
 def main() -> dict[str, Any]:
+    """Every case on a node where nvcc and ninja are found, so that FlashInfer counts as there, and where they are not."""
     models: dict[str, Any] = {}
     found = {}
     for name, sizes, rollout in cases():
         folder = models.setdefault(json.dumps(sizes), make_model(sizes))
         around = {"VLLM_BATCH_INVARIANT": "1"} if rollout.get("batch_invariant") else {}
         for visible in (1, 8) if rollout.get("tensor", 1) > 1 else (8,):
-            for toolkit in (False, True):  # nvcc and ninja in PATH: then FlashInfer counts as there
-                with (
-                    mock.patch.dict(os.environ, around),
-                    mock.patch.object(flashinfer, "has_flashinfer", lambda: toolkit),
-                ):
-                    case = f"{name}, {visible} visible, {'with' if toolkit else 'without'} nvcc"
+            for toolkit in ("without", "with"):
+                there = mock.Mock(return_value=toolkit == "with")
+                with mock.patch.dict(os.environ, around), mock.patch.object(flashinfer, "has_flashinfer", there):
+                    case = f"{name}, {visible} visible, {toolkit} nvcc"
                     found[case] = fields(folder, sizes["num_hidden_layers"], rollout, visible)
     return found
 
