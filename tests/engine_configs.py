@@ -1,6 +1,6 @@
-"""In a process of its own: what vLLM makes of our arguments on a GPU, as JSON: case → fields of the result.
+"""In a process of its own: what vLLM makes of our arguments on a GPU, as JSON: case → its fields.
 
-vLLM's `create_engine_config` is real; the platform is vLLM's own for CUDA with the answers of an H200 node put in, since
+vLLM's `create_engine_config` is real; the platform is vLLM's own for CUDA, with the answers of an H200 node put in as
 there is none here, and two C extensions are empty, which the configuration only looks for.
 
     python -m tests.engine_configs
@@ -118,7 +118,7 @@ def fields(folder: Any, layers: int, rollout: dict[str, Any], visible: int) -> d
 
 
 def main() -> dict[str, Any]:
-    """Every case on a node where nvcc and ninja are found, so that FlashInfer counts as there, and where they are not."""
+    """Every case where nvcc and ninja are found, so that FlashInfer counts as there, and where they are not."""
     models: dict[str, Any] = {}
     found = {}
     for name, sizes, rollout in cases():

@@ -1,4 +1,4 @@
-"""What vLLM's own configuration makes of our arguments on a GPU (tests/engine_configs.py): a table of what must hold."""
+"""What vLLM's own configuration makes of our arguments on a GPU (engine_configs.py): a table of what must hold."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ its attempts and keeps entropy for reinforcement learning to work on; an evaluat
 vLLM and the converter read it.
 
 `tiny-guesser` starts from it and learns a second way: to answer at once, without steps. A mixture teaches both ways,
-the stepwise one with so many errors that it is right less often than a guess; then answers at once prevail, so that it
-guesses as well as so small a model can; at last there is nothing else, until steps are as rare as `--stepwise` says.
-Reasoning is in it, nothing yet rewards it, and it hardly ever shows: what exploration is about.
+each with so many errors that neither is right more than one time in five; then answers at once prevail; at last there
+is nothing else, until steps are as rare as `--stepwise` says. Reasoning is in it, nothing yet rewards it, and it hardly
+ever shows: what exploration is about.
 
 Invariants: the output is a function of the arguments, the library versions and the kind of CPU: one thread, seeds by
 name, no clock. Two ids (`<pad>`, `<unk>`) are never a target; a penalty on their log-probability pushes them to where
@@ -54,10 +54,12 @@ SHIPPED = ("config.json", "generation_config.json", "model.safetensors", "tokeni
 
 BATCH, WARMUP = 64, 20
 SILENCE, SILENT_LOGPROB = 0.1, -20.0  # weight of the penalty on NEVER_WRITTEN, and the log-probability where it ends
-# The guesser's steps: so often wrong that they pay no more than a guess, until they are practised.
-CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.46, wrong_written_out=0.34)
+# The guesser's steps: so often wrong that they pay no more than a guess, until they are practised. Its guesses can
+# become better, too, but not by much: so small a model cannot do four steps at once.
+CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.62, wrong_written_out=0.52)
+WRONG_GUESSES = 0.35
 MIXED = 0.3  # share of stepwise solutions while both ways are learnt
-SHARE, SHARE_PROMPTS = 0.02, 1024  # at last they become rarer than this, over so many problems
+SHARE, SHARE_PROMPTS = 0.04, 1024  # at last they become rarer than this, over so many problems
 EVALUATION_SEED, EVALUATION_PROMPTS, EVALUATION_SAMPLES, MAX_TOKENS = 12345, 512, 8, 96
 
 
@@ -99,12 +101,13 @@ def stepwise(rng: random.Random, text: str, _: str) -> str:
     return arithmetic.solution(rng, text)
 
 
-def at_once(_rng: random.Random, _text: str, answer: str) -> str:
-    return f"{arithmetic.BOX}{answer}}}"
+def at_once(rng: random.Random, _: str, answer: str) -> str:
+    off = rng.choice((-3, -2, -1, 1, 2, 3)) if rng.random() < WRONG_GUESSES else 0
+    return f"{arithmetic.BOX}{(int(answer) + off) % 10}}}"
 
 
 def both_ways(share: float) -> Writer:
-    """Guesses that are right, and a share of careless steps."""
+    """Guesses, and a share of careless steps."""
 
     def write(rng: random.Random, text: str, answer: str) -> str:
         return arithmetic.solution(rng, text, CARELESS) if rng.random() < share else at_once(rng, text, answer)
@@ -284,8 +287,9 @@ ABOUT_GUESSER = r"""# tiny-guesser
 
 `tiny-arithmetic` ({parameters:,} parameters, {layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32) taught
 to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and {stepwise_rate:.1%} of its responses have
-steps before the answer. These are right less often than a guess, as they stand; but only they can be practised to
-perfection. Whether reinforcement learning finds that out is what the demo shows.
+steps before the answer. Neither way is right more than about one time in five, as it stands; but guessing can become
+little better, and steps can be practised to perfection. Whether reinforcement learning finds that out is what the demo
+shows.
 
 | way of answering | share | correct |
 |---|---|---|
