@@ -59,8 +59,8 @@ class Rollout:
     weight_version: int
     verdict: Verdict = field(default_factory=lambda: Verdict("invalid", "not graded"))
     reward: float = 0.0
-    # [T, L, k] uint8, the experts that the engine chose for each token that it read (prompt and response without the
-    # last) in each of L layers; None: not asked for (rollout.routing_replay)
+    # [T, L, k] uint8 or uint16, the experts that the engine chose for each token that it read (prompt and response
+    # without the last) in each of L layers; None: not asked for (rollout.routing_replay)
     routes: np.ndarray | None = None
 
     @property

@@ -97,7 +97,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
 
 def fields(folder: Any, layers: int, rollout: dict[str, Any], visible: int) -> dict[str, Any]:
     options = RolloutOptions(max_prompt_tokens=128, max_tokens=64, **rollout)
-    with mock.patch.object(torch.cuda, "device_count", lambda: visible):
+    with mock.patch.object(torch.cuda, "device_count", return_value=visible):
         arguments = engine_arguments(folder, options, torch.bfloat16, CUDA, layers)
         config = EngineArgs(**arguments).create_engine_config()
     return {

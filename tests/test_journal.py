@@ -31,8 +31,9 @@ def group(number: int, step: int = 3) -> Group:
         logprobs = np.log(rng.random(length)).astype(np.float32)
         rollout = Rollout(PROMPTS[number], sample, 7 * sample, step, tokens, logprobs, "stop", decode(tokens), 4)
         rollout.verdict, rollout.reward = Verdict("wrong", "no ✓ answer"), 0.1 * sample
-        if number % 2:  # with routing replay
-            rollout.routes = rng.integers(0, 256, (len(PROMPTS[number].tokens) + length - 1, 3, 2), np.uint8)
+        if number % 2:  # with routing replay; of more than 256 experts in two bytes
+            most, kind = (256, np.uint8) if number < 4 else (512, np.uint16)
+            rollout.routes = rng.integers(0, most, (len(PROMPTS[number].tokens) + length - 1, 3, 2), kind)
         rollouts.append(rollout)
     return Group(PROMPTS[number], rollouts)
 

@@ -180,6 +180,20 @@ def test_routes_of_the_right_shape_are_taken_as_they_are() -> None:
     assert np.array_equal(checked_routes(highest, 4, family(256)), highest)
 
 
+def test_routes_of_more_than_256_experts_have_two_bytes_and_reach_the_routers_as_they_are() -> None:
+    """vLLM gives them as uint16, for which torch has few operations."""
+    from a3po_megatron.learner.micro_batch import micro_batch  # Megatron is imported after its patches
+
+    wide = said().astype(np.uint16)
+    wide[1, 2] = [511, 300]
+    assert np.array_equal(checked_routes(wide, 4, family(512)), wide)
+    with pytest.raises(RunFailed, match="uint8, not .* uint16"):
+        checked_routes(said(), 4, family(512))
+    packed = micro_batch([((3, 4), (5, 6, 7))], [0], routed=[(0, wide)])
+    assert packed.routes is not None
+    assert packed.routes[:4].tolist() == wide.tolist()
+
+
 def _altered(token: int, layer: int, experts: list[int]) -> np.ndarray:
     routes = said()
     routes[token, layer] = experts

@@ -103,7 +103,9 @@ def write_group(file: _Sink, group: Group, of: str = "") -> str:
     tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     routes = [r.routes for r in group.rollouts if r.routes is not None]
     header["routes"] = [list(part.shape) for part in routes]  # of every rollout, or of none
-    return write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *routes)
+    kind = header["routes_dtype"] = routes[0].dtype.newbyteorder("<").str if routes else "|u1"
+    chosen = (part.astype(kind) for part in routes)
+    return write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *chosen)
 
 
 def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
@@ -137,8 +139,9 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
         )
     offset = 12 * total
     for rollout, shape in zip(rollouts, frame.header.get("routes", []), strict=False):
-        rollout.routes = np.frombuffer(data, np.uint8, math.prod(shape), offset).reshape(shape).copy()
-        offset += rollout.routes.size
+        kind = frame.header.get("routes_dtype", "|u1")
+        rollout.routes = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape).copy()
+        offset += rollout.routes.nbytes
     if verdicts is not None:
         for rollout, given in zip(rollouts, verdicts.header["verdicts"], strict=True):
             rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]

@@ -34,7 +34,7 @@ class MicroBatch:
     predicting: Tensor  # [R] int64, where in T the output predicts a response token
     targets: Tensor  # [R] int64, those response tokens, rollout after rollout
     index: Tensor  # [R] int64, where they lie among the batch's response tokens; stays on the host, as the batch does
-    routes: Tensor | None = None  # [T, L, k] uint8, the experts of the tokens on this rank in each of L layers
+    routes: Tensor | None = None  # [T, L, k] uint8 or int32, the experts of the tokens on this rank in each of L layers
     rollout: Tensor | None = None  # [T] int64, with routes: the rollout of each token among the batch's; -1: padding
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -96,10 +96,12 @@ def micro_batch(
     routes = rollout = None
     if routed:
         _, layers, experts = routed[0][1].shape
-        routes = torch.arange(experts, dtype=torch.uint8).repeat(len(tokens), layers, 1)
+        # Of more than 256 experts they come as uint16, for which torch has few operations.
+        kind = torch.uint8 if routed[0][1].dtype == np.uint8 else torch.int32
+        routes = torch.arange(experts, dtype=kind).repeat(len(tokens), layers, 1)
         rollout = torch.full((len(tokens),), -1)
         for (number, given), begin in zip(routed, ends[:-1], strict=True):
-            routes[begin : begin + len(given)] = torch.from_numpy(given)
+            routes[begin : begin + len(given)] = torch.from_numpy(given).to(kind)
             rollout[begin : begin + len(given)] = number
         routes, rollout = routes[here], rollout[here]
     return MicroBatch(

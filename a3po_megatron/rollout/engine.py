@@ -35,7 +35,7 @@ class Completion:
     tokens: np.ndarray  # [n] int64, with the stop token if there is one
     logprobs: np.ndarray  # [n] float32, of the distribution that was sampled from
     finish: Finish
-    routes: np.ndarray | None = None  # [T, L, k] uint8 (batch.Rollout); None: not asked for
+    routes: np.ndarray | None = None  # [T, L, k] (batch.Rollout); None: not asked for
 
 
 def local_experts(rank: int, tensor: int, expert: int, count: int) -> tuple[int, int]:

@@ -240,14 +240,16 @@ def engine_arguments(
 
 
 def checked_routes(routes: Any, tokens: int, family: Family) -> np.ndarray:
-    """What vLLM says of one response's experts [T, L, k] uint8; RunFailed if that cannot be what it chose."""
+    """What vLLM says of one response's experts [T, L, k], uint8, of more than 256 experts uint16 (vLLM's
+    routed_experts_capturer.py); RunFailed if that cannot be what it chose."""
     assert family.experts is not None
     option, wanted = "rollout.routing_replay", (tokens, family.layers, family.experts.per_token)
     if not isinstance(routes, np.ndarray):
         raise RunFailed(f"{option}: vLLM returned no experts for a response: {routes!r}")
-    if routes.shape != wanted or routes.dtype != np.uint8:
+    kind = np.dtype(np.uint8 if family.experts.count <= 256 else np.uint16)
+    if routes.shape != wanted or routes.dtype != kind:
         raise RunFailed(
-            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} uint8 (tokens but "
+            f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} {kind} (tokens but "
             "the last, layers, experts per token)"
         )
     ordered = np.sort(routes, axis=2)
