@@ -455,10 +455,33 @@ def megatron_reads(ranks: Ranks) -> list[str]:
     return wrong
 
 
-def test_megatrons_own_loader_fills_its_models_from_the_checkpoint_at_any_layout(tmp_path: Path) -> None:
+def a_router_with_a_bias(ranks: Ranks) -> str:
+    """What is said of a model whose routers have a bias, which Megatron keeps in a buffer."""
+    from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
+    from a3po_megatron.errors import RequestError
+    from a3po_megatron.model.build import build_model, transformer_config
+
+    options, hf = ParallelOptions(data=2), ranks.folder / "qwen3_moe"
+    family = read_family(hf)
+    ranks.arrange(data=2)
+    settings = transformer_config(family, options, ModelOptions(path=str(hf)), MegatronOptions())
+    settings.moe_router_enable_expert_bias, settings.moe_router_score_function = True, "sigmoid"
+    try:
+        build_model(family, layout_module.layout_of(options), settings)
+    except RequestError as error:
+        return str(error)
+    return "built"
+
+
+def test_megatrons_own_loader_fills_its_models_from_the_checkpoint_at_any_layout_and_refuses_what_it_would_lose(
+    tmp_path: Path,
+) -> None:
     for kind in {kind for kind, _ in MEGATRON_READS}:
         converted("import", make_checkpoint(tmp_path / kind, kind), tmp_path / f"{kind}-megatron")
-    assert run_ranks(2, megatron_reads, folder=tmp_path, timeout=120) == {"megatron_reads": [[], []]}
+    found = run_ranks(2, megatron_reads, a_router_with_a_bias, folder=tmp_path, timeout=120)
+    assert found["megatron_reads"] == [[], []]
+    for said in found["a_router_with_a_bias"]:
+        assert "the buffer decoder.layers.0.mlp.router.expert_bias (" in said
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -152,8 +152,21 @@ def build_model(family: Family, layout: Layout, config: TransformerConfig, backe
             )
         # Megatron takes an integer base and hard-codes the scaled variant; the frequencies themselves are the truth.
         model.rotary_pos_emb.inv_freq = rope_frequencies(family).to(backend.local())
+        refuse_buffers(model)
         chunks.append((model.bfloat16() if config.bf16 else model).to(backend.local()))
     return chunks
+
+
+def refuse_buffers(model: torch.nn.Module) -> None:
+    """Raises RequestError for state that is no parameter, such as a router's bias: neither load nor publish, export or
+    receipt would see it, and the engine would go on without it."""
+    for place, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                raise RequestError(
+                    f"the model has the buffer {place}.{name} {tuple(buffer.shape)}, which no map of tensors names: it "
+                    "would be lost on its way to the engine; models with it are not supported"
+                )
 
 
 def rope_frequencies(family: Family) -> torch.Tensor:
