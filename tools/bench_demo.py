@@ -4,8 +4,8 @@
     python tools/bench_demo.py runs/bench --jobs 1     one at a time: the only way in which seconds mean anything
 
 Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–7, on which it was not.
-Then one share of stepwise responses less and one more, each with its own guesser (tools/make_tiny_model.py): where
-neither way of training, and where both of them leave guessing.
+Then a smaller share of stepwise responses and a larger one, each with a guesser of its own (tools/make_tiny_model.py);
+and the share 1, the model that always reasons: the second example, configs/arithmetic.yaml.
 
 In the figure a thin line is a seed (moving mean), a thick one the mean of the seeds.
 """
@@ -32,10 +32,15 @@ from a3po_megatron.report.read import Run, read_run
 ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE, FIGURE = ROOT / "docs/evidence/demo.json", ROOT / "docs/demo.png"
 RUN_SECONDS = 1800
-ARMS = {"A3PO": "configs/demo.yaml", "DAPO": "configs/demo-dapo.yaml"}
+ARMS = {"A3PO": "", "DAPO": "-dapo"}  # what the names of their recipes end in
 SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0, 1)
-SHIPPED, OTHER_SHARES = 0.04, (0.01, 0.12)
-TABLES = ((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS), *((share, SHARE_SEEDS) for share in OTHER_SHARES))  # the README's
+SHIPPED, OTHER_SHARES, ALL = 0.04, (0.01, 0.12), 1.0
+# The README's.
+TABLES = (
+    *((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS)),
+    *((share, SHARE_SEEDS) for share in OTHER_SHARES),
+    (ALL, SEEDS),
+)
 EVERY = 40  # steps between the values that the JSON and the tables hold
 CORRECT, STEPWISE = 0.85, 0.9  # at least so much of A3PO at the last step …
 MARGIN = 0.15  # … and the mean of DAPO at least so much below it
@@ -47,7 +52,7 @@ WINDOW = 5  # steps of a moving mean
 
 @dataclass(frozen=True)
 class Case:
-    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py
+    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py; ALL: the second example
     arm: str
     seed: int
 
@@ -57,14 +62,12 @@ class Case:
 
 
 def cases() -> list[Case]:
-    shipped = [Case(SHIPPED, arm, seed) for seed in (*SEEDS, *FURTHER_SEEDS) for arm in ARMS]
-    return shipped + [Case(share, arm, seed) for share in OTHER_SHARES for seed in SHARE_SEEDS for arm in ARMS]
+    seeds = {SHIPPED: (*SEEDS, *FURTHER_SEEDS), **dict.fromkeys(OTHER_SHARES, SHARE_SEEDS), ALL: SEEDS}
+    return [Case(share, arm, seed) for share, of_share in seeds.items() for seed in of_share for arm in ARMS]
 
 
 def guesser(folder: Path, share: float) -> Path:
     """The model that starts with this share of stepwise responses; made where it is not there yet."""
-    if share == SHIPPED:
-        return ROOT / "configs/models/tiny-guesser"
     model = folder.resolve() / f"guesser-{share:g}"
     if not (model / "README.md").exists():  # the last file that it writes
         command = [
@@ -72,23 +75,26 @@ def guesser(folder: Path, share: float) -> Path:
             "tools/make_tiny_model.py",
             "--guesser",
             "--stepwise",
-            str(share),
+            f"{share}",
             "--out",
-            str(model),
+            f"{model}",
         ]
         subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=subprocess.DEVNULL)
     return model
 
 
 def trained(folder: Path, case: Case) -> Run:
+    """The run of a case, which is trained, gone on with, or found done and configured so."""
     place = folder.resolve() / case.name
-    if not (place / "report.html").exists():  # the last thing that a run does
-        model = guesser(folder, case.share)
-        settings = [f"trainer.seed={case.seed}", f"model.path={model}"]
-        command = [sys.executable, "-m", "a3po_megatron", "train", ARMS[case.arm], "--run-dir", str(place)]
-        command += [word for setting in settings for word in ("--set", setting)]
-        with (folder / f"{case.name}.log").open("w") as log:
-            subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=log)
+    settings = [f"trainer.seed={case.seed}"]
+    if case.share in OTHER_SHARES:
+        settings.append(f"model.path={guesser(folder, case.share)}")
+    recipe = f"configs/{'arithmetic' if case.share == ALL else 'demo'}{ARMS[case.arm]}.yaml"
+    command = [sys.executable, "-m", "a3po_megatron", "train", recipe, "--run-dir", str(place)]
+    command += [word for setting in settings for word in ("--set", setting)]
+    ended = subprocess.run(command, cwd=ROOT, timeout=RUN_SECONDS, capture_output=True, text=True)
+    if ended.returncode and "has done its" not in ended.stderr:
+        raise SystemExit(f"{case.name}: {ended.stderr.strip()}")
     run = read_run(place)
     print(f"{case.name}: correct {run.values('reward/correct_rate')[-1]:.3f}", flush=True)
     return run
@@ -118,13 +124,15 @@ def table(rows: list[dict[str, Any]], share: float, seeds: Iterable[int]) -> str
     chosen = [row for row in rows if row["share"] == share and row["seed"] in set(seeds)]
     at = chosen[0]["steps"]
     shown = [i for i, step in enumerate(at) if step % (2 * EVERY) == 0 or step == at[-1]]
-    heads = [f"correct, step {at[i]}" for i in shown] + ["stepwise at the end", "most are stepwise from step"]
+    heads = [f"correct, step {at[i]}" for i in shown]
+    heads += ["stepwise at the end", "most are stepwise from step", "entropy at the end"]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for arm in ARMS:
         of = [row for row in chosen if row["arm"] == arm]
         cells = [" / ".join(f"{row['correct_rate'][i]:.2f}" for row in of) for i in shown]
         cells.append(" / ".join(f"{row['stepwise_rate'][-1]:.2f}" for row in of))
         cells.append(" / ".join("never" if (step := row["half_stepwise_at"]) is None else str(step) for row in of))
+        cells.append(" / ".join(f"{row['entropy'][-1]:.2f}" for row in of))
         lines.append(f"| {arm}, seeds {' / '.join(str(row['seed']) for row in of)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
