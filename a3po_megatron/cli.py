@@ -54,8 +54,8 @@ def train(
     settings = load_config(config, set_ or [])
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(settings)
-    check_request(settings, backend)
     settings = settings.on(backend.device)
+    check_request(settings, backend)
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()

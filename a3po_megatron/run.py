@@ -224,7 +224,9 @@ class Run:
         start, every = self._startup is None and options.witness_at_start, options.witness_every
         if options.canary_prompts and (start or (every and receipt.version % every == 0)):
             scratch = self.folder / "witness"
-            witness = self.publisher.witness(learner.parameters(), DTYPES[model.dtype], Path(model.path), scratch)
+            witness = self.publisher.witness(
+                learner.parameters(), DTYPES[model.known_dtype()], Path(model.path), scratch
+            )
             receipt = dataclasses.replace(receipt, witness=witness)
             if self.cluster.rank == 0:
                 self._progress.say(f"publish {receipt.version}: learner and transformers agree to {witness:.1e}")
@@ -241,7 +243,7 @@ class Run:
                 self._save(self._boundary, learner)
             if options.export_hf_every and (last or done % options.export_hf_every == 0):
                 target = self.folder / "hf" / f"step-{done:06d}"
-                self.publisher.export(learner.parameters(), DTYPES[model.dtype], Path(model.path), target)
+                self.publisher.export(learner.parameters(), DTYPES[model.known_dtype()], Path(model.path), target)
             if last:
                 self._complete_save(wait=True)
         self._saving = time.perf_counter() - start
@@ -351,7 +353,7 @@ class Run:
         yield from (path for path in [self.folder / "metrics.jsonl"] if self.cluster.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
-        copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.dtype)
+        copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.known_dtype())
         beside = [folder / name for name in INDEXES] + sorted((folder / HF).iterdir())
         files += [dataclasses.replace(digest_of(path), name=str(path.relative_to(folder))) for path in beside]
         Manifest(

@@ -47,7 +47,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
-    dtype = DTYPES[config.model.dtype]
+    dtype = DTYPES[config.model.known_dtype()]
     with phase("engine"):
         engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
     checkpoint = resumed_from(folder, cluster)

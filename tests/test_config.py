@@ -380,6 +380,21 @@ def test_no_rule_refuses_a_shipped_recipe_or_its_resolved_form(path: Path, tmp_p
     assert load_resolved(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "found"),
+    [
+        ("cpu", None, "float32"),
+        ("cuda", None, "bfloat16"),
+        ("cpu", "bfloat16", "bfloat16"),
+        ("cuda", "float32", "float32"),
+    ],
+)
+def test_the_dtype_is_the_devices_unless_it_was_given(device: Any, asked: str | None, found: str, folder: Path) -> None:
+    config = read(folder, {} if asked is None else {"model.dtype": asked})
+    assert config.model.dtype == asked
+    assert config.on(device).model.dtype == found
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0].stem)
 def test_the_two_recipes_of_an_example_differ_in_shaping_alone(pair: list[Path]) -> None:
     shaped, plain = (load_config(path).model_dump() for path in pair)

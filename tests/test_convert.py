@@ -439,7 +439,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
         options, hf = ParallelOptions(**parallel), ranks.folder / kind
         cluster, family = ranks.arrange(**parallel), read_family(hf)
         layout = layout_module.layout_of(options)
-        settings = transformer_config(family, options, ModelOptions(path=str(hf)), MegatronOptions())
+        settings = transformer_config(family, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
         (model,) = build_model(family, layout, settings)
         place = layout.place(cluster.coordinates.pipeline, cluster.within)
         with torch.no_grad():
@@ -464,7 +464,7 @@ def a_router_with_a_bias(ranks: Ranks) -> str:
     options, hf = ParallelOptions(data=2), ranks.folder / "qwen3_moe"
     family = read_family(hf)
     ranks.arrange(data=2)
-    settings = transformer_config(family, options, ModelOptions(path=str(hf)), MegatronOptions())
+    settings = transformer_config(family, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
     settings.moe_router_enable_expert_bias, settings.moe_router_score_function = True, "sigmoid"
     try:
         build_model(family, layout_module.layout_of(options), settings)

@@ -216,7 +216,8 @@ def test_a_run_of_before_an_option_existed_goes_on_where_the_option_is_as_it_is_
 
 def test_a_run_does_not_go_on_on_another_device_nor_a_tensorwise_one_in_other_packs() -> None:
     on_cpu = Config.model_validate(BASE).on("cpu").model_dump(mode="json")
-    (found,) = unlike(on_cpu, Config.model_validate(BASE).on("cuda"))
+    found, dtype = unlike(on_cpu, Config.model_validate(BASE).on("cuda"))
+    assert dtype == "model.dtype was 'float32', is 'bfloat16'"  # which follows from it
     assert found == "cluster.device was 'cpu', is 'cuda', and the names in a checkpoint follow from it"
     for precision, refused in (("fp8-tensorwise", 1), ("fp8-blockwise", 0)):
         learner = {"learner": {"precision": precision}}

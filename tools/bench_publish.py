@@ -50,7 +50,7 @@ def measure(folder: Path, publishes: int) -> None:
     cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)
     path = Path(config.model.path)
     family = read_family(path)
-    engine = VllmEngine(path, family, family.eos, config.rollout, DTYPES[config.model.dtype], cluster.backend)
+    engine = VllmEngine(path, family, family.eos, config.rollout, DTYPES[config.model.known_dtype()], cluster.backend)
     learner = Learner(cluster, family, config)
     count, rollout = family.experts.count if family.experts else 0, config.rollout
     canary = [tuple(range(2 + n, 12 + n)) for n in range(config.publish.canary_prompts)]

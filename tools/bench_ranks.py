@@ -64,7 +64,7 @@ def run_bench(
         base = folder / "bench.yaml"
         tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
         base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\n{more}")
-        config = load_config(base, [*tensor, *options.overrides])
+        config = load_config(base, [*tensor, *options.overrides]).on("cpu")
         save_resolved(config, folder / "config.yaml")
         ranks = config.parallel.ranks()
         start_ranks(script, folder, ranks, *words)

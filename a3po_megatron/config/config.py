@@ -49,7 +49,9 @@ class Config(Section):
         replay = self.checkpoint.replay or ("exact" if device == "cpu" or self.rollout.batch_invariant else "all")
         checkpoint = self.checkpoint.model_copy(update={"replay": replay})
         cluster = self.cluster.model_copy(update={"device": device})
-        return self.model_copy(update={"cluster": cluster, "checkpoint": checkpoint})
+        dtype = self.model.dtype or ("float32" if device == "cpu" else "bfloat16")
+        model = self.model.model_copy(update={"dtype": dtype})
+        return self.model_copy(update={"cluster": cluster, "checkpoint": checkpoint, "model": model})
 
 
 class NoEffect(NamedTuple):
@@ -128,6 +130,8 @@ def unlike(before: dict[str, Any], config: Config) -> list[str]:
     devices = {then.get("cluster.device"), now["cluster.device"]}
     if None in devices:
         kept -= {"cluster.device"}
+    if None in (then.get("model.dtype"), now["model.dtype"]):
+        kept -= {"model.dtype"}
     experts = {then.get("parallel.expert"), now["parallel.expert"]}
     reasons = {
         "trainer.steps": ", and the learning rate's schedule ends with it"

@@ -11,7 +11,13 @@ from .section import PassedThrough, Section
 
 class ModelOptions(Section):
     path: str  # folder of an HF checkpoint; relative paths: beside the config file, else in the current directory
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the learner's parameters and activations
+    # Of the learner's parameters and activations; None: bfloat16 on GPUs, float32 on a CPU.
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+    def known_dtype(self) -> Literal["float32", "bfloat16"]:
+        """A run's, which is filled in when it starts."""
+        assert self.dtype is not None, "Config.on fills it in"
+        return self.dtype
 
 
 class MegatronOptions(Section):

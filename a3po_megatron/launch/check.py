@@ -237,4 +237,6 @@ def _check_extra(config: Config, family: Family, backend: Backend) -> None:
         from ..rollout.vllm_engine import engine_arguments
 
         transformer_config(family, config.parallel, config.model, config.megatron, config.learner, backend)
-        engine_arguments(Path(config.model.path), config.rollout, DTYPES[config.model.dtype], backend, family.layers)
+        engine_arguments(
+            Path(config.model.path), config.rollout, DTYPES[config.model.known_dtype()], backend, family.layers
+        )

@@ -57,7 +57,7 @@ def transformer_config(
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
     layout = layout_of(parallel)
     check_layout(family, layout)
-    dtype = DTYPES[options.dtype]
+    dtype = DTYPES[options.known_dtype()]
     ours: dict[str, Any] = {
         "num_layers": family.layers,
         "hidden_size": family.hidden,

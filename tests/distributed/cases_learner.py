@@ -35,7 +35,7 @@ def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) ->
             "learner": {"micro_batch_tokens": changes.get("learner", {}).get("micro_batch_tokens", 64)},
             "trainer": {"steps": 10, "mini_batches": 1},
         }
-    )
+    ).on("cpu")
 
 
 def literal_old(batch: Batch) -> torch.Tensor:

@@ -107,7 +107,7 @@ def config_of(
     values = settings(folder, tensor, data, optimizer=optimizer, parallel=parallel, learner=small).model_dump()
     values["rollout"]["routing_replay"] = replay
     values["megatron"]["extra"] = extra
-    return Config.model_validate(values)
+    return Config.model_validate(values).on("cpu")
 
 
 def loaded(learner: Learner) -> bool:
@@ -346,7 +346,7 @@ def the_loop(ranks: Ranks) -> dict[str, Any]:
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
     config = load_config(
         DEMO, [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
-    )
+    ).on("cpu")
     os.makedirs(folder / "rollouts", exist_ok=True)
     loop.VllmEngine = Watched  # type: ignore[misc]
     try:

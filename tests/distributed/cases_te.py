@@ -64,7 +64,7 @@ def fp8_config(folder: Path, tensor: int, precision: str, **learner: Any) -> Con
     config = settings(folder, tensor, 1, model={"dtype": "bfloat16"}, parallel={"sequence": tensor > 1})
     values = config.model_dump(mode="json")
     values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, **learner}
-    return Config.model_validate(values)
+    return Config.model_validate(values).on("cpu")
 
 
 def in_fp8(ranks: Ranks) -> dict[str, Any]:
