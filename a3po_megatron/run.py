@@ -57,7 +57,7 @@ from .model.precision import is_fp8
 from .rollout.collect import Collector
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase
-from .telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter
+from .telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
 from .telemetry.progress import ProgressLine, open_console
 from .telemetry.rollouts import save_rejected, save_rollouts
 from .weights.load import all_finite
@@ -155,6 +155,7 @@ class Run:
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
             self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
+            self._progress.recall(read_metric(folder, "task/stepwise_rate"))
         self._boundary = self._state(first_step)
         share = sum(p.numel() for p in learner.parameters().values()) * BYTES_PER_PARAMETER
         self.interrupt.observe({"save": share / ASSUMED_BYTES_PER_SECOND})  # until one was measured

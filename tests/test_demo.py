@@ -73,7 +73,7 @@ def test_a3po_finds_reasoning_with_three_of_three_seeds_and_dapo_stays_far_below
         for seed in (0, 1, 2):
             folder = tmp_path / f"{config}-{seed}"
             said = train(folder, config, f"trainer.seed={seed}")
-            assert values(folder, "task/stepwise_rate")[0] < 0.05
+            assert values(folder, "task/stepwise_rate")[0] < 0.08  # 0.04, standard error 0.01
             last.append(values(folder, "reward/correct_rate")[-1])
             if config == "demo":
                 assert last[-1] >= 0.85, seed

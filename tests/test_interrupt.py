@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,30 +28,43 @@ def now(monkeypatch: pytest.MonkeyPatch) -> Now:
     return Now()
 
 
-def test_a_signal_is_remembered_and_may_come_any_number_of_times(now: Now) -> None:
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def test_the_first_signal_is_remembered_however_many_come(now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    interrupt = Interrupt(now)
+    interrupt, caught, deadline = Interrupt(now), list[int](), time.monotonic() + 60
+    remember = interrupt._caught
+    monkeypatch.setattr(interrupt, "_caught", lambda number, frame: (remember(number, frame), caught.append(number)))
     try:
         interrupt.install()
         assert interrupt.due("score") is None
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        sent = [signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        for number in sent:
+            before = len(caught)
             os.kill(os.getpid(), number)
-            until(lambda: interrupt.signal is not None)
+            while len(caught) == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert caught == sent
         assert interrupt.due("score") == "SIGUSR1"
         assert interrupt.due("score") == "SIGUSR1"
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def until(true: Callable[[], bool]) -> None:
-    """Waits: another thread takes the signal, this one runs the handler soon after."""
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def test_a_signal_is_heard_while_the_main_thread_waits_in_a_call() -> None:
+    """So that the time until KILL is counted from TERM, not from when the wait is over."""
+    code = (
+        "import os, signal, threading, time\n"
+        "from a3po_megatron.checkpoint.interrupt import INTERRUPT\n"
+        "INTERRUPT.install()\n"
+        "start = time.monotonic()\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "time.sleep(2.0)\n"
+        "print(INTERRUPT._killed - 30 - start)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert 0.1 < float(done.stdout) < 1.5
 
 
 RANK_AND_HELPERS = """

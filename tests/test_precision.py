@@ -29,7 +29,7 @@ from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple
 from tests.tiny import make_checkpoint
 
-DEMO = Path(__file__).resolve().parents[1] / "configs/arithmetic.yaml"
+EXAMPLE = Path(__file__).resolve().parents[1] / "configs/arithmetic.yaml"
 BF16 = ModelOptions(path="x", dtype="bfloat16")
 H200 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 11, 0))
 
@@ -118,7 +118,7 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
 )
 def test_what_a_device_cannot_do_is_refused_by_name(tmp_path: Any, device: str, options: list[str], words: str) -> None:
     family = family_of(tmp_path, head_dim=64)
-    config = load_config(DEMO, ["model.dtype=bfloat16", *options])
+    config = load_config(EXAMPLE, ["model.dtype=bfloat16", *options])
     with pytest.raises(RequestError) as caught:
         _check_device(config, family, backend_of(device))
     assert words in str(caught.value)
@@ -128,7 +128,7 @@ def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -
     family = family_of(tmp_path, head_dim=64)
     asked = ["rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
     asked += ["learner.precision=fp8-blockwise", "rollout.batch_invariant=true"]
-    config = load_config(DEMO, ["model.dtype=bfloat16", *asked])
+    config = load_config(EXAMPLE, ["model.dtype=bfloat16", *asked])
     _check_device(config, family, backend_of("cuda"))
     arguments = engine_arguments(tmp_path, config.rollout, torch.bfloat16, backend_of("cuda"), 4)
     assert arguments["quantization"] == "fp8_per_block"

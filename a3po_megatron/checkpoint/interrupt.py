@@ -47,14 +47,18 @@ class Interrupt:
         there are others.
 
         srun and terminals signal every process of a job, also helpers that libraries start: vLLM inspects a model's
-        class in one. A handler does not survive exec, a blocked mask does. So every thread blocks the signals, by
-        inheritance, but one that has nothing else to do; the main thread runs the handler as soon as it runs Python.
+        class in one. A handler does not survive exec, a blocked mask does. So all threads block the signals, by
+        inheritance, and one has nothing else to do than to wait for them. The price: a child of this process does not
+        end on TERM, and who wants to end one must send KILL.
         """
-        for number in SIGNALS:
-            signal.signal(number, self._caught)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this process may block them, too
-        threading.Thread(target=threading.Event().wait, name="signals", daemon=True).start()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in SIGNALS:  # should a library unblock them in the main thread; and over an inherited SIG_IGN
+            signal.signal(number, self._caught)
+        threading.Thread(target=self._wait, name="signals", daemon=True).start()
+
+    def _wait(self) -> None:
+        while True:
+            self._caught(signal.sigwait(SIGNALS), None)
 
     def _caught(self, number: int, _: object) -> None:
         self.signal = self.signal or signal.Signals(number).name

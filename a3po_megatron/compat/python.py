@@ -1,4 +1,4 @@
-"""CPython 3.11 to 3.13: what its standard library does to a process.
+"""CPython 3.11 and 3.12: what its standard library does to a process.
 
 | what | symptom without it | cause |
 |---|---|---|
@@ -20,12 +20,12 @@ def keep_mask() -> None:
         return
 
     @functools.wraps(ensure_running)
-    def kept(self: Any) -> Any:
+    def with_mask(self: Any) -> Any:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             return ensure_running(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    resource_tracker.ResourceTracker.ensure_running = kept  # type: ignore[method-assign]
+    resource_tracker.ResourceTracker.ensure_running = with_mask  # type: ignore[method-assign]
     resource_tracker.ensure_running = resource_tracker._resource_tracker.ensure_running

@@ -9,8 +9,8 @@ is one step per operator, each followed by a comma, then the boxed answer. A ste
 solution goes on. Written-out and checked steps are wrong less often, so there is something to discover for
 reinforcement learning: a policy warm-started on these solutions knows careful and careless ways of working.
 
-A problem can also be answered at once (`\boxed{3}`), which a small model gets right about one time in three and cannot
-learn to do much better. So there are two ways of answering, and a run records their shares (`way_of`).
+A problem can also be answered at once (`\boxed{3}`), which so small a model cannot learn to do right much more often
+than one time in three. So there are two ways of answering, and a run records their shares (`way_of`).
 
 Invariants: problem `index` of `seed` is a function of the two alone (a hash, no stream), so that no order of reading,
 rank count or restart changes it. Nothing here imports torch.

@@ -268,9 +268,9 @@ def _opening(runs: list[Record]) -> Record | None:
     ]
     if not places:
         return None
-    begin = sorted({step for _, step, _, _ in places})[: max(1, len(runs[0]["steps"]) // 20)]
+    first, last = min(step for _, step, _, _ in places), max(step for run in runs for step in run["steps"])
     shares = Counter({way: 0 for way in sorted({sample["way"] for *_, sample in places})})
-    shares.update(sample["way"] for _, step, _, sample in places if step in begin)
+    shares.update(sample["way"] for _, step, _, sample in places if step <= first + (last - first) / 20)
     rarer = min(shares, key=shares.__getitem__)
 
     def merit(place: tuple[int, int, str, Record]) -> tuple[bool, bool]:

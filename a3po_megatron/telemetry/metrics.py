@@ -35,6 +35,13 @@ METRICS = (
 )  # fmt: skip
 
 
+def read_metric(folder: Path, name: str) -> list[float | None]:
+    """A metric in each row that stands there; a run that an older version began may lack it."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line).get(name) for line in lines]
+
+
 class MetricsWriter:
     def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0) -> None:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")

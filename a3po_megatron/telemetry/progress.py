@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -59,6 +60,11 @@ class ProgressLine:
             self._bar.start()
             CLOCK.listener = self._show_phase
 
+    def recall(self, rates: Iterable[float | None]) -> None:
+        """What an earlier start has shown of `task/stepwise_rate`: it is not said again."""
+        for rate in rates:
+            self._passes_half(rate)
+
     def step(self, done: int, row: dict[str, float | None]) -> None:
         """`done` steps have ended; `row` is the last one's metrics."""
         shares = {"correct": row["reward/correct_rate"], "entropy": row["policy/entropy"]}
@@ -77,13 +83,17 @@ class ProgressLine:
 
     def _say_way(self, done: int, rate: float | None) -> None:
         """Says once that most responses have come to write steps; nothing of a run that began so."""
-        before, self._stepwise = self._stepwise, rate
-        if not self._said_stepwise and before is not None and rate is not None and before < 0.5 <= rate:
-            self._said_stepwise = True
+        if self._passes_half(rate):
             self.say(
                 f"step {done}: more than half of the responses now write steps before they answer ({rate:.0%}; metric "
                 "task/stepwise_rate)"
             )
+
+    def _passes_half(self, rate: float | None) -> bool:
+        before, self._stepwise = self._stepwise, rate
+        passes = not self._said_stepwise and before is not None and rate is not None and before <= 0.5 < rate
+        self._said_stepwise |= passes
+        return passes
 
     def say(self, text: str) -> None:
         """A line that stays."""

@@ -34,7 +34,7 @@ from a3po_megatron.weights import publish
 from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
 
-DEMO = ROOT / "configs/arithmetic.yaml"
+EXAMPLE = ROOT / "configs/arithmetic.yaml"
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
 STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
@@ -111,7 +111,7 @@ def parts(
     ranks: Ranks, tensor: int, data: int, *overrides: str, **backend: Any
 ) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
     """A run's parts; `backend`: where its record is to differ from the CPU's."""
-    config = load_config(DEMO, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]).on("cpu")
+    config = load_config(EXAMPLE, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]).on("cpu")
     cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
     cluster.backend = dataclasses.replace(cluster.backend, **backend)
     family = read_family(config.model.path)
@@ -268,7 +268,7 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     for tensor, data, pipeline, context in ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)):
         layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
         layout.append(f"parallel.context={context}")
-        config = load_config(DEMO, [*layout, "trainer.steps=2"]).on("cpu")
+        config = load_config(EXAMPLE, [*layout, "trainer.steps=2"]).on("cpu")
         folder = ranks.folder / f"loop-{tensor}-{data}-{pipeline}-{context}"
         os.makedirs(folder / "rollouts", exist_ok=True)
         train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
@@ -284,7 +284,7 @@ def run_with(ranks: Ranks, name: str, learner: type[Learner], grader: Any, *opti
     """The whole loop with another learner in it: what the run died of, and its folder."""
     from a3po_megatron import train as loop
 
-    config = load_config(DEMO, list(options)).on("cpu")
+    config = load_config(EXAMPLE, list(options)).on("cpu")
     folder = ranks.folder / name
     os.makedirs(folder / "rollouts", exist_ok=True)
     loop.Learner = learner  # type: ignore[misc]

@@ -183,7 +183,7 @@ def keeps_the_process(ranks: Ranks) -> list[str]:
     assert "vllm" not in sys.modules
     os.environ["NCCL_ASYNC_ERROR_HANDLING"] = "1"
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
-    config = load_config(circle.DEMO, []).on("cpu")
+    config = load_config(circle.EXAMPLE, []).on("cpu")
     cluster, family = ranks.arrange(), read_family(config.model.path)
     random.random()
     before = state()

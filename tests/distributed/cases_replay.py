@@ -27,7 +27,7 @@ from a3po_megatron.model.layout import layout_of
 from a3po_megatron.rollout.engine import Completion
 from a3po_megatron.rollout.vllm_engine import VllmEngine, checked_routes
 from a3po_megatron.weights.publish import Publisher
-from tests.distributed.cases_circle import DEMO, SHORT, InProcess, coin, rows_of
+from tests.distributed.cases_circle import EXAMPLE, SHORT, InProcess, coin, rows_of
 from tests.distributed.cases_learner import (
     TEMPERATURE,
     _case,
@@ -345,7 +345,7 @@ def the_loop(ranks: Ranks) -> dict[str, Any]:
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
     config = load_config(
-        DEMO, [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
+        EXAMPLE, [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
     ).on("cpu")
     os.makedirs(folder / "rollouts", exist_ok=True)
     loop.VllmEngine = Watched  # type: ignore[misc]
