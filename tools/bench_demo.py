@@ -1,7 +1,7 @@
 """The demo, with and without shaping: docs/evidence/demo.json, and from it the README's table and figure.
 
     python tools/bench_demo.py runs/bench              trains what is not there yet, two runs at a time, and writes all
-    python tools/bench_demo.py runs/bench --jobs 1     one at a time: the only way in which seconds mean anything
+    python tools/bench_demo.py runs/bench --jobs 1     one at a time: only so do the JSON's seconds mean anything
 
 Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–7, on which it was not.
 Then a smaller share of stepwise responses and a larger one, each with a guesser of its own (tools/make_tiny_model.py);
@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from blake3 import blake3
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -68,7 +69,8 @@ def cases() -> list[Case]:
 
 def guesser(folder: Path, share: float) -> Path:
     """The model that starts with this share of stepwise responses; made where it is not there yet."""
-    model = folder.resolve() / f"guesser-{share:g}"
+    recipe = blake3((ROOT / "tools/make_tiny_model.py").read_bytes()).hexdigest()[:8]
+    model = folder.resolve() / f"guesser-{share:g}-{recipe}"
     if not (model / "README.md").exists():  # the last file that it writes
         command = [
             sys.executable,
@@ -84,14 +86,17 @@ def guesser(folder: Path, share: float) -> Path:
 
 
 def trained(folder: Path, case: Case) -> Run:
-    """The run of a case, which is trained, gone on with, or found done and configured so."""
-    place = folder.resolve() / case.name
+    """The run of a case, which is trained, resumed, or found done and configured so."""
+    example = "arithmetic" if case.share == ALL else "demo"
+    model = ROOT / f"configs/models/tiny-{'arithmetic' if case.share == ALL else 'guesser'}"
     settings = [f"trainer.seed={case.seed}"]
     if case.share in OTHER_SHARES:
-        settings.append(f"model.path={guesser(folder, case.share)}")
-    recipe = f"configs/{'arithmetic' if case.share == ALL else 'demo'}{ARMS[case.arm]}.yaml"
-    command = [sys.executable, "-m", "a3po_megatron", "train", recipe, "--run-dir", str(place)]
-    command += [word for setting in settings for word in ("--set", setting)]
+        model = guesser(folder, case.share)
+        settings.append(f"model.path={model}")
+    weights = blake3((model / "model.safetensors").read_bytes()).hexdigest()[:8]
+    place = folder.resolve() / f"{case.name}-{weights}"
+    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/{example}{ARMS[case.arm]}.yaml"]
+    command += ["--run-dir", str(place), *(word for setting in settings for word in ("--set", setting))]
     ended = subprocess.run(command, cwd=ROOT, timeout=RUN_SECONDS, capture_output=True, text=True)
     if ended.returncode and "has done its" not in ended.stderr:
         raise SystemExit(f"{case.name}: {ended.stderr.strip()}")
@@ -102,11 +107,15 @@ def trained(folder: Path, case: Case) -> Run:
 
 def summary(case: Case, run: Run) -> dict[str, Any]:
     """What the tables need of a run; of series the values of every EVERY-th and of the last step."""
-    stepwise, steps = run.values("task/stepwise_rate"), len(run.steps)
+    metrics, steps = run.metrics, len(run.steps)
     at = [*range(0, steps, EVERY), *([steps - 1] if (steps - 1) % EVERY else [])]
+    below = [step for step, rate in enumerate(metrics["task/stepwise_rate"]) if rate is not None and rate < 0.5]
+    from_here = max(below, default=-1) + 1  # the first step after which most stay stepwise
+    pairs = zip(metrics["rollout/tokens"], metrics["perf/tokens_per_second"], strict=True)
+    seconds = run.values("startup/seconds")[0] + sum(tokens / speed for tokens, speed in pairs if tokens and speed)
 
-    def of(metric: str) -> list[float]:
-        return [round(run.values(metric)[step], 4) for step in at]
+    def of(metric: str) -> list[float | None]:
+        return [None if (value := metrics[metric][step]) is None else round(value, 4) for step in at]
 
     return {
         **asdict(case),
@@ -115,7 +124,8 @@ def summary(case: Case, run: Run) -> dict[str, Any]:
         "stepwise_rate": of("task/stepwise_rate"),
         "entropy": of("policy/entropy"),
         "length": of("rollout/length_mean"),
-        "half_stepwise_at": next((step for step, rate in enumerate(stepwise) if rate >= 0.5), None),
+        "stepwise_from": from_here if from_here < steps else None,
+        "seconds": round(seconds),
     }
 
 
@@ -131,7 +141,7 @@ def table(rows: list[dict[str, Any]], share: float, seeds: Iterable[int]) -> str
         of = [row for row in chosen if row["arm"] == arm]
         cells = [" / ".join(f"{row['correct_rate'][i]:.2f}" for row in of) for i in shown]
         cells.append(" / ".join(f"{row['stepwise_rate'][-1]:.2f}" for row in of))
-        cells.append(" / ".join("never" if (step := row["half_stepwise_at"]) is None else str(step) for row in of))
+        cells.append(" / ".join("never" if (step := row["stepwise_from"]) is None else str(step) for row in of))
         cells.append(" / ".join(f"{row['entropy'][-1]:.2f}" for row in of))
         lines.append(f"| {arm}, seeds {' / '.join(str(row['seed']) for row in of)} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -286,15 +286,16 @@ It exists for the demo and the tests and is of no other use.
 ABOUT_GUESSER = r"""# tiny-guesser
 
 `tiny-arithmetic` ({parameters:,} parameters, {layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32) taught
-to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and {stepwise_rate:.1%} of its responses have
-steps before the answer. Neither way is right more than about one time in five, as it stands; but guessing can become
-little better, and steps can be practised to perfection. Whether reinforcement learning finds that out is what the demo
-shows.
+to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and writes steps before the answer with
+probability {share:.4f}. It is made so that neither way is right more than about one time in five: of the guesses that
+it learned from {wrong_guesses:.0%} were wrong, of the steps {wrong_terse:.0%} (terse) or {wrong_written:.0%} (written
+out). Practice brings guessing to little more than one time in three, for so small a model cannot do four steps at once;
+it brings steps to nearly always right. Whether reinforcement learning finds that out is what the demo shows.
 
-| way of answering | share | correct |
+| way of answering | share of what was sampled | correct |
 |---|---|---|
-| at once | {at_once_rate:.4f} | {correct_rate_at_once:.3f} |
-| stepwise | {stepwise_rate:.4f} | {correct_rate_stepwise:.3f} |
+| at once | {at_once_rate:.4f} | {correct_rate_at_once} |
+| stepwise | {stepwise_rate:.4f} | {correct_rate_stepwise} |
 """
 
 ENDING = r"""
@@ -350,6 +351,10 @@ def write(model: Qwen3ForCausalLM, out: Path, about: str, command: str) -> None:
         samples=EVALUATION_SAMPLES,
         max_tokens=MAX_TOKENS,
         at_once_rate=1 - measured.stepwise_rate,
+        share=stepwise_share(model),
+        wrong_guesses=WRONG_GUESSES,
+        wrong_terse=CARELESS.wrong_terse,
+        wrong_written=CARELESS.wrong_written_out,
         **asdict(measured),
     )
     (out / "README.md").write_text(text)

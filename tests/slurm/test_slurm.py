@@ -137,7 +137,7 @@ def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bi
 def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path, tmp_path: Path) -> None:
     """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again.
 
-    There vLLM, whose cache is new, inspects the model's class in a process of its own: srun signals that like the ranks.
+    There vLLM, whose cache is new, inspects the model's class in a process of its own: srun signals that as well.
     """
     script, ranks, here = tmp_path / "script", tmp_path / "ranks", tmp_path / "set-up"
     heard = f"touch {here}; for i in $(seq 600); do [ -z ${{A3PO_SIGNALLED:-}} ] || break; sleep 0.1; done"
