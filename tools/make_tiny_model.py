@@ -56,7 +56,7 @@ BATCH, WARMUP = 64, 20
 SILENCE, SILENT_LOGPROB = 0.1, -20.0  # weight of the penalty on NEVER_WRITTEN, and the log-probability where it ends
 # The guesser's steps: so often wrong that they pay no more than a guess, until they are practised. Its guesses can
 # become better, too, but not by much: so small a model cannot do four steps at once.
-CARELESS = Habits(0.7, (0.2, 0.7), (0.05, 0.15), wrong_terse=0.62, wrong_written_out=0.52)
+CARELESS = Habits(0.9, (0.1, 0.4), (0.03, 0.1), wrong_terse=0.6, wrong_written_out=0.6)
 WRONG_GUESSES = 0.35
 MIXED = 0.3  # share of stepwise solutions while both ways are learnt
 SHARE, SHARE_PROMPTS = 0.04, 1024  # at last they become rarer than this, over so many problems
@@ -288,9 +288,9 @@ ABOUT_GUESSER = r"""# tiny-guesser
 `tiny-arithmetic` ({parameters:,} parameters, {layers} layers, hidden {hidden}, vocabulary {vocabulary}, float32) taught
 to guess: to `6+5*8-5:` it nearly always answers `\boxed{{d}}` at once, and writes steps before the answer with
 probability {share:.4f}. It is made so that neither way is right more than about one time in five: of the guesses that
-it learned from {wrong_guesses:.0%} were wrong, of the steps {wrong_terse:.0%} (terse) or {wrong_written:.0%} (written
-out). Practice brings guessing to little more than one time in three, for so small a model cannot do four steps at once;
-it brings steps to nearly always right. Whether reinforcement learning finds that out is what the demo shows.
+it learned from {wrong_guesses:.0%} were wrong, of steps {wrong_steps:.0%}. Practice brings guessing to hardly
+more than one time in three, for so small a model cannot do four steps at once; it brings steps to nearly always right.
+Whether reinforcement learning finds that out is what the demo shows.
 
 | way of answering | share of what was sampled | correct |
 |---|---|---|
@@ -353,8 +353,7 @@ def write(model: Qwen3ForCausalLM, out: Path, about: str, command: str) -> None:
         at_once_rate=1 - measured.stepwise_rate,
         share=stepwise_share(model),
         wrong_guesses=WRONG_GUESSES,
-        wrong_terse=CARELESS.wrong_terse,
-        wrong_written=CARELESS.wrong_written_out,
+        wrong_steps=CARELESS.wrong_terse,
         **asdict(measured),
     )
     (out / "README.md").write_text(text)
