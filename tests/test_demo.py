@@ -57,6 +57,12 @@ def test_the_tables_of_the_readme_are_those_of_the_evidence(bench: ModuleType) -
         assert bench.table(rows, share, seeds) in README, (share, seeds)
 
 
+def test_the_readme_says_of_the_bar_what_the_evidence_says(bench: ModuleType) -> None:
+    rows, words = json.loads(bench.EVIDENCE.read_text())["runs"], " ".join(README.split())
+    for seeds in (bench.SEEDS, bench.FURTHER_SEEDS):
+        assert bench.verdict(rows, seeds) in words
+
+
 def test_the_evidence_has_every_run_that_the_bench_makes(bench: ModuleType) -> None:
     rows = json.loads(bench.EVIDENCE.read_text())["runs"]
     assert [bench.Case(row["share"], row["arm"], row["seed"]) for row in rows] == bench.cases()

@@ -148,18 +148,17 @@ def table(rows: list[dict[str, Any]], share: float, seeds: Iterable[int]) -> str
 
 
 def verdict(rows: list[dict[str, Any]], seeds: Iterable[int]) -> str:
-    """Whether the shipped guesser's runs of these seeds meet the bar."""
+    """Whether the shipped guesser's runs of these seeds meet the bar; the README says it in these words."""
     ends: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     for row in rows:
         if row["share"] == SHIPPED and row["seed"] in set(seeds):
             ends[row["arm"]].append((row["correct_rate"][-1], row["stepwise_rate"][-1]))
     good = sum(correct >= CORRECT and stepwise >= STEPWISE for correct, stepwise in ends["A3PO"])
     shaped, plain = (mean(correct for correct, _ in ends[arm]) for arm in ARMS)
-    least = min(correct for correct, _ in ends["A3PO"])
-    apart = "at least" if shaped - plain >= MARGIN else "LESS THAN"
+    missed = "" if shaped - plain >= MARGIN else f", less than {MARGIN:.2f} apart"
     return (
-        f"seeds {', '.join(map(str, seeds))}: A3PO found reasoning in {good} of {len(ends['A3PO'])}; mean correct rate "
-        f"at the end {shaped:.3f} (least {least:.3f}) against {plain:.3f}: {apart} {MARGIN} apart"
+        f"Seeds {', '.join(map(str, seeds))}: with A3PO {good} of {len(ends['A3PO'])} end at least {CORRECT:.0%} correct "
+        f"and {STEPWISE:.0%} stepwise; on average {shaped:.1%} are correct at the end, {plain:.1%} with DAPO{missed}."
     )
 
 
