@@ -158,7 +158,8 @@ def verdict(rows: list[dict[str, Any]], seeds: Iterable[int]) -> str:
     missed = "" if shaped - plain >= MARGIN else f", less than {MARGIN:.2f} apart"
     return (
         f"Seeds {', '.join(map(str, seeds))}: with A3PO {good} of {len(ends['A3PO'])} end at least {CORRECT:.0%} "
-        f"correct and {STEPWISE:.0%} stepwise; on average {shaped:.1%} are correct at the end, {plain:.1%} with DAPO{missed}."
+        f"correct and {STEPWISE:.0%} stepwise; on average {shaped:.1%} are correct at the end, {plain:.1%} with "
+        f"DAPO{missed}."
     )
 
 
