@@ -8,6 +8,7 @@ doctor's judgement, not that a GPU answers so.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -309,6 +310,64 @@ def test_transformer_engine_is_pointed_at_the_cudnn_of_the_packages(tmp_path: Pa
     settings = environment.cuda_settings(tmp_path)
     assert settings["CUDNN_HOME"] == str(tmp_path / "nvidia/cudnn")
     assert settings["NVTE_CUDA_INCLUDE_DIR"] == str(tmp_path / "nvidia/cu13/include")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "installed", "pointed"),
+    [
+        (True, None, True),
+        (True, "12.8.1", True),
+        (True, "13.0.2", False),
+        (True, "no version", True),
+        (False, None, False),
+    ],
+)
+def test_a_toolkit_is_found_wherever_the_packages_have_one_and_the_machine_has_none_of_that_cuda(
+    nvcc: bool, installed: str | None, pointed: bool, tmp_path: Path
+) -> None:
+    """Without one DeepGEMM, which vLLM chooses for FP8 because it is installed, ends the run."""
+    (tmp_path / "nvidia/cudnn").mkdir(parents=True)
+    if nvcc:
+        (tmp_path / "nvidia/cu13/bin").mkdir(parents=True)
+        (tmp_path / "nvidia/cu13/bin/nvcc").touch()
+    if installed is not None:
+        (tmp_path / "cuda").mkdir()
+        version = "{" if installed == "no version" else json.dumps({"cuda": {"version": installed}})
+        (tmp_path / "cuda/version.json").write_text(version)
+    settings = environment.cuda_settings(tmp_path, tmp_path / "cuda")
+    assert settings.get("CUDA_HOME") == (str(tmp_path / "nvidia/cu13") if pointed else None)
+
+
+NVRTC = "int nvrtcVersion(int *major, int *minor) { *major = %d; *minor = 0; return 0; }"
+ASKED = """
+import ctypes, sys
+from pathlib import Path
+from a3po_megatron.compat import cuda
+if sys.argv[3] == "preloaded":
+    cuda.preload(Path(sys.argv[1]))
+ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)  # as Transformer Engine loads that of a toolkit
+major, minor = ctypes.c_int(), ctypes.c_int()
+ctypes.CDLL(None).nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+print(major.value)
+"""
+
+
+@pytest.mark.skipif(doctor_gpu.compiler(os.environ) is None, reason="there is no C compiler")
+@pytest.mark.parametrize(("how", "found"), [("preloaded", 13), ("not", 12)])
+def test_the_packages_nvrtc_serves_even_where_a_toolkit_of_another_cuda_is_loaded_after_it(
+    how: str, found: int, tmp_path: Path
+) -> None:
+    """Libraries of one function each stand in for nvrtc: which of two is called is the loader's doing, and real."""
+    ours, theirs = tmp_path / "nvidia/cu13/lib/libnvrtc.so.13", tmp_path / "cuda/lib64/libnvrtc.so.12"
+    for path, major in ((ours, 13), (theirs, 12)):
+        path.parent.mkdir(parents=True)
+        source = path.with_suffix(".c")
+        source.write_text(NVRTC % major)
+        cc = str(doctor_gpu.compiler(os.environ))
+        subprocess.run([cc, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, source], check=True, timeout=60)
+    command = [sys.executable, "-c", ASKED, str(tmp_path), str(theirs), how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) == found
 
 
 def doctor(*options: str, **changes: str) -> tuple[int, str]:

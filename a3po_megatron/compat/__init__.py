@@ -6,6 +6,9 @@ to install where CUDA is present.
 
 from __future__ import annotations
 
+import sysconfig
+from pathlib import Path
+
 
 def prepare() -> None:
     """Installs what this machine's path needs. Idempotent.
@@ -18,7 +21,11 @@ def prepare() -> None:
     from . import python
 
     python.keep_mask()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        from . import cuda
+
+        cuda.preload(Path(sysconfig.get_path("purelib")))
+    else:
         from . import megatron_cpu
 
         megatron_cpu.install()

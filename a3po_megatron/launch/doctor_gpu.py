@@ -482,6 +482,9 @@ def _child_peers() -> dict[str, Any]:
 
 
 def _child_engine() -> dict[str, Any]:
+    from ..compat import cuda
+
+    cuda.preload(Path(sysconfig.get_path("purelib")))  # as ranks do
     import transformer_engine.pytorch  # noqa: F401
 
     return {}

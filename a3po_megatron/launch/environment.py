@@ -37,7 +37,12 @@ ON_CUDA = {
     "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",  # model/precision.py
     "VLLM_USE_DEEP_GEMM_E8M0": "0",  # the same in the engine: scales of float32
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's sequence parallelism orders its kernels by it
+    # FlashInfer counts as there where nvcc and ninja are found: what draws, reduces and multiplies must not follow that.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
 }
+CUDA = 13  # of torch, Transformer Engine and vLLM in constraints/h200.txt
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # read at imports; sets what cuBLAS and NCCL read at theirs
 WORDS_BYTES = 1 << 16  # what a pipe takes without a reader
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
@@ -100,17 +105,30 @@ def sees_gpu() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidiactl").exists()
 
 
-def cuda_settings(site: Path) -> dict[str, str]:
-    """Where Transformer Engine must look for CUDA's libraries, if `site` holds their packages."""
+def cuda_settings(site: Path, toolkit: Path = Path("/usr/local/cuda")) -> dict[str, str]:
+    """Where libraries must look for CUDA's, if `site` holds their packages. Which of them are loaded first:
+    compat/cuda.py."""
     if not (site / "nvidia" / "cudnn").is_dir():
         return {}
+    packaged = site / "nvidia" / "cu13"
+    # vLLM takes DeepGEMM for FP8 as soon as it is installed, and DeepGEMM ends the run where it finds no toolkit.
+    home = {"CUDA_HOME": str(packaged)} if (packaged / "bin/nvcc").exists() and release(toolkit) != CUDA else {}
     return {
+        **home,
         # TE 2.11 loads a cuDNN of CUDNN_HOME, CUDA_HOME or the system before the one that torch was built with, and two
         # in one process fail with CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED (transformer_engine/common/__init__.py).
         "CUDNN_HOME": str(site / "nvidia" / "cudnn"),
         # Where TE's kernels that are compiled at run time find CUDA's headers: it knows only the packages of CUDA 12.
         "NVTE_CUDA_INCLUDE_DIR": str(site / "nvidia" / "cu13" / "include"),
     }
+
+
+def release(toolkit: Path) -> int | None:
+    """The major version of the CUDA toolkit in a folder; None: there is none that says."""
+    try:
+        return int(json.loads((toolkit / "version.json").read_text())["cuda"]["version"].split(".")[0])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because `die_with_parent` runs between fork and exec
