@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE, FIGURE = ROOT / "docs/evidence/demo.json", ROOT / "docs/demo.png"
 RUN_SECONDS = 1800
 ARMS = {"A3PO": "", "DAPO": "-dapo"}  # what the names of their recipes end in
-SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0, 1)
+SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0,)
 SHIPPED, OTHER_SHARES, ALL = 0.04, (0.01, 0.12), 1.0
 # The README's.
 TABLES = (
     *((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS)),
     *((share, SHARE_SEEDS) for share in OTHER_SHARES),
-    (ALL, SEEDS),
+    (ALL, SHARE_SEEDS),
 )
 EVERY = 40  # steps between the values that the JSON and the tables hold
 CORRECT, STEPWISE = 0.85, 0.9  # at least so much of A3PO at the last step …
@@ -63,7 +63,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    seeds = {SHIPPED: (*SEEDS, *FURTHER_SEEDS), **dict.fromkeys(OTHER_SHARES, SHARE_SEEDS), ALL: SEEDS}
+    seeds = {SHIPPED: (*SEEDS, *FURTHER_SEEDS), **dict.fromkeys((*OTHER_SHARES, ALL), SHARE_SEEDS)}
     return [Case(share, arm, seed) for share, of_share in seeds.items() for seed in of_share for arm in ARMS]
 
 
