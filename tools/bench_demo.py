@@ -3,9 +3,7 @@
     python tools/bench_demo.py runs/bench              trains what is not there yet, two runs at a time, and writes all
     python tools/bench_demo.py runs/bench --jobs 1     one at a time: only so do the JSON's seconds mean anything
 
-Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–7, on which it was not.
-Then a smaller share of stepwise responses and a larger one, each with a guesser of its own (tools/make_tiny_model.py);
-and the share 1, the model that always reasons: the second example, configs/arithmetic.yaml.
+Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–5, on which it was not.
 
 In the figure a thin line is a seed (moving mean), a thick one the mean of the seeds.
 """
@@ -34,14 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE, FIGURE = ROOT / "docs/evidence/demo.json", ROOT / "docs/demo.png"
 RUN_SECONDS = 1800
 ARMS = {"A3PO": "", "DAPO": "-dapo"}  # what the names of their recipes end in
-SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0,)
-SHIPPED, OTHER_SHARES, ALL = 0.04, (0.01, 0.12), 1.0
-# The README's.
-TABLES = (
-    *((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS)),
-    *((share, SHARE_SEEDS) for share in OTHER_SHARES),
-    (ALL, SHARE_SEEDS),
-)
+SEEDS, FURTHER_SEEDS = (0, 1, 2), (3, 4, 5)
+SHIPPED = 0.04
+TABLES = ((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS))  # the README's
 EVERY = 40  # steps between the values that the JSON and the tables hold
 CORRECT, STEPWISE = 0.85, 0.9  # at least so much of A3PO at the last step …
 MARGIN = 0.15  # … and the mean of DAPO at least so much below it
@@ -53,7 +46,7 @@ WINDOW = 5  # steps of a moving mean
 
 @dataclass(frozen=True)
 class Case:
-    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py; ALL: the second example
+    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py
     arm: str
     seed: int
 
@@ -63,40 +56,15 @@ class Case:
 
 
 def cases() -> list[Case]:
-    seeds = {SHIPPED: (*SEEDS, *FURTHER_SEEDS), **dict.fromkeys((*OTHER_SHARES, ALL), SHARE_SEEDS)}
-    return [Case(share, arm, seed) for share, of_share in seeds.items() for seed in of_share for arm in ARMS]
-
-
-def guesser(folder: Path, share: float) -> Path:
-    """The model that starts with this share of stepwise responses; made where it is not there yet."""
-    recipe = blake3((ROOT / "tools/make_tiny_model.py").read_bytes()).hexdigest()[:8]
-    model = folder.resolve() / f"guesser-{share:g}-{recipe}"
-    if not (model / "README.md").exists():  # the last file that it writes
-        command = [
-            sys.executable,
-            "tools/make_tiny_model.py",
-            "--guesser",
-            "--stepwise",
-            f"{share}",
-            "--out",
-            f"{model}",
-        ]
-        subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=subprocess.DEVNULL)
-    return model
+    return [Case(SHIPPED, arm, seed) for seed in (*SEEDS, *FURTHER_SEEDS) for arm in ARMS]
 
 
 def trained(folder: Path, case: Case) -> Run:
     """The run of a case, which is trained, resumed, or found done and configured so."""
-    example = "arithmetic" if case.share == ALL else "demo"
-    model = ROOT / f"configs/models/tiny-{'arithmetic' if case.share == ALL else 'guesser'}"
-    settings = [f"trainer.seed={case.seed}"]
-    if case.share in OTHER_SHARES:
-        model = guesser(folder, case.share)
-        settings.append(f"model.path={model}")
-    weights = blake3((model / "model.safetensors").read_bytes()).hexdigest()[:8]
+    weights = blake3((ROOT / "configs/models/tiny-guesser/model.safetensors").read_bytes()).hexdigest()[:8]
     place = folder.resolve() / f"{case.name}-{weights}"
-    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/{example}{ARMS[case.arm]}.yaml"]
-    command += ["--run-dir", str(place), *(word for setting in settings for word in ("--set", setting))]
+    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/demo{ARMS[case.arm]}.yaml"]
+    command += ["--run-dir", str(place), "--set", f"trainer.seed={case.seed}"]
     ended = subprocess.run(command, cwd=ROOT, timeout=RUN_SECONDS, capture_output=True, text=True)
     if ended.returncode and "has done its" not in ended.stderr:
         raise SystemExit(f"{case.name}: {ended.stderr.strip()}")
@@ -198,8 +166,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    for share in OTHER_SHARES:
-        guesser(options.runs, share)
     todo = cases()
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = list(pool.map(lambda case: trained(options.runs, case), todo))
