@@ -1,9 +1,10 @@
 """The demo, with and without shaping: docs/evidence/demo.json, and from it the README's table and figure.
 
-    python tools/bench_demo.py runs/bench              trains what is not there yet, two runs at a time, and writes all
-    python tools/bench_demo.py runs/bench --jobs 1     one at a time: only so do the JSON's seconds mean anything
+    python tools/bench_demo.py runs/bench     trains what is not there yet, an hour and more, and writes all
 
-Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–5, on which it was not.
+Runs of the guesser as it is shipped: seeds 0–2, on which the starting share was chosen, and 3–7, on which it was not.
+Then a smaller share of stepwise responses and a larger one, each with a guesser of its own (tools/make_tiny_model.py);
+and the share 1, the model that always reasons: the second example, configs/arithmetic.yaml.
 
 In the figure a thin line is a seed (moving mean), a thick one the mean of the seeds.
 """
@@ -15,7 +16,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -32,9 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 EVIDENCE, FIGURE = ROOT / "docs/evidence/demo.json", ROOT / "docs/demo.png"
 RUN_SECONDS = 1800
 ARMS = {"A3PO": "", "DAPO": "-dapo"}  # what the names of their recipes end in
-SEEDS, FURTHER_SEEDS = (0, 1, 2), (3, 4, 5)
-SHIPPED = 0.04
-TABLES = ((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS))  # the README's
+SEEDS, FURTHER_SEEDS, SHARE_SEEDS = (0, 1, 2), (3, 4, 5, 6, 7), (0,)
+SHIPPED, OTHER_SHARES, ALL = 0.04, (0.01, 0.12), 1.0
+# The README's.
+TABLES = (
+    *((SHIPPED, SEEDS), (SHIPPED, FURTHER_SEEDS)),
+    *((share, SHARE_SEEDS) for share in OTHER_SHARES),
+    (ALL, SHARE_SEEDS),
+)
 EVERY = 40  # steps between the values that the JSON and the tables hold
 CORRECT, STEPWISE = 0.85, 0.9  # at least so much of A3PO at the last step …
 MARGIN = 0.15  # … and the mean of DAPO at least so much below it
@@ -46,7 +51,7 @@ WINDOW = 5  # steps of a moving mean
 
 @dataclass(frozen=True)
 class Case:
-    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py
+    share: float  # of stepwise responses at the start, as asked of tools/make_tiny_model.py; ALL: the second example
     arm: str
     seed: int
 
@@ -56,15 +61,32 @@ class Case:
 
 
 def cases() -> list[Case]:
-    return [Case(SHIPPED, arm, seed) for seed in (*SEEDS, *FURTHER_SEEDS) for arm in ARMS]
+    seeds = {SHIPPED: (*SEEDS, *FURTHER_SEEDS), **dict.fromkeys((*OTHER_SHARES, ALL), SHARE_SEEDS)}
+    return [Case(share, arm, seed) for share, of_share in seeds.items() for seed in of_share for arm in ARMS]
+
+
+def guesser(folder: Path, share: float) -> Path:
+    """The model that starts with this share of stepwise responses; made where it is not there yet."""
+    recipe = blake3((ROOT / "tools/make_tiny_model.py").read_bytes()).hexdigest()[:8]
+    model = folder.resolve() / f"guesser-{share:g}-{recipe}"
+    if not (model / "README.md").exists():  # the last file that it writes
+        command = [sys.executable, "tools/make_tiny_model.py", "--guesser", f"--stepwise={share}", f"--out={model}"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=RUN_SECONDS, stdout=subprocess.DEVNULL)
+    return model
 
 
 def trained(folder: Path, case: Case) -> Run:
     """The run of a case, which is trained, resumed, or found done and configured so."""
-    weights = blake3((ROOT / "configs/models/tiny-guesser/model.safetensors").read_bytes()).hexdigest()[:8]
+    example = "arithmetic" if case.share == ALL else "demo"
+    model = ROOT / f"configs/models/tiny-{'arithmetic' if case.share == ALL else 'guesser'}"
+    settings = [f"trainer.seed={case.seed}"]
+    if case.share in OTHER_SHARES:
+        model = guesser(folder, case.share)
+        settings.append(f"model.path={model}")
+    weights = blake3((model / "model.safetensors").read_bytes()).hexdigest()[:8]
     place = folder.resolve() / f"{case.name}-{weights}"
-    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/demo{ARMS[case.arm]}.yaml"]
-    command += ["--run-dir", str(place), "--set", f"trainer.seed={case.seed}"]
+    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/{example}{ARMS[case.arm]}.yaml"]
+    command += ["--run-dir", str(place), *(word for setting in settings for word in ("--set", setting))]
     ended = subprocess.run(command, cwd=ROOT, timeout=RUN_SECONDS, capture_output=True, text=True)
     if ended.returncode and "has done its" not in ended.stderr:
         raise SystemExit(f"{case.name}: {ended.stderr.strip()}")
@@ -163,12 +185,10 @@ def draw(runs: dict[str, list[Run]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="folder of the run folders")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     todo = cases()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda case: trained(options.runs, case), todo))
+    runs = [trained(options.runs, case) for case in todo]
     rows = [summary(case, run) for case, run in zip(todo, runs, strict=True)]
     EVIDENCE.parent.mkdir(exist_ok=True)
     EVIDENCE.write_text(json.dumps({"runs": rows}, ensure_ascii=False).replace('{"share"', '\n {"share"') + "\n")
