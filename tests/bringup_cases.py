@@ -125,6 +125,27 @@ def mismatch_on_cpu(report: Report) -> None:
 def standalone_on_cpu(report: Report) -> None:
     from a3po_megatron.cluster import CPU
     from tools.bringup.engine import against_standalone_on
+    from tools.bringup.rank import TINY
 
     given = CPU.engine_args | {"kv_cache_memory_bytes": 64 << 20, "max_num_batched_tokens": 8192}
-    against_standalone_on(report, CPU, **given)
+    # Heads of no multiple of 32: with others vLLM's attention uses AMX where the CPU has it, of which a vLLM of its own
+    # dies (a3po_megatron/compat/vllm.py, ask_for_tiles).
+    against_standalone_on(report, CPU, TINY | {"head_dim": 80}, **given)
+
+
+def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
+    import torch
+
+    from a3po_megatron.cluster import CPU
+    from a3po_megatron.model.family import read_family
+    from a3po_megatron.rollout.vllm_engine import VllmEngine
+    from tools.bringup.colocated import LENGTHS, requests_of
+    from tools.bringup.rank import TINY, alone, config, make_model
+
+    alone(CPU)
+    folder = make_model()
+    options = config(folder, rollout=LENGTHS).rollout
+    engine = VllmEngine(folder, read_family(folder), (), options, torch.bfloat16, CPU)
+    # One short prompt: with more tokens at once oneDNN asks for AMX just before the attention needs it.
+    found = engine.probe(requests_of(TINY["vocab_size"], 1), max_tokens=4)
+    report.holds("four tokens each", all(len(completion.tokens) == 4 for completion in found))

@@ -357,6 +357,12 @@ def test_the_engines_experiments_go_through_on_vllm_for_cpus() -> None:
     assert 0 < table["numbers"]["learner bf16, engine bf16"]["abs_mean"] < 0.05
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="a CPU without AMX")
+def test_a_bf16_engine_that_is_first_to_use_amx_does_not_die_of_an_illegal_instruction() -> None:
+    record = on_cpu("engine_steps_before_anything_else_on_cpu")
+    assert record["status"] == "shown", record["reason"]
+
+
 def test_generation_in_process_equals_a_vllm_of_its_own_on_a_cpu() -> None:
     record = on_cpu("standalone_on_cpu")
     assert record["status"] == "shown", record["reason"]

@@ -5,6 +5,7 @@
 | `process_state_kept` | the learner's random stream restarts, its thread count changes and `torch.set_num_threads` is a no-op; its collectives no longer end with an error, its kernels compile in one thread | building an engine seeds python, numpy, torch and CUDA, sets and replaces the thread setting on a CPU, takes `NCCL_ASYNC_ERROR_HANDLING` out of the environment and sets `TORCHINDUCTOR_COMPILE_THREADS` |
 | `keep_process_group` | after an engine is freed every collective of the learner fails: no process group | the engine core destroys torch's default process group, although it was given it |
 | `name_shared_memory` | the second run on a machine with `rollout.tensor` > 1 dies with `create shm in SHMManager failed. errno: 17` | the CPU communicator's segments have the same name in every run and are left behind |
+| `ask_for_tiles` | a bf16 engine on a CPU with AMX dies in its first step: illegal instruction | the CPU attention runs tile instructions, whose state Linux gives only to processes that asked for it; oneDNN asks at its first use, which may come later |
 | `map_experts` | `rollout.expert` > 1 on a CPU: segmentation fault in `cpu_fused_moe` | the CPU experts hand global expert numbers to a kernel that has the local experts only (`expert_map` is ignored) |
 | `drop_expert_kernels` | after a reload a mixture of experts still uses the experts it had, silently | the CPU backend packs experts into a kernel object once and does not make it anew |
 | `drop_requests` | after an exception between two engine steps the next call never returns | its requests stay in the scheduler |
@@ -83,6 +84,12 @@ def name_shared_memory() -> None:
     _CPUSHMDistributed.theirs = name  # type: ignore[attr-defined]
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)  # type: ignore[method-assign,assignment]
     _CPUSHMDistributed._init_cpu_shm = init_cpu_shm  # type: ignore[method-assign]
+
+
+def ask_for_tiles() -> None:
+    """Asks Linux for the registers of AMX, for this process and good, where the CPU has them."""
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()
 
 
 def map_experts() -> None:

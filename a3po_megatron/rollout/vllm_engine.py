@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..cluster import Backend
 from ..compat.vllm import (
+    ask_for_tiles,
     drop_expert_kernels,
     drop_requests,
     keep_process_group,
@@ -83,8 +84,10 @@ class VllmEngine:
 
             keep_process_group()
             name_shared_memory()
-            if options.expert > 1 and backend.device == "cpu":
-                map_experts()
+            if backend.device == "cpu":
+                ask_for_tiles()
+                if options.expert > 1:
+                    map_experts()
             self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers))
         self._state = "awake"
         self.sleep()
