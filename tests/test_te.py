@@ -1,9 +1,10 @@
-"""The learner on Megatron's Transformer Engine spec: updates, names and checkpoints as on the CPU's spec, and FP8 asked
-for as it should be. Transformer Engine itself is a stand-in: tests/fake_te says what that can and cannot show."""
+"""The learner on Megatron's Transformer Engine spec: updates, FP8, names and checkpoints.
+
+Transformer Engine's own Python runs; its kernels are stand-ins: tests/te_harness says what that can and cannot show.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +12,59 @@ import pytest
 
 from tests.distributed import cases_te as cases
 from tests.distributed.runner import run_ranks
-from tests.tiny import make_checkpoint
 
-
-@pytest.mark.parametrize("world", cases.UPDATES)
-def test_one_update_equals_plain_pytorch_on_the_hf_model(world: int, tmp_path: Path) -> None:
-    for kind in ("qwen3", "qwen2", "qwen3_moe"):
-        make_checkpoint(tmp_path / kind, kind)
-    bounds = {  # as on the CPU's spec: tests/test_learner.py
-        **{"score": 1e-5, "loss": 1e-6, "gradient": 5e-6, "norm_sgd": 1e-5, "norm": 1e-5, "parameter": 5e-7},
-        **{"second_loss": 1e-4, "missing": 0, "padding": 0},
-    }
-    for name, by_rank in run_ranks(world, *cases.UPDATES[world], folder=tmp_path, te=True).items():
-        for rank, found in enumerate(by_rank):
-            wrong = {key: found[key] for key, bound in bounds.items() if not found[key] <= bound}
-            assert not wrong, f"{name}, rank {rank}: {wrong}"
+# Sums in another order than plain PyTorch's, and nothing more: as tools/bringup/te.py asks of a GPU.
+WITHIN = 1.5
+STORED = {"bf16": "torch.bfloat16", "fp8-blockwise": "Float8BlockwiseQTensor", "fp8-tensorwise": "Float8Tensor"}
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("te")
-    for kind in ("qwen3", "qwen2", "llama31", "qwen3_moe"):
-        make_checkpoint(folder / kind, kind)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5, "moe_intermediate_size": 64}
-    make_checkpoint(folder / "wide", "qwen3", **{k: v for k, v in sizes.items() if not k.startswith("moe")})
-    make_checkpoint(folder / "wide_moe", "qwen3_moe", **sizes)
-    return run_ranks(2, cases.named, cases.in_fp8, cases.saved, folder=folder, te=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("te")
+    cases.make_models(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> dict[str, Any]:
+    return run_ranks(1, *cases.UPDATES[1], folder=folder, te=True)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path) -> dict[str, Any]:
+    return run_ranks(2, *cases.UPDATES[2], cases.named, cases.packed, cases.saved, folder=folder, te=True)
+
+
+@pytest.mark.parametrize(
+    ("world", "case"), [(world, case.__qualname__) for world in (1, 2) for case in cases.UPDATES[world]]
+)
+def test_the_gradient_is_that_of_float64_but_for_the_rounding_of_its_precision(
+    world: int, case: str, one_rank: dict[str, Any], two_ranks: dict[str, Any]
+) -> None:
+    for found in (one_rank, two_ranks)[world - 1][case]:
+        assert found["missing"] == 0
+        assert found["ours"] <= WITHIN * found["plain"], found
+        # A gradient that is wrong by its own size is as far away as 1; rounding is far from that.
+        assert found["plain"] < 0.3, found
+
+
+def test_adam_steps_the_float32_masters_and_the_weights_are_those_in_bf16(
+    one_rank: dict[str, Any], two_ranks: dict[str, Any]
+) -> None:
+    for by_case in (one_rank, two_ranks):
+        for name, by_rank in by_case.items():
+            if name in ("named", "packed", "saved"):
+                continue
+            for found in by_rank:
+                assert found["step"] <= 2**-8, name  # half a unit in the last of bf16's 8 bits
+
+
+def test_every_product_of_linear_layers_is_computed_in_the_precision_that_was_asked_for(
+    one_rank: dict[str, Any],
+) -> None:
+    for name, (found,) in one_rank.items():
+        precision = name.rpartition("_")[2] if "fp8" in name else "bf16"
+        assert found["calls"].keys() == {STORED[precision]}, name
 
 
 def test_the_map_names_every_parameter_of_megatrons_transformer_engine_spec_and_no_other(
@@ -52,38 +80,10 @@ def test_a_checkpoint_holds_transformer_engines_extra_states_and_goes_on_bit_for
         assert equal == {"weights": True, "after a further step": True}
 
 
-RECIPES = {"bf16": "bf16", "fp8-blockwise": "Float8BlockScaling", "fp8-tensorwise": "Float8CurrentScaling"}
-
-
-def test_score_and_update_run_every_linear_layer_in_the_recipe_that_was_asked_for(two_ranks: dict[str, Any]) -> None:
-    for by_precision in two_ranks["in_fp8"]:
-        assert len(by_precision) == 5
-        for name, found in by_precision.items():
-            _, precision, *edges = name.split(" ", 2)
-            start, end = (1, 2) if edges else (0, 0)
-            for runs in (found["score"], found["update"]):
-                recipes = Counter(recipe for _, recipe, _ in runs)
-                passes = len(found["tokens"])
-                assert len(runs) == 4 * found["layers"] * passes, name  # qkv, proj, fc1, fc2
-                layers = found["layers"] - start - end
-                assert recipes[RECIPES[precision]] == 4 * layers * passes, name
-                if edges:
-                    assert recipes["bf16"] == 4 * (start + end) * passes, name
-            assert found["dtypes"] == ["torch.bfloat16"], name  # the parameters stay what they are
-
-
-def test_no_forward_may_use_a_copy_of_the_weights_that_was_quantised_before(two_ranks: dict[str, Any]) -> None:
-    # None: neither first micro-batch (which overwrites main_grad) nor a later one (which uses the cached copy).
-    for by_precision in two_ranks["in_fp8"]:
-        for name, found in by_precision.items():
-            assert {first for _, _, first in found["score"] + found["update"]} == {None}, name
-
-
 def test_packs_are_padded_to_what_the_recipe_takes_and_no_further(two_ranks: dict[str, Any]) -> None:
     # Two tensor ranks share the tokens of a pack between layers (sequence parallelism).
-    for by_precision in two_ranks["in_fp8"]:
-        tokens = {name: found["tokens"] for name, found in by_precision.items()}
-        real = sum(tokens["wide bf16"])
-        for name, multiple in (("wide bf16", 2), ("wide fp8-tensorwise", 32), ("wide fp8-blockwise", 256)):
-            assert all(count % multiple == 0 for count in tokens[name]), name
-            assert sum(tokens[name]) < real + multiple * len(tokens[name]), name
+    for tokens in two_ranks["packed"]:
+        real = sum(tokens["bf16"])
+        for precision, multiple in (("bf16", 2), ("fp8-tensorwise", 32), ("fp8-blockwise", 256)):
+            assert all(count % multiple == 0 for count in tokens[precision]), precision
+            assert sum(tokens[precision]) < real + multiple * len(tokens[precision]), precision

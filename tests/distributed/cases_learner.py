@@ -44,7 +44,9 @@ def literal_old(batch: Batch) -> torch.Tensor:
     return batch.rollout_logprobs + 0.4 * torch.randn(len(batch.rollout_logprobs), generator=generator)
 
 
-def literal_loss(model: torch.nn.Module, collected: Collected, old: list[torch.Tensor]) -> torch.Tensor:
+def literal_loss(
+    model: torch.nn.Module, collected: Collected, old: list[torch.Tensor], clip: tuple[float, float] = (0.2, 0.28)
+) -> torch.Tensor:
     """The paper's objective, rollout by rollout and token by token, from the HF model alone."""
     rollouts = [(group, r) for group in collected.groups for r in group.rollouts]
     positive = [r.verdict.outcome == "correct" for _, r in rollouts]
@@ -58,7 +60,7 @@ def literal_loss(model: torch.nn.Module, collected: Collected, old: list[torch.T
         for t in range(len(rollout.tokens)):
             shaped = weight[t] * advantage
             ratio = torch.exp(logprobs[t] - old_logprobs[t].double())
-            surrogate = torch.min(ratio * shaped, ratio.clamp(0.8, 1.28) * shaped)
+            surrogate = torch.min(ratio * shaped, ratio.clamp(1 - clip[0], 1 + clip[1]) * shaped)
             if shaped < 0:
                 surrogate = torch.max(surrogate, 3.0 * shaped)
             correction = torch.exp(old_logprobs[t].double() - sampled[t]).clamp(max=2.0)

@@ -1,23 +1,143 @@
-"""The learner on Transformer Engine's layer spec, of which tests/fake_te is a stand-in (tests/test_te.py)."""
+"""The learner on Transformer Engine's layer spec: its own Python over stand-ins for its kernels (tests/te_harness)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from a3po_megatron.algorithm.advantage import assemble
+from a3po_megatron.batch import Collected
 from a3po_megatron.checkpoint.store import Saving
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
-from tests.distributed.cases_learner import batch_of, one_update, settings, share
+from tests.distributed.cases_learner import (
+    LR,
+    TEMPERATURE,
+    Watched,
+    as_hf,
+    batch_of,
+    literal_loss,
+    literal_old,
+    settings,
+    share,
+)
 from tests.distributed.runner import Case, Ranks
 from tests.distributed.saving import write_whole
-from tests.tiny import make_collected
+from tests.quantised import quantised
+from tests.tiny import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tools.bringup.rank import TINY, make_model
+
+GROUPS, SIZE = 5, 4
+CLIP = (0.99, 99.0)  # hardly ever: a token that clips on one side only would be an error larger than all rounding
+# Every size a multiple of 128, so that FP8's blocks are whole ones.
+DENSE = TINY | {"vocab_size": VOCAB, "num_hidden_layers": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": DENSE,
+    "biased_untied": DENSE
+    | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": False},
+    "experts": DENSE
+    | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 128, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+# Of all experts, weighted: in FP8 some tokens near a tie would go to others than in float64.
+MODELS["all_experts"] = MODELS["experts"] | {"num_experts_per_tok": 4}
+
+
+def make_models(folder: Path) -> None:
+    for name, sizes in MODELS.items():
+        make_model(sizes, folder=folder / name)
+
+
+def rollouts_of(folder: Path) -> Collected:
+    """Random rollouts, as if the model of the folder had sampled them: old log-probs are near its own."""
+    model, collected = hf_model(folder, torch.bfloat16).double(), make_collected(groups=GROUPS, size=SIZE)
+    with torch.no_grad():
+        for group in collected.groups:
+            for rollout in group.rollouts:
+                exact = hf_logprobs(model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE)
+                rollout.logprobs = exact.float().numpy()
+    return collected
+
+
+def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Config:
+    parallel = {"sequence": tensor > 1, **sections.pop("parallel", {})}
+    made = settings(folder, tensor, data, model={"dtype": "bfloat16"}, parallel=parallel, **sections)
+    values = made.model_dump(mode="json")
+    values["objective"] |= {"clip_low": CLIP[0], "clip_high": CLIP[1]}
+    values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, "bf16_layers": (0, 0)}
+    return Config.model_validate(values).on("cpu")
+
+
+def literal_gradients(
+    folder: Path, collected: Collected, dtype: torch.dtype, precision: str | None = None
+) -> dict[str, Tensor]:
+    """Of the literal loss, from the HF model with weights rounded to bf16, computed in this dtype; `precision`: with
+    the operands of linear layers rounded to FP8."""
+    model = hf_model(folder, torch.bfloat16).to(dtype)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = list(literal_old(whole).split(whole.lengths.tolist()))
+    named = dict(model.named_parameters())
+    kept = [
+        p for name, p in named.items() if name.endswith(("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"))
+    ]
+    rounding = quantised(kept, blockwise=precision == "fp8-blockwise") if precision else contextlib.nullcontext()
+    with rounding:
+        literal_loss(model, collected, old, CLIP).backward()
+    return hf_tensors_of({name: p.grad for name, p in named.items() if p.grad is not None})
+
+
+def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """‖found − wanted‖ / ‖wanted‖ over all tensors."""
+    square = sum(float((found[name].double() - each.double()).square().sum()) for name, each in wanted.items())
+    return (square / sum(float(each.double().square().sum()) for each in wanted.values())) ** 0.5
+
+
+def one_update(
+    ranks: Ranks, kind: str, tensor: int, data: int, precision: str = "bf16", **parallel: Any
+) -> dict[str, Any]:
+    """Of one update: the gradient's distance from float64, ours and that of rounding alone; how far the weights are
+    from AdamW's in float64 along our own gradient; which products were computed in what."""
+    import transformer_engine_torch as tex
+
+    folder = ranks.folder / kind
+    cluster, family, collected = ranks.arrange(tensor, data=data, **parallel), read_family(folder), rollouts_of(folder)
+    exact = literal_gradients(folder, collected, torch.float64)
+    # The noise that is allowed: plain PyTorch's in bf16, or that of FP8 operands in float64.
+    plain = literal_gradients(
+        folder, collected, *((torch.bfloat16,) if precision == "bf16" else (torch.float64, precision))
+    )
+    optimizer = {"distributed": False, "clip_grad": 0.0}
+    learner = Watched(
+        cluster, family, options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer)
+    )
+    mine = share(collected, cluster.coordinates.data, cluster.data)
+    before = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}
+    tex.CALLS.clear()
+    stats = learner.update(batch_of(collected, mine))
+    calls = Counter(tex.CALLS)
+    ours = learner.gradients[0]
+    after = as_hf(learner, learner.parameters())
+    # The first step of Adam: a moment over its own root; float32 masters start as the bf16 weights.
+    steps = {name: LR * g.double() / (g.double().abs() + 1e-8) for name, g in ours.items()}
+    wanted = {name: before[name] - step for name, step in steps.items()}
+    wrong = [float(((after[n].double() - w).abs() / w.abs().clamp(min=1e-4)).max()) for n, w in wanted.items()]
+    return {
+        "ours": _distance(ours, exact),
+        "plain": _distance(plain, exact),
+        "missing": len(exact.keys() ^ ours.keys()),
+        "step": max(wrong),
+        "calls": dict(calls),
+        "finite": bool(torch.isfinite(torch.tensor(stats["learner/loss"]))),
+    }
 
 
 def _case(name: str, kind: str, tensor: int, data: int, **parallel: Any) -> Case:
@@ -27,15 +147,22 @@ def _case(name: str, kind: str, tensor: int, data: int, **parallel: Any) -> Case
     return case
 
 
+FP8 = ("fp8-blockwise", "fp8-tensorwise")
 UPDATES = {
-    1: [_case("dense", "qwen3", 1, 1), _case("biased", "qwen2", 1, 1), _case("experts", "qwen3_moe", 1, 1)],
+    1: [
+        _case("dense", "dense", 1, 1),
+        _case("biased_untied", "biased_untied", 1, 1),
+        _case("experts", "experts", 1, 1),
+        *(_case(f"{kind}_{fp8}", kind, 1, 1, precision=fp8) for kind in ("dense", "all_experts") for fp8 in FP8),
+    ],
     2: [
-        _case("tensor", "qwen3", 2, 1),
-        _case("sequence", "qwen3", 2, 1, sequence=True),
-        _case("pipeline", "qwen3", 1, 1, pipeline=2),
-        _case("context", "qwen3", 1, 1, context=2),
-        _case("spread_experts", "qwen3_moe", 1, 2, expert=2),
-        _case("cut_experts", "qwen3_moe", 2, 1, sequence=True),
+        _case("tensor", "dense", 2, 1, sequence=False),
+        _case("sequence", "dense", 2, 1, sequence=True),
+        _case("sequence_untied", "biased_untied", 2, 1, sequence=True),
+        _case("pipeline", "dense", 1, 1, pipeline=2),
+        _case("data", "dense", 1, 2),
+        _case("spread_experts", "experts", 1, 2, expert=2),
+        _case("cut_experts", "experts", 2, 1, sequence=True),
     ],
 }
 
@@ -43,80 +170,45 @@ UPDATES = {
 def named(ranks: Ranks) -> list[str]:
     """Parameters of the model that the map lacks, and entries of the map that the model lacks, over layouts."""
     wrong = []
-    for kind, (tensor, pipeline, expert) in itertools.product(
-        ("qwen3", "qwen2", "llama31", "qwen3_moe"), ((2, 1, 1), (1, 2, 1), (1, 1, 2))
-    ):
-        if expert > 1 and kind != "qwen3_moe":
+    for kind, (tensor, pipeline, expert) in itertools.product(MODELS, ((2, 1, 1), (1, 2, 1), (1, 1, 2))):
+        if expert > 1 and kind != "experts":
             continue
         parallel = {"pipeline": pipeline, "expert": expert, "sequence": tensor > 1}
-        cluster = ranks.arrange(tensor, data=2 // tensor // pipeline, **parallel)
-        folder = ranks.folder / kind
+        data = 2 // tensor // pipeline
+        cluster, folder = ranks.arrange(tensor, data=data, **parallel), ranks.folder / kind
         # Loading refuses what the map does not cover, element for element; the shapes are the model's own.
-        learner = Learner(
-            cluster, read_family(folder), settings(folder, tensor, 2 // tensor // pipeline, parallel=parallel)
-        )
+        learner = Learner(cluster, read_family(folder), options_for(folder, tensor, data, parallel=parallel))
         mine, theirs = {piece.key for piece in learner.pieces}, learner.parameters().keys()
         wrong += [f"{kind} {parallel}: {key}" for key in mine ^ theirs]
     return wrong
 
 
-def fp8_config(folder: Path, tensor: int, precision: str, **learner: Any) -> Config:
-    config = settings(folder, tensor, 1, model={"dtype": "bfloat16"}, parallel={"sequence": tensor > 1})
-    values = config.model_dump(mode="json")
-    values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, **learner}
-    return Config.model_validate(values).on("cpu")
-
-
-def in_fp8(ranks: Ranks) -> dict[str, Any]:
-    """Which modules score and update ran in which recipe, over how many tokens, for every precision."""
-    import transformer_engine.pytorch as te
-
-    collected, found = make_collected(groups=5, size=4), {}
-    for kind, precision, learner in (
-        ("wide", "bf16", {}),
-        ("wide", "fp8-blockwise", {}),
-        ("wide", "fp8-blockwise", {"bf16_layers": (1, 2)}),
-        ("wide", "fp8-tensorwise", {}),
-        ("wide_moe", "fp8-blockwise", {}),
-    ):
-        folder = ranks.folder / kind
-        cluster = ranks.arrange(2, data=1, sequence=True)
-        made = Learner(cluster, read_family(folder), fp8_config(folder, 2, precision, **learner))
+def packed(ranks: Ranks) -> dict[str, list[int]]:
+    """Tokens of every micro-batch under tensor and sequence parallelism, by precision."""
+    collected, found = make_collected(groups=GROUPS, size=SIZE), {}
+    folder = ranks.folder / "dense"
+    cluster = ranks.arrange(2, data=1, sequence=True)
+    for precision in ("bf16", "fp8-blockwise", "fp8-tensorwise"):
+        learner = Learner(cluster, read_family(folder), options_for(folder, 2, 1, precision))
         batch = batch_of(collected, share(collected, 0, 1))
-        parts = made._micro_batches(batch, range(len(batch.rollouts)))
-        te.RUNS.clear()
-        scored = made.score(batch_of(collected, share(collected, 0, 1)))
-        assert scored.old_logprobs is not None  # it had them: nothing ran
-        batch.old_logprobs = None
-        made.score(batch)
-        score = list(te.RUNS)
-        te.RUNS.clear()
-        batch = batch_of(collected, share(collected, 0, 1))
-        stats = made.update(batch)
-        found[f"{kind} {precision} {learner.get('bf16_layers', '')}".strip()] = {
-            "score": score,
-            "update": list(te.RUNS),
-            "tokens": [part.tokens.shape[1] for part in parts],
-            "loss": stats["learner/loss"],
-            "layers": made.family.layers,
-            "dtypes": sorted({str(p.dtype) for p in made.parameters().values()}),
-        }
+        parts = learner._micro_batches(batch, range(len(batch.rollouts)))
+        found[precision] = [part.tokens.shape[1] for part in parts]
     return found
 
 
 def saved(ranks: Ranks) -> dict[str, bool]:
     """A checkpoint with Transformer Engine's extra states comes back as it was, and trains on as it would have."""
-    folder, target = ranks.folder / "qwen3", ranks.folder / "saved"
+    folder, target = ranks.folder / "dense", ranks.folder / "saved"
     cluster, family = ranks.arrange(1, data=2), read_family(folder)
-    collected = make_collected(groups=5, size=4)
+    collected = make_collected(groups=GROUPS, size=SIZE)
     batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
-    learner = Learner(cluster, family, settings(folder, 1, 2))
+    learner = Learner(cluster, family, options_for(folder, 1, 2))
     learner.update(batch())
     if ranks.rank == 0:
         target.mkdir()
     dist.barrier()
     write_whole(Saving(learner.sharded_state(), target))
-    again = Learner(cluster, family, settings(folder, 1, 2), target)
+    again = Learner(cluster, family, options_for(folder, 1, 2), target)
     equal = {"weights": _equal(learner, again)}
     for each in (learner, again):
         each.update(batch())

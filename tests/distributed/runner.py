@@ -58,7 +58,7 @@ def run_ranks(
 ) -> dict[str, list[Any]]:
     """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
 
-    `te`: with the layer spec of Transformer Engine, of which tests/fake_te is a stand-in.
+    `te`: with the layer spec of Transformer Engine, of which tests/te_harness is a stand-in.
     """
     meeting = rendezvous(None)
     meeting.set_inheritable(True)
@@ -78,7 +78,7 @@ def run_ranks(
             "VLLM_HOST_IP": "127.0.0.1",
         }
         if te:
-            environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/fake_te"), str(ROOT)])}
+            environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/te_harness"), str(ROOT)])}
             environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
         command = [sys.executable, "-m", "tests.distributed.runner", str(folder), str(timeout), *names]
         log = (folder / f"rank-{rank}.log").open("w")
