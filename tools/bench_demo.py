@@ -133,7 +133,8 @@ def table(rows: list[dict[str, Any]], share: float, seeds: Iterable[int]) -> str
         cells.append(" / ".join(f"{row['stepwise_rate'][-1]:.2f}" for row in of))
         cells.append(" / ".join("never" if (step := row["stepwise_from"]) is None else str(step) for row in of))
         cells.append(" / ".join(f"{row['entropy'][-1]:.2f}" for row in of))
-        lines.append(f"| {arm}, seeds {' / '.join(str(row['seed']) for row in of)} | {' | '.join(cells)} |")
+        named = f"seed{'s' * (len(of) > 1)} {' / '.join(str(row['seed']) for row in of)}"
+        lines.append(f"| {arm}, {named} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
