@@ -255,4 +255,4 @@ def dies_alone(report: Report, folder: Path) -> None:
 def a_rank_dies(report: Report) -> None:
     from tools.bringup.ranks import together
 
-    together(report, "tests.bringup_cases:dies_alone", 2, Path(os.environ["TMPDIR"]), 60)
+    together(report, "tests.bringup_cases:dies_alone", 2, Path(os.environ["TMPDIR"]), 60, megatron=False)

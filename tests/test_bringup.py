@@ -354,7 +354,8 @@ def test_arena_and_head_have_what_they_are_built_on() -> None:
 
 def test_a_storage_that_comes_back_elsewhere_than_its_views_look_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(block: Any) -> None:
-        block.storage.resize_(block.bytes)  # and nothing is copied into it
+        block.storage.resize_(block.bytes)
+        torch.empty(0, dtype=torch.uint8).set_(block.storage).zero_()  # whatever was there: nothing is copied
         block.is_here = True
 
     monkeypatch.setattr(basics.Block, "back", elsewhere)

@@ -39,6 +39,7 @@ def together(
     environment: Mapping[str, str] | None = None,
     one_device: bool = False,  # every rank sees its own device alone
     killed: bool = False,  # they are to end by SIGKILL, of their own doing
+    megatron: bool = True,  # they import it, and want its patches before
 ) -> None:
     """Raises RuntimeError with the last words of a rank that did not end well."""
     name = function.rpartition(":")[2]
@@ -57,6 +58,7 @@ def together(
             settings["CUDA_VISIBLE_DEVICES"] = _device(rank)
         with (folder / f"{name}-{rank}.log").open("w") as log:
             command = [sys.executable, "-m", "tools.bringup.ranks", function, str(folder), str(seconds)]
+            command += ["plain"] * (not megatron)
             processes.append(
                 subprocess.Popen(
                     command,
@@ -108,7 +110,7 @@ class _Printed(Report):
             print(MARK + json.dumps(line, allow_nan=False), flush=True)
 
 
-def _main(function: str, folder: str, seconds: float) -> None:
+def _main(function: str, folder: str, seconds: float, megatron: bool) -> None:
     faulthandler.enable()
     if seconds > 2 * GRACE:
         faulthandler.dump_traceback_later(seconds - GRACE)
@@ -117,9 +119,10 @@ def _main(function: str, folder: str, seconds: float) -> None:
         from a3po_megatron.launch import environment
 
         environment.prepare()
-        from a3po_megatron import compat
+        if megatron:
+            from a3po_megatron import compat
 
-        compat.prepare()
+            compat.prepare()
         report: Report = _Printed()
         if folder != "-":
             report = Report(Path(folder, f"{function.rpartition(':')[2]}-{os.environ['RANK']}.said"))
@@ -133,4 +136,4 @@ def _main(function: str, folder: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+    _main(sys.argv[1], sys.argv[2], float(sys.argv[3]), "plain" not in sys.argv[4:])
