@@ -35,8 +35,8 @@ def basics_on(report: Report, device: torch.device, size: int = SIZE) -> None:
     report.claim("addmm in place, operands bf16, sums float32: error", error, SUMS)
 
     values = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device, generator=generator)
-    kept, view = values[::4097].cpu(), values[size // 2 :].view(torch.int32)
-    middle = view[:1024].cpu()
+    kept, view = values[::4097].cpu().clone(), values[size // 2 :].view(torch.int32)
+    middle = view[:1024].cpu().clone()
     began = time.perf_counter()
     block = Block(values.untyped_storage())
     report.number("seconds to register the host's twin", time.perf_counter() - began)
