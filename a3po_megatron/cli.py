@@ -123,12 +123,16 @@ def report(
 
 @app.command()
 def doctor(
+    config: Annotated[Path | None, typer.Argument(help="The run that is to start here: what it needs counts.")] = None,
+    set_: Overrides = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Look at the CUDA path, also where this one is for CPUs.")] = False,
 ) -> None:
     """Print what is installed, what is missing and what this machine can do."""
+    from .config import load_config
     from .launch.doctor import examine
 
-    if not examine(gpu):
+    quantized = config is not None and load_config(config, set_ or []).rollout.quantization is not None
+    if not examine(gpu, quantized):
         raise typer.Exit(RequestError.exit_code)
 
 

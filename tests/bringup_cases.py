@@ -147,3 +147,110 @@ def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
     # One short prompt: with more tokens at once oneDNN asks for AMX just before the attention needs it.
     found = engine.probe(requests_of(TINY["vocab_size"], 1), max_tokens=4)
     report.holds("four tokens each", all(len(completion.tokens) == 4 for completion in found))
+
+
+def one_rank(report: Report, folder: Path) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.layouts import one_rank_on
+
+    one_rank_on(CPU, folder, "bf16", ["dense"])
+
+
+def two_ranks(report: Report, folder: Path) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup import layouts, nodes
+
+    nodes.reach_on(report, CPU, (1 << 16,))
+    layouts.several_on(report, CPU, folder, "bf16", layouts.LAYOUTS[2][:2])
+
+
+def layouts_on_cpu(report: Report) -> None:
+    from tools.bringup.layouts import against_one
+
+    against_one(report, 2, "tests.bringup_cases:one_rank", "tests.bringup_cases:two_ranks")
+
+
+def saves_and_dies(report: Report, folder: Path) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup import canary, saving
+    from tools.bringup.colocated import colocate
+
+    both = colocate(folder / "model", CPU, sections=saving.SECTIONS | {"publish": canary.SECTIONS["publish"]})
+    canary.distribution_on(report, both, publishes=2, count=4)
+    saving.first_on(report, folder, both)
+
+
+def resumes(report: Report, folder: Path) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.saving import second_on
+
+    second_on(report, CPU, folder)
+
+
+def saving_on_cpu(report: Report) -> None:
+    from tools.bringup.saving import saving
+
+    saving(report, "tests.bringup_cases:saves_and_dies", "tests.bringup_cases:resumes")
+
+
+def _head(report: Report, folder: Path, head: str) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.logits import arm_on
+
+    arm_on(report, CPU, folder, head)
+
+
+def float32_head(report: Report, folder: Path) -> None:
+    _head(report, folder, "float32")
+
+
+def bf16_head(report: Report, folder: Path) -> None:
+    _head(report, folder, "bf16")
+
+
+def heads_on_cpu(report: Report) -> None:
+    from tools.bringup.logits import LOGITS, compare
+    from tools.bringup.rank import make_model
+    from tools.bringup.ranks import together
+
+    folder = Path(os.environ["TMPDIR"])
+    make_model(folder=folder / "model", logits=LOGITS)
+    for name in ("float32_head", "bf16_head"):
+        together(report, f"tests.bringup_cases:{name}", 1, folder, 100)
+    compare(report, folder)
+
+
+def holders_on_cpu(report: Report) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.asleep import holders_on
+    from tools.bringup.rank import make_model
+
+    folder = Path(os.environ["TMPDIR"])
+    make_model(folder=folder / "model")
+    holders_on(report, CPU, folder, "eager")
+
+
+def one_of_two(report: Report, folder: Path) -> None:
+    from a3po_megatron.cluster import CPU
+    from tools.bringup.several import engines_on
+
+    engines_on(report, CPU, folder, 2, cycles=1)
+
+
+def engine_over_two_ranks_on_cpu(report: Report) -> None:
+    from tools.bringup.several import start
+
+    start(report, "tests.bringup_cases:one_of_two")
+
+
+def dies_alone(report: Report, folder: Path) -> None:
+    report.holds("one comes so far", os.environ["RANK"] == "0")
+    if os.environ["RANK"] == "1":
+        raise ValueError("one rank of two")
+    time.sleep(600)
+
+
+def a_rank_dies(report: Report) -> None:
+    from tools.bringup.ranks import together
+
+    together(report, "tests.bringup_cases:dies_alone", 2, Path(os.environ["TMPDIR"]), 60, megatron=False)

@@ -21,7 +21,7 @@ from a3po_megatron.model.precision import FP32_SCALES
 from tests.distributed.runner import ROOT
 from tests.tiny import hf_logprobs, hf_model, make_checkpoint
 from tools import gpu_bringup
-from tools.bringup import arena, head, loop, machine, oracle
+from tools.bringup import arena, basics, budget, head, loop, machine, oracle
 from tools.bringup.experiments import EXPERIMENTS, by_id, chosen
 from tools.bringup.report import Report, summary
 from tools.bringup.runner import STATUSES, Experiment, _load, clean, run, run_all
@@ -29,7 +29,7 @@ from tools.bringup.runner import STATUSES, Experiment, _load, clean, run, run_al
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 KEYS = {
     *("title", "status", "reason", "seconds", "date", "headline", "numbers", "claims", "refusals", "left_out"),
-    *("environment", "last_lines"),
+    *("environment", "last_lines", "cut"),
 }
 
 
@@ -60,7 +60,9 @@ def test_without_a_gpu_everything_is_left_out_with_its_reason_and_nothing_is_wri
     table = ended.stdout[ended.stdout.index("experiment  ") :]
     for experiment in EXPERIMENTS:
         row = next(line for line in table.splitlines() if line.startswith(f"{experiment.id} "))
-        assert "left out" in row and "torch finds no CUDA device" in row
+        assert "left out" in row and (
+            "torch finds no CUDA device" in row or (experiment.id == "11" and "Slurm allocation" in row)
+        )
     assert f"{len(EXPERIMENTS)} left out" in table
     assert "not written" in table
     assert (evidence.read_bytes() if evidence.exists() else None) == before
@@ -86,8 +88,11 @@ def test_a_partial_run_keeps_the_others_records_and_refuses_those_of_another_mac
 
 
 def test_wrong_requests_are_refused_and_the_list_names_every_experiment() -> None:
-    assert bringup("--only", "9").returncode == 2
+    assert bringup("--only", "12").returncode == 2
     assert bringup("--limit", "0").returncode == 2
+    assert bringup("--budget", "0").returncode == 2
+    ended = bringup("--model", "no/such/folder")
+    assert ended.returncode == 2 and "no config.json there" in ended.stderr
     listed = bringup("--list")
     assert listed.returncode == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == [e.id for e in EXPERIMENTS]
@@ -102,7 +107,7 @@ def test_every_experiment_has_its_function() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | NO_GPU, check=True, timeout=200)
     assert _load("head:exact") is head.exact
     assert len({e.id for e in EXPERIMENTS}) == len(EXPERIMENTS)
-    assert all(set(e.needs) <= {"cuda", "hopper", *machine.NEEDS} for e in EXPERIMENTS)
+    assert all(set(e.needs) <= {"cuda", "hopper", "two", "nodes", *machine.NEEDS} for e in EXPERIMENTS)
 
 
 def test_the_kernels_and_the_arenas_experiments_need_torch_and_triton_alone() -> None:
@@ -117,7 +122,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 from a3po_megatron.launch import environment
 environment.prepare()
-from tools.bringup import arena, head, machine, runner, sleep
+from tools.bringup import arena, basics, budget, head, machine, runner, sleep
 from a3po_megatron.learner import rows_triton
 assert machine.lacks(True, "", (9, 0)).keys() >= {"megatron", "package"}
 """
@@ -233,6 +238,8 @@ def test_the_table_names_every_experiment_and_counts_statuses(records: dict[str,
 def test_what_is_lacking_is_named_with_its_reason() -> None:
     found = machine.lacks(True, "", (8, 0))
     assert "cuda" not in found and found["hopper"].startswith("the device is sm_80")
+    assert found["two"] == "one GPU is visible, and it needs two" and "allocation" in found["nodes"]
+    assert "two" not in machine.lacks(True, "", (9, 0), 2)
     found = machine.lacks(False, "none", (0, 0))
     assert found["cuda"] == found["hopper"] == "none"
     assert clean(f"  File {ROOT}/tools/x.py, line 1") == "  File tools/x.py, line 1"
@@ -280,6 +287,104 @@ def test_refused_token_counts_are_recorded_word_for_word() -> None:
     assert record["status"] == "shown", record["reason"]
     assert "divisible by 8" in record["refusals"]["fp8-blockwise: 100 tokens"]
     assert "cuBLASLt" in record["refusals"]["fp8-blockwise: 24 tokens"]
+
+
+def within(seconds: float, *experiments: Experiment, before: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
+    told: list[str] = []
+    waiting = budget.unproven(experiments, before or {})
+    done = budget.run_within(seconds, waiting, {"cuda": "there is none"}, lambda *_: None, told.append)
+    return done, told
+
+
+def test_a_budget_takes_the_shortest_unproven_experiment_first_and_says_what_each_decides() -> None:
+    experiments = (
+        made_up("fails", expected=3, decides="what fails"),
+        made_up("succeeds", expected=2, decides="what holds"),
+        made_up("left", expected=1, needs=("cuda",), decides="what is left"),
+        made_up("refuses", expected=0.5),
+        made_up("takes_all_memory", expected=500),
+    )
+    # One that failed before is as unproven as one that was never tried.
+    before = {"refuses": {"status": "shown"}, "fails": {"status": "failed"}}
+    done, told = within(60, *experiments, before=before)
+    assert [(name, record["status"]) for name, record in done.items()] == [
+        *(("left", "left out"), ("succeeds", "shown"), ("fails", "failed"))
+    ]
+    assert "what is left: there is none" in told[0] and told[1].endswith("what holds: 42")
+    assert "what fails: not so: not a number" in told[2]
+    assert "not begun" in told[3] and "500 s expected" in told[3] and len(told) == 4
+
+
+def test_a_budget_ends_in_time_and_what_it_cut_off_has_not_failed() -> None:
+    start = time.perf_counter()
+    done, _ = within(3, made_up("hangs", expected=1), made_up("succeeds", expected=2))
+    assert time.perf_counter() - start < 8
+    assert done.keys() == {"hangs"}
+    assert done["hangs"]["status"] == "left out" and done["hangs"]["reason"].startswith("the budget ended after 3 s")
+    done, _ = within(60, made_up("hangs", expected=1, seconds=2))
+    assert done["hangs"]["status"] == "failed"  # by its own limit
+
+
+def test_a_budget_goes_on_from_its_file_and_refuses_another_devices(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = {"date": "2027-01-01", "code": "abc", "device": "a card", "details": {}, "versions": {"torch": "2"}}
+    monkeypatch.setattr(gpu_bringup.machine, "look", lambda: dict(here) | {"lacks": {}})
+    monkeypatch.setattr(gpu_bringup, "EVIDENCE", tmp_path / "gpu.json")
+    experiments = (made_up("succeeds", expected=1), made_up("raises", expected=2))
+    monkeypatch.setattr(gpu_bringup, "chosen", lambda _: experiments)
+    monkeypatch.setattr(sys, "argv", ["gpu_bringup.py", "--budget", "60"])
+    for shown, code in ((0, 1), (1, 1)):
+        assert gpu_bringup.main() == code
+        assert f"{shown} shown already, {2 - shown} to do within 60 s" in capsys.readouterr().out
+        found = json.loads(gpu_bringup.EVIDENCE.read_text())["experiments"]
+        assert {name: record["status"] for name, record in found.items()} == {"succeeds": "shown", "raises": "failed"}
+    monkeypatch.setattr(gpu_bringup.machine, "look", lambda: here | {"device": "another", "lacks": {}})
+    with pytest.raises(SystemExit):
+        gpu_bringup.main()
+    assert "of another device" in capsys.readouterr().err
+
+
+def test_every_experiment_says_what_it_decides_and_expects_less_than_its_limit() -> None:
+    assert all(e.decides and 0 < e.expected < e.seconds for e in EXPERIMENTS)
+
+
+def test_arena_and_head_have_what_they_are_built_on() -> None:
+    report = Report()
+    basics.basics_on(report, torch.device("cpu"), size=1 << 20)
+    assert wrong(report) == [] and len(summary(report.lines)["claims"]) == 5
+
+
+def test_a_storage_that_comes_back_elsewhere_than_its_views_look_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def elsewhere(block: Any) -> None:
+        block.storage.resize_(block.bytes)
+        torch.empty(0, dtype=torch.uint8).set_(block.storage).zero_()  # whatever was there: nothing is copied
+        block.is_here = True
+
+    monkeypatch.setattr(basics.Block, "back", elsewhere)
+    report = Report()
+    basics.basics_on(report, torch.device("cpu"), size=1 << 20)
+    assert any("the tensor is as it was" in claim for claim in wrong(report))
+
+
+def test_a_rank_that_dies_ends_the_others_and_its_experiment() -> None:
+    record = run(made_up("a_rank_dies"), {})
+    assert record["reason"] == "RuntimeError: rank 1 of 2 in dies_alone ended with 1 within 60 s"
+    assert record["seconds"] < 50  # the other rank would have waited for ten minutes
+    assert [c["claim"] for c in record["claims"] if not c["holds"]] == ["rank 1: one comes so far"]
+
+
+def test_a_run_killed_after_a_save_beside_rollouts_goes_on_bit_for_bit_and_canaries_are_told() -> None:
+    record = on_cpu("saving_on_cpu")
+    assert record["status"] == "shown", (record["reason"], record["last_lines"])
+    assert record["numbers"]["tensors"] > 100 and len(record["numbers"]["canary: mean of each"]) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["layouts_on_cpu", "heads_on_cpu", "holders_on_cpu", "engine_over_two_ranks_on_cpu"])
+def test_experiments_of_several_processes_go_through_on_cpus(name: str) -> None:
+    record = on_cpu(name)
+    assert record["status"] == "shown", (record["reason"], record["last_lines"])
 
 
 def small_head(report: Report) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from a3po_megatron.launch import doctor_gpu, environment
+from a3po_megatron.cluster import CUDA
+from a3po_megatron.launch import doctor_child, doctor_gpu, environment
 from a3po_megatron.launch.doctor_gpu import Found, Gpu, check, parse_child, parse_gpus, parse_links, parse_toolkit
 from tests.distributed.runner import ROOT
 
@@ -48,6 +49,9 @@ HEALTHY = Found(
         "peers": {"without": []},
         "fp8": {"blockwise": ""},
         "triton": {"found": [-0.693, 0.693]},
+        "tools": {"nvcc": "/venv/nvidia/cu13/bin/nvcc", "ninja": None, "cc": "/usr/bin/gcc"},
+        "flashinfer": {"there": False},
+        "deep_gemm": {"there": True},
     },
     environment={SCALES: "1"},
     shm_bytes=64 << 30,
@@ -59,6 +63,7 @@ OLD_GPU = Gpu(0, "NVIDIA A100-SXM4-80GB", (8, 0), 81920)
 OLDER_GPU = Gpu(0, "Tesla V100-SXM2-32GB", (7, 0), 32768)
 FOREIGN = "/usr/lib/x86_64-linux-gnu/libcudnn.so.9"
 NO_CUDART = "OSError: libcudart.so.13: cannot open shared object file"
+NO_TOOLKIT = "AssertionError: CUDA_HOME is not set"
 SYMBOL = "ImportError: transformer_engine_torch.so: undefined symbol: _ZN2at4_ops5empty"
 
 
@@ -167,6 +172,14 @@ WARNING = {
     ),
     "/dev/shm full": ({"shm_free_bytes": 10 << 20}, ["/dev/shm has 10 MiB left", "ls -l /dev/shm"]),
     "locked memory": ({"memlock_bytes": 8 << 20}, ["ulimit -l is 8 MiB", "InfiniBand", "PropagateResourceLimits"]),
+    "FlashInfer turned on": (
+        variables(VLLM_USE_FLASHINFER_SAMPLER="1"),
+        ["VLLM_USE_FLASHINFER_SAMPLER is 1", "nvcc and ninja", "unset it"],
+    ),
+    "DeepGEMM that cannot be imported, in a run whose rollouts are in bf16": (
+        child(deep_gemm={"error": NO_TOOLKIT}),
+        ["DeepGEMM", "CUDA_HOME", "rollout.quantization", "VLLM_USE_DEEP_GEMM=0", "bf16 rollouts do not need it"],
+    ),
     "no peer access": (
         {"links": {(0, 1): "SYS"}, **child(peers={"without": [[0, 1]]})},
         ["GPUs 0–1 (SYS)", "host memory", "--gpus-per-task"],
@@ -202,6 +215,55 @@ def test_each_missing_part_is_named_once_with_what_to_do(
 )
 def test_what_is_right_is_not_complained_about(changes: dict[str, Any]) -> None:
     assert check(dataclasses.replace(HEALTHY, **changes)) == []
+
+
+def test_deep_gemm_that_cannot_be_imported_is_fatal_where_rollouts_are_quantised_and_vllm_would_take_it() -> None:
+    broken = dataclasses.replace(HEALTHY, **child(deep_gemm={"error": NO_TOOLKIT}))
+    assert [finding.fatal for finding in check(broken, quantized=True)] == [True]
+    assert check(HEALTHY, quantized=True) == []
+    assert check(dataclasses.replace(HEALTHY, **child(deep_gemm={"there": False})), quantized=True) == []
+    off = broken.environment | {"VLLM_USE_DEEP_GEMM": "0"}
+    assert check(dataclasses.replace(broken, environment=off), quantized=True) == []
+
+
+@pytest.mark.parametrize(("there", "said"), [({"there": True}, "yes"), ({"there": False}, "no"), ({}, "unknown")])
+def test_flashinfer_is_told_as_vllm_sees_it_and_that_no_run_goes_by_it(there: dict[str, Any], said: str) -> None:
+    found = dataclasses.replace(HEALTHY, **child(flashinfer=there))
+    row = dict(doctor_gpu.rows(found))["FlashInfer, as vLLM sees it"]
+    assert row.startswith(f"{said}; no matter") and check(found) == []
+    # What the row says, where it is set.
+    assert (
+        set(environment.FLASHINFER.values()) == {"0"} and environment.FLASHINFER.items() <= environment.ON_CUDA.items()
+    )
+    assert CUDA.engine_args["enable_flashinfer_autotune"] is False
+    assert CUDA.engine_args["compilation_config"]["pass_config"]["fuse_allreduce_rms"] is False
+
+
+def test_compilers_that_kernels_are_made_with_at_run_time_are_told_or_said_to_be_missing() -> None:
+    table = dict(doctor_gpu.rows(HEALTHY))
+    assert (table["nvcc"], table["ninja"]) == ("/venv/nvidia/cu13/bin/nvcc", "none")
+    assert table["C compiler"] == "/usr/bin/gcc" and table["DeepGEMM"] == "yes"
+    assert dict(doctor_gpu.rows(dataclasses.replace(HEALTHY, child={})))["nvcc"] == "unknown"
+
+
+def test_nvcc_is_looked_for_where_flashinfer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours against vLLM's own search, which reads the environment when it is asked."""
+    from vllm.utils.flashinfer import _flashinfer_nvcc_path
+
+    for name in ("home", "other", "path"):
+        executable((tmp_path / name / "bin").mkdir(parents=True) or tmp_path / name / "bin/nvcc", "#!/bin/sh\n")
+    home, other, path = (str(tmp_path / name) for name in ("home", "other", "path"))
+    for given, wanted in (
+        ({"CUDA_HOME": home, "CUDA_PATH": other, "PATH": f"{path}/bin"}, home),
+        ({"CUDA_PATH": other, "PATH": f"{path}/bin"}, other),
+        ({"PATH": f"{path}/bin"}, path),
+        ({"CUDA_HOME": str(tmp_path), "PATH": f"{path}/bin"}, None),
+    ):
+        for name in ("CUDA_HOME", "CUDA_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert doctor_child.nvcc(given) == _flashinfer_nvcc_path() == (wanted and f"{wanted}/bin/nvcc")
 
 
 def test_a_login_node_with_all_packages_only_lacks_the_gpu() -> None:
@@ -300,8 +362,11 @@ def test_a_line_cut_off_in_the_middle_is_the_step_that_it_began() -> None:
 
 def test_the_child_says_of_every_step_what_it_found_on_this_cpu() -> None:
     found = doctor_gpu.run_child(dict(os.environ))
-    assert list(found) == [name for name, _ in doctor_gpu.STEPS]
+    assert list(found) == [name for name, _ in doctor_child.STEPS]
     assert found["torch"]["version"].startswith("2.")
+    assert set(found["tools"]) == {"nvcc", "ninja", "cc"} and found["tools"]["cc"] == doctor_gpu.compiler(os.environ)
+    # vLLM's own answers: its wheel for CPUs brings no DeepGEMM.
+    assert {found[step].get("there") for step in ("flashinfer", "deep_gemm")} <= {True, False}
 
 
 def test_transformer_engine_is_pointed_at_the_cudnn_of_the_packages(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ HARMFUL = {  # beside a torch for CPUs
 }
 
 
-def examine(gpu: bool = False) -> bool:
-    """Prints the tables; True if a run can start on this machine.
+def examine(gpu: bool = False, quantized: bool = False) -> bool:
+    """Prints the tables; True if a run can start on this machine; `quantized`: one whose rollouts are in FP8.
 
     The CUDA path is looked at where the installation is for it, or where it is asked for: a GPU alone does not stop the
     CPU path.
@@ -49,7 +49,7 @@ def examine(gpu: bool = False) -> bool:
     if cuda or gpu:
         found = doctor_gpu.probe()
         console.print(_table("GPU", doctor_gpu.rows(found)))
-        for finding in doctor_gpu.check(found):
+        for finding in doctor_gpu.check(found, quantized):
             (problems if finding.fatal else warnings).append(finding.text)
     elif _first_line("nvidia-smi", "-L"):
         warnings.append(

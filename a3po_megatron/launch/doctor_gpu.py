@@ -22,13 +22,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..model.precision import BLOCKWISE_CUDA, FP32_SCALES, HOPPER, TE_WINDOW
-from . import environment
+from . import doctor_child, environment
+from .doctor_child import MARK, compiler, nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 DRIVER = 580
@@ -36,7 +37,6 @@ SHM_BYTES = 1 << 30  # what NVIDIA's containers are to be started with
 CHILD_SECONDS = 180  # importing Transformer Engine from a network disk takes a minute
 QUERY = ("index", "name", "driver_version", "compute_cap", "memory.total")
 REBUILD = "remove its folder below $A3PO_WHEELS (~/.cache/a3po-megatron/wheels) and .venv, and run tools/setup_gpu.sh"
-_MARK = "a3po-doctor "  # before the child's lines, among whatever libraries print
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,11 @@ PACKAGES = (
 )
 
 
-def check(found: Found) -> list[Finding]:
-    """Everything that would fail, in the order in which a run would meet it."""
-    parts = (_gpus, _torch, _toolkit, _libraries, _engine, _precision, _rollouts, _host)
-    return [finding for part in parts for finding in part(found)]
+def check(found: Found, quantized: bool = False) -> list[Finding]:
+    """Everything that would fail, in the order in which a run would meet it; `quantized`: its rollouts are in FP8."""
+    parts = (_gpus, _torch, _toolkit, _libraries, _engine, _precision, _rollouts, _flashinfer, _host)
+    found_by_parts = [finding for part in parts for finding in part(found)]
+    return [*found_by_parts, *_deep_gemm(found, quantized)]
 
 
 def _gpus(found: Found) -> Iterator[Finding]:
@@ -250,6 +251,29 @@ def _rollouts(found: Found) -> Iterator[Finding]:
         )
 
 
+def _flashinfer(found: Found) -> Iterator[Finding]:
+    """Runs do without it whether it is there or not, as long as nobody turns it on: what it does would follow PATH."""
+    for name in environment.FLASHINFER:
+        if found.environment.get(name, "0") != "0" and "vllm" in found.packages:
+            yield _warning(
+                f"{name} is {found.environment[name]}: vLLM's kernels would follow whether nvcc and ninja are in PATH, "
+                "and differ from node to node; unset it, and let the launcher set it to 0"
+            )
+
+
+def _deep_gemm(found: Found, quantized: bool) -> Iterator[Finding]:
+    """vLLM chooses it for FP8 because it is installed, and ends at loading where it cannot be imported."""
+    error = found.child.get("deep_gemm", {}).get("error")
+    explained = not found.gpus or any("error" in found.child.get(step, {}) for step in ("torch", "device"))
+    if error and not explained and found.environment.get("VLLM_USE_DEEP_GEMM", "1") != "0":
+        what = (
+            f"vLLM's DeepGEMM cannot be imported ({error}): an engine with rollout.quantization ends while it loads; "
+            "point CUDA_HOME at a toolkit of torch's CUDA (slurm.setup: module load …), or set VLLM_USE_DEEP_GEMM=0, "
+            "and vLLM takes CUTLASS"
+        )
+        yield Finding(what) if quantized else _warning(what + "; bf16 rollouts do not need it")
+
+
 def _host(found: Found) -> Iterator[Finding]:
     if found.shm_bytes is not None and found.shm_bytes < SHM_BYTES:
         yield Finding(
@@ -272,7 +296,7 @@ def rows(found: Found) -> list[tuple[str, str]]:
     child = found.child
     steps: dict[str, str] = {name: facts.get("version", "") for name, facts in child.items() if "version" in facts}
     links = ", ".join(sorted(set(found.links.values()))) or ("one GPU" if len(found.gpus) == 1 else "unknown")
-    reason = child.get("fp8", {}).get("blockwise")
+    reason, tools = child.get("fp8", {}).get("blockwise"), child.get("tools", {})
     return [
         ("driver", found.driver or "none"),
         *(
@@ -286,11 +310,23 @@ def rows(found: Found) -> list[tuple[str, str]]:
         ("cuDNN, as TE sees it", steps.get("cudnn", "unknown")),
         ("Transformer Engine", found.packages.get("transformer-engine", "missing")),
         ("C compiler", found.compiler or "none"),
+        *((name, tools.get(name) or ("none" if tools else "unknown")) for name in ("nvcc", "ninja")),
+        ("FlashInfer, as vLLM sees it", _flashinfer_row(child.get("flashinfer", {}))),
+        ("DeepGEMM", _there(child.get("deep_gemm", {}))),
         ("FP8 blockwise", "unknown" if reason is None else reason or "yes"),
         ("apex", "none" if "apex" not in found.packages else "NVIDIA's" if found.amp_c else "not NVIDIA's"),
         ("/dev/shm", "none" if found.shm_bytes is None else f"{_size(found.shm_free_bytes or 0)} free"),
         ("locked memory", "unlimited" if found.memlock_bytes is None else _size(found.memlock_bytes)),
     ]
+
+
+def _there(facts: Mapping[str, Any]) -> str:
+    return facts.get("error") or {True: "yes", False: "no", None: "unknown"}[facts.get("there")]
+
+
+def _flashinfer_row(facts: Mapping[str, Any]) -> str:
+    """What has_flashinfer() answers; why no run goes by it: cluster.CUDA.engine_args, environment.FLASHINFER."""
+    return f"{_there(facts)}; no matter: sampling, all-reduce, FP8 products and autotuning by it are off in every run"
 
 
 def _size(count: int) -> str:
@@ -318,7 +354,7 @@ def probe() -> Found:
         driver=driver,
         gpus=gpus,
         links=parse_links(output("nvidia-smi", "topo", "-m")) if len(gpus) > 1 else {},
-        toolkit=parse_toolkit(output(_nvcc(effective), "--version")),
+        toolkit=parse_toolkit(output(nvcc(effective) or "", "--version")),
         packages=packages,
         torch_cuda=cuda,
         amp_c=importlib.util.find_spec("amp_C") is not None,
@@ -330,13 +366,6 @@ def probe() -> Found:
         compiler=compiler(effective),
         headers=python_header(),
     )
-
-
-def compiler(variables: Mapping[str, str]) -> str | None:
-    """What Triton would compile with (triton/runtime/build.py)."""
-    if (given := variables.get("CC")) is not None:
-        return shutil.which(given, path=variables.get("PATH"))
-    return next((path for name in ("gcc", "clang") if (path := shutil.which(name, path=variables.get("PATH")))), None)
 
 
 def python_header() -> str | None:
@@ -397,11 +426,6 @@ def parse_toolkit(text: str | None) -> str | None:
     return match[1] if match else None
 
 
-def _nvcc(variables: Mapping[str, str]) -> str:
-    home = next((variables[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in variables), "/usr/local/cuda")
-    return f"{home}/bin/nvcc"
-
-
 def output(*command: str) -> str | None:
     """What a program prints; None where there is none, it fails, or it hangs."""
     if shutil.which(command[0]) is None:
@@ -430,10 +454,9 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
         return out.read().decode(errors="replace"), how
 
 
-# ---- the child process
-
-
-def run_child(variables: Mapping[str, str], seconds: float = CHILD_SECONDS, module: str = __name__) -> dict[str, Any]:
+def run_child(
+    variables: Mapping[str, str], seconds: float = CHILD_SECONDS, module: str = doctor_child.__name__
+) -> dict[str, Any]:
     """The facts of every step that came to its end; `stuck` has the step that did not, and how it ended."""
     return parse_child(*_run((sys.executable, "-m", module), variables, seconds))
 
@@ -442,101 +465,12 @@ def parse_child(printed: str, how: str | None) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     step = "start"
     for line in printed.splitlines():
-        if not line.startswith(_MARK):
+        if not line.startswith(MARK):
             continue
         try:
-            step, found = json.loads(line.removeprefix(_MARK))
+            step, found = json.loads(line.removeprefix(MARK))
         except ValueError:  # cut off in the middle
             continue
         if found is not None:
             facts[step] = found
     return facts if how is None else facts | {"stuck": {"step": step, "how": how}}
-
-
-def _child_torch() -> dict[str, Any]:
-    import torch
-
-    return {"version": torch.__version__}
-
-
-def _child_device() -> dict[str, Any]:
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.cuda.init()  # raises what is wrong
-    return {"count": torch.cuda.device_count(), "sum": float(torch.ones(8, device="cuda").sum())}
-
-
-def _child_nccl() -> dict[str, Any]:
-    import torch
-
-    return {"version": ".".join(map(str, torch.cuda.nccl.version()))}
-
-
-def _child_peers() -> dict[str, Any]:
-    import torch
-
-    pairs = itertools.combinations(range(torch.cuda.device_count()), 2)
-    able = torch.cuda.can_device_access_peer
-    return {"without": [pair for pair in pairs if not (able(*pair) and able(*reversed(pair)))]}
-
-
-def _child_engine() -> dict[str, Any]:
-    from ..compat import cuda
-
-    cuda.preload(Path(sysconfig.get_path("purelib")))  # as ranks do
-    import transformer_engine.pytorch  # noqa: F401
-
-    return {}
-
-
-def _child_cudnn() -> dict[str, Any]:
-    from transformer_engine.pytorch.utils import get_cudnn_version
-
-    maps = Path("/proc/self/maps")
-    paths = re.findall(r"(/\S*/libcudnn\.so\S*)", maps.read_text()) if maps.exists() else []
-    return {"version": ".".join(map(str, get_cudnn_version())), "paths": sorted(set(paths))}
-
-
-def _child_fp8() -> dict[str, Any]:
-    from transformer_engine.pytorch.quantization import check_fp8_block_scaling_support
-
-    able, reason = check_fp8_block_scaling_support()
-    return {"blockwise": "" if able else reason}
-
-
-def _child_triton() -> dict[str, Any]:
-    """Compiles the loss's kernels and runs them on two logits: log-prob and entropy of an even chance."""
-    import torch
-
-    from ..learner.vocab_parallel import logprob_and_entropy
-
-    target = torch.zeros(1, dtype=torch.int64, device="cuda")
-    found = logprob_and_entropy(torch.zeros(1, 2, device="cuda"), target, None)
-    return {"found": [float(each) for each in found if each is not None]}
-
-
-STEPS: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (
-    ("torch", _child_torch),
-    ("nccl", _child_nccl),
-    ("engine", _child_engine),  # before the device: it can be imported without one
-    ("cudnn", _child_cudnn),
-    ("device", _child_device),
-    ("triton", _child_triton),
-    ("peers", _child_peers),
-    ("fp8", _child_fp8),
-)
-
-
-def _child() -> None:
-    for name, step in STEPS:
-        print(_MARK + json.dumps([name, None]), flush=True)
-        try:
-            facts = step()
-        except Exception as error:
-            facts = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        print(_MARK + json.dumps([name, facts]), flush=True)
-
-
-if __name__ == "__main__":
-    _child()

@@ -33,14 +33,17 @@ ON_CPU = {
     # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.
     "TORCHDYNAMO_DISABLE": "1",
 }
+# FlashInfer counts as there where nvcc and ninja are found: what draws, reduces, multiplies must not follow that.
+FLASHINFER = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+}
 ON_CUDA = {
     "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1",  # model/precision.py
     "VLLM_USE_DEEP_GEMM_E8M0": "0",  # the same in the engine: scales of float32
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron's sequence parallelism orders its kernels by it
-    # FlashInfer counts as there where nvcc and ninja are found: what draws, reduces, multiplies must not follow that.
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
-    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
+    **FLASHINFER,
 }
 CUDA = 13  # of torch, Transformer Engine and vLLM in constraints/h200.txt
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # read at imports; sets what cuBLAS and NCCL read at theirs

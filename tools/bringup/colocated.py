@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.cluster import CUDA, Backend, Cluster
-from a3po_megatron.config import PublishOptions
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import Family, read_family
@@ -59,15 +58,23 @@ class Colocated:
         return torch.cat(self.learner.logprobs(pairs, routes))
 
 
-def colocate(folder: Path, backend: Backend = CUDA, learner: dict[str, Any] | None = None, **rollout: Any) -> Colocated:
-    cluster, family = alone(backend), read_family(folder)
-    settings = config(folder, learner=learner or {}, rollout=LENGTHS | rollout)
+def colocate(
+    folder: Path,
+    backend: Backend = CUDA,
+    learner: dict[str, Any] | None = None,
+    *,
+    stops: Sequence[int] = (),  # what ends a response besides its length
+    cluster: Cluster | None = None,  # None: this rank alone
+    sections: dict[str, dict[str, Any]] | None = None,  # of the configuration: parallel, optimizer, publish
+    **rollout: Any,
+) -> Colocated:
+    cluster, family = cluster or alone(backend), read_family(folder)
+    settings = config(folder, learner=learner or {}, rollout=LENGTHS | rollout, **(sections or {}))
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
-    # Nothing ends a response but its length: completions of one length are compared token by token.
-    engine = VllmEngine(folder, family, (), settings.rollout, dtype, backend)
+    engine = VllmEngine(folder, family, stops, settings.rollout, dtype, backend)
     made = Learner(cluster, family, settings)
     layout = layout_of(settings.parallel, backend.spec)
-    publisher = Publisher(cluster, family, layout, PublishOptions(), CANARY)
+    publisher = Publisher(cluster, family, layout, settings.publish, CANARY)
     return Colocated(cluster, family, folder, engine, made, publisher, Residency(engine, made.arena, backend))
 
 
@@ -80,6 +87,21 @@ def requests_of(vocab: int, count: int, tokens: int = 24) -> list[Request]:
         )
         for number in range(count)
     ]
+
+
+def stops_of(vocab: int) -> range:
+    """One token in sixteen: of responses of 64 all but one in sixty end on one, the last to end too. Then async
+    scheduling has a step in flight that nobody waits for, which routes and a second cycle trip over."""
+    return range(2, vocab, 16)
+
+
+def stopped_share(completions: Sequence[Completion]) -> float:
+    return sum(completion.finish == "stop" for completion in completions) / len(completions)
+
+
+def in_flight(engine: VllmEngine) -> int:
+    """Batches that vLLM's queue still holds; without async scheduling it has none."""
+    return len(engine._llm.llm_engine.engine_core.engine_core.batch_queue or ())
 
 
 def logprobs_of(completions: Sequence[Completion]) -> Tensor:

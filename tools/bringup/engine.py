@@ -26,7 +26,7 @@ from torch import Tensor
 from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.rollout.engine import Completion, Request
 
-from .colocated import LENGTHS, Colocated, colocate, logprobs_of, requests_of
+from .colocated import LENGTHS, Colocated, colocate, in_flight, logprobs_of, requests_of, stopped_share, stops_of
 from .measure import free_bytes
 from .rank import TINY, make_model
 from .report import Report
@@ -46,7 +46,7 @@ BF16_RATIO, FP8_RATIO = 1.05, 1.35
 
 def cycles_on(report: Report, backend: Backend, cycles: int = CYCLES, **rollout: Any) -> None:
     cuda = backend.device == "cuda"
-    both = colocate(make_model(), backend, **rollout)
+    both = colocate(make_model(), backend, stops=stops_of(TINY["vocab_size"]), **rollout)
     requests = requests_of(both.family.vocab, 16)
     rows: list[dict[str, Any]] = []
     sampled: list[list[Completion]] = []
@@ -60,6 +60,7 @@ def cycles_on(report: Report, backend: Backend, cycles: int = CYCLES, **rollout:
         row["publish_seconds"] = receipts[-1].seconds
         with both.residency.rollout():
             sampled.append(both.sample(requests))
+            row["in_flight"] = in_flight(both.engine)
             row["used_rollout"] = backend.used_bytes()
             start = time.perf_counter()
         row["asleep_seconds"] = time.perf_counter() - start
@@ -77,6 +78,8 @@ def cycles_on(report: Report, backend: Backend, cycles: int = CYCLES, **rollout:
     same = [all(_equal(a, b) for a, b in zip(each, wanted, strict=True)) for each in sampled]
     # The same requests in the same order, weights equal bit for bit: nothing is left that could differ.
     report.holds(f"tokens and log-probs after every reload, equal to the last bit, {cycles} times", all(same))
+    report.claim_above("share of responses that end on a stop token", stopped_share(wanted), 0.5)
+    report.claim("steps left in vLLM's queue", max(row["in_flight"] for row in rows), 0)
     difference = logprobs_of(last) - both.scores(requests, last)
     report.number("engine − learner, mean |Δ log-prob|", float(difference.abs().mean()))
     middle = {k: statistics.median(row[k] for row in rows) for k in rows[0] if k.endswith("seconds")}
@@ -206,46 +209,6 @@ def mismatch(report: Report) -> None:
 
 def mismatch_fp8_engine(report: Report) -> None:
     mismatch_on(report, CUDA, PRECISIONS, "fp8_per_block")
-
-
-MOE = TINY | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 128,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-
-def routes_on(report: Report, backend: Backend) -> None:
-    """A mixture of experts whose learner follows the engine's routes, and the same without."""
-    both = colocate(make_model(MOE), backend, routing_replay=True)
-    with both.residency.publishing():
-        receipt = both.publish()
-    requests = requests_of(both.family.vocab, 64)
-    with both.residency.rollout():
-        completions = both.sample(requests)
-    with both.residency.training():
-        found = {
-            name: gap(logprobs_of(completions), both.scores(requests, completions, replayed))
-            for name, replayed in (("by the engine's routes", True), ("by its own", False))
-        }
-    for name, row in found.items():
-        report.number(f"learner {name}", row)
-    with_routes, without = found["by the engine's routes"], found["by its own"]
-    report.holds("every response has its routes", all(c.routes is not None for c in completions))
-    report.holds(f"the receipt says `{backend.receipt_strength}`", receipt.strength == backend.receipt_strength)
-    report.claim("mean exp |Δ log-prob|, replayed", with_routes["exp_abs_mean"], BF16_RATIO)
-    # Where no router is near a tie nothing is gained; nothing may be lost by it.
-    report.claim("mean |Δ| replayed over that without", with_routes["abs_mean"] / without["abs_mean"], 1.05)
-    report.headline(f"mean |Δ log-prob| {with_routes['abs_mean']:.4f} replayed, {without['abs_mean']:.4f} without")
-
-
-def routes(report: Report) -> None:
-    routes_on(report, CUDA)
 
 
 STANDALONE = """

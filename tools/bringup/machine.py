@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -66,11 +67,11 @@ def look() -> dict[str, Any]:
             "nccl": found.get("nccl"),
             **{name: _installed(name) for name in PACKAGES},
         },
-        "lacks": lacks(there, why, tuple(found.get("capability", (0, 0)))),
+        "lacks": lacks(there, why, tuple(found.get("capability", (0, 0))), found.get("devices", 0)),
     }
 
 
-def lacks(cuda: bool, why: str, capability: tuple[int, ...]) -> dict[str, str]:
+def lacks(cuda: bool, why: str, capability: tuple[int, ...], devices: int = 1) -> dict[str, str]:
     """What is not here → why."""
     missing = {name: _absent(modules) for name, modules in NEEDS.items()}
     gone = {name: f"{module} is not installed" for name, module in missing.items() if module}
@@ -80,6 +81,12 @@ def lacks(cuda: bool, why: str, capability: tuple[int, ...]) -> dict[str, str]:
         gone["hopper"] = f"the device is sm_{capability[0]}{capability[1]}, and FP8 blockwise needs sm_90"
     if not cuda:
         gone["hopper"] = why
+    if not cuda:
+        gone["two"] = why
+    elif devices < 2:
+        gone["two"] = "one GPU is visible, and it needs two"
+    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) < 2:
+        gone["nodes"] = "not in a Slurm allocation of two nodes or more (salloc --nodes=2 --gpus-per-node=N)"
     if "vllm" not in gone and _installed("vllm") is None:
         gone["vllm"] = "the vllm that is installed is the one for CPUs"
     return gone

@@ -60,22 +60,56 @@ HALF_BILLION = TINY | {
     "max_position_embeddings": 8192,
 }
 
+MOE = TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
 
 def alone(backend: Backend = CUDA) -> Cluster:
     """This process as the one rank there is."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(environment.LOOPBACK | place | {"MASTER_PORT": str(free_port())})
+    if "A3PO_STORE_FD" not in os.environ:  # ranks.together has set where to meet
+        os.environ.update(environment.LOOPBACK | place | {"MASTER_PORT": str(free_port())})
+    return join(backend)
+
+
+_connected: list[Any] = []  # the store, once there is one, and a layout for each that there has been
+
+
+def join(backend: Backend, parallel: ParallelOptions | None = None, engine_ranks: int = 1) -> Cluster:
+    """This rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) among the others, laid out so; every call after the first
+    lays the same ranks out anew. Collective."""
+    rank, world, limit = environment.rank(), environment.world(), timedelta(seconds=120)
     if backend.device == "cuda":
         torch.cuda.set_device(backend.local())
-    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 1, True, timedelta(seconds=120))
-    dist.init_process_group(backend.collectives, store=store, rank=0, world_size=1, timeout=timedelta(seconds=120))
-    return arrange(backend, ParallelOptions(), 1, 0, store)
+    if not _connected:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        listening = os.environ.pop("A3PO_STORE_FD", None) if rank == 0 else None
+        store = dist.TCPStore(
+            address, port, world, rank == 0, limit, master_listen_fd=None if listening is None else int(listening)
+        )
+        dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=limit)
+        _connected.append(store)
+    else:
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+    _connected.append(parallel)
+    store = dist.PrefixStore(f"layout-{len(_connected)}", _connected[0])
+    return arrange(backend, parallel or ParallelOptions(), engine_ranks, 0, store)
 
 
-def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None = None) -> Path:
+def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None = None, logits: float = 1.0) -> Path:
     """An HF folder with random weights on bf16's grid, so that every side starts from the same numbers.
 
-    Norms are off 1, and matrices keep the scale of what they multiply.
+    Norms are off 1, and matrices keep the scale of what they multiply; `logits`: the scale of those.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="model-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +120,8 @@ def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None 
     def values(name: str, shape: Sequence[int]) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         if len(shape) == 1:
-            return (1 + 0.1 * drawn if name.endswith("norm.weight") else 0.1 * drawn).bfloat16()
+            scale = logits if name == "model.norm.weight" else 1.0
+            return (scale * (1 + 0.1 * drawn) if name.endswith("norm.weight") else 0.1 * drawn).bfloat16()
         return (drawn / math.sqrt(shape[1])).bfloat16()
 
     parts = (values(name, shape) for name, shape in shapes.items())

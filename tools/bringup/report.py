@@ -45,6 +45,10 @@ class Report:
     def headline(self, text: str) -> None:
         self._say({"headline": text})
 
+    def take(self, line: dict[str, Any]) -> None:
+        """A line of another report, of a process that belongs to the experiment."""
+        self._say(line)
+
     def ended(self) -> None:
         self._say({"ended": True})
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAST_LINES = 12  # of a failed experiment's output
 GRACE = 5.0  # seconds before the limit at which every thread's stack is written down
 STATUSES = ("shown", "failed", "refused", "left out")
+MODEL = "A3PO_BRINGUP_MODEL"  # an HF folder of the user's own, for experiments that take one
 _REFUSED = 3  # exit code
 _LIBC = ctypes.CDLL(None)
 
@@ -46,8 +47,10 @@ class Experiment:
     title: str
     function: str  # module:function; the module is found from ROOT or below this package
     needs: tuple[str, ...] = ("cuda",)  # keys of Machine.lacks
-    seconds: float = 300
+    seconds: float = 300  # the limit
     environment: Mapping[str, str] = field(default_factory=dict)  # set before anything is imported
+    expected: float = 60  # seconds, a guess until a GPU has measured it
+    decides: str = ""  # the claim
 
 
 def run_all(
@@ -95,7 +98,7 @@ def run(
                 _end(process)
         lines, words = read_lines(said), _tail(log)
     status, reason = _verdict(code, lines, words, limit)
-    return _record(experiment, status, reason, lines, time.perf_counter() - began, words)
+    return _record(experiment, status, reason, lines, time.perf_counter() - began, words, code is None)
 
 
 def _verdict(code: int | None, lines: list[dict[str, Any]], words: list[str], limit: float) -> tuple[str, str]:
@@ -129,6 +132,7 @@ def _record(
     lines: list[dict[str, Any]],
     seconds: float,
     words: Sequence[str] = (),
+    cut: bool = False,  # it reached its limit
 ) -> dict[str, Any]:
     found = summary(lines)
     return {
@@ -139,6 +143,7 @@ def _record(
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         **found,
         "headline": found["headline"] if status == "shown" else reason,
+        "cut": cut,
         "environment": dict(experiment.environment),
         "last_lines": [] if status in ("shown", "left out") else list(words),
     }
