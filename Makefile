@@ -1,6 +1,6 @@
 # make demo   trains the demo and says where its report is      make test   runs all tests
 # make setup  makes .venv (both do it on their own)             make lint   style, format, types
-.PHONY: demo demo-compare setup test test-slurm soak lint
+.PHONY: demo demo-compare setup test test-slurm test-next soak lint
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -22,6 +22,11 @@ test: setup
 # As root, with slurm-wlm and munge: a throw-away Slurm of two nodes on this machine.
 test-slurm: setup
 	python -m pytest -m slurm tests/slurm
+
+# Python 3.12 and a newer Megatron-Core, in an environment of its own: what holds there.
+test-next:
+	tools/setup_next.sh
+	.venv-next/bin/python -m tests.next_cells
 
 soak: setup
 	python -m pytest -m "soak or interruption"

@@ -471,6 +471,7 @@ def test_a_bf16_engine_that_is_first_to_use_amx_does_not_die_of_an_illegal_instr
     assert record["status"] == "shown", record["reason"]
 
 
+@pytest.mark.soak
 def test_generation_in_process_equals_a_vllm_of_its_own_on_a_cpu() -> None:
     record = on_cpu("standalone_on_cpu")
     assert record["status"] == "shown", record["reason"]

@@ -15,6 +15,7 @@ assertions, streams, memory, context parallelism, and gathers of quantised tenso
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import os
 import sys
 import types
@@ -25,7 +26,6 @@ import torch
 
 from a3po_megatron.compat import megatron_cpu
 
-VERSION = "2.11.0"
 TREE = Path(os.environ.get("A3PO_TE_TREE", Path(sys.prefix, "transformer-engine")))
 if not (TREE / "transformer_engine/pytorch").is_dir():
     raise RuntimeError(f"Transformer Engine's wheel is not in {TREE}: run `make setup`")
@@ -90,7 +90,7 @@ os.environ["NVTE_PROJECT_BUILDING"] = "1"  # CUDA's libraries are not looked for
 sys.meta_path.insert(0, _Finder())
 sys.path.append(str(TREE))  # after all else: for its metadata, by which Megatron knows the version
 __path__ = [str(TREE / "transformer_engine")]
-__version__ = VERSION
+__version__ = importlib.metadata.version("transformer_engine")
 
 from transformer_engine import common as common  # noqa: E402
 from transformer_engine import pytorch as pytorch  # noqa: E402
