@@ -34,7 +34,9 @@ from tests.distributed.runner import Case, Ranks
 from tests.distributed.saving import write_whole
 from tests.quantised import quantised
 from tests.tiny import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tools.bringup.measure import relative
 from tools.bringup.rank import TINY, make_model
+from tools.bringup.te import whole
 
 GROUPS, SIZE = 5, 4
 CLIP = (0.99, 99.0)  # hardly ever: a token that clips on one side only would be an error larger than all rounding
@@ -95,12 +97,6 @@ def literal_gradients(
     return hf_tensors_of({name: p.grad for name, p in named.items() if p.grad is not None})
 
 
-def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """‖found − wanted‖ / ‖wanted‖ over all tensors."""
-    square = sum(float((found[name].double() - each.double()).square().sum()) for name, each in wanted.items())
-    return (square / sum(float(each.double().square().sum()) for each in wanted.values())) ** 0.5
-
-
 def one_update(
     ranks: Ranks, kind: str, tensor: int, data: int, precision: str = "bf16", **parallel: Any
 ) -> dict[str, Any]:
@@ -122,7 +118,7 @@ def one_update(
     mine = share(collected, cluster.coordinates.data, cluster.data)
     before = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}
     tex.CALLS.clear()
-    stats = learner.update(batch_of(collected, mine))
+    learner.update(batch_of(collected, mine))
     calls = Counter(tex.CALLS)
     ours = learner.gradients[0]
     after = as_hf(learner, learner.parameters())
@@ -131,12 +127,11 @@ def one_update(
     wanted = {name: before[name] - step for name, step in steps.items()}
     wrong = [float(((after[n].double() - w).abs() / w.abs().clamp(min=1e-4)).max()) for n, w in wanted.items()]
     return {
-        "ours": _distance(ours, exact),
-        "plain": _distance(plain, exact),
+        "ours": relative(whole(ours), whole(exact)),
+        "plain": relative(whole(plain), whole(exact)),
         "missing": len(exact.keys() ^ ours.keys()),
         "step": max(wrong),
         "calls": dict(calls),
-        "finite": bool(torch.isfinite(torch.tensor(stats["learner/loss"]))),
     }
 
 
