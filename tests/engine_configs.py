@@ -77,8 +77,7 @@ from vllm.utils import flashinfer  # noqa: E402
 from a3po_megatron.cluster import CUDA  # noqa: E402
 from a3po_megatron.config import RolloutOptions  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import engine_arguments  # noqa: E402
-from tools.bringup.engine import MOE  # noqa: E402
-from tools.bringup.rank import TINY, make_model  # noqa: E402
+from tools.bringup.rank import MOE, TINY, make_model  # noqa: E402
 
 FP8 = {"quantization": "fp8_per_block", "bf16_layers": (1, 1)}
 
