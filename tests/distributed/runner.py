@@ -1,5 +1,6 @@
 """Starts n real ranks once and runs many cases in them: starting a rank takes far longer than most cases do.
 
+Ranks are forked off a process that has imported torch, Megatron-Core and transformers (6 s) and done nothing with them.
 A case is a module-level function `case(ranks: Ranks) -> JSON value`, called on every rank with all of them connected
 over gloo. `run_ranks` returns what each case returned on each rank, or raises with the traceback of the first failure.
 """
@@ -7,8 +8,9 @@ over gloo. `run_ranks` returns what each case returned on each rank, or raises w
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
 import tempfile
 import traceback
@@ -21,6 +23,7 @@ from a3po_megatron.launch.environment import die_with_parent
 from a3po_megatron.launch.local import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = ["tests.distributed", "a3po_megatron.run", "a3po_megatron.rollout.vllm_engine", "tests.tiny"]
 Case = Callable[["Ranks"], Any]
 
 
@@ -61,47 +64,36 @@ def run_ranks(
     `te`: with the layer spec of Transformer Engine, of which tests/te_harness is a stand-in.
     """
     meeting = rendezvous(None)
-    meeting.set_inheritable(True)
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
+    # Transformer Engine must be found before anything imports Megatron-Core: such ranks start afresh.
+    context = multiprocessing.get_context("spawn" if te else "forkserver")
+    multiprocessing.set_forkserver_preload(PRELOADED)
     processes = []
     for rank in range(world):
         environment = {
-            **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(meeting.getsockname()[1]),
-            "A3PO_STORE_FD": str(meeting.fileno()),
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
         }
         if te:
-            environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/te_harness"), str(ROOT)])}
             environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
-        command = [sys.executable, "-m", "tests.distributed.runner", str(folder), str(timeout), *names]
-        log = (folder / f"rank-{rank}.log").open("w")
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-                preexec_fn=die_with_parent,
-                pass_fds=[meeting.fileno()] if rank == 0 else [],
-            )
-        )
+        arguments = (os.environ | environment, meeting if rank == 0 else None, folder, timeout, names)
+        processes.append(context.Process(target=_main, args=arguments))
+        processes[-1].start()
     meeting.close()
     try:
         for process in processes:
-            process.wait(timeout)
+            process.join(timeout)
     finally:
         for process in processes:
-            if process.poll() is None:
+            if process.is_alive():
                 process.kill()
-                process.wait()
+                process.join()
     results = []
     for rank in range(world):
         path = folder / f"rank-{rank}.json"
@@ -117,7 +109,18 @@ def run_ranks(
     }
 
 
-def _main(folder: Path, timeout: float, names: list[str]) -> None:
+def _main(
+    environment: dict[str, str], meeting: socket.socket | None, folder: Path, timeout: float, names: list[str]
+) -> None:
+    os.environ.clear()  # of the server's first days, not of the test
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    die_with_parent()
+    log = os.open(folder / f"rank-{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if environment.get("A3PO_TEST_SPEC") == "te":
+        sys.path.insert(0, str(ROOT / "tests/te_harness"))
     import faulthandler
     import importlib
     from datetime import timedelta
@@ -133,7 +136,7 @@ def _main(folder: Path, timeout: float, names: list[str]) -> None:
         torch.set_num_threads(1)
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # The port is listened on since before this process was started: nobody else can have it.
-        listening = int(os.environ.pop("A3PO_STORE_FD")) if rank == 0 else None
+        listening = meeting.detach() if meeting else None
         store = dist.TCPStore(address, port, world, rank == 0, timedelta(seconds=120), master_listen_fd=listening)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
         ranks = Ranks(rank, world, dist.PrefixStore("cases", store), folder)
@@ -151,6 +154,3 @@ def _main(folder: Path, timeout: float, names: list[str]) -> None:
     sys.stderr.flush()
     os._exit(bool(error))
 
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])
