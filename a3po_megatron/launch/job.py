@@ -31,8 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, load_resolved
-from ..errors import A3POError, Finished, Interrupted, RequestError, RunFailed
+from ..errors import A3POError, Finished, Interrupted, RunFailed
 from ..telemetry.watchdog import NAMED, stalled
+from .blame import Kind, deaths_in_job, error_of
 from .environment import of_run, settings
 from .folder import prepare_folder
 from .slurm import SCRIPT, sbatch
@@ -40,6 +41,7 @@ from .slurm import SCRIPT, sbatch
 POLL_SECONDS = 0.5
 # Until a rank can hear the signals, which are repeated, it must not die of them.
 RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
+SAID_CHARACTERS = 1000  # of srun's, in a message
 # srun: error: rl1: task 1: Killed
 BAD_TASK = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?!Exited with exit code 85)")
 
@@ -47,8 +49,9 @@ BAD_TASK = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?!Exited with exit 
 @dataclass(frozen=True)
 class Ended:
     code: int
-    words: dict[int, tuple[str, str]]  # rank → kind and message of what it failed of
+    words: dict[int, tuple[Kind, str]]  # rank → kind and message of what it failed of
     bad_node: str | None  # the first whose task failed
+    said: str = ""  # by srun
 
 
 def main(folder: Path, signals: Signals) -> None:
@@ -160,23 +163,22 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         said = json.loads(path.read_text().partition("\n")[0])
         words[int(path.stem.removeprefix("rank-"))] = (said["kind"], said["message"])
     found = BAD_TASK.search(text)
-    return Ended(process.returncode, words, found.group(1) if found else None)
+    return Ended(process.returncode, words, found.group(1) if found else None, text)
 
 
 def _failure(folder: Path, ended: Ended, told: bool) -> A3POError:
-    """What the ranks failed of, by the order of blame of launch/local.py."""
-    if (message := stalled(folder / "logs")) is not None:
-        return Interrupted(message)  # what the ranks wait for fails when the first has left
-    kinds = {"request": RequestError, "run": RunFailed, "crash": RunFailed, "interrupted": Interrupted}
-    for kind, error in kinds.items():
-        for rank, (said, message) in sorted(ended.words.items()):
-            if said == kind:
-                return error(message if kind in ("request", "interrupted") else f"rank {rank}: {message}")
+    """What the ranks failed of."""
+    if (error := error_of(deaths_in_job(ended.words, ended.said), folder / "logs")) is not None:
+        return error
     if ended.code == Interrupted.exit_code or (told and ended.bad_node is None):
         # No rank could write why, or srun was told to leave before it had started any.
         return Interrupted(f"{folder}: interrupted; the same command goes on")
     where = f" on {ended.bad_node}" if ended.bad_node else ""
-    return RunFailed(f"{folder}: a rank{where} failed and left no message (srun: {ended.code}); see logs/attempt-*")
+    said = "; ".join(line for line in ended.said.splitlines() if line.strip())[-SAID_CHARACTERS:]
+    return RunFailed(
+        f"{folder}: a rank{where} failed and left no message; srun ended with {ended.code} and said: "
+        f"{said or 'nothing'}; see logs/attempt-*"
+    )
 
 
 def _blamed(folder: Path, ended: Ended, nodes: list[str], ranks_per_node: int) -> set[str]:

@@ -25,6 +25,7 @@ from typing import IO
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import position, stalled
+from .blame import Death, Kind, error_of, killed_by, silent
 from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, of_run, settings
 from .signals import Signals, ignore
 
@@ -65,13 +66,13 @@ class _Rank:
     def code(self) -> int | None:
         return self.process.poll()
 
-    def last_words(self) -> tuple[str, str]:
-        """Kind and message of a rank that has ended."""
+    def last_words(self) -> tuple[Kind, str]:
+        """Kind and message of a rank that has ended by itself."""
         with contextlib.suppress(BlockingIOError):
             if line := os.read(self.words, WORDS_BYTES).partition(b"\n")[0]:
                 words = json.loads(line)
                 return words["kind"], words["message"]
-        return "crash", "it left no message"
+        return silent(self.code)
 
 
 def run_local(folder: Path, config: Config, started: float, lock: IO[str], signals: Signals) -> None:
@@ -168,28 +169,16 @@ def _watch(ranks: list[_Rank], folder: Path, signals: Signals) -> None:
 
 
 def _failure(ranks: list[_Rank], dead: set[int], where: dict[int, str], folder: Path) -> A3POError:
-    """The error of the rank that is to blame: one killed by a signal, else one that said what is wrong, else any. Not
-    after a stall: what the ranks wait for fails when the first has left."""
-    if (message := stalled(folder / "logs")) is not None:
-        return Interrupted(message)
-    reports: list[tuple[int, int, A3POError]] = []
-    for rank, each in enumerate(ranks):
-        code, place = each.code, f"rank {rank} ({where[rank]})"
-        log = folder / "logs" / f"rank-{rank}.log"
-        if code is None or code == 0:
-            continue
-        if code < 0:
-            name = signal.Signals(-code).name
-            reports.append((0 if rank in dead else 4, rank, RunFailed(f"{place} was killed by {name}; its log: {log}")))
-            continue
-        kind, message = each.last_words()
-        if kind == "request":
-            reports.append((1, rank, RequestError(message)))
-        elif kind == "run":
-            reports.append((1, rank, RunFailed(f"{place}: {message}")))
-        elif kind == "interrupted":
-            # The first to go left because it was time; others may have failed because it was gone.
-            reports.append((0 if rank in dead else 5, rank, Interrupted(message)))
-        else:
-            reports.append((2 if rank in dead else 3, rank, RunFailed(f"{place} failed: {message}; its log: {log}")))
-    return min(reports, key=lambda report: report[:2])[2]
+    deaths = [_death(rank, each, rank in dead, where[rank], folder) for rank, each in enumerate(ranks) if each.code]
+    return error_of(deaths, folder / "logs") or RunFailed(f"{folder}: no rank is left, and none has failed")
+
+
+def _death(rank: int, each: _Rank, first: bool, where: str, folder: Path) -> Death:
+    log = folder / "logs" / f"rank-{rank}.log"
+    if each.code is not None and each.code < 0:
+        number = signal.Signals(-each.code)
+        return Death(rank, killed_by(number, first), f"was killed by {number.name}; its log: {log}", first, where)
+    kind, message = each.last_words()
+    if kind == "crash":
+        message = f"failed: {message}; its log: {log}"
+    return Death(rank, kind, message, first, where)
