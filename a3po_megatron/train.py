@@ -27,6 +27,7 @@ from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
 from a3po_megatron.launch.folder import prepare_folder  # noqa: E402
+from a3po_megatron.launch.handoff import check_interfaces  # noqa: E402
 from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
@@ -89,6 +90,7 @@ def main(folder: Path) -> None:
         watchdog.start()
     CLOCK.seconds["imports"] = environment.since_start()
     check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
+    check_interfaces()
     with math_graders(config.reward) as graders:
         with phase("groups"):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)

@@ -13,6 +13,7 @@ from typing import Any
 
 from a3po_megatron.config import Config
 from a3po_megatron.launch import environment
+from a3po_megatron.launch.handoff import LOOPBACK
 
 SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -86,7 +87,7 @@ def start_ranks(script: str, folder: Path, ranks: int, *words: str) -> None:
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, script, "--rank-in", str(folder), *words]
         with (folder / f"rank-{rank}.log").open("w") as log:
-            settings = {**environment.LOOPBACK, **os.environ, **place, **meet}
+            settings = {**LOOPBACK, **os.environ, **place, **meet}
             die = environment.die_with_parent
             running.append(subprocess.Popen(command, env=settings, stdout=log, stderr=log, preexec_fn=die))
     for rank, process in enumerate(running):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..config import Config
 
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
     "OMP_NUM_THREADS": "1",  # several ranks share the cores of one machine
     "HF_HUB_OFFLINE": "1",  # models and tokenizers are local folders; nothing is fetched while training
     "VLLM_NO_USAGE_STATS": "1",
@@ -48,7 +47,6 @@ ON_CUDA = {
 CUDA = 13  # of torch, Transformer Engine and vLLM in constraints/h200.txt
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"  # read at imports; sets what cuBLAS and NCCL read at theirs
 WORDS_BYTES = 1 << 16  # what a pipe takes without a reader
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}  # for ranks that are all on one machine
 
 
 def rank() -> int:
@@ -61,7 +59,12 @@ def world() -> int:
 
 def launched() -> bool:
     """Whether a launcher of ours started this rank, made the run folder ready, and listens to last words."""
-    return "A3PO_WORDS_FD" in os.environ or "A3PO_WORDS_DIR" in os.environ
+    return launched_here() or "A3PO_WORDS_DIR" in os.environ
+
+
+def launched_here() -> bool:
+    """Whether that launcher is on this machine."""
+    return "A3PO_WORDS_FD" in os.environ
 
 
 def since_start() -> float:
@@ -70,12 +73,20 @@ def since_start() -> float:
 
 
 def adopt_slurm() -> None:
-    """Under srun: which rank this task is. Its device is counted among those that it sees."""
-    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ:
+    """Under srun: which rank this task is. Its device is counted among those that it sees.
+
+    What another launcher says comes first only if it runs inside of the task: torchrun, or ours. Else a RANK is that of
+    the shell from which srun was called, the same for all tasks.
+    """
+    within = launched_here() or "TORCHELASTIC_RUN_ID" in os.environ
+    if "SLURM_PROCID" not in os.environ or ("RANK" in os.environ and (within or os.environ["SLURM_NTASKS"] == "1")):
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     local = "0" if len(visible) == 1 and visible[0] else os.environ["SLURM_LOCALID"]
-    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"], "LOCAL_RANK": local}
+    place = {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": os.environ["SLURM_NTASKS"], "LOCAL_RANK": local}
+    if place.items() <= os.environ.items():
+        return  # adopted before
+    os.environ |= place
     node = os.environ.get("SLURMD_NODENAME", "?")
     print(
         f"rank {rank()} of {world()}, local rank {local}, node {node}, devices {','.join(visible) or 'none'}",
@@ -86,6 +97,7 @@ def adopt_slurm() -> None:
 def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
     adopt_slurm()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the user has set: the engine lives in this process
     for name, value in settings().items():
         os.environ.setdefault(name, value)
 

@@ -36,6 +36,7 @@ from ..telemetry.watchdog import NAMED, stalled
 from .blame import Kind, deaths_in_job, error_of
 from .environment import of_run, settings
 from .folder import prepare_folder
+from .handoff import of_a_job
 from .slurm import SCRIPT, sbatch
 
 POLL_SECONDS = 0.5
@@ -127,6 +128,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         f"--ntasks-per-node={slurm.ranks_per_node()}",
         f"--cpus-per-task={slurm.cpus_per_task}",  # since 22.05 srun does not take it over from the job
         "--kill-on-bad-exit=1",
+        "--export=ALL",  # a site may have told sbatch to export nothing, which srun would take over
         f"--output={attempt}/rank-%t.log",
         *container,
         *RANK,
@@ -136,7 +138,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     around = {
         **settings(config.cluster.device, slurm.container is not None),
         **of_run(config),
-        **os.environ,
+        **of_a_job(os.environ, slurm.environment, len(nodes)),
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
         "A3PO_STARTED": str(time.time()),

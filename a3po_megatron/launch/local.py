@@ -26,7 +26,8 @@ from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..telemetry.watchdog import position, stalled
 from .blame import Death, Kind, error_of, killed_by, silent
-from .environment import LOOPBACK, WORDS_BYTES, die_with_parent, of_run, settings
+from .environment import WORDS_BYTES, die_with_parent, of_run, settings
+from .handoff import of_one_machine
 from .signals import Signals, ignore
 
 POLL_SECONDS = 0.1
@@ -103,8 +104,7 @@ def _start(rank: int, folder: Path, config: Config, meeting: socket.socket, star
     environment = {
         **settings(config.cluster.device),
         **of_run(config),
-        **LOOPBACK,
-        **os.environ,
+        **of_one_machine(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(config.parallel.ranks()),

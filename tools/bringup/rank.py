@@ -25,6 +25,7 @@ from a3po_megatron.checkpoint.safetensors import write_file
 from a3po_megatron.cluster import CUDA, Backend, Cluster, arrange
 from a3po_megatron.config import Config, ParallelOptions
 from a3po_megatron.launch import environment
+from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import free_port
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
@@ -76,7 +77,7 @@ def alone(backend: Backend = CUDA) -> Cluster:
     """This process as the one rank there is."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "A3PO_STORE_FD" not in os.environ:  # ranks.together has set where to meet
-        os.environ.update(environment.LOOPBACK | place | {"MASTER_PORT": str(free_port())})
+        os.environ.update(LOOPBACK | place | {"MASTER_PORT": str(free_port())})
     return join(backend)
 
 

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from a3po_megatron.launch.environment import LOOPBACK, die_with_parent
+from a3po_megatron.launch.environment import die_with_parent
+from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import rendezvous
 
 from .report import Report, read_lines
