@@ -19,6 +19,7 @@ from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.launch import job, local, slurm
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.launch.signals import KEPT, Signals
+from a3po_megatron.launch.starts import idle_starts, reached
 from tests.distributed.runner import ROOT
 from tests.test_launch import catches
 
@@ -166,3 +167,26 @@ def test_a_lead_that_was_not_written_whole_counts_as_none(tmp_path: Path, torn: 
     assert slurm.lead_seconds(config, tmp_path) == slurm.FIRST_LEAD_SECONDS
     (tmp_path / LEAD).write_text("45\n")
     assert slurm.lead_seconds(config, tmp_path) == 45
+
+
+def test_starts_that_bring_a_run_no_further_are_counted_until_one_does_or_it_is_submitted_anew(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "journal").mkdir()
+
+    def start(group: bytes = b"", save: int | None = None, goes_on: bool = True) -> int:
+        before = reached(tmp_path)
+        with (tmp_path / f"journal/step-00007.rank-{len(group) % 2}").open("ab") as file:
+            file.write(group)
+        if save is not None:
+            (tmp_path / f"checkpoints/step-{save:06d}").mkdir(parents=True)
+        return idle_starts(tmp_path, before, goes_on)
+
+    assert [start(goes_on=False), start()] == [1, 2]
+    assert start(goes_on=False) == 1  # submitted again
+    assert [start(b"a group"), start()] == [0, 1]
+    assert [start(save=8), start()] == [0, 1]
+    for path in (tmp_path / "journal").iterdir():  # what is before a checkpoint is dropped
+        path.unlink()
+    assert [start(save=9), start(b"one"), start(), start()] == [0, 0, 1, 2]
+    (tmp_path / "logs/starts.json").write_text("{")  # killed while it was written
+    assert start() == 1

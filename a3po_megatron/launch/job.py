@@ -4,7 +4,8 @@
 
     exit of the ranks          what follows
     0                          the report, and the successor of a chain is taken back
-    interrupted (85)           requeue | the successor goes on | the array's next job goes on
+    interrupted (85)           requeue | the successor goes on | the array's next job goes on; but the second start in a
+                               row that brought the run no further fails the job, and nothing comes after it
     a node or a rank fails     once more in this allocation without that node, as long as there are spares
     a rank stood still         the same without the node of the rank that is blamed; else as interrupted
     anything else              the job fails
@@ -38,8 +39,10 @@ from .environment import of_run, settings
 from .folder import prepare_folder
 from .handoff import of_a_job
 from .slurm import SCRIPT, sbatch
+from .starts import idle_starts, reached
 
 POLL_SECONDS = 0.5
+IDLE_STARTS = 2
 # Until a rank can hear the signals, which are repeated, it must not die of them.
 RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
 SAID_CHARACTERS = 1000  # of srun's, in a message
@@ -58,7 +61,7 @@ class Ended:
 def main(folder: Path, signals: Signals) -> None:
     config = load_resolved(folder / "config.yaml")
     job = os.environ["SLURM_JOB_ID"]
-    successor = _submit_successor(folder, config, job)
+    successor, before = _submit_successor(folder, config, job), reached(folder)
     try:
         outcome = _run(folder, config, signals)
     except Finished as done:
@@ -66,6 +69,12 @@ def main(folder: Path, signals: Signals) -> None:
         outcome = None
     except A3POError as error:
         outcome = error
+    if isinstance(outcome, Interrupted) and (idle := idle_starts(folder, before, _goes_on(config))) >= IDLE_STARTS:
+        outcome = RunFailed(
+            f"{outcome}. The run got no further in {idle} starts in a row, so it is not started again: give a start "
+            "more time (slurm.time), see logs/ for what takes it, and submit again"
+        )
+        _take_back_array(config)
     if isinstance(outcome, Interrupted):
         print(f"{outcome}", flush=True)
         if config.slurm.resume == "requeue" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < config.slurm.attempts:
@@ -77,6 +86,19 @@ def main(folder: Path, signals: Signals) -> None:
     if outcome is not None:
         print(f"error: {outcome}", file=sys.stderr, flush=True)
         sys.exit(outcome.exit_code)
+
+
+def _goes_on(config: Config) -> bool:
+    """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
+    numbers = [int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "A3PO_ATTEMPT")]
+    if config.slurm.resume == "array":
+        numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)
+    return any(numbers)
+
+
+def _take_back_array(config: Config) -> None:
+    if config.slurm.resume == "array" and (array := os.environ.get("SLURM_ARRAY_JOB_ID")):
+        subprocess.run(["scancel", "--state=PENDING", array], check=False)
 
 
 def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
