@@ -28,6 +28,7 @@ from .algorithm.statistics import batch_metrics, batch_sums
 from .batch import Batch, Collected, Group
 from .checkpoint.background import Background
 from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, sync, whole_folder
+from .checkpoint.interrupt import Interrupt
 from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
 from .checkpoint.manifest import (
     MANIFEST,
@@ -82,6 +83,12 @@ def resumed_from(folder: Path, cluster: Cluster) -> Path | None:
     manifest = checkpoint / MANIFEST
     cluster.agree(f"{name}/{MANIFEST}", digest_of(manifest).blake3 if manifest.exists() else "missing", same)
     return checkpoint
+
+
+def leave_if_told(folder: Path, cluster: Cluster, interrupt: Interrupt) -> None:
+    """Between the parts of a start, each of which may take minutes of a signal's lead. Raises Interrupted."""
+    if reason := cluster.agree("leave while starting", interrupt.due(), first):
+        raise Interrupted(f"{folder}: interrupted by {reason} while it started; the same command starts it again")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402
 from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
-from a3po_megatron.run import Run, resumed_from  # noqa: E402
+from a3po_megatron.run import Run, leave_if_told, resumed_from  # noqa: E402
 from a3po_megatron.telemetry.clock import CLOCK, phase  # noqa: E402
 from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 
@@ -51,9 +51,11 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
     dtype = DTYPES[config.model.known_dtype()]
     with phase("engine"):
         engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
+    leave_if_told(folder, cluster, INTERRUPT)
     checkpoint = resumed_from(folder, cluster)
     with phase("model"):
         learner = Learner(cluster, family, config, checkpoint)
+    leave_if_told(folder, cluster, INTERRUPT)
     any_weights = config.checkpoint.replay == "all"
     journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)

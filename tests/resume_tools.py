@@ -57,7 +57,7 @@ class Interrupt:
     phase: str  # "save" is the phase `checkpoint`
     step: int
     signal: str
-    to: str  # "rank", "launcher" or "all" (every rank and the launcher, at once)
+    to: str  # "rank", "launcher", "all" (every rank and the launcher, at once) or "family" (and what ranks started)
     rank: int = 0  # on which the phase is awaited; the one that is hit, where `to` is "rank"
     nth: int = 1  # occurrence of the phase in this step: `rollout` comes once a round of sampling
     delay: float = 0.0  # seconds after the phase's begin

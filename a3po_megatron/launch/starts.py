@@ -15,8 +15,9 @@ def reached(folder: Path) -> list[int]:
     """How far a run has come: its newest checkpoint's step, the furthest step of its journal, and the bytes of that."""
     sizes: dict[int, int] = {}
     for path in journal_files(folder / "journal"):
-        step = int(path.name[5:].partition(".")[0])
-        sizes[step] = sizes.get(step, 0) + path.stat().st_size
+        if size := path.stat().st_size:
+            step = int(path.name[5:].partition(".")[0])
+            sizes[step] = sizes.get(step, 0) + size
     return [max(map(step_of, saved_steps(folder / "checkpoints")), default=0), *max(sizes.items(), default=(0, 0))]
 
 

@@ -7,7 +7,8 @@ Python imports a module of this name at every start. Polling a run from outside 
 the rank itself sends the signal in the moment in which it announces the phase. A3PO_TEST_INTERRUPT holds the point:
 
     {"rank": 1, "step": 2, "phase": "update", "nth": 1,   the n-th announcement of this phase in this step, on this rank
-     "signal": "SIGUSR1", "to": "rank",                   or "launcher", or "all": every rank and the launcher at once
+     "signal": "SIGUSR1", "to": "rank",                   or "launcher", "all": every rank and the launcher at once,
+                                                          "family": these and all that ranks have started, as srun does
      "times": 1, "delay": 0.0,                            so often; so many seconds later, to hit the middle of a phase
      "file": ["before", "rename", "step-000004"],         or null; not the phase but this call of `os` on such a path
      "marker": "/…/fired"}                                written when it fires: once it is there, nothing fires again
@@ -35,16 +36,32 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "-m" in words and words[words.index("-m") + 1 :][:1] == [RANK_PROGRAM]
 
 
+def children() -> dict[int, list[int]]:
+    """Process id → those of what it started and what is still there."""
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # processes end while one looks at them
+                parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+                found.setdefault(parent, []).append(int(entry.name))
+    return found
+
+
 def ranks_of(launcher: int) -> list[int]:
     """The process ids of all ranks that a launcher started."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # processes end while one looks at them
-            parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
-            if parent == launcher and RANK_PROGRAM.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
+    for process in children().get(launcher, []):
+        with contextlib.suppress(OSError):
+            if RANK_PROGRAM.encode() in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0"):
+                found.append(process)
+    return found
+
+
+def family_of(process: int) -> list[int]:
+    """It and all that descends from it."""
+    tree, found = children(), [process]
+    for each in found:
+        found += tree.get(each, [])
     return found
 
 
@@ -58,6 +75,8 @@ def install(point: dict[str, Any]) -> None:
             return [me]
         if point["to"] == "launcher":
             return [launcher]
+        if point["to"] == "family":
+            return [each for each in family_of(launcher) if each != me] + [me]
         # The launcher first, lest it finds dead ranks and says so; this process last, or nobody sends the rest.
         return [launcher, *(rank for rank in ranks_of(launcher) if rank != me), me]
 

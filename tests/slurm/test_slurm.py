@@ -35,7 +35,14 @@ pytestmark = [
 ]
 LOOPBACK = "slurm.environment={GLOO_SOCKET_IFNAME: lo, VLLM_HOST_IP: 127.0.0.1}"
 TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1", LOOPBACK)
-ONE_NODE = ("slurm.nodes=1", "slurm.gpus_per_node=0", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1", LOOPBACK)
+ONE_NODE = ("slurm.nodes=1", "slurm.gpus_per_node=0", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1")
+# Of a shell that is within torchrun, within an allocation that asked for memory by CPU, on a node with other interfaces.
+SHELL = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"},
+    **{"TORCHELASTIC_RUN_ID": "x", "SLURM_MEM_PER_CPU": "1", "SLURM_NTASKS_PER_NODE": "7", "SLURM_CPUS_PER_GPU": "3"},
+    **{"SLURM_TIMELIMIT": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_WORKING_DIR": "/nowhere"},
+    **{"CUDA_VISIBLE_DEVICES": "7", "GLOO_SOCKET_IFNAME": "ib0"},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +67,7 @@ def submit(folder: Path, *options: str, words: tuple[str, ...] = (), ended: int 
     command = [sys.executable, "-m", "a3po_megatron", "submit", "configs/arithmetic.yaml", "--run-dir", str(folder)]
     done = subprocess.run([*command, *settings, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == ended, done.stderr
-    return done.stderr if ended else re.findall(r"submitted job (\d+)", done.stdout)[0]
+    return done.stderr if ended else (re.findall(r"submitted job (\d+)", done.stdout) or [done.stdout])[0]
 
 
 def queue() -> dict[str, str]:
@@ -93,24 +100,34 @@ def attempts(folder: Path) -> int:
     return len(list((folder / "logs").glob("attempt-*")))
 
 
-def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_without_slurm(
-    whole: Path, tmp_path: Path
+def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_without_slurm_whatever_shell_submits(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, four = tmp_path / "run", tmp_path / "four"
+    for name, value in SHELL.items():
+        monkeypatch.setenv(name, value)
     jobs = [submit(folder, *TWO_NODES, words=("--export", str(tmp_path / "hf")))]
-    placed = ("slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "trainer.steps=1", LOOPBACK)
+    placed = ("slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "trainer.steps=1")
     # The cluster's GPUs are none to train on.
-    jobs.append(
-        submit(
-            four, *placed, "cluster.device=cpu", "parallel.data=2", "slurm.environment={CUDA_DEVICE_ORDER: PCI_BUS_ID}"
-        )
+    placed = (
+        *placed,
+        "cluster.device=cpu",
+        "parallel.data=2",
+        LOOPBACK.replace("{", "{CUDA_DEVICE_ORDER: PCI_BUS_ID, "),
     )
+    # Of a site whose jobs are to get nothing of the shell; and by hand, where nothing is taken out when it is submitted.
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
+    assert "made, not submitted" in submit(four, *placed, words=("--write",))
+    jobs.append(cluster.run("sbatch", "--parsable", str(four / "job.sbatch")).strip())
+    for name in (*SHELL, "SLURM_EXPORT_ENV"):
+        monkeypatch.delenv(name)
     wait_done(*jobs)
     tools.assert_same_run(folder, whole)
     assert (tmp_path / "hf" / "model.safetensors").exists()  # the job that waited for the run
     lines = [next(iter((four / f"logs/attempt-1/rank-{n}.log").open()), "") for n in range(4)]
     for rank, (line, node, local) in enumerate(zip(lines, ("rl0", "rl0", "rl1", "rl1"), (0, 1, 0, 1), strict=True)):
-        assert line == f"rank {rank} of 4, local rank {local}, node {node}, devices 0,1\n"
+        assert line == f"rank {rank} of 4, local rank {local}, node {node}, devices 0,1\n", said(four)
+    assert len(tools.rows_of(four)) == 1, said(four)
 
 
 def test_a_signal_saves_and_requeues_and_a_chain_goes_on_and_both_end_bit_for_bit_as_undisturbed(
@@ -139,10 +156,12 @@ def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path
 
     There vLLM, whose cache is new, inspects the model's class in a process of its own: srun signals that as well.
     """
-    script, ranks, here = tmp_path / "script", tmp_path / "ranks", tmp_path / "set-up"
+    script, ranks, idle, here = (tmp_path / name for name in ("script", "ranks", "idle", "set-up"))
     heard = f"touch {here}; for i in $(seq 600); do [ -z ${{A3PO_SIGNALLED:-}} ] || break; sleep 0.1; done"
     setup = f"slurm.setup=['[ ${{SLURM_RESTART_COUNT:-}} ] || {{ {heard}; }}']"
     first, second = submit(script, *ONE_NODE, setup), submit(ranks, *ONE_NODE)
+    # One whose every start is told to leave at once: the second of them ends the chain.
+    submit(idle, *ONE_NODE, "slurm.resume=chain", "slurm.setup=['kill -USR1 $$']")
     deadline = time.monotonic() + 120
     while not here.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -168,6 +187,9 @@ def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path
     assert attempts(ranks) == 2
     for folder in (script, ranks):
         tools.assert_same_run(folder, whole)
+    assert len(list((idle / "logs").glob("slurm-*.out"))) == 2
+    assert "got no further in 2 starts in a row" in said(idle), said(idle)
+    assert not queue()
 
 
 def test_a_run_that_stands_still_leaves_the_stacks_of_all_ranks_is_requeued_and_goes_on(
