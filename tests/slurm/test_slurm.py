@@ -36,7 +36,7 @@ pytestmark = [
 LOOPBACK = "slurm.environment={GLOO_SOCKET_IFNAME: lo, VLLM_HOST_IP: 127.0.0.1}"
 TWO_NODES = ("slurm.nodes=2", "slurm.gpus_per_node=0", "slurm.tasks_per_node=1", "slurm.cpus_per_task=1", LOOPBACK)
 ONE_NODE = ("slurm.nodes=1", "slurm.gpus_per_node=0", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1")
-# Of a shell that is within torchrun, within an allocation that asked for memory by CPU, on a node with other interfaces.
+# Of a shell within torchrun, within an allocation that asked for memory by CPU, on a node with other interfaces.
 SHELL = {
     **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"},
     **{"TORCHELASTIC_RUN_ID": "x", "SLURM_MEM_PER_CPU": "1", "SLURM_NTASKS_PER_NODE": "7", "SLURM_CPUS_PER_GPU": "3"},
@@ -115,7 +115,7 @@ def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_withou
         "parallel.data=2",
         LOOPBACK.replace("{", "{CUDA_DEVICE_ORDER: PCI_BUS_ID, "),
     )
-    # Of a site whose jobs are to get nothing of the shell; and by hand, where nothing is taken out when it is submitted.
+    # Of a site whose jobs get nothing of the shell; and by hand, where nothing is taken out when it is submitted.
     monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")
     assert "made, not submitted" in submit(four, *placed, words=("--write",))
     jobs.append(cluster.run("sbatch", "--parsable", str(four / "job.sbatch")).strip())
