@@ -49,8 +49,11 @@ def test_every_fault_of_a_publish_is_found_on_every_rank_and_named(two_ranks: di
 def test_a_map_of_tensors_that_is_wrong_in_every_room_alike_is_found_by_the_independent_witness(
     two_ranks: dict[str, list[Any]],
 ) -> None:
-    for found in two_ranks["witness_faults"]:
+    for rank, found in enumerate(two_ranks["witness_faults"]):
         assert found["sound"].startswith("agree"), found
+        if rank == 0:  # and where it cannot be asked, the run goes on, and says so
+            assert "nobody independent has seen these weights: transformers would hold the model in" in found["no room"]
+            assert "which has 0.0 GB left (publish.witness_at_start" in found["no room"], found
         assert (
             "the learner and transformers, on an export of the learner's weights, differ"
             in found["gate and up swapped"]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from blake3 import blake3
 from torch import Tensor
 
-from ..cluster import Cluster, same
+from ..cluster import Cluster, first, same
 from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
@@ -39,7 +39,7 @@ from .fuse import FusedExperts
 from .load import all_finite
 from .receipt import Receipt, shard_checksums, tensor_checksum
 from .reshard import Groups, Parameters, Timings, fresh, gather, plan
-from .witness import Scored, largest_difference
+from .witness import Scored, lacks_room, largest_difference
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 # (prompt and response tokens of each, their routes or None) → log-probs of each response
@@ -163,6 +163,11 @@ class Publisher:
             )
             export_stream(stream, shapes, dtype, source, target if self.cluster.rank == 0 else None)
         self.cluster.agree("export", True, all)
+
+    def lacks_room_for_witness(self, dtype: torch.dtype) -> str | None:
+        """Why the witness cannot be asked, the same on all ranks; None: it can."""
+        lacking = lacks_room(self.family, dtype) if self.cluster.rank == 0 else None
+        return self.cluster.agree("room for the witness", lacking, first)
 
     def witness(self, parameters: Parameters, dtype: torch.dtype, source: Path, scratch: Path) -> float:
         """Holds the learner against transformers on the last canary. Raises PublishError on every rank if they differ.

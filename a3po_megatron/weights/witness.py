@@ -10,6 +10,7 @@ longer than a rank may be silent. Each module that has been computed is a sign o
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,9 +19,25 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from ..model.family import Family
+from ..model.layout import hf_tensors
 from ..telemetry.clock import CLOCK
+from ..telemetry.host import available_bytes
+
+WORKSPACE = 1.1  # of what a model takes: activations and logits of a canary
 
 Scored = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]  # (prompt, response) → the learner's log-probs
+
+
+def lacks_room(family: Family, dtype: torch.dtype) -> str | None:
+    """Why this host cannot hold the model once more for transformers; None: it can."""
+    needed = sum(math.prod(shape) for shape in hf_tensors(family).values()) * dtype.itemsize
+    if (left := available_bytes()) >= needed * WORKSPACE:
+        return None
+    return (
+        f"transformers would hold the model in {needed / 1e9:.1f} GB of rank 0's host, which has {left / 1e9:.1f} GB "
+        "left (publish.witness_at_start, publish.witness_every)"
+    )
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from a3po_megatron.rollout.collect import Collector
 from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run import Run
-from a3po_megatron.weights import publish
+from a3po_megatron.weights import publish, witness
 from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
 
@@ -205,6 +206,8 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
         try:
             run, _, engine, learner, _ = parts(ranks, 2, 1, "publish.canary_bound=1e9")
             run.publish(learner, engine)  # at this bound neither canary nor witness refuses
+            if name == "sound":
+                found["no room"] = _publish_without_room(run, learner, engine)
             publisher = run.publisher
             publisher.options = publisher.options.model_copy(update={"canary_bound": None})
             folder, scratch = Path(run.config.model.path), ranks.folder / "witness"
@@ -217,6 +220,19 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
         finally:
             layout._layer = whole
     return found
+
+
+def _publish_without_room(run: Run, learner: Learner, engine: VllmEngine) -> str:
+    """What a start says on a host that cannot hold the model once more."""
+    said: list[str] = []
+    with mock.patch.object(witness, "available_bytes", return_value=1000):
+        if run.cluster.rank == 0:
+            with mock.patch.object(run._progress, "say", said.append):
+                receipt = run.publish(learner, engine)
+        else:
+            receipt = run.publish(learner, engine)
+    assert receipt.witness is None
+    return "".join(said)
 
 
 def _gather_arguments(run: Run, learner: Learner) -> tuple[Any, ...]:
