@@ -37,7 +37,7 @@ from tests.tiny import make_checkpoint
 
 DATA = os.environ.get("A3PO_TEST_DATA")
 DTYPE = torch.float32
-property_test = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
+property_test = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.filter_too_much])
 
 
 @dataclass(frozen=True)
