@@ -44,7 +44,7 @@ from .checkpoint.manifest import (
 from .checkpoint.side_files import HF, copy_side_files
 from .checkpoint.store import Saving, Share
 from .checkpoint.streams import random_state, restore_random_state
-from .checkpoint.torch_dist import INDEXES
+from .checkpoint.torch_dist import indexes
 from .cluster import Cluster, first, same, sum_lists
 from .config import Config
 from .data.prompts import Prompts
@@ -364,7 +364,7 @@ class Run:
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
         copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.known_dtype())
-        beside = [folder / name for name in INDEXES] + sorted((folder / HF).iterdir())
+        beside = indexes(folder) + sorted((folder / HF).iterdir())
         files += [dataclasses.replace(digest_of(path), name=str(path.relative_to(folder))) for path in beside]
         Manifest(
             step=boundary.step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_a_run_that_saved_nothing_or_is_none_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(find_spec("vllm") is None, reason="without vLLM")
 def test_an_exported_folder_continues_prompts_alike_in_vllm_and_in_transformers(models: Path, tmp_path: Path) -> None:
     for kind in ("qwen3_moe", "qwen3", "qwen2", "llama31"):
         converted("import", models / kind, tmp_path / f"{kind}-megatron")

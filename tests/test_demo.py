@@ -35,7 +35,7 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(tmp_path: Path) -> Non
         train(folder, "demo", *tools.SMALL, "trainer.seed=5")
     tools.assert_same_run(again, one)
     train(other, "demo", *tools.SMALL, "trainer.seed=6", "trainer.steps=1")
-    sampled = [[rollout["response"] for rollout in tools.rollouts_of(folder)[0]] for folder in (one, again, other)]
+    sampled = [[rollout["tokens"] for rollout in tools.rollouts_of(folder)[0]] for folder in (one, again, other)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 

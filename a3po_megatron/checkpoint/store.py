@@ -93,7 +93,7 @@ class _Staged(TorchDistSaveShardedStrategy):
         self.metadata: Metadata | None = None  # on rank 0
         self.writer: FileSystemWriter
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: str | Path, strategy: str = "") -> AsyncRequest:
         rank, world = dist.get_rank(), dist.get_world_size()
         _share_out(sharded_state_dict)
         keyed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)

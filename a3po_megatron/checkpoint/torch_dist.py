@@ -98,6 +98,11 @@ def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) 
     return kept, file.written()
 
 
+def indexes(folder: Path) -> list[Path]:
+    """Of INDEXES those that a checkpoint has: since Megatron-Core 0.19 what is not sharded lies in a shard."""
+    return [folder / name for name in INDEXES if name != "common.pt" or (folder / name).exists()]
+
+
 def write_metadata(
     folder: Path, shapes: dict[str, tuple[int, ...]], kept: Sequence[Kept], objects: Iterable[str]
 ) -> Written:
@@ -193,7 +198,8 @@ class Reader:
         """
         stored = read_digests(self.folder)
         for name in INDEXES:
-            check_digest(self.folder / name, stored)
+            if name in stored or name != "common.pt":
+                check_digest(self.folder / name, stored)
         for name, need in self._ends.items():
             path = self.folder / name
             if path.parent != self.folder or not path.is_file():

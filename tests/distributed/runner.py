@@ -18,11 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from a3po_megatron.launch.environment import die_with_parent
 from a3po_megatron.launch.local import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
+HARNESS = [str(ROOT / "tests/te_harness")]
 PRELOADED = ["tests.distributed", "a3po_megatron.run", "a3po_megatron.rollout.vllm_engine", "tests.tiny"]
 Case = Callable[["Ranks"], Any]
 
@@ -84,7 +86,8 @@ def run_ranks(
             environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
         arguments = (os.environ | environment, meeting if rank == 0 else None, folder, timeout, names)
         processes.append(context.Process(target=_main, args=arguments))
-        processes[-1].start()
+        with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "path", [*HARNESS[not te :], *sys.path]):
+            processes[-1].start()
     meeting.close()
     try:
         for process in processes:
@@ -119,8 +122,6 @@ def _main(
     log = os.open(folder / f"rank-{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if environment.get("A3PO_TEST_SPEC") == "te":
-        sys.path.insert(0, str(ROOT / "tests/te_harness"))
     import faulthandler
     import importlib
     from datetime import timedelta
