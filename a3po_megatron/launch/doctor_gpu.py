@@ -189,7 +189,7 @@ def _engine(found: Found) -> Iterator[Finding]:
     low, high = TE_WINDOW
     if not low <= _version(version)[:2] < high:
         yield Finding(
-            f"transformer-engine {version}: megatron-core 0.16.1 is made for 2.9 to 2.11; install what "
+            f"transformer-engine {version}: nothing here was tried with another than 2.9 to 2.11; install what "
             "constraints/h200.txt pins: tools/setup_gpu.sh"
         )
     parts = {name: found.packages.get(name) for name in ("transformer-engine-torch", "transformer-engine-cu13")}
