@@ -153,4 +153,3 @@ def _main(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(bool(error))
-
