@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.hf_folder import check_pointer, explain
 from ..errors import RequestError
+from .quantised import FIELDS, Fp8, read_fp8
 from .rope import RopeScaling, Yarn, is_positive, read_rope
 
 ARCHITECTURES = {
@@ -59,21 +61,37 @@ class Family:
 def read_family(folder: Path | str) -> Family:
     """The facts of the HF checkpoint in `folder`.
 
-    Raises RequestError for a missing or unreadable config.json, an unknown architecture, and every field that changes
-    the mathematics in a way that is not implemented.
+    Raises RequestError for a missing or unreadable config.json, an unknown architecture, quantised weights, and every
+    field that changes the mathematics in a way that is not implemented.
     """
+    family, fp8 = read_source(folder)
+    if fp8 is not None:
+        raise RequestError(
+            f"{Path(folder) / 'config.json'}: quantization_config: the weights are quantised (fp8), which cannot be "
+            f"trained: import, export it first (a3po convert import {folder} CKPT; a3po convert export CKPT NEW)"
+        )
+    return family
+
+
+def read_source(folder: Path | str) -> tuple[Family, Fp8 | None]:
+    """The same of a checkpoint whose weights may be in FP8."""
     if not Path(folder).is_dir():
         raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    family = family_of(_read_json(path), str(path))
+    config = _read_json(path)
+    fp8 = read_fp8(config, str(path))
+    family = family_of({name: value for name, value in config.items() if name not in FIELDS}, str(path))
     # Chat models name further tokens that end a turn there.
     more = _eos(_read_json(generation), str(generation)) if generation.exists() else ()
-    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more})))
+    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more}))), fp8
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        check_pointer(path)
         config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise explain(path) from error
     except OSError as error:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
