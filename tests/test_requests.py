@@ -252,6 +252,20 @@ def test_the_longest_context_that_the_model_has_is_accepted(place: Place, a3po: 
     assert STARTED in a3po("train", place.config).err
 
 
+def test_a_context_that_yarn_stretches_ends_where_vllm_and_the_config_let_it(
+    place: Place, a3po: Callable[..., Ended]
+) -> None:
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+    place.alter_model(rope_parameters=None, rope_theta=1e4, rope_scaling=yarn)
+    place.set("rollout", max_tokens=48)  # and 16 prompt tokens: 64
+    assert STARTED in a3po("train", place.config).err
+    place.set("rollout", max_tokens=49)
+    assert_refused(place, a3po, "65", "context of 64", "max_position_embeddings", "YaRN's factor")
+    place.alter_model(rope_scaling=yarn | {"factor": 64.0})
+    place.set("rollout", max_tokens=241)
+    assert_refused(place, a3po, "257", "context of 256")
+
+
 def test_an_engine_may_have_more_ranks_than_kv_heads_where_one_number_divides_the_other(
     place: Place, a3po: Callable[..., Ended]
 ) -> None:

@@ -70,9 +70,11 @@ def _instead(path: Path) -> str:
             return f"there are {files[0]} and {len(files) - 1} more: without an index none of them counts: download it"
         return f"there is {files[0]}: rename it to model.safetensors if it is the whole model"
     if name := some("pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt"):
+        ours = name.startswith("pytorch_model")
+        how = _AS_SAFETENSORS.format(folder=folder) if ours else "save_pretrained of the model that holds them"
         return (
-            f"there are only pickled weights ({name}), which are not read, as they may run code: where you trust them, "
-            f"write them as safetensors: {_AS_SAFETENSORS.format(folder=folder)}"
+            f"there are only pickled weights ({name}), which are not read, as they may run code: take the release in "
+            f"safetensors; where you trust them, write them so: {how}"
         )
     if name := some("*.gguf"):
         return f"there are only GGUF weights ({name}): take the release in safetensors that they were made from"

@@ -16,6 +16,7 @@ from ..model.engine_layout import kv_heads_of_rank
 from ..model.family import Family, read_family
 from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
+from ..model.rope import Yarn
 from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
@@ -133,9 +134,10 @@ def _check_layout(config: Config, family: Family) -> None:
         raise RequestError("parallel.sequence has no effect at parallel.tensor = 1: remove it")
     length = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     if length > family.max_positions:
+        yarn = ", or YaRN's factor × original_max_position_embeddings" if isinstance(family.rope_scaling, Yarn) else ""
         raise RequestError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
-            f"{family.max_positions} (max_position_embeddings)"
+            f"{family.max_positions} (max_position_embeddings{yarn})"
         )
     _check_engine_experts(config, family)
     if config.rollout.routing_replay:
