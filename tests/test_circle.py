@@ -154,7 +154,7 @@ def test_every_family_publishes_again_and_again_from_any_learner_layout_into_any
     wholes = {
         "qwen3_moe parallel.data=2 parallel.expert=2 rollout.expert=2",  # the experts are where they are needed
         "qwen3_moe parallel.data=2",
-        "llama parallel.data=2",
+        "yarn_fractions parallel.data=2",
     }
     for layout, publishes in by_rank[0].items():
         assert (publishes["received"] == 0) == (layout in wholes), layout

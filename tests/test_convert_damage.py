@@ -184,8 +184,8 @@ def test_an_index_that_is_none_or_names_a_missing_file_or_the_wrong_one_is_refus
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_hidden_layers": 4}, "model.layers.3."),
-        ({"num_hidden_layers": 2}, "model.layers.2."),
+        ({"num_hidden_layers": 4, "layer_types": None}, "model.layers.3."),
+        ({"num_hidden_layers": 2, "layer_types": None}, "model.layers.2."),
         ({"hidden_size": 40}, ".weight"),
         ({"vocab_size": 66}, "model.embed_tokens.weight"),
         ({"num_attention_heads": 8}, "_proj.weight"),
@@ -194,13 +194,14 @@ def test_an_index_that_is_none_or_names_a_missing_file_or_the_wrong_one_is_refus
         ({"head_dim": 16}, ".weight"),
         ({"intermediate_size": 79}, "_proj.weight"),
         ({"tie_word_embeddings": False}, "lm_head.weight"),
-        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, ".self_attn."),
+        ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, "head_dim"),
+        ({"num_hidden_layers": 4}, "layer_types has 3 entries, num_hidden_layers is 4"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "_norm.weight"),
         ({"architectures": ["LlamaForCausalLM"]}, "model_type"),
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"architectures": None}, "architecture"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}, "linear"),
     ],
 )
 def test_a_config_that_contradicts_the_tensors_or_is_of_an_unknown_model_is_refused_by_what_differs(
@@ -288,8 +289,8 @@ def test_a_checkpoint_without_its_metadata_or_config_is_refused_by_the_files_nam
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_hidden_layers": 4}, "decoder.layers."),
-        ({"num_hidden_layers": 2}, "decoder.layers."),
+        ({"num_hidden_layers": 4, "layer_types": None}, "decoder.layers."),
+        ({"num_hidden_layers": 2, "layer_types": None}, "decoder.layers."),
         ({"vocab_size": 66}, "embedding.word_embeddings.weight"),
         ({"intermediate_size": 160}, "decoder.layers.mlp."),
         ({"tie_word_embeddings": False}, "output_layer.weight"),

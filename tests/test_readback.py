@@ -8,24 +8,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from a3po_megatron.model.engine_layout import engine_pieces
 from a3po_megatron.model.family import read_family
 from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.rollout.engine import local_experts
+from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum, wrap
 from a3po_megatron.weights.reshard import expert_of
 from tests.distributed import cases_readback as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
 
 
-@pytest.mark.parametrize(("case", "kinds"), [("narrow", cases.NARROW), ("wide", cases.WIDE), ("dealt", cases.DEALT)])
+@pytest.mark.parametrize(
+    ("case", "kinds"),
+    [
+        *(("narrow", cases.NARROW), ("wide", cases.WIDE), ("dealt", cases.DEALT)),
+        pytest.param("four", cases.FOUR, marks=pytest.mark.soak),
+    ],
+)
 def test_one_wrong_bit_in_one_ranks_engine_is_found_in_its_own_tensors_and_named(
     tmp_path: Path, case: str, kinds: dict[str, Any]
 ) -> None:
-    for by_kind in run_ranks(2, getattr(cases, case), folder=tmp_path)[case]:
+    last = 3 if case == "four" else 1
+    for by_kind in run_ranks(last + 1, getattr(cases, case), folder=tmp_path)[case]:
         assert by_kind.keys() == kinds.keys()
         for kind, found in by_kind.items():
+            assert found.pop("not vLLM's slices") == "", kind
+            assert found.pop("greedy") == "equal", kind
             for name in ("sound", "sound again", "sound after that", "sound at last"):
                 assert found.pop(name) == "ok, engine", (kind, name)
             assert found.pop("unmapped") == "", kind  # every tensor of vLLM's model is some HF tensor's
@@ -35,8 +47,37 @@ def test_one_wrong_bit_in_one_ranks_engine_is_found_in_its_own_tensors_and_named
             for what, said in found.items():
                 tensor = f"model.{what.removeprefix('one bit of ')}"
                 # The ranks of an engine add up what they share; what each has whole, the one that lost it names.
-                rank = 0 if case != "narrow" and "o_proj" in tensor else 1
+                rank = 0 if case != "narrow" and "o_proj" in tensor else last
                 assert f"the engine of rank {rank} was sent {tensor}, but does not hold it" in said, (kind, what)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("tensor", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+def test_an_engine_of_more_ranks_than_kv_heads_has_each_head_on_neighbours_and_all_their_copies_are_proven(
+    tmp_path: Path, kind: str, tensor: int, kv_heads: int
+) -> None:
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "num_hidden_layers": 1, "hidden_size": 64}
+    family, hf = read_family(make_checkpoint(tmp_path, kind, **sizes)), load_file(tmp_path / "model.safetensors")
+    names = [name for name in hf if "k_proj" in name or "v_proj" in name]
+    total, held = torch.zeros(len(names), dtype=torch.int64), dict.fromkeys(names, 0)
+    for rank in range(tensor):
+        ours = [piece for piece in engine_pieces(family, tensor, rank, (0, 0)) if piece.tensor in names]
+        # vllm/model_executor/layers/linear.py: QKVParallelLinear, weight_loader
+        replicas = max(1, tensor // kv_heads)
+        rows = max(1, kv_heads // tensor) * family.head_dim
+        shards = {}
+        for piece in ours:
+            assert (piece.start, piece.length) == (rank // replicas * rows, rows)
+            assert piece.offset == 8 // tensor * family.head_dim + ("v_proj" in piece.tensor) * rows
+            end = piece.offset + piece.length
+            shard = shards.setdefault(piece.key, torch.zeros(end + rows, *piece.shape[1:]))
+            shard[piece.offset : end] = hf[piece.tensor][piece.start : piece.start + rows]
+            held[piece.tensor] += piece.numel
+        total += shard_checksums(ours, shards, None, names)
+    for name, found in zip(names, total.tolist(), strict=True):
+        assert held[name] == replicas * hf[name].numel()
+        assert found == wrap(replicas * tensor_checksum(hf[name]))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "qwen3_moe"])

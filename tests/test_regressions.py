@@ -99,8 +99,8 @@ def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
     [
         ({"num_attention_heads": 0}, "num_attention_heads = 0"),
         ({"num_attention_heads": 5, "num_key_value_heads": 2}, "does not divide"),
-        ({"head_dim": None}, "head_dim is missing"),
-        ({"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        ({"head_dim": None}, "head_dim = None"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide"),
         ({"rope_parameters": {"rope_theta": "much"}}, "rope_theta = 'much'"),
         ({"rope_scaling": [1]}, r"rope_scaling = \[1\]"),
     ],

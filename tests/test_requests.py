@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from a3po_megatron import cli
 from a3po_megatron.errors import RunFailed
@@ -248,6 +249,61 @@ def test_routing_replay_is_refused_where_it_cannot_work(
 
 def test_the_longest_context_that_the_model_has_is_accepted(place: Place, a3po: Callable[..., Ended]) -> None:
     place.set("rollout", max_tokens=240)  # and 16 prompt tokens: 256
+    assert STARTED in a3po("train", place.config).err
+
+
+def test_a_context_that_yarn_stretches_ends_where_vllm_and_the_config_let_it(
+    place: Place, a3po: Callable[..., Ended]
+) -> None:
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+    place.alter_model(rope_parameters=None, rope_theta=1e4, rope_scaling=yarn)
+    place.set("rollout", max_tokens=48)  # and 16 prompt tokens: 64
+    assert STARTED in a3po("train", place.config).err
+    place.set("rollout", max_tokens=49)
+    assert_refused(place, a3po, "65", "context of 64", "max_position_embeddings", "YaRN's factor")
+    place.alter_model(rope_scaling=yarn | {"factor": 64.0})
+    place.set("rollout", max_tokens=241)
+    assert_refused(place, a3po, "257", "context of 256")
+
+
+def test_an_engine_may_have_more_ranks_than_kv_heads_where_one_number_divides_the_other(
+    place: Place, a3po: Callable[..., Ended]
+) -> None:
+    place.replace_model(num_attention_heads=12, num_key_value_heads=4)
+    for tensor, taken in ((1, True), (2, True), (4, True), (12, True), (6, False), (3, False), (8, False)):
+        place.set("parallel", tensor=1, data=tensor)
+        place.set("rollout", tensor=tensor)
+        if taken:
+            assert STARTED in a3po("train", place.config).err, tensor
+        else:
+            name = "num_attention_heads = 12" if tensor == 8 else "num_key_value_heads = 4"
+            assert_refused(place, a3po, f"rollout.tensor = {tensor}", name)
+    place.set("parallel", data=12)
+    place.set("rollout", tensor=12)
+    # Keys and values, layers, one head on each rank, head_dim, float32, prompt and response.
+    needed = 2 * 2 * 1 * 32 * 4 * (16 + 32)
+    place.set("rollout", kv_cache_bytes=needed)
+    assert STARTED in a3po("train", place.config).err
+    place.set("rollout", kv_cache_bytes=needed - 1)
+    assert_refused(place, a3po, f"rollout.kv_cache_bytes = {needed - 1}", f"{needed} bytes")
+
+
+def test_a_quantised_model_or_one_in_another_form_is_refused_before_ranks_start_and_fused_experts_are_taken(
+    place: Place, a3po: Callable[..., Ended]
+) -> None:
+    place.alter_model(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert_refused(place, a3po, "fp8", "import, export it first")
+    place.alter_model(quantization_config={"quant_method": "awq"})
+    assert_refused(place, a3po, "quantization_config", "awq")
+    place.alter_model(quantization_config=None)
+    place.alter_weights(lambda tensors: [tensors.update({f"module.{n}": tensors.pop(n)}) for n in list(tensors)])
+    assert_refused(place, a3po, "module.model.embed_tokens.weight", "DDP")
+    (place.model / "model.safetensors").rename(place.model / "pytorch_model.bin")
+    assert_refused(place, a3po, "pytorch_model.bin", "pickled", "save_pretrained")
+    place.replace_model(kind="qwen3_moe", hidden_size=64)
+    AutoModelForCausalLM.from_pretrained(place.model).save_pretrained(place.model, save_original_format=False)
+    assert any("gate_up_proj" in name for name in load_file(place.model / "model.safetensors"))
+    place.set("parallel", tensor=1, data=2)
     assert STARTED in a3po("train", place.config).err
 
 

@@ -43,10 +43,20 @@ KINDS: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
     "qwen3_moe": ((Qwen3MoeForCausalLM, Qwen3MoeConfig), MOE | {"norm_topk_prob": True}),
     "qwen3_moe_raw": ((Qwen3MoeForCausalLM, Qwen3MoeConfig), MOE | {"norm_topk_prob": False}),
 }
+# Likewise; the second with a blend that does not end at whole dimensions, and an attention factor of its own.
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
+YARNS: dict[str, tuple[tuple[Any, Any], dict[str, Any]]] = {
+    "yarn": ((Qwen3ForCausalLM, Qwen3Config), QWEN3 | {"rope_scaling": YARN | {"beta_fast": 4.0}}),
+    "yarn_fractions": (
+        (LlamaForCausalLM, LlamaConfig),
+        {"head_dim": 32, "tie_word_embeddings": False, "rope_theta": 1e6}
+        | {"rope_scaling": YARN | {"truncate": False, "attention_factor": 1.5, "beta_fast": 3, "beta_slow": 0.7}},
+    ),
+}
 
 
 def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, **changes: object) -> Path:
-    """A random model of one of KINDS, with all biases and norms off their defaults."""
+    """A random model of one of KINDS or YARNS, with all biases and norms off their defaults."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
@@ -60,7 +70,7 @@ def make_checkpoint(folder: Path, kind: str = "qwen3", seed: int = 0, **changes:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
     }
-    made, kinds = KINDS[kind]
+    made, kinds = (KINDS | YARNS)[kind]
     model_class, config_class = made
     model = model_class(config_class(**sizes | kinds | changes))
     with torch.no_grad():

@@ -14,15 +14,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import RequestError
 from .folder import HashedFile, Written
+from .hf_folder import check_pointer, explain
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Quantised values and their scales (weights/fp8.py): read, never written.
+QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.uint8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_HEADER = 100 << 20  # the library's own limit
@@ -39,7 +42,11 @@ class Stored:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.code]
+        return DTYPES[self.code] if self.code in DTYPES else QUANTISED[self.code]
+
+    def paths(self) -> tuple[Path, ...]:
+        """The files that it takes to read it."""
+        return (self.path,)
 
     @property
     def bytes(self) -> int:
@@ -53,6 +60,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         return RequestError(f"{path}: not a readable safetensors file: {what}")
 
     try:
+        check_pointer(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
@@ -80,7 +88,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         stored = found[name]
         if begin != position or end < begin:
             raise refuse(f"{name} does not begin where the tensor before it ends")
-        if stored.code in DTYPES and end - begin != math.prod(stored.shape) * stored.dtype.itemsize:
+        if (stored.code in DTYPES or stored.code in QUANTISED) and end - begin != math.prod(
+            stored.shape
+        ) * stored.dtype.itemsize:
             raise refuse(f"{name} has {end - begin} bytes, its shape {stored.shape} {stored.code} takes another number")
         position = end
     if 8 + length + position != size:
@@ -93,13 +103,12 @@ def locate(folder: Path) -> dict[str, Stored]:
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():
-            raise RequestError(
-                f"{folder}: there is neither {SINGLE} nor {INDEX}: model.path must hold safetensors weights"
-            )
+            raise explain(folder / SINGLE, INDEX)
         return read_header(folder / SINGLE)
     if (folder / SINGLE).exists():
         raise RequestError(f"{folder}: there are both {SINGLE} and {INDEX}: remove the one that is not meant")
     try:
+        check_pointer(index)
         files = {name: folder / str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{index}: not a readable safetensors index: {error!r}") from error
@@ -107,7 +116,11 @@ def locate(folder: Path) -> dict[str, Stored]:
         if path.parent != folder:
             raise RequestError(f"{index}: {name} is said to be in {path}, which is not in this folder")
         if not path.exists():
-            raise RequestError(f"{index}: {name} is said to be in {path.name}, which is missing")
+            lost = {path.name for path in files.values() if not path.exists()}
+            more = f", as are {len(lost) - 1} more files" if len(lost) > 1 else ""
+            raise RequestError(
+                f"{index}: {name} is said to be in {path.name}, which is missing{more}: download it again"
+            )
     headers = {path: read_header(path) for path in sorted(set(files.values()))}
     for name, path in files.items():
         if name not in headers[path]:
@@ -122,6 +135,29 @@ def read_rows(file: IO[bytes], stored: Stored, start: int, rows: Tensor) -> None
     """Fills `rows` (contiguous, of the stored dtype) with the tensor's rows from `start` on."""
     stride = math.prod(stored.shape[1:]) * stored.dtype.itemsize
     read_into(file, stored.offset + start * stride, rows)
+
+
+class OpenFiles:
+    """Files of weights that stay open while rows of many tensors are read from them, at most `limit` at once."""
+
+    def __init__(self, limit: int = 16) -> None:
+        self._limit = limit
+        self._files: dict[Path, IO[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, stored: Stored, start: int, rows: Tensor) -> None:
+        """Fills `rows` (contiguous, of the stored dtype) with the tensor's rows from `start` on."""
+        if stored.path not in self._files:
+            if len(self._files) >= self._limit:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[stored.path] = stored.path.open("rb")
+        read_rows(self._files[stored.path], stored, start, rows)
 
 
 def read_into(file: IO[bytes], offset: int, values: Tensor) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.side_files import side_files
 from ..errors import RequestError
 
 # The forms in which public RLVR work poses a problem. `chat` is the tokenizer's own chat template.
@@ -66,9 +68,16 @@ class Tokens:
 def _read(folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
         raise RequestError(f"{folder}: there is no tokenizer (tokenizer.json) beside the model")
+    side_files(folder)  # none of them is a git-lfs pointer
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestError(f"{folder}: the tokenizer cannot be read: {error}") from error
+    # Whatever it is: the Rust part raises plain Exceptions, and transformers falls over fields that it does not know.
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        version = importlib.metadata.version("tokenizers")
+        raise RequestError(
+            f"{folder}: the tokenizer cannot be read: {said[:400]} (tokenizers {version}: a tokenizer.json of a newer "
+            "version may need a newer one; else it is damaged: download it again)"
+        ) from error

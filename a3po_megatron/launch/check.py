@@ -12,9 +12,11 @@ from ..config import Config
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import RequestError
+from ..model.engine_layout import kv_heads_of_rank
 from ..model.family import Family, read_family
 from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
+from ..model.rope import Yarn
 from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
@@ -132,23 +134,37 @@ def _check_layout(config: Config, family: Family) -> None:
         raise RequestError("parallel.sequence has no effect at parallel.tensor = 1: remove it")
     length = config.rollout.max_prompt_tokens + config.rollout.max_tokens
     if length > family.max_positions:
+        yarn = ", or YaRN's factor × original_max_position_embeddings" if isinstance(family.rope_scaling, Yarn) else ""
         raise RequestError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
-            f"{family.max_positions} (max_position_embeddings)"
+            f"{family.max_positions} (max_position_embeddings{yarn})"
         )
     _check_engine_experts(config, family)
     if config.rollout.routing_replay:
         _check_replay(config, family)
-    for name, size in (("num_attention_heads", family.heads), ("num_key_value_heads", family.kv_heads)):
-        if size % config.rollout.tensor:
-            raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the model's {name} = {size}")
+    tensor = config.rollout.tensor
+    if family.heads % tensor:
+        raise RequestError(
+            f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {family.heads}"
+        )
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
-    per_token = 2 * family.layers * family.kv_heads * family.head_dim * itemsize // config.rollout.tensor
+    per_token = 2 * family.layers * _engine_kv_heads(config, family) * family.head_dim * itemsize
     if per_token * length > config.rollout.kv_cache_bytes:
         raise RequestError(
             f"rollout.kv_cache_bytes = {config.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens: "
             f"that takes {per_token * length} bytes"
         )
+
+
+def _engine_kv_heads(config: Config, family: Family) -> int:
+    """KV heads on each rank of an engine."""
+    try:
+        return kv_heads_of_rank(family.kv_heads, config.rollout.tensor)
+    except ValueError as error:
+        raise RequestError(
+            f"rollout.tensor = {config.rollout.tensor} neither divides the model's num_key_value_heads = "
+            f"{family.kv_heads}, nor is it a multiple of that"
+        ) from error
 
 
 def _check_quantization(config: Config, family: Family, backend: Backend) -> None:
@@ -166,7 +182,7 @@ def _check_quantization(config: Config, family: Family, backend: Backend) -> Non
     cut = rollout.tensor if rollout.expert == 1 else 1
     sizes = {
         "num_attention_heads × head_dim": family.heads * family.head_dim // rollout.tensor,
-        "num_key_value_heads × head_dim": family.kv_heads * family.head_dim // rollout.tensor,
+        "num_key_value_heads × head_dim": _engine_kv_heads(config, family) * family.head_dim,
         "intermediate_size" if family.experts is None else "moe_intermediate_size": ffn // cut,
     }
     for name, size in sizes.items():

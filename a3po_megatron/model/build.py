@@ -26,6 +26,7 @@ from .family import Family
 from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm
 from .precision import megatron_settings
+from .rope import Yarn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AS_DTYPE = LearnerOptions()
@@ -74,6 +75,7 @@ def transformer_config(
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
+        "softmax_scale": softmax_scale(family),
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
@@ -170,17 +172,48 @@ def refuse_buffers(model: torch.nn.Module) -> None:
 
 
 def rope_frequencies(family: Family) -> torch.Tensor:
-    """Inverse frequencies [head_dim / 2] float32, scaled as the HF config says (Llama 3.1, arXiv 2407.21783)."""
+    """Inverse frequencies [head_dim / 2] float32, scaled as the HF config says (Llama 3.1, arXiv 2407.21783; YaRN)."""
     exponent = torch.arange(0, family.head_dim, 2, dtype=torch.float32) / family.head_dim
-    plain = 1.0 / (family.rope_theta**exponent)
+    periods = family.rope_theta**exponent
+    plain = 1.0 / periods
     scaling = family.rope_scaling
     if scaling is None:
         return plain
+    if isinstance(scaling, Yarn):
+        kept = 1 - _yarn_blend(family, scaling)
+        return 1.0 / (scaling.factor * periods) * (1 - kept) + plain * kept
     wavelength = 2 * math.pi / plain
     turns = scaling.original_max_positions / wavelength  # within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)  # 0: few turns, wholly scaled; 1: many turns, as it was
     return (1 - blend) * plain / scaling.factor + blend * plain
+
+
+def _yarn_blend(family: Family, yarn: Yarn) -> torch.Tensor:
+    """How far each frequency [head_dim / 2] is scaled, 0 to 1 (transformers' modeling_rope_utils.py; YaRN's gamma)."""
+
+    def dimension(turns: float) -> float:
+        """The dimension whose frequency turns so often within the original context."""
+        share = math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(family.rope_theta))
+        return family.head_dim * share
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, family.head_dim - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(family.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+
+
+def softmax_scale(family: Family) -> float:
+    """By what attention multiplies products of queries and keys.
+
+    YaRN lets cosines and sines grow by its attention factor, that is, queries and keys each. Megatron-Core 0.16.1 has
+    a YaRN of its own, which knows no attention factor but that of the formula, nor another base than a whole number.
+    """
+    grown = family.rope_scaling.attention_factor if isinstance(family.rope_scaling, Yarn) else 1.0
+    return grown**2 / math.sqrt(family.head_dim)
 
 
 def _stages(family: Family, layout: Layout) -> list[list[str]]:

@@ -1,9 +1,10 @@
 """Which slice of which HF tensor is which slice of which tensor of vLLM's model, on which rank of an engine.
 
 For reading back what an engine holds (weights/publish.py). Facts of vllm 0.32.0: `qkv_proj` is the rank's own
-[q; k; v], `gate_up_proj` its own [gate; up]; embedding and output rows are padded to a multiple of 64, then shared out,
-and are one tensor where they are tied; the experts of a layer lie in `w13_weight` [E, 2I, H], again [gate; up], and
-`w2_weight` [E, H, I], here each expert by itself (`experts_apart`). Its Triton experts keep that order, others' do not.
+[q; k; v], k and v the same on several ranks where there are more of them than KV heads; `gate_up_proj` is its own
+[gate; up]; embedding and output rows are padded to a multiple of 64, then shared out, and are one tensor where they are
+tied; the experts of a layer lie in `w13_weight` [E, 2I, H], again [gate; up], and `w2_weight` [E, H, I], here each
+expert by itself (`experts_apart`). Its Triton experts keep that order, others' do not.
 
 A rank answers for all that it holds: tensors that every rank has whole are proven on each.
 """
@@ -26,6 +27,22 @@ def engine_pieces(family: Family, tensor: int, rank: int, experts: tuple[int, in
     return tuple(_pieces(family, tensor, rank, experts))
 
 
+def kv_heads_of_rank(kv_heads: int, tensor: int) -> int:
+    """KV heads on each rank of an engine; one, which it shares with others, where there are fewer of them than ranks.
+
+    Raises ValueError where neither number divides the other.
+    """
+    if max(kv_heads, tensor) % min(kv_heads, tensor):
+        raise ValueError(f"{tensor} and {kv_heads}: neither divides the other")
+    return max(1, kv_heads // tensor)
+
+
+def kv_head_share(family: Family, tensor: int, rank: int) -> tuple[int, int]:
+    """Into how many shares keys and values are cut, and which of them a rank has (vLLM's QKVParallelLinear)."""
+    shares = family.kv_heads // kv_heads_of_rank(family.kv_heads, tensor)
+    return shares, rank * shares // tensor
+
+
 def experts_apart(parameters: Mapping[str, Tensor]) -> dict[tuple[int, str], Tensor]:
     """vLLM's named parameters, as pieces name them: every expert of a layer's block of them for itself."""
     found: dict[tuple[int, str], Tensor] = {}
@@ -44,12 +61,10 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
     def whole(name: str, parameter: str, *shape: int) -> Piece:
         return Piece(name, shape, 0, parameter, 0, 0, 0, shape[0], True)
 
-    def stacked(
-        parameter: str, parts: Sequence[tuple[str, tuple[int, ...]]], of: int = tensor, part: int = rank
-    ) -> Iterator[Piece]:
-        """HF tensors of which a rank has its share of rows each, one below the other."""
+    def stacked(parameter: str, parts: Sequence[tuple[str, tuple[int, ...], tuple[int, int]]]) -> Iterator[Piece]:
+        """HF tensors of which a rank has its share of rows each, one below the other; a share: (of how many, which)."""
         offset = 0
-        for name, shape in parts:
+        for name, shape, (of, part) in parts:
             share = shape[0] // of
             yield Piece(name, shape, 0, parameter, 0, part * share, offset, share, True)
             offset += share
@@ -64,15 +79,20 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
         if length > 0:
             yield Piece(name, (family.vocab, hidden), 0, name, 0, rank * share, 0, length, True)
 
+    mine, kv_share = (tensor, rank), kv_head_share(family, tensor, rank)
     yield from vocabulary(EMBEDDING)
     for layer in range(family.layers):
         prefix = f"model.layers.{layer}."
         attention = f"{prefix}self_attn."
         yield whole(f"{prefix}input_layernorm.weight", f"{prefix}input_layernorm.weight", hidden)
         for kind in ("weight", "bias") if family.qkv_bias else ("weight",):
-            shapes = [(rows, hidden) if kind == "weight" else (rows,) for rows in (q, kv, kv)]
-            names = [f"{attention}{name}_proj.{kind}" for name in ("q", "k", "v")]
-            yield from stacked(f"{attention}qkv_proj.{kind}", list(zip(names, shapes, strict=True)))
+            yield from stacked(
+                f"{attention}qkv_proj.{kind}",
+                [
+                    (f"{attention}{name}_proj.{kind}", (rows, hidden) if kind == "weight" else (rows,), share)
+                    for name, rows, share in (("q", q, mine), ("k", kv, kv_share), ("v", kv, kv_share))
+                ],
+            )
         if family.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield whole(f"{attention}{name}.weight", f"{attention}{name}.weight", head_dim)
@@ -80,7 +100,7 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
         norm = f"{prefix}post_attention_layernorm.weight"
         yield whole(norm, norm, hidden)
         if family.experts is None:
-            parts = [(f"{prefix}mlp.{half}_proj.weight", (family.ffn, hidden)) for half in ("gate", "up")]
+            parts = [(f"{prefix}mlp.{half}_proj.weight", (family.ffn, hidden), mine) for half in ("gate", "up")]
             yield from stacked(f"{prefix}mlp.gate_up_proj.weight", parts)
             yield columns(f"{prefix}mlp.down_proj.weight", f"{prefix}mlp.down_proj.weight", hidden, family.ffn)
             continue
@@ -90,8 +110,8 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
         cut = (1, 0) if end - first < family.experts.count else (tensor, rank)
         for local, number in enumerate(range(first, end)):
             expert, ffn = f"{prefix}mlp.experts.{number}.", family.experts.ffn
-            parts = [(f"{expert}{half}_proj.weight", (ffn, hidden)) for half in ("gate", "up")]
-            yield from stacked(f"{prefix[:-1]}{_EXPERTS}w13_weight.{local}", parts, *cut)
+            parts = [(f"{expert}{half}_proj.weight", (ffn, hidden), cut) for half in ("gate", "up")]
+            yield from stacked(f"{prefix[:-1]}{_EXPERTS}w13_weight.{local}", parts)
             yield columns(f"{expert}down_proj.weight", f"{prefix[:-1]}{_EXPERTS}w2_weight.{local}", hidden, ffn, *cut)
     yield whole(FINAL_NORM, FINAL_NORM, hidden)
     if not family.tied:

@@ -1,7 +1,7 @@
 """HF config → the facts that the rest of the package needs, and a refusal by name of everything it cannot represent.
 
-This is the only reader of `config.json`. It reads both forms of the rope parameters: transformers 4 (`rope_theta`,
-`rope_scaling`) and transformers 5 (`rope_parameters`).
+This and rope.py are the only readers of `config.json`. What a config leaves out has the value that transformers' own
+class gives it (5.19), which vLLM shares; a null where transformers takes none is refused, as it would be later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.hf_folder import check_pointer, explain
 from ..errors import RequestError
+from .quantised import FIELDS, Fp8, read_fp8
+from .rope import RopeScaling, Yarn, is_positive, read_rope
 
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",  # Qwen2, Qwen2.5, R1-Distill-Qwen
@@ -20,16 +23,6 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "LlamaForCausalLM": "llama",  # Llama 3 and 3.1, R1-Distill-Llama
 }
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's rope: low frequencies divided by `factor`, high ones kept, those between blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclass(frozen=True)
@@ -59,30 +52,46 @@ class Family:
     qkv_bias: bool
     norm_eps: float
     rope_theta: float
-    max_positions: int
+    max_positions: int  # the longest sequence
     eos: tuple[int, ...]
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | Yarn | None = None
     experts: Experts | None = None
 
 
 def read_family(folder: Path | str) -> Family:
     """The facts of the HF checkpoint in `folder`.
 
-    Raises RequestError for a missing or unreadable config.json, an unknown architecture, and every field that changes
-    the mathematics in a way that is not implemented.
+    Raises RequestError for a missing or unreadable config.json, an unknown architecture, quantised weights, and every
+    field that changes the mathematics in a way that is not implemented.
     """
+    family, fp8 = read_source(folder)
+    if fp8 is not None:
+        raise RequestError(
+            f"{Path(folder) / 'config.json'}: quantization_config: the weights are quantised (fp8), which cannot be "
+            f"trained: import, export it first (a3po convert import {folder} CKPT; a3po convert export CKPT NEW)"
+        )
+    return family
+
+
+def read_source(folder: Path | str) -> tuple[Family, Fp8 | None]:
+    """The same of a checkpoint whose weights may be in FP8."""
     if not Path(folder).is_dir():
         raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    family = family_of(_read_json(path), str(path))
+    config = _read_json(path)
+    fp8 = read_fp8(config, str(path))
+    family = family_of({name: value for name, value in config.items() if name not in FIELDS}, str(path))
     # Chat models name further tokens that end a turn there.
     more = _eos(_read_json(generation), str(generation)) if generation.exists() else ()
-    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more})))
+    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more}))), fp8
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        check_pointer(path)
         config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise explain(path) from error
     except OSError as error:
         raise RequestError(
             f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
@@ -139,6 +148,24 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+# What transformers' classes take for a field that config.json leaves out; sizes beside these must be there.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 4},
+}
+# Fields that may be absent, but not null: transformers' classes or vLLM fail on it.
+_NEVER_NULL = ("hidden_act", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings")
+_QWEN = (*_NEVER_NULL, "use_sliding_window", "attention_dropout", "head_dim")
+NOT_NULL = {
+    "llama": (*_NEVER_NULL, "attention_bias", "mlp_bias"),
+    "qwen2": _QWEN,
+    "qwen3": (*_QWEN, "attention_bias"),
+    "qwen3_moe": (*_QWEN, "attention_bias", "decoder_sparse_step", "norm_topk_prob", "num_key_value_heads"),
+}
+
+
 class _Fields:
     """A config's fields, each with the type that it must have; `where` names the file in errors."""
 
@@ -160,7 +187,7 @@ class _Fields:
         return value
 
     def positive(self, name: str) -> float:
-        if not _is_positive(self.need(name)):
+        if not is_positive(self.need(name)):
             raise self.refuse(name, "is no positive number")
         return float(self.config[name])
 
@@ -171,10 +198,6 @@ class _Fields:
         return bool(value)
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
-
-
 def family_of(config: dict[str, Any], where: str) -> Family:
     """The facts of a parsed config.json; `where` names it in errors."""
     fields = _Fields(config, where)
@@ -183,35 +206,60 @@ def family_of(config: dict[str, Any], where: str) -> Family:
         value = config.get(name)
         if value is not None and not any(type(value) is type(other) and value == other for other in neutral):
             raise fields.refuse(name, f"is not supported ({meaning})")
+    for name in NOT_NULL[kind]:
+        if name in config and config[name] is None:
+            raise fields.refuse(name, "is no value: transformers and vLLM fail on it; leave it out for their default")
+    fields.config = DEFAULTS[kind] | config
+    layers, max_positions = fields.size("num_hidden_layers"), fields.size("max_position_embeddings")
     layer_types = config.get("layer_types") or []
     if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
         raise fields.refuse("layer_types", "is not supported (only full_attention)")
-    heads, hidden, kv_heads = (
-        fields.size(name) for name in ("num_attention_heads", "hidden_size", "num_key_value_heads")
-    )
+    if layer_types and len(layer_types) != layers:
+        raise RequestError(f"{where}: layer_types has {len(layer_types)} entries, num_hidden_layers is {layers}")
+    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    # Without grouped attention: as transformers' classes do.
+    kv_heads = heads if fields.config.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
     if heads % kv_heads:
-        raise RequestError(f"{where}: num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}")
-    # Qwen3's own default is 128, whatever the other sizes are: guessing would be wrong for one of the families.
-    own = kind.startswith("qwen3") or config.get("head_dim") is not None
+        default = "" if "num_key_value_heads" in config else " (transformers' default: config.json names none)"
+        raise RequestError(
+            f"{where}: num_key_value_heads = {kv_heads}{default} does not divide num_attention_heads = {heads}"
+        )
+    rope = read_rope(config, where, max_positions)
+    if isinstance(rope.scaling, Yarn):
+        max_positions = min(max_positions, rope.scaling.context)
     return Family(
         architecture=architecture,
-        layers=fields.size("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         ffn=fields.size("intermediate_size"),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=fields.size("head_dim") if own else hidden // heads,
+        head_dim=_head_dim(fields, kind, heads, hidden),
         vocab=fields.size("vocab_size"),
         tied=fields.flag("tie_word_embeddings"),
         qk_norm=kind.startswith("qwen3"),
         qkv_bias=kind == "qwen2",
         norm_eps=fields.positive("rms_norm_eps"),
-        rope_theta=_rope_theta(config, where),
-        rope_scaling=_rope_scaling(config, where),
-        max_positions=fields.size("max_position_embeddings"),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        max_positions=max_positions,
         experts=_experts(fields) if kind == "qwen3_moe" else None,
         eos=_eos(config, where),
     )
+
+
+def _head_dim(fields: _Fields, kind: str, heads: int, hidden: int) -> int:
+    """Its own, or the share of the hidden size; Qwen3 alone has a default."""
+    given, share = fields.config.get("head_dim"), f"hidden_size / num_attention_heads = {hidden} / {heads}"
+    # transformers' Llama wants it whatever head_dim says.
+    if hidden % heads and (given is None or kind in ("llama", "qwen2")):
+        raise RequestError(f"{fields.where}: {share} is no whole number")
+    head_dim = hidden // heads if given is None else fields.size("head_dim")
+    if kind == "qwen2" and head_dim != hidden // heads:
+        raise fields.refuse("head_dim", f"is not supported: vLLM's Qwen2 takes {share}")
+    if head_dim % 2:
+        raise RequestError(f"{fields.where}: head_dim = {head_dim} is odd: rope turns pairs of dimensions")
+    return head_dim
 
 
 def _architecture(config: dict[str, Any], where: str) -> tuple[str, str]:
@@ -238,57 +286,3 @@ def _experts(fields: _Fields) -> Experts:
     if per_token > counts[0]:
         raise RequestError(f"{fields.where}: num_experts_per_tok = {per_token} is more than num_experts = {counts[0]}")
     return Experts(counts[0], per_token, fields.size("moe_intermediate_size"), fields.flag("norm_topk_prob"))
-
-
-def _rope_theta(config: dict[str, Any], where: str) -> float:
-    found = [config["rope_theta"]] if config.get("rope_theta") is not None else []
-    found += [values["rope_theta"] for _, values in _rope_fields(config, where) if values.get("rope_theta") is not None]
-    if not found:
-        raise RequestError(f"{where}: rope_theta is missing")
-    for theta in found:
-        if not _is_positive(theta):
-            raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
-        if theta != found[0]:
-            raise RequestError(f"{where}: rope_theta is contradictory: {found}")
-    return float(found[0])
-
-
-def _rope_fields(config: dict[str, Any], where: str) -> list[tuple[str, dict[str, Any]]]:
-    """The fields that transformers 4 and 5 keep rope settings in, as far as the config has them."""
-    found = [(name, config[name]) for name in ("rope_scaling", "rope_parameters") if config.get(name)]
-    for name, values in found:
-        if not isinstance(values, dict):
-            raise RequestError(f"{where}: {name} = {values!r} is not supported: expected an object")
-    return found
-
-
-SCALED = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def _rope_scaling(config: dict[str, Any], where: str) -> RopeScaling | None:
-    """The scaling in either form; a second, different one, an unknown type and unknown fields are refused by name."""
-    found: set[RopeScaling | None] = set()
-    for name, given in _rope_fields(config, where):
-        values = {key: value for key, value in given.items() if key not in ("rope_type", "type", "rope_theta")}
-        kinds = {str(given[key]) for key in ("rope_type", "type") if given.get(key) is not None} or {"default"}
-        if len(kinds) > 1:
-            raise RequestError(f"{where}: {name} has two types: {', '.join(sorted(kinds))}")
-        kind = kinds.pop()
-        if values.get("partial_rotary_factor") in (1, 1.0):
-            del values["partial_rotary_factor"]
-        if kind not in ("default", "llama3"):
-            raise RequestError(f"{where}: {name} of type {kind!r} is not supported; only unscaled and llama3 rope are")
-        wanted = SCALED if kind == "llama3" else ()
-        if odd := sorted(set(values) ^ set(wanted)):
-            state = "is not supported" if odd[0] in values else "is missing"
-            needs = f"; it must hold exactly {', '.join(wanted)}" if wanted else ""
-            raise RequestError(f"{where}: {name}.{odd[0]} {state} for rope of type {kind!r}{needs}")
-        for key in wanted:
-            if not _is_positive(values[key]):
-                raise RequestError(f"{where}: {name}.{key} = {values[key]!r} is no positive number")
-        if wanted and not values["high_freq_factor"] > values["low_freq_factor"]:
-            raise RequestError(f"{where}: {name}.high_freq_factor must be above low_freq_factor")
-        found.add(RopeScaling(*(values[key] for key in wanted)) if wanted else None)
-    if len(found) > 1:
-        raise RequestError(f"{where}: rope_scaling and rope_parameters contradict each other")
-    return found.pop() if found else None

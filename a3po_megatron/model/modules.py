@@ -7,7 +7,6 @@ parallelism; Transformer Engine's modules, which do both, need CUDA.
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
@@ -75,7 +74,7 @@ class PackedAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.scale = config.softmax_scale  # always given (model/build.py)
         self.context = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(

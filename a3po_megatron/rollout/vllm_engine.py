@@ -40,6 +40,7 @@ from ..errors import RequestError, RunFailed
 from ..model.engine_layout import engine_pieces, experts_apart
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD, Piece
+from ..model.rope import vllm_parameters
 from .engine import Completion, Request, in_order, local_experts
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
@@ -88,7 +89,8 @@ class VllmEngine:
                 ask_for_tiles()
                 if options.expert > 1:
                     map_experts()
-            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers))
+            rope = vllm_parameters(family.rope_theta, family.rope_scaling)
+            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers, rope))
         self._state = "awake"
         self.sleep()
 
@@ -200,7 +202,12 @@ def _left_out(options: RolloutOptions, layers: int) -> list[int]:
 
 
 def engine_arguments(
-    folder: Path, options: RolloutOptions, dtype: torch.dtype, backend: Backend, layers: int
+    folder: Path,
+    options: RolloutOptions,
+    dtype: torch.dtype,
+    backend: Backend,
+    layers: int,
+    rope: dict[str, Any] | None = None,  # in place of config.json's
 ) -> dict[str, Any]:
     """What vLLM is built with. Raises RequestError for an entry of `rollout.engine_args` that it does not know, or that
     follows from other options."""
@@ -230,6 +237,8 @@ def engine_arguments(
         ours["quantization_config"] = {
             "ignore": ["*.mlp.gate", *(f"model.layers.{n}.*" for n in _left_out(options, layers))]
         }
+    if rope is not None:
+        ours["hf_overrides"] = {"rope_parameters": rope}
     if options.routing_replay:
         # Routes of a prompt that is in the prefix cache are taken from there: vLLM returns none without that cache.
         ours |= {"enable_return_routed_experts": True, "enable_prefix_caching": True}

@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -25,23 +24,25 @@ from ..checkpoint.folder import Written, check_digest, check_free, read_digests,
 from ..checkpoint.safetensors import (
     CODES,
     INDEX,
+    OpenFiles,
     Stored,
     file_names,
-    read_rows,
     save_index,
     split_files,
     write_file,
 )
-from ..checkpoint.side_files import CONFIG, HF, copy_side_files, dtype_of, has_tokenizer, side_files
+from ..checkpoint.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
 from ..checkpoint.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
 from ..errors import RequestError
-from ..model.family import Family, read_family
-from ..model.layout import FINAL_NORM, hf_tensors
+from ..model.family import Family, read_family, read_source
+from ..model.layout import hf_tensors
+from ..model.quantised import FIELDS
 from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
+from .fp8 import name_of, read_values, rounded_to
 from .jobs import Count, deal, run_jobs
 from .load import all_finite, check_checkpoint
+from .remarks import no_tokenizer, of_import
 
-OPEN_FILES = 16  # of the source, at once
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
 
 
@@ -77,16 +78,17 @@ def import_checkpoint(
     Raises RequestError, naming file and tensor, for a source that is not whole and finite; then nothing is written.
     """
     check_free(target)
-    family = read_family(source)
-    places = check_checkpoint(source, family)
-    sides = side_files(source)
+    (family, fp8), named = read_source(source), dtype_of(source)
+    whole = rounded_to(source, named) if fp8 else None
+    places = check_checkpoint(source, family, fp8, whole or torch.bfloat16)
+    side_files(source)  # before anything is written: one that cannot be copied
     parameters = stored_parameters(family)
     records = [record for p in parameters for record in _records(p, places, bucket_bytes)]
     _check_dtypes(records)
     total = sum(record.bytes for record in records)
     check_free(target, total)
     digests = read_digests(source)
-    held = sorted({places[name].path for name in hf_tensors(family)}) if digests else []
+    held = sorted({path for place in places.values() for path in place.paths()}) if digests else []
     count = progress(total + sum(path.stat().st_size for path in held))
     run_jobs([functools.partial(_check_files, share, digests) for share in deal(held, workers)], count)
     with whole_folder(target) as folder:
@@ -97,17 +99,14 @@ def import_checkpoint(
         results: list[tuple[list[Kept], Written]] = run_jobs(jobs, count)
         kept = [item for part, _ in results for item in part]
         objects = write_metadata(folder, stored_shapes(family, parameters), kept, stored_objects(family, parameters))
-        copy_side_files(source, folder / HF)
+        if whole is None:
+            copy_side_files(source, folder / HF)
+        else:
+            copy_side_files(source, folder / HF, name_of(whole), without=FIELDS)
         save_digests(folder, [*(written for _, written in results), objects], INDEXES)
-    named, stored = dtype_of(source), str(places[FINAL_NORM].dtype).removeprefix("torch.")
-    remarks = [] if has_tokenizer(sides) else [_no_tokenizer(source)]
-    if named not in (None, stored):
-        remarks.append(f"{source / CONFIG} says {named}, but the weights are {stored}: both are kept as they are")
-    return Converted(len(hf_tensors(family)), total, len(results), tuple(remarks))
-
-
-def _no_tokenizer(folder: Path) -> str:
-    return f"{folder} holds no tokenizer files: the converted folder has none either"
+    stored = {name: places[name] for name in hf_tensors(family)}
+    remarks = of_import(source, named if whole is None else name_of(whole), stored)
+    return Converted(len(stored), total, len(results), tuple(remarks))
 
 
 def _check_files(paths: Sequence[Path], digests: dict[str, Written], count: Count) -> None:
@@ -168,32 +167,23 @@ def _shares(records: Sequence[_Record], workers: int) -> list[list[_Record]]:
 
 
 def _write_records(folder: Path, name: str, records: Sequence[_Record], count: Count) -> tuple[list[Kept], Written]:
-    files: dict[Path, IO[bytes]] = {}
-
     # One buffer for all chunks: memory that was never touched costs more than reading into it.
     buffer = bytearray(max(record.bytes for record in records))
 
-    def chunks() -> Iterator[tuple[Box, Tensor]]:
+    def chunks(files: OpenFiles) -> Iterator[tuple[Box, Tensor]]:
         for record in records:
             count_of = record.bytes // record.dtype.itemsize
             values = torch.frombuffer(buffer, dtype=record.dtype, count=count_of).view(record.shape)
             for tensor, stored, start, row, rows in record.sources:
-                if stored.path not in files:
-                    if len(files) >= OPEN_FILES:
-                        files.pop(next(iter(files))).close()
-                    files[stored.path] = stored.path.open("rb")
                 part = values[row : row + rows]
-                read_rows(files[stored.path], stored, start, part)
+                read_values(files, stored, start, part)
                 if not all_finite(part):
                     raise RequestError(f"{stored.path}: {tensor} holds a value that is not finite")
             yield record.box, values
             count(record.bytes)
 
-    try:
-        return write_chunks(folder, name, chunks())
-    finally:
-        for file in files.values():
-            file.close()
+    with OpenFiles() as files:
+        return write_chunks(folder, name, chunks(files))
 
 
 @dataclass(frozen=True)
@@ -233,7 +223,8 @@ def export_checkpoint(
     hf, dtype, workers = source / HF, options.dtype, options.workers
     if not (hf / CONFIG).is_file():
         raise RequestError(f"{hf / CONFIG}: the file is missing: it says what model the checkpoint holds")
-    family, sides = read_family(hf), side_files(hf)
+    family = read_family(hf)
+    side_files(hf)
     with Reader(source) as reader:
         chunked = [source / name for name in reader.check_folder()]
         wanted = _wanted(family, reader, options)
@@ -252,7 +243,7 @@ def export_checkpoint(
             save_index(folder, where, sum(_bytes(tensor, dtype) for tensor in wanted))
         copy_side_files(hf, folder, None if dtype is None else str(dtype).removeprefix("torch."))
         save_digests(folder, sorted(written, key=lambda file: file.name), [INDEX] if len(files) > 1 else [])
-    remarks = [] if has_tokenizer(sides) else [_no_tokenizer(hf)]
+    remarks = no_tokenizer(hf)
     if not digests:
         remarks.append(f"{source} has no digests.json: nothing says whether its bytes are those that were written")
     return Converted(len(wanted), total, len(files), tuple(remarks))

@@ -1,23 +1,66 @@
-"""Experts as the engine likes them best: all of a layer in one tensor, as transformers 5 packs them.
+"""All experts of a layer in one tensor, as transformers 5 packs them in memory and the engine likes them best.
 
     mlp.experts.gate_up_proj [E, 2I, H]    mlp.experts.down_proj [E, H, I]
 
-The experts' HF tensors are views into that memory from the beginning, so that nothing is copied, every one of them is
-checked by itself, and the whole is handed on when its last part has passed.
+In a checkpoint of that form an expert's tensors are rows that follow each other: where they lie is all there is to say.
+On the way to the engine the experts' HF tensors are views into that memory from the beginning, so that nothing is
+copied, every one of them is checked by itself, and the whole is handed on when its last part has passed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.safetensors import Stored
+from ..errors import RequestError
 from ..model.family import Family
 from .reshard import fresh
 
 _PART = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+
+
+_WHOLE = re.compile(r"(.*\.mlp\.experts\.)(gate_up|down)_proj(\.weight)?")
+
+
+def is_fused(names: Iterable[str]) -> bool:
+    return any(_WHOLE.fullmatch(name) for name in names)
+
+
+def experts_apart(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors of a folder, those of fused experts as one of each expert: the place of its rows.
+
+    Raises RequestError for fused tensors of another shape. Some programs keep them transposed, [E, H, 2I] and
+    [E, I, H]; no model has sizes at which both tensors look the same either way.
+    """
+    if family.experts is None:
+        return dict(found)
+    count, ffn, hidden = family.experts.count, family.experts.ffn, family.hidden
+    shapes = {"gate_up": (count, 2 * ffn, hidden), "down": (count, hidden, ffn)}
+    whole = {name: match for name in found if (match := _WHOLE.fullmatch(name))}
+    parts: dict[str, Stored] = {}
+    for name, match in whole.items():
+        stored, (_, rows, columns) = found[name], shapes[match[2]]
+        if stored.shape != shapes[match[2]]:
+            turned = stored.shape == (count, columns, rows)
+            raise RequestError(
+                f"{stored.path}: {name} has shape {stored.shape}, the experts of config.json fused as transformers has "
+                f"them {shapes[match[2]]}"
+                + (": it is transposed; write it with its last two dimensions exchanged" if turned else "")
+            )
+        for expert in range(count):
+            begin = stored.offset + expert * rows * columns * stored.dtype.itemsize
+            halves = ("gate", "up") if match[2] == "gate_up" else ("down",)
+            for half, projection in enumerate(halves):
+                here = begin + half * ffn * columns * stored.dtype.itemsize
+                shape = (rows // len(halves), columns)
+                parts[f"{match[1]}{expert}.{projection}_proj.weight"] = Stored(stored.path, stored.code, shape, here)
+    if twice := sorted(parts.keys() & found.keys()):
+        raise RequestError(f"{found[twice[0]].path}: {twice[0]} is stored by itself, and fused with other experts")
+    return {name: stored for name, stored in found.items() if name not in whole} | parts
 
 
 class FusedExperts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,23 +9,40 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.safetensors import DTYPES, Stored, locate, read_rows
+from ..checkpoint.hf_folder import other_names
+from ..checkpoint.safetensors import DTYPES, OpenFiles, Stored, locate
 from ..errors import RequestError
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD, Piece, hf_tensors
+from ..model.quantised import Fp8
 from ..telemetry.clock import CLOCK
+from .fp8 import pair_scales, read_values
+from .fuse import experts_apart
 
 PART_BYTES = 16 << 20  # what is read at once
 ROTARY = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which follow from config.json
 
 
-def check_checkpoint(folder: Path, family: Family) -> dict[str, Stored]:
-    """Compares names and shapes in the files with what config.json implies; returns where each tensor is."""
+def check_checkpoint(
+    folder: Path, family: Family, fp8: Fp8 | None = None, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Stored]:
+    """Compares names and shapes in the files with what config.json implies; returns where each tensor is.
+
+    Experts that are fused (weights/fuse.py) are said to be where each one's rows lie. With `fp8`, tensors that are
+    stored so are tensors of `dtype` (weights/fp8.py).
+    """
     found, expected = locate(folder), hf_tensors(family)
+    if fp8 is not None:
+        found = pair_scales(found, fp8, dtype, folder)
+    found = experts_apart(found, family)
     tolerated = {HEAD} if family.tied else set()  # some tied checkpoints store the output layer again
-    if missing := sorted(expected.keys() - found.keys()):
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(ROTARY))
+    if (missing or extra) and (refusal := other_names(folder, {*expected, *tolerated}, found)):
+        raise refusal
+    if missing:
         raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
-    if extra := sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(ROTARY)):
+    if extra:
         raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
     for name, shape in expected.items():
         stored = found[name]
@@ -43,11 +59,11 @@ def _check_tied(embedding: Stored, head: Stored) -> None:
     """An output layer that is stored again must be the embedding: transformers would use it as it is if it were not."""
     same = (embedding.shape, embedding.code) == (head.shape, head.code)
     if same:
-        with embedding.path.open("rb") as first, head.path.open("rb") as second:
+        with OpenFiles() as files:
             for row, rows in _parts(embedding, 0, embedding.shape[0]):
                 parts = [torch.empty((rows, embedding.shape[1]), dtype=embedding.dtype) for _ in range(2)]
-                read_rows(first, embedding, row, parts[0])
-                read_rows(second, head, row, parts[1])
+                read_values(files, embedding, row, parts[0])
+                read_values(files, head, row, parts[1])
                 same = same and torch.equal(*(part.view(torch.uint8) for part in parts))
     if not same:
         raise RequestError(
@@ -66,8 +82,7 @@ def load_shards(
     """
     places = check_checkpoint(folder, family)
     filled = dict.fromkeys(parameters, 0)
-    with contextlib.ExitStack() as stack:
-        files = {path: stack.enter_context(path.open("rb")) for path in {stored.path for stored in places.values()}}
+    with OpenFiles() as files:
         for piece in pieces:
             CLOCK.beat()
             stored = places[piece.tensor]
@@ -75,7 +90,7 @@ def load_shards(
             first = piece.start if piece.dim == 0 else 0
             for begin, rows in _parts(stored, first, target.shape[0]):
                 values = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
-                read_rows(files[stored.path], stored, begin, values)
+                files.read(stored, begin, values)
                 if piece.dim == 1:
                     values = values[:, piece.start : piece.start + piece.length]
                 if not all_finite(values):

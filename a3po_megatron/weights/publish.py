@@ -31,13 +31,13 @@ from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
 from ..model.family import Family
-from ..model.layout import Layout, hf_tensors, pieces
+from ..model.layout import Layout, Piece, hf_tensors, pieces
 from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
 from .export import export_stream
 from .fuse import FusedExperts
 from .load import all_finite
-from .receipt import Receipt, shard_checksums, tensor_checksum
+from .receipt import Receipt, shard_checksums, tensor_checksum, wrap
 from .reshard import Groups, Parameters, Timings, fresh, gather, plan
 from .witness import Scored, lacks_room, largest_difference
 
@@ -218,13 +218,18 @@ class Publisher:
         pieces, tensors = engine.holdings()
         whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
         cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
-        sums = shard_checksums(cut, tensors, None, names)
+        sums = torch.stack([shard_checksums(cut, tensors, None, names), _held(cut, names)])
         if self.cluster.engine_group is not None:
             dist.all_reduce(sums, group=self.cluster.engine_group)
-        found = dict(zip(names, sums.tolist(), strict=True))
+        shapes = {piece.tensor: piece.shape for piece in cut}
+        wanted = dict(expected)
+        for name, held in zip(names, sums[1].tolist(), strict=True):
+            if name in shapes:  # keys and values are there several times where an engine has more ranks than KV heads
+                wanted[name] = wrap(expected[name] * (held // math.prod(shapes[name])))
+        found = dict(zip(names, sums[0].tolist(), strict=True))
         found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
         here = {piece.tensor for piece in pieces}
-        wrong = [name for name in names if name in here and found[name] != expected[name]]
+        wrong = [name for name in names if name in here and found[name] != wanted[name]]
         for rank, missed in enumerate(self.cluster.agree("engine's tensors", wrong, list)):
             if missed:
                 raise PublishError(
@@ -263,6 +268,14 @@ class Publisher:
                     f"{bound * MEAN_SHARE:.0e}): every tensor was sent, but the engine does not use these weights"
                 )
         return max(largest for largest, _ in by_rank), max(mean for _, mean in by_rank)
+
+
+def _held(pieces: Iterable[Piece], names: list[str]) -> Tensor:
+    """How many elements of each tensor the pieces hold, [len(names)] int64."""
+    held = dict.fromkeys(names, 0)
+    for piece in pieces:
+        held[piece.tensor] += piece.numel
+    return torch.tensor(list(held.values()), dtype=torch.int64)
 
 
 def _key(pair: tuple[tuple[int, ...], tuple[int, ...]], routes: np.ndarray | None) -> tuple[Any, ...]:

@@ -74,7 +74,7 @@ WIDE = (
     ("qwen3_moe", ["parallel.pipeline=2", "rollout.expert=2"]),
     ("qwen3_moe", ["parallel.data=2"]),
     ("qwen3", ["parallel.pipeline=2"]),
-    ("llama", ["parallel.data=2"]),
+    ("yarn_fractions", ["parallel.data=2"]),
 )
 
 

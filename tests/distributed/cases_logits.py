@@ -12,9 +12,9 @@ from a3po_megatron.model.family import read_family
 from a3po_megatron.model.layout import layout_of, pieces
 from a3po_megatron.weights.load import load_shards
 from tests.distributed.runner import Ranks
-from tests.tiny import KINDS, VOCAB, hf_model
+from tests.tiny import KINDS, VOCAB, YARNS, hf_model
 
-LENGTHS = (1, 2, 15, 16, 17, 40, 97, 200, 256)  # below, at and beyond llama31's original context of 16
+LENGTHS = (1, 2, 15, 16, 17, 40, 97, 200, 256)  # below, at and beyond the original context of 16 of llama31 and YARNS
 
 
 def sequences() -> list[list[int]]:
@@ -47,7 +47,7 @@ def differences(ranks: Ranks) -> dict[str, dict[str, float]]:
     """For each kind of model: the error in float32, and that of bfloat16 beside transformers' own."""
     ranks.arrange()
     found = {}
-    for kind in KINDS:
+    for kind in (*KINDS, *YARNS):
         reference = hf_logits(ranks, kind, torch.float32)
         exact = our_logits(ranks, kind, "float32")
         rounded = {"our": our_logits(ranks, kind, "bfloat16"), "their": hf_logits(ranks, kind, torch.bfloat16)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from a3po_megatron.config import load_config
@@ -31,7 +33,7 @@ from a3po_megatron.run import Run
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
 from tests.distributed.runner import Ranks
-from tests.tiny import make_checkpoint
+from tests.tiny import hf_model, make_checkpoint
 
 # As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
 NARROW = {
@@ -85,6 +87,14 @@ class Readable(Forgetful):
         return self._pieces, engine_layout.experts_apart(parameters)
 
 
+# Two KV heads for the four ranks of an engine; "qwen3" of WIDE has one for its two.
+FOUR = {"qwen3": ["parallel.pipeline=2", "parallel.data=2", "rollout.tensor=4"]}
+
+
+def four(ranks: Ranks) -> dict[str, Any]:
+    return _all(ranks, FOUR)
+
+
 def narrow(ranks: Ranks) -> dict[str, Any]:
     return _all(ranks, NARROW)
 
@@ -107,6 +117,8 @@ def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
     folder = ranks.folder / kind
     if ranks.rank == 0 and not folder.exists():
         sizes = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
+        sizes |= {"num_key_value_heads": 1} if (kind, ranks.world) == ("qwen3", 2) else {}
+        sizes |= {"vocab_size": 120} if ranks.world == 4 else {}  # of which the last rank has some
         make_checkpoint(folder, kind, **sizes)
     torch.distributed.barrier()
     # The canary is not to find anything first: what it sees is tests/test_circle.py's subject.
@@ -124,6 +136,9 @@ def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
         except PublishError as error:
             found[name] = str(error)
 
+    run.publish(learner, engine)
+    found["not vLLM's slices"] = ", ".join(_other_slices(folder, engine, ranks.rank % engine._options.tensor))
+    found["greedy"] = _greedy(folder, engine)
     attempt("sound")
     attempt("sound again")
     load = engine.load
@@ -147,6 +162,31 @@ def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
     lacking = {piece.parameter for piece in pieces} ^ {name for _, name in engine.holdings()[1]}
     found["unmapped"] = ", ".join(sorted(lacking))
     return found
+
+
+def _other_slices(folder: Path, engine: Readable, rank: int) -> Iterator[str]:
+    """Queries, keys and values of the engine that are not the rank's slices of the file, said literally."""
+    hf, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensor, kv_heads, held = engine._options.tensor, config["num_key_value_heads"], engine.holdings()[1]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.self_attn."
+        for kind in ("weight", "bias") if f"{prefix}q_proj.bias" in hf else ("weight",):
+            q, k, v = (hf[f"{prefix}{name}_proj.{kind}"] for name in "qkv")
+            heads = range(
+                rank * kv_heads // tensor, max((rank + 1) * kv_heads // tensor, rank * kv_heads // tensor + 1)
+            )
+            own = [torch.cat([part.chunk(kv_heads)[head] for head in heads]) for part in (k, v)]
+            if not torch.equal(torch.cat([q.chunk(tensor)[rank], *own]), held[0, f"{prefix}qkv_proj.{kind}"]):
+                yield f"{prefix}{kind}"
+
+
+def _greedy(folder: Path, engine: Readable) -> str:
+    """Whether the engine continues a prompt as transformers does, token by token."""
+    prompt = [5, 17, 30, 8, 44, 21]
+    (batch,) = [done for done in engine._complete([Request(prompt, 0)], 0.0, 1.0, -1, 12) if done]
+    tokens = batch[0][1].tokens.tolist()
+    wanted = hf_model(folder, torch.float32).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+    return "equal" if tokens == wanted[0, len(prompt) :].tolist() else f"{tokens}, not {wanted.tolist()}"
 
 
 def _parts(kind: type[Forgetful], ranks: Ranks, *options: str) -> Any:
