@@ -197,9 +197,8 @@ class Reader:
         Raises RequestError for a file that is missing, cut off, unknown to digests.json, or not as it was written.
         """
         stored = read_digests(self.folder)
-        for name in INDEXES:
-            if name in stored or name != "common.pt":
-                check_digest(self.folder / name, stored)
+        for path in [*indexes(self.folder), *(self.folder / name for name in INDEXES if name in stored)]:
+            check_digest(path, stored)
         for name, need in self._ends.items():
             path = self.folder / name
             if path.parent != self.folder or not path.is_file():
