@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from .section import NonNegative, Positive, Section
+from .slurm_forms import checked_time
 
 
 def _quoted(value: object) -> object:
@@ -26,7 +27,7 @@ class SlurmOptions(Section):
     # Per node (in MB, or with a unit), as Slurm writes it; None: all of the node's where it asks for GPUs, else the
     # partition's default.
     memory: int | str | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"), BeforeValidator(_quoted)] = "04:00:00"
+    time: Annotated[str, AfterValidator(checked_time), BeforeValidator(_quoted)] = "04:00:00"
     lead_seconds: Positive | None = (
         None  # the signal comes so long before the end; None: as the run measured, first 300
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -20,12 +21,14 @@ from pathlib import Path
 from ..checkpoint.interrupt import LEAD
 from ..checkpoint.manifest import Torn, read_manifest, saved_steps
 from ..config import Config, save_resolved
+from ..config.slurm_forms import limit_seconds
 from ..errors import RequestError, RunFailed
 from .folder import check_same, hold, started_with
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
+START_UP_SECONDS = 60  # of a run that has measured none: imports, weights, the engine
 SCRIPT = "job.sbatch"
 # Of a multi-node run; each with its reason, which stands in the script too.
 NETWORK = (
@@ -60,6 +63,7 @@ def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
             raise RequestError("--sweep over the slurm section is not possible: all runs of a sweep are one array job")
     if sweep and slurm.resume == "array":
         raise RequestError("slurm.resume array and --sweep, which is an array itself, exclude each other: use requeue")
+    _check_time(configs[0], top)
     folders = [top / f"{number:03d}" for number in range(len(configs))] if sweep else [top]
     return Plan(top, folders, configs, render(configs[0], top, len(configs) if sweep else 0))
 
@@ -117,6 +121,29 @@ def lead_seconds(config: Config, folder: Path) -> int:
         return max(30, int((folder / LEAD).read_text().split()[0]))
     except (OSError, ValueError, IndexError):  # it has not measured yet, or was killed while it wrote that down
         return FIRST_LEAD_SECONDS
+
+
+def _check_time(config: Config, folder: Path) -> None:
+    """Raises RequestError for a limit within which no step could be done: such a job would come back, again and again,
+    only to be told to stop."""
+    slurm, lead, start_up = config.slurm, lead_seconds(config, folder), start_up_seconds(folder)
+    if (limit := limit_seconds(slurm.time)) > lead + start_up:
+        return
+    whose = "as given" if slurm.lead_seconds is not None else "as measured" if (folder / LEAD).exists() else "unset"
+    raise RequestError(
+        f"slurm.time = {slurm.time} is {limit:.0f} s, but the signal to stop comes {lead} s before the end "
+        f"(slurm.lead_seconds, {whose}) and a start takes about {start_up} s, so that no step could be done: raise "
+        "slurm.time, or set a smaller slurm.lead_seconds"
+    )
+
+
+def start_up_seconds(folder: Path) -> int:
+    """What a start of the run in the folder took until its first step, the last time; else START_UP_SECONDS."""
+    try:
+        last = (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        return math.ceil(float(json.loads(last)["startup/seconds"]))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):  # no step yet, or a line that was cut off
+        return START_UP_SECONDS
 
 
 def write(plan: Plan, overrides: list[list[str]]) -> None:
