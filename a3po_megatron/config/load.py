@@ -207,7 +207,12 @@ def _validate(values: Values) -> Config:
         option = ".".join(str(part) for part in first["loc"][:2])
         where = f"{values[option][1]}: " if option in values else ""
         given = f" (got {first['input']!r})" if option in values else ""
-        raise RequestError(f"{where}{option}: {first['msg']}{given}") from error
+        raise RequestError(f"{where}{option}: {_said(first['msg'])}{given}") from error
+
+
+def _said(message: str) -> str:
+    """pydantic's words, in those of a configuration file."""
+    return message.removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")
 
 
 def _one_line(error: Exception) -> str:

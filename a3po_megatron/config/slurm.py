@@ -16,6 +16,14 @@ def _quoted(value: object) -> object:
     return value
 
 
+def _lines(value: object) -> object:
+    """One line is taken as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+Lines = Annotated[tuple[str, ...], BeforeValidator(_lines)]
+
+
 class SlurmOptions(Section):
     partition: str | None = None
     account: str | None = None
@@ -35,12 +43,12 @@ class SlurmOptions(Section):
     attempts: Positive = 20  # starts of one run: of a chain and an array, jobs
     spares: NonNegative = 0  # further nodes of the allocation, for when one fails
     container: str | None = None  # image for the ranks (pyxis); None: the interpreter that submits
-    mounts: tuple[str, ...] = ()  # of the container, besides the run folder
+    mounts: Lines = ()  # of the container, besides the run folder
     python: str | None = None  # the ranks' interpreter; None: the one that submits, in a container `python`
     cache: str | None = None  # what vLLM, Triton and Inductor compile is kept there; None: in the run folder
-    setup: tuple[str, ...] = ()  # shell lines before all else, such as `module load cuda`
+    setup: Lines = ()  # shell lines before all else, such as `module load cuda`
     environment: dict[str, str] = Field(default_factory=dict)
-    extra: tuple[str, ...] = ()  # further #SBATCH options, such as --exclusive
+    extra: Lines = ()  # further #SBATCH options, such as --exclusive
 
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node()

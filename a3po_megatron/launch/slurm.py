@@ -100,6 +100,7 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
     index = '/"$(printf %03d "$SLURM_ARRAY_TASK_ID")"' if sweep else ""
     return environment.from_string(TEMPLATE.read_text()).render(
         slurm=slurm,
+        setup=whole_commands(slurm.setup),
         name=config.name,
         folder=folder,
         target=shlex.quote(str(folder)) + index,
@@ -111,6 +112,27 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
         python=sys.executable,
         entry=shlex.quote(str(RAY_CLUSTER)) if config.reward.pool == "ray" else "-m a3po_megatron.launch.job",
     )
+
+
+def whole_commands(lines: tuple[str, ...]) -> list[str]:
+    """The lines of slurm.setup, with those joined that are one command together (if …, then …, fi).
+
+    Raises RequestError for what bash cannot read.
+    """
+    commands: list[str] = []
+    begun: list[str] = []
+    for line in lines:
+        if not begun and (not line.strip() or line.lstrip().startswith("#") and "\n" not in line):
+            continue  # nothing to run
+        begun.append(line)
+        text = "\n".join(begun)
+        done = subprocess.run(["bash", "-n"], input=f"{{\n{text}\n}}", capture_output=True, text=True)
+        if done.returncode == 0:
+            commands.append(text)
+            begun = []
+    if begun:
+        raise RequestError(f"slurm.setup: bash cannot read {begun[0]!r}: {' '.join(done.stderr.split())}")
+    return commands
 
 
 def lead_seconds(config: Config, folder: Path) -> int:
