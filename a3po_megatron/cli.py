@@ -99,7 +99,8 @@ def submit(
         typer.echo(plan.script, nl=False)
         return
     if not write:
-        slurm.check_cluster(plan.configs[0])
+        for remark in slurm.check_cluster(plan, export):
+            typer.echo(f"warning: {remark}", err=True)
     slurm.write(plan, overrides)
     if write:
         typer.echo(f"made, not submitted: {folder / slurm.SCRIPT}")

@@ -8,8 +8,11 @@ that sets them and then in the current directory; the configuration keeps the ab
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
+import types
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,8 +20,10 @@ from pydantic import BaseModel, ValidationError
 from ..errors import RequestError
 from .config import WITHOUT_EFFECT, Config
 from .data import ARITHMETIC
+from .written import as_numbers, as_text, as_values, read_yaml
 
 _PATHS = ("model.path", "data.path")
+MAPPINGS = ("megatron.extra", "rollout.engine_args", "slurm.environment")  # whose entries can be given one by one
 Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
 
 
@@ -75,10 +80,9 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot read the configuration: {error}") from error
     try:
-        node = yaml.compose(text)
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: not valid YAML: {_one_line(error)}") from error
+        node, tree = read_yaml(text)
+    except ValueError as error:
+        raise RequestError(f"{path}: not valid YAML: {error}") from error
     if tree is None:
         raise RequestError(f"{path}: the file is empty; it must hold at least model.path and data.path")
     if not isinstance(tree, dict):
@@ -88,7 +92,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     except RecursionError as error:
         raise RequestError(f"{path}: an alias refers to what it stands in") from error
     values: Values = {}
-    if (base := tree.pop("base", None)) is not None:
+    if (base := as_text(tree.pop("base", None))) is not None:
         if not isinstance(base, str):
             raise RequestError(f"{path}:{lines['base']}: base must be the name of a configuration file")
         values = _read_file(path.parent / base, (*seen, path.resolve()))
@@ -102,10 +106,18 @@ def _override(text: str, values: Values) -> None:
     if not equals or not value.strip():
         raise RequestError(f"--set {text}: expected section.key=value")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RequestError(f"--set {text}: the value is not YAML: {_one_line(error)}") from error
+        node, parsed = read_yaml(value)
+    except ValueError as error:
+        raise RequestError(f"--set {text}: the value is not YAML: {error}; {in_shell(option, value)}") from error
+    if node is not None and value[node.end_mark.index :].strip():
+        raise RequestError(f"--set {text}: what follows # is a comment in YAML; {in_shell(option, value)}")
     _flatten({option: parsed}, "", lambda _: f"--set {option}", Path.cwd(), values)
+
+
+def in_shell(option: str, value: str) -> str:
+    """How to give a value as text on a command line: the shell takes one pair of quotes, YAML the other."""
+    quoted = json.dumps(value.strip(), ensure_ascii=False)
+    return f"as text, in a shell: --set {shlex.quote(f'{option}={quoted}')}"
 
 
 def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, int]:
@@ -127,7 +139,7 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
     known = known_options()
     sections = {name.partition(".")[0] for name in known if "." in name}
     for key, value in tree.items():
-        option = f"{prefix}{key}"
+        option = f"{prefix}{as_text(key)}"
         if option in sections:
             if value is None:
                 for name in [n for n in values if n.startswith(f"{option}.")]:
@@ -135,16 +147,49 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
             elif isinstance(value, dict):
                 _flatten(value, f"{option}.", where, folder, values)
             else:
-                raise RequestError(f"{where(option)}: {option} is a section: expected options below it, got {value!r}")
+                raise RequestError(
+                    f"{where(option)}: {option} is a section: expected options below it, got {as_text(value)!r}"
+                )
             continue
         head = ".".join(option.split(".")[:2])
-        if head in ("megatron.extra", "rollout.engine_args") and option != head:  # --set rollout.engine_args.x=1
+        if head in MAPPINGS and option != head:  # --set rollout.engine_args.x=1
             held = values[head][0] if head in values and isinstance(values[head][0], dict) else {}
-            values[head] = ({**held, option[len(head) + 1 :]: value}, where(option), folder)
+            values[head] = ({**held, option[len(head) + 1 :]: _settled(head, value, where)}, where(option), folder)
             continue
         if option not in known:
             raise RequestError(f"{where(option)}: unknown option {option}{_nearest(option, known, sections)}")
-        values[option] = (value, where(option), folder)
+        values[option] = (_settled(option, value, where), where(option), folder)
+
+
+def _settled(option: str, value: Any, where: Any) -> Any:
+    """What was written for an option that takes text, else what YAML reads."""
+    if takes_text(annotation_of(option)):
+        return as_text(value)
+    try:
+        return as_values(value) if option in MAPPINGS else as_numbers(value)
+    except ValueError as error:
+        raise RequestError(f"{where(option)}: {option}: {error}") from error
+
+
+def annotation_of(option: str) -> Any:
+    """The type of an option's value."""
+    section, _, name = option.partition(".")
+    kind = Config.model_fields[section].annotation
+    return kind.model_fields[name].annotation if name and isinstance(kind, type) else kind
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether a value of this type, or what it holds, is text."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return takes_text(inner[0])
+    if origin is Literal:
+        return any(isinstance(choice, str) for choice in inner)
+    if origin is dict:
+        return takes_text(inner[1])
+    if origin in (Union, types.UnionType, tuple):
+        return any(takes_text(part) for part in inner)
+    return kind is str
 
 
 def _nearest(option: str, known: list[str], sections: set[str]) -> str:
@@ -207,13 +252,12 @@ def _validate(values: Values) -> Config:
         option = ".".join(str(part) for part in first["loc"][:2])
         where = f"{values[option][1]}: " if option in values else ""
         given = f" (got {first['input']!r})" if option in values else ""
+        if option in MAPPINGS and len(first["loc"]) > 2:
+            option = ".".join(str(part) for part in first["loc"][:3])
         raise RequestError(f"{where}{option}: {_said(first['msg'])}{given}") from error
 
 
 def _said(message: str) -> str:
     """pydantic's words, in those of a configuration file."""
-    return message.removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    words = message.removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    return words.replace("a valid string", "text")
