@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
+import io
 import signal
 import sys
 import time
@@ -28,7 +31,16 @@ app = typer.Typer(
 )
 
 
-RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")]
+def path(text: str) -> Path:
+    """An argument: ~ and $NAME as in a configuration."""
+    from .config.paths import expanded
+
+    return Path(expanded(text, "the command line"))
+
+
+_path_argument = functools.partial(typer.Argument, parser=path)
+_path_option = functools.partial(typer.Option, parser=path)
+RunDir = Annotated[Path | None, _path_option(help="Default: runs/<name>-<date>-<short id>.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
 ]
@@ -36,7 +48,7 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A configuration file, such as configs/demo.yaml.")],
+    config: Annotated[Path, _path_argument(help="A configuration file, such as configs/demo.yaml.")],
     run_dir: RunDir = None,
     set_: Overrides = None,
 ) -> None:
@@ -46,12 +58,13 @@ def train(
 
     signals = Signals()  # before the imports that take seconds
     from .config import load_config
+
+    settings = load_config(config, set_ or [])
     from .launch.check import check_machine, check_request
     from .launch.folder import default_folder, prepare_folder
     from .launch.local import rendezvous, run_local
     from .report.page import write_report
 
-    settings = load_config(config, set_ or [])
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(settings)
     settings = settings.on(backend.device)
@@ -59,32 +72,30 @@ def train(
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
-        typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
+        print(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started, lock, signals)
         signals.restore()
         page = write_report([folder], None)
-    typer.echo(f"run folder: {folder}\nreport:     {page}")
+    print(f"run folder: {folder}\nreport:     {page}")
 
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="A configuration file with a `slurm` section.")],
+    config: Annotated[Path, _path_argument(help="A configuration file with a `slurm` section.")],
     run_dir: RunDir = None,
     set_: Overrides = None,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="SECTION.KEY=A,B,C", help="A run for each value; repeatable: all pairs.")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Export the weights there as an HF folder when it is done.")
+        Path | None, _path_option(help="Export the weights there as an HF folder when it is done.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
 ) -> None:
     """Train through Slurm: the same run, queued, and back by itself after an interruption."""
-    from .cluster import backend_of
     from .config import load_config
     from .launch import slurm
-    from .launch.check import check_request
     from .launch.folder import default_folder
 
     overrides = slurm.swept(sweep or [])
@@ -93,38 +104,41 @@ def submit(
     if export is not None and (sweep or configs[0].slurm.resume == "chain"):
         raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
     plan = slurm.plan(configs, folder, bool(sweep))
+    from .cluster import backend_of
+    from .launch.check import check_request
+
     for each in plan.configs:
         check_request(each, backend_of(str(each.cluster.device)))
     if dry_run:
-        typer.echo(plan.script, nl=False)
+        sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
         return
     if not write:
         for remark in slurm.check_cluster(plan, export):
-            typer.echo(f"warning: {remark}", err=True)
+            print(f"warning: {remark}", file=sys.stderr)
     slurm.write(plan, overrides)
     if write:
-        typer.echo(f"made, not submitted: {folder / slurm.SCRIPT}")
+        print(f"made, not submitted: {folder / slurm.SCRIPT}")
         return
     numbers = slurm.submit(plan, export)
-    typer.echo(f"submitted job {numbers[0]}: {folder}")
+    print(f"submitted job {numbers[0]}: {folder}")
     if export is not None:
-        typer.echo(f"submitted job {numbers[1]}, after it: export to {export}")
+        print(f"submitted job {numbers[1]}, after it: export to {export}")
 
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="One or more run folders to compare.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,
+    run_dirs: Annotated[list[Path], _path_argument(help="One or more run folders to compare.")],
+    out: Annotated[Path | None, _path_option(help="Default: report.html in the first run folder.")] = None,
 ) -> None:
     """Compare runs in one self-contained HTML page, with a rollout viewer."""
     from .report.page import write_report
 
-    typer.echo(f"report: {write_report(run_dirs, out)}")
+    print(f"report: {write_report(run_dirs, out)}")
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="The run that is to start here: what it needs counts.")] = None,
+    config: Annotated[Path | None, _path_argument(help="The run that is to start here: what it needs counts.")] = None,
     set_: Overrides = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Look at the CUDA path, also where this one is for CPUs.")] = False,
 ) -> None:
@@ -146,8 +160,8 @@ BucketBytes = Annotated[int, typer.Option(min=1 << 12, help="What a process hold
 
 @convert_app.command("import")
 def import_(
-    hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint: config.json and safetensors.")],
-    ckpt_dir: Annotated[Path, typer.Argument(help="A new folder for the Megatron checkpoint.")],
+    hf_dir: Annotated[Path, _path_argument(help="Folder of an HF checkpoint: config.json and safetensors.")],
+    ckpt_dir: Annotated[Path, _path_argument(help="A new folder for the Megatron checkpoint.")],
     workers: Workers = 1,
     bucket_bytes: BucketBytes = 16 << 20,
 ) -> None:
@@ -162,8 +176,8 @@ def import_(
 
 @convert_app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_DIR", help="A Megatron checkpoint, or a run.")],
-    hf_dir: Annotated[Path, typer.Argument(help="A new folder for the HF checkpoint.")],
+    source: Annotated[Path, _path_argument(metavar="CKPT_OR_RUN_DIR", help="A Megatron checkpoint, or a run.")],
+    hf_dir: Annotated[Path, _path_argument(help="A new folder for the HF checkpoint.")],
     workers: Workers = 1,
     bucket_bytes: BucketBytes = 16 << 20,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest safetensors file.")] = 5_000_000_000,
@@ -189,7 +203,7 @@ def export(
 
 @convert_app.command()
 def verify(
-    hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint.")],
+    hf_dir: Annotated[Path, _path_argument(help="Folder of an HF checkpoint.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 1,
     virtual: Annotated[int, typer.Option(min=1, help="Model chunks per pipeline rank.")] = 1,
@@ -221,7 +235,7 @@ def verify(
     console = Console(highlight=False)
     for table in _tables(found):
         console.print(table)
-    typer.echo(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
+    print(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
 
 
 @contextlib.contextmanager
@@ -246,9 +260,9 @@ def _say(what: str, done: Converted, seconds: float, folder: Path) -> None:
     files = f"{done.files} file{'s' * (done.files > 1)}"
     speed = done.bytes / max(seconds, 1e-9) / 1e9
     size = f"{done.bytes / 1e9:.3f} GB in {seconds:.1f} s ({speed:.2f} GB/s)"
-    typer.echo(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
+    print(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
     for remark in done.remarks:
-        typer.echo(f"warning: {remark}", err=True)
+        print(f"warning: {remark}", file=sys.stderr)
 
 
 def _tables(found: Verified) -> Iterator[Table]:
@@ -296,12 +310,25 @@ def _runs(numbers: list[int]) -> str:
     return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+# What a terminal that knows ASCII alone shows instead.
+PLAIN = {"→": "->", "…": "...", "×": "x", "–": "-", "’": "'", "≥": ">=", "≤": "<=", "·": "-", "•": "*"}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
 def main() -> None:
     """The `a3po` program. Our errors are one message and an exit code; anything else is a bug, with its traceback."""
+    codecs.register_error("a3po", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="a3po")
     try:
         app()
     except A3POError as error:
-        typer.echo(f"error: {error}", err=True)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

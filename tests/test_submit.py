@@ -163,8 +163,8 @@ def test_a_run_folder_of_any_name_reaches_sbatch_and_the_jobs_program_as_it_is(t
         ("a\x1bb", [], "can be printed"),
         ("a\udcffb", [], "can be printed"),  # a byte that is no text
         ("a\\b", [], "backslash"),
-        ("a:b", ["slurm.container=x.sqsh"], "separates the mounts"),
-        ("a,b", ["slurm.container=x.sqsh"], "separates the mounts"),
+        ("a:b", ["slurm.container=nvcr.io#nvidia/pytorch"], "separates the mounts"),
+        ("a,b", ["slurm.container=nvcr.io#nvidia/pytorch"], "separates the mounts"),
     ],
 )
 def test_a_run_folder_that_slurm_could_not_have_is_refused(
