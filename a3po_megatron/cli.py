@@ -9,7 +9,7 @@ import io
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,16 +18,12 @@ import typer
 from .errors import A3POError, RequestError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .weights.convert import Converted
-    from .weights.verify import Verified
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM.",
 )
 
 
@@ -44,6 +40,24 @@ RunDir = Annotated[Path | None, _path_option(help="Default: runs/<name>-<date>-<
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"a3po-megatron {__version__}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and nothing else.")
+]
+
+
+@app.callback()
+def a3po(version: Version = False) -> None:
+    """A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM."""
 
 
 @app.command()
@@ -137,6 +151,26 @@ def report(
 
 
 @app.command()
+def status(run_dir: Annotated[Path, _path_argument(help="A run folder, or one of a sweep.")]) -> None:
+    """How far a run is, whether it lives, and what it waits for; changes nothing."""
+    from .launch.status import status
+
+    for name, text in status(run_dir):
+        print(f"{name:<12}{text}")
+
+
+@app.command()
+def options(section: Annotated[str | None, typer.Argument(help="Of one section only.")] = None) -> None:
+    """Every option of a configuration: its type, its default and what it means."""
+    from .config.describe import options
+
+    lines = options(section)
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    for line in lines:
+        print("  ".join([*(f"{text:<{width}}" for text, width in zip(line, widths, strict=False)), line.meaning]))
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, _path_argument(help="The run that is to start here: what it needs counts.")] = None,
     set_: Overrides = None,
@@ -220,6 +254,7 @@ def verify(
     """
     from rich.console import Console
 
+    from .launch.tables import layout_tables
     from .model.layout import Layout
     from .weights.verify import verify_layout
 
@@ -233,7 +268,7 @@ def verify(
             words = str(error).replace("parallel.expert_tensor", "--expert-tensor").replace("parallel.", "--")
             raise RequestError(words) from error
     console = Console(highlight=False)
-    for table in _tables(found):
+    for table in layout_tables(found):
         console.print(table)
     print(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
 
@@ -263,51 +298,6 @@ def _say(what: str, done: Converted, seconds: float, folder: Path) -> None:
     print(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
     for remark in done.remarks:
         print(f"warning: {remark}", file=sys.stderr)
-
-
-def _tables(found: Verified) -> Iterator[Table]:
-    """Where the bytes go, for a person."""
-    from rich.table import Table
-
-    layout = found.layout
-    table = Table(title="one replica")
-    for name in ("rank", "pipeline", "tensor", "expert", "layers", "bytes held", "answers for", "padding"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
-
-    def row(rank: str, where: Sequence[int], layers: str, sizes: Sequence[int]) -> None:
-        table.add_row(rank, *map(str, where), layers, *(f"{size:,}" for size in sizes))
-
-    for rank, share in enumerate(found.ranks):
-        where = (share.place.pipeline, share.place.tensor, share.place.expert)
-        row(str(rank), where, _runs(share.layers), (share.held, share.owned, share.padding))
-    table.add_section()
-    sums = [sum(sizes) for sizes in zip(*((s.held, s.owned, s.padding) for s in found.ranks), strict=True)]
-    row("all", (layout.pipeline, layout.tensor, layout.expert), "", sums)
-    yield table
-    if found.shown:
-        table = Table(title=found.shown[0][1].tensor)
-        table.add_column("rank", justify="right")
-        table.add_column("parameter", overflow="fold")
-        for name in ("its …", "hold the tensor's", "owner"):
-            table.add_column(name)
-        for rank, piece in found.shown:
-            axis = "rows" if piece.dim == 0 else "columns"
-            here = f"{axis} {piece.offset}–{piece.offset + piece.length - 1}"
-            there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
-            parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
-            table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
-        yield table
-
-
-def _runs(numbers: list[int]) -> str:
-    """0–3, 8–11"""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 # What a terminal that knows ASCII alone shows instead.

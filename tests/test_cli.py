@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,10 +58,13 @@ COMMANDS += [["convert", "verify"]]
 def test_a_terminal_that_knows_ascii_alone_gets_all_help_and_messages_without_torch(around: dict[str, str]) -> None:
     words = [[*command, "--help"] for command in COMMANDS]
     wrong = ["submit", "configs/demo.yaml", "--set", "trainer.stéps=1"]
-    printed, said = run_many([*words, wrong], **around)
-    assert said["ended"] == {" ".join(word): 0 for word in words} | {" ".join(wrong): 2}
+    words += [["--version"], ["options"]]
+    printed, said = run_many([*words, wrong, ["status", "."]], **around)
+    assert said["ended"] == {" ".join(word): 0 for word in words} | {" ".join(wrong): 2, "status .": 2}
     assert said["heavy"] == []
     assert "HF -> a Megatron checkpoint" in printed
+    assert "a3po-megatron 0.1.0" in printed
+    assert re.search(r"rollout\.top_p +number > 0, <= 1 +1 +share of probability", printed)
     assert "unknown option trainer.st?ps; did you mean trainer.steps?" in printed
 
 

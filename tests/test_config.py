@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from a3po_megatron.config import Config, load_config, load_resolved, save_resolved
 from a3po_megatron.config.config import WITHOUT_EFFECT
+from a3po_megatron.config.describe import options
 from a3po_megatron.config.load import known_options
 from a3po_megatron.config.nearest import SYNONYMS
 from a3po_megatron.errors import RequestError
@@ -719,3 +720,46 @@ def test_what_cannot_be_expanded_is_refused_by_name_with_file_and_line(
     message = refusal(path)
     assert message.startswith(f"{path}:{line}: ")
     assert f"{written}: {says}" in message
+
+
+# --- what an option means -------------------------------------------------------------------------------------------
+
+
+def test_every_option_has_a_type_a_default_and_a_meaning_and_none_is_listed_twice() -> None:
+    listed = options(None)
+    assert [option.name for option in listed] == known_options()
+    for option in listed:
+        assert option.meaning, option.name
+        assert "\n" not in option.meaning, option.name
+        assert option.kind and option.default, option.name
+
+
+def test_a_default_in_the_list_of_options_is_the_one_that_a_run_has(folder: Path) -> None:
+    """Set to what the list says, every option is as if it had not been set."""
+    plain = read(folder, {})
+    for option in options(None):
+        if option.default != "required":
+            entry = read(folder, {}, f"{option.name}={option.default}")
+            assert entry == plain, option.name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cluster.port", "integer ≥ 1024, ≤ 65535 | null"),
+        ("optimizer.betas", "list of 2: number ≥ 0, < 1"),
+        ("shaping.metric", "probability | entropy"),
+        ("objective.dual_clip", "number > 1 | null"),
+        ("slurm.environment", "mapping to text"),
+        ("parallel.stages", "list of integer ≥ 1 | null"),
+    ],
+)
+def test_the_type_of_an_option_is_told_with_its_limits(name: str, kind: str) -> None:
+    assert {option.name: option.kind for option in options(None)}[name] == kind
+
+
+def test_the_options_of_a_section_that_there_is_not_are_refused_with_the_nearest() -> None:
+    assert {option.name.partition(".")[0] for option in options("reward")} == {"reward"}
+    assert [option.name for option in options("name")] == ["name"]
+    with pytest.raises(RequestError, match="there is no section optimiser; did you mean optimizer?"):
+        options("optimiser")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from .sbatch_options import checked_extra
-from .section import NonNegative, Positive, Section
+from .section import NonNegative, Positive, Section, option
 from .slurm_forms import (
     checked_environment,
     checked_gpus,
@@ -32,31 +32,42 @@ Environment = Annotated[dict[str, str], AfterValidator(checked_environment)]
 
 
 class SlurmOptions(Section):
-    partition: Annotated[str, AfterValidator(checked_words)] | None = None  # or several, with commas: any of them
-    account: Word | None = None
-    qos: Word | None = None
-    nodes: Positive = 1
-    # 0: a run on CPUs. With a type where the cluster demands one: h200:8.
-    gpus_per_node: Annotated[int | str, BeforeValidator(checked_gpus)] = 8
-    tasks_per_node: Positive | None = None  # ranks; None: one for every GPU
-    cpus_per_task: Positive = 8
-    # Per node (in MB, or with a unit), as Slurm writes it; None: all of the node's where it asks for GPUs, else the
-    # partition's default.
-    memory: Annotated[str, BeforeValidator(checked_memory)] | None = None
-    time: Annotated[str, AfterValidator(checked_time)] = "04:00:00"
-    lead_seconds: Positive | None = (
-        None  # the signal comes so long before the end; None: as the run measured, first 300
+    partition: Annotated[str, AfterValidator(checked_words)] | None = option(
+        None, "where the job runs, or several with commas between: any of them; null: the cluster's default"
     )
-    resume: Literal["requeue", "chain", "array"] = "requeue"  # chain, array: where the partition forbids requeueing
-    attempts: Positive = 20  # starts of one run: of a chain and an array, jobs
-    spares: NonNegative = 0  # further nodes of the allocation, for when one fails
-    container: Text | None = None  # image for the ranks (pyxis); None: the interpreter that submits
-    mounts: Lines = ()  # of the container, besides the run folder
-    python: Text | None = None  # the ranks' interpreter; None: the one that submits, in a container `python`
-    cache: Text | None = None  # what vLLM, Triton and Inductor compile is kept there; None: in the run folder
-    setup: Lines = ()  # shell lines before all else, such as `module load cuda`
-    environment: Environment = Field(default_factory=dict)
-    extra: Annotated[Lines, AfterValidator(checked_extra)] = ()  # further #SBATCH options, such as --exclusive
+    account: Word | None = option(None, "whom the job is charged to; null: the user's default")
+    qos: Word | None = option(None, "quality of service; null: the account's default")
+    nodes: Positive = option(1, "nodes that train")
+    gpus_per_node: Annotated[int | str, BeforeValidator(checked_gpus)] = option(
+        8, "GPUs of each node, with their type where the cluster demands one (h200:8); 0: a run on CPUs"
+    )
+    tasks_per_node: Positive | None = option(None, "ranks of each node; null: one for every GPU")
+    cpus_per_task: Positive = option(8, "CPUs of each rank")
+    memory: Annotated[str, BeforeValidator(checked_memory)] | None = option(
+        None,
+        "per node, in MB or with K, M, G or T directly after it; 0: all of it; null: all of a node with GPUs, else the "
+        "partition's default",
+    )
+    time: Annotated[str, AfterValidator(checked_time)] = option("04:00:00", "limit of one job, in any form of Slurm's")
+    lead_seconds: Positive | None = option(
+        None, "the signal comes so long before the end; null: as the run measured, first 300"
+    )
+    resume: Literal["requeue", "chain", "array"] = option(
+        "requeue", "how a run comes back after its end; chain, array: where the partition forbids requeueing"
+    )
+    attempts: Positive = option(20, "starts of one run: of a chain and an array, jobs")
+    spares: NonNegative = option(0, "further nodes of the allocation, for when one fails")
+    container: Text | None = option(
+        None, "image for the ranks (pyxis), a file or a registry's; null: the interpreter that submits"
+    )
+    mounts: Lines = option((), "of the container, besides the run folder: SOURCE:TARGET[:FLAGS]")
+    python: Text | None = option(None, "the ranks' interpreter; null: the one that submits, in a container `python`")
+    cache: Text | None = option(None, "folder for what vLLM, Triton and Inductor compile; null: in the run folder")
+    setup: Lines = option((), "shell lines before all else, such as `module load cuda`; one that fails ends the job")
+    environment: Environment = option({}, "variables of the job, as they stand: nothing in them is expanded")
+    extra: Annotated[Lines, AfterValidator(checked_extra)] = option(
+        (), "further options of sbatch, such as --exclusive"
+    )
 
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node()
