@@ -530,6 +530,7 @@ def test_what_a_replay_believes_follows_from_the_device_unless_it_is_given(
 # --- what YAML makes of text, and what a shell leaves of it ---------------------------------------------------------
 
 TEXTS = ["0123", "4:00:00", "1e3", "on", "No", "2026-01-02", "2026-99-99", "0x1F", "1_000", "12", "1.50", ".inf", "+1"]
+TEXTS += ["9" * 5000]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -278,6 +278,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         "4242;big3\n",
         "-----\n  Welcome to Big3\n--> Verifying valid jobname... OK\n4242\n",
         "Submitted batch job 4242\n",
+        "2026\n17\n4242\n",
         "No. 7 of 2026: be nice\n\nSubmitted batch job 4242 on cluster big3\nHave fun\n",
         "\x1b[1mhello\x1b[0m\r\n4242\r\n",
     ],

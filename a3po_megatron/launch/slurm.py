@@ -8,6 +8,7 @@ array     slurm.attempts jobs, one after the other; those that find nothing left
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.interrupt import LEAD
 from ..checkpoint.manifest import Torn, read_manifest, saved_steps
@@ -25,6 +27,9 @@ from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
 from .folder import check_same, hold, started_with
 from .site import check_site, sbatch, try_out
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
@@ -83,13 +88,18 @@ def _filled(config: Config) -> Config:
     return config.model_copy(update={"parallel": filled})
 
 
-def render(config: Config, folder: Path, sweep: int = 0) -> str:
-    """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
+@functools.cache
+def _template() -> Template:
     import jinja2
 
-    slurm = config.slurm
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"quote": shlex.quote, "directive": directive}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def render(config: Config, folder: Path, sweep: int = 0) -> str:
+    """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
+    slurm = config.slurm
     array = f"0-{sweep - 1}" if sweep else f"1-{slurm.attempts}%1" if slurm.resume == "array" else ""
     number = "%A_%a" if array else "%j"
     # The optimizer's twins lie in pinned host memory, twice while a save is written: a partition's default of a few GB
@@ -102,7 +112,7 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
     variables += list(NETWORK) if slurm.nodes > 1 and slurm.gpus_per_node else []
     variables += [(name, value, "") for name, value in slurm.environment.items()]
     index = '/"$(printf %03d "$SLURM_ARRAY_TASK_ID")"' if sweep else ""
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         slurm=slurm,
         setup=whole_commands(slurm.setup),
         name=config.name,
