@@ -10,7 +10,7 @@ import pytest
 
 from a3po_megatron.config.sbatch_options import options_of, split
 from a3po_megatron.config.slurm import SlurmOptions
-from a3po_megatron.config.slurm_forms import directive, limit_seconds
+from a3po_megatron.config.slurm_forms import directive, limit_seconds, node_names
 
 
 @pytest.mark.parametrize(
@@ -187,3 +187,22 @@ def test_a_value_in_a_directive_is_quoted_so_that_taken_apart_it_is_itself() -> 
     for text in ("plain/path-1.out", "my run", 'a"b', "a'b", "a\\b", "a#b", "äö", "a\tb", "%%j", "$x`y"):
         assert split(f"--output={directive(text)} --nice") == [f"--output={text}", "--nice"]
     assert directive("/runs/a_1%%/logs/slurm-%j.out") == "/runs/a_1%%/logs/slurm-%j.out"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("rl0", ["rl0"]),
+        ("rl[0-3,7]", ["rl0", "rl1", "rl2", "rl3", "rl7"]),
+        ("a1,gpu-[08-10]b,c", ["a1", "gpu-08b", "gpu-09b", "gpu-10b", "c"]),
+        ("r[1-2]n[0,3]", ["r1n0", "r1n3", "r2n0", "r2n3"]),
+    ],
+)
+def test_a_list_of_nodes_with_ranges_is_read_as_scontrol_reads_it(text: str, names: list[str]) -> None:
+    assert node_names(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "rl[0-", "rl0]", "rl[a-b]", "rl[]"])
+def test_what_is_no_list_of_nodes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no"):
+        node_names(text)

@@ -139,7 +139,7 @@ def test_looking_does_not_keep_a_run_from_starting(folder: Path) -> None:
             "7|PENDING|Priority|2026-01-02T03:04:05||{}/job.sbatch\n",
             "7 pending (Priority) to start 2026-01-02T03:04:05",
         ),
-        ("9_4|RUNNING|None|2026-01-02T03:04:05|rl[0-3,7]|{}/job.sbatch\n", "9_4 running on rl[0-3,7]"),
+        ("9_4|RUNNING|None|2026-01-02T03:04:05|rl[0-3,7]|{}/job.sbatch\n", "9_4 running on rl[0-3,7] (5 nodes)"),
         ("odd\n\n", "none in the queue"),
         (None, "squeue gives no answer: slurm_load_jobs error"),
     ],

@@ -111,6 +111,31 @@ def checked_text(text: str) -> str:
     return text
 
 
+def node_names(text: str) -> list[str]:
+    """rl[0-2,7],gpu-[08-09]b → rl0, rl1, rl2, rl7, gpu-08b, gpu-09b: a list of nodes as squeue and sinfo write it.
+
+    Raises ValueError for what is none.
+    """
+    names: list[str] = []
+    for entry in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
+        made = [""]
+        for plain, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", entry):
+            parts = [plain] if plain else [number for part in ranges.split(",") for number in _numbers(part)]
+            made = [start + part for start in made for part in parts]
+        names += made
+    if text.count("[") != text.count("]") or not names:
+        raise ValueError(f"{text!r} is no list of nodes")
+    return names
+
+
+def _numbers(part: str) -> list[str]:
+    """08-10 → 08, 09, 10"""
+    first, dash, last = part.partition("-")
+    if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        raise ValueError(f"{part!r} is no range of nodes")
+    return [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+
+
 def directive(text: str) -> str:
     """A value in a #SBATCH line, which sbatch takes apart as a shell would: blanks, quotes, # and backslashes."""
     if re.fullmatch(r"[\w./:=@%+,\[\]~^-]+", text, re.ASCII):

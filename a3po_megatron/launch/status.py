@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from ..checkpoint.manifest import saved_steps, step_of
 from ..config import Config, load_resolved
+from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..telemetry.watchdog import position, stalled
 from .folder import LOCK
@@ -152,9 +153,18 @@ def _jobs(folder: Path) -> Iterator[Row]:
     if not mine:
         yield "job", "none in the queue"
     for number, state, reason, start, nodes, _ in mine:
-        facts = [f"on {nodes}" if nodes else "", f"({reason})" if reason not in ("", "None") else ""]
+        facts = [_on(nodes) if nodes else "", f"({reason})" if reason not in ("", "None") else ""]
         facts += [f"to start {start}" if state == "PENDING" and start not in ("", "N/A") else ""]
         yield "job", " ".join([number, state.lower(), *filter(None, facts)])
+
+
+def _on(nodes: str) -> str:
+    """on rl[0-3,7] (5 nodes)"""
+    try:
+        count = len(node_names(nodes))
+    except ValueError:  # an odd answer is shown as it is
+        return f"on {nodes}"
+    return f"on {nodes} ({count} nodes)" if count > 1 else f"on {nodes}"
 
 
 def _last_words(folder: Path) -> Iterator[Row]:
