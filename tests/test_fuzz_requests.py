@@ -345,7 +345,7 @@ def outcome(case: Case) -> Any:
     return refusal
 
 
-def run(numbers: range, folder: Path, patch: pytest.MonkeyPatch) -> None:
+def check_drawn(numbers: range, folder: Path, patch: pytest.MonkeyPatch) -> None:
     for part in ("requests", "tokenizers", "clusters"):
         (folder / part).mkdir()
     requests, tokenizers = Requests(folder / "requests"), Tokenizers(folder / "tokenizers")
@@ -370,9 +370,9 @@ def run(numbers: range, folder: Path, patch: pytest.MonkeyPatch) -> None:
 def test_a_request_drawn_at_random_is_taken_and_has_its_effect_or_is_refused_in_one_paragraph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(range(200), tmp_path, monkeypatch)
+    check_drawn(range(200), tmp_path, monkeypatch)
 
 
 @pytest.mark.soak
 def test_two_thousand_requests_drawn_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(range(1000, 3000), tmp_path, monkeypatch)
+    check_drawn(range(1000, 3000), tmp_path, monkeypatch)
