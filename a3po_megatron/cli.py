@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
+import io
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,28 +18,51 @@ import typer
 from .errors import A3POError, RequestError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .weights.convert import Converted
-    from .weights.verify import Verified
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM.",
 )
 
 
-RunDir = Annotated[Path | None, typer.Option(help="Default: runs/<name>-<date>-<short id>.")]
+def path(text: str) -> Path:
+    """An argument: ~ and $NAME as in a configuration."""
+    from .config.paths import expanded
+
+    return Path(expanded(text, "the command line"))
+
+
+_path_argument = functools.partial(typer.Argument, parser=path)
+_path_option = functools.partial(typer.Option, parser=path)
+RunDir = Annotated[Path | None, _path_option(help="Default: runs/<name>-<date>-<short id>.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"a3po-megatron {__version__}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and nothing else.")
+]
+
+
+@app.callback()
+def a3po(version: Version = False) -> None:
+    """A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM."""
+
+
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="A configuration file, such as configs/demo.yaml.")],
+    config: Annotated[Path, _path_argument(help="A configuration file, such as configs/demo.yaml.")],
     run_dir: RunDir = None,
     set_: Overrides = None,
 ) -> None:
@@ -46,12 +72,13 @@ def train(
 
     signals = Signals()  # before the imports that take seconds
     from .config import load_config
+
+    settings = load_config(config, set_ or [])
     from .launch.check import check_machine, check_request
     from .launch.folder import default_folder, prepare_folder
     from .launch.local import rendezvous, run_local
     from .report.page import write_report
 
-    settings = load_config(config, set_ or [])
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(settings)
     settings = settings.on(backend.device)
@@ -59,32 +86,30 @@ def train(
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
-        typer.echo(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
+        print(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started, lock, signals)
         signals.restore()
         page = write_report([folder], None)
-    typer.echo(f"run folder: {folder}\nreport:     {page}")
+    print(f"run folder: {folder}\nreport:     {page}")
 
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="A configuration file with a `slurm` section.")],
+    config: Annotated[Path, _path_argument(help="A configuration file with a `slurm` section.")],
     run_dir: RunDir = None,
     set_: Overrides = None,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="SECTION.KEY=A,B,C", help="A run for each value; repeatable: all pairs.")
     ] = None,
     export: Annotated[
-        Path | None, typer.Option(help="Export the weights there as an HF folder when it is done.")
+        Path | None, _path_option(help="Export the weights there as an HF folder when it is done.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and do nothing.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
 ) -> None:
     """Train through Slurm: the same run, queued, and back by itself after an interruption."""
-    from .cluster import backend_of
     from .config import load_config
     from .launch import slurm
-    from .launch.check import check_request
     from .launch.folder import default_folder
 
     overrides = slurm.swept(sweep or [])
@@ -93,37 +118,61 @@ def submit(
     if export is not None and (sweep or configs[0].slurm.resume == "chain"):
         raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
     plan = slurm.plan(configs, folder, bool(sweep))
+    from .cluster import backend_of
+    from .launch.check import check_request
+
     for each in plan.configs:
         check_request(each, backend_of(str(each.cluster.device)))
     if dry_run:
-        typer.echo(plan.script, nl=False)
+        sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
         return
     if not write:
-        slurm.check_cluster(plan.configs[0])
+        for remark in slurm.check_cluster(plan, export):
+            print(f"warning: {remark}", file=sys.stderr)
     slurm.write(plan, overrides)
     if write:
-        typer.echo(f"made, not submitted: {folder / slurm.SCRIPT}")
+        print(f"made, not submitted: {folder / slurm.SCRIPT}")
         return
     numbers = slurm.submit(plan, export)
-    typer.echo(f"submitted job {numbers[0]}: {folder}")
+    print(f"submitted job {numbers[0]}: {folder}")
     if export is not None:
-        typer.echo(f"submitted job {numbers[1]}, after it: export to {export}")
+        print(f"submitted job {numbers[1]}, after it: export to {export}")
 
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="One or more run folders to compare.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in the first run folder.")] = None,
+    run_dirs: Annotated[list[Path], _path_argument(help="One or more run folders to compare.")],
+    out: Annotated[Path | None, _path_option(help="Default: report.html in the first run folder.")] = None,
 ) -> None:
     """Compare runs in one self-contained HTML page, with a rollout viewer."""
     from .report.page import write_report
 
-    typer.echo(f"report: {write_report(run_dirs, out)}")
+    print(f"report: {write_report(run_dirs, out)}")
+
+
+@app.command()
+def status(run_dir: Annotated[Path, _path_argument(help="A run folder, or one of a sweep.")]) -> None:
+    """How far a run is, whether it lives, and what it waits for; changes nothing."""
+    from .launch.status import status
+
+    for name, text in status(run_dir):
+        print(f"{name:<12}{text}")
+
+
+@app.command()
+def options(section: Annotated[str | None, typer.Argument(help="Of one section only.")] = None) -> None:
+    """Every option of a configuration: its type, its default and what it means."""
+    from .config.describe import options
+
+    lines = options(section)
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    for line in lines:
+        print("  ".join([*(f"{text:<{width}}" for text, width in zip(line, widths, strict=False)), line.meaning]))
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="The run that is to start here: what it needs counts.")] = None,
+    config: Annotated[Path | None, _path_argument(help="The run that is to start here: what it needs counts.")] = None,
     set_: Overrides = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Look at the CUDA path, also where this one is for CPUs.")] = False,
 ) -> None:
@@ -145,8 +194,8 @@ BucketBytes = Annotated[int, typer.Option(min=1 << 12, help="What a process hold
 
 @convert_app.command("import")
 def import_(
-    hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint: config.json and safetensors.")],
-    ckpt_dir: Annotated[Path, typer.Argument(help="A new folder for the Megatron checkpoint.")],
+    hf_dir: Annotated[Path, _path_argument(help="Folder of an HF checkpoint: config.json and safetensors.")],
+    ckpt_dir: Annotated[Path, _path_argument(help="A new folder for the Megatron checkpoint.")],
     workers: Workers = 1,
     bucket_bytes: BucketBytes = 16 << 20,
 ) -> None:
@@ -161,8 +210,8 @@ def import_(
 
 @convert_app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="CKPT_OR_RUN_DIR", help="A Megatron checkpoint, or a run.")],
-    hf_dir: Annotated[Path, typer.Argument(help="A new folder for the HF checkpoint.")],
+    source: Annotated[Path, _path_argument(metavar="CKPT_OR_RUN_DIR", help="A Megatron checkpoint, or a run.")],
+    hf_dir: Annotated[Path, _path_argument(help="A new folder for the HF checkpoint.")],
     workers: Workers = 1,
     bucket_bytes: BucketBytes = 16 << 20,
     shard_bytes: Annotated[int, typer.Option(min=1, help="Largest safetensors file.")] = 5_000_000_000,
@@ -188,7 +237,7 @@ def export(
 
 @convert_app.command()
 def verify(
-    hf_dir: Annotated[Path, typer.Argument(help="Folder of an HF checkpoint.")],
+    hf_dir: Annotated[Path, _path_argument(help="Folder of an HF checkpoint.")],
     tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
     pipeline: Annotated[int, typer.Option(min=1, help="Pipeline ranks.")] = 1,
     virtual: Annotated[int, typer.Option(min=1, help="Model chunks per pipeline rank.")] = 1,
@@ -205,6 +254,7 @@ def verify(
     """
     from rich.console import Console
 
+    from .launch.tables import layout_tables
     from .model.layout import Layout
     from .weights.verify import verify_layout
 
@@ -218,9 +268,9 @@ def verify(
             words = str(error).replace("parallel.expert_tensor", "--expert-tensor").replace("parallel.", "--")
             raise RequestError(words) from error
     console = Console(highlight=False)
-    for table in _tables(found):
+    for table in layout_tables(found):
         console.print(table)
-    typer.echo(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
+    print(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
 
 
 @contextlib.contextmanager
@@ -245,62 +295,30 @@ def _say(what: str, done: Converted, seconds: float, folder: Path) -> None:
     files = f"{done.files} file{'s' * (done.files > 1)}"
     speed = done.bytes / max(seconds, 1e-9) / 1e9
     size = f"{done.bytes / 1e9:.3f} GB in {seconds:.1f} s ({speed:.2f} GB/s)"
-    typer.echo(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
+    print(f"{what} {done.tensors} tensors, {size}, {files}: {folder}")
     for remark in done.remarks:
-        typer.echo(f"warning: {remark}", err=True)
+        print(f"warning: {remark}", file=sys.stderr)
 
 
-def _tables(found: Verified) -> Iterator[Table]:
-    """Where the bytes go, for a person."""
-    from rich.table import Table
-
-    layout = found.layout
-    table = Table(title="one replica")
-    for name in ("rank", "pipeline", "tensor", "expert", "layers", "bytes held", "answers for", "padding"):
-        table.add_column(name, justify="left" if name == "layers" else "right")
-
-    def row(rank: str, where: Sequence[int], layers: str, sizes: Sequence[int]) -> None:
-        table.add_row(rank, *map(str, where), layers, *(f"{size:,}" for size in sizes))
-
-    for rank, share in enumerate(found.ranks):
-        where = (share.place.pipeline, share.place.tensor, share.place.expert)
-        row(str(rank), where, _runs(share.layers), (share.held, share.owned, share.padding))
-    table.add_section()
-    sums = [sum(sizes) for sizes in zip(*((s.held, s.owned, s.padding) for s in found.ranks), strict=True)]
-    row("all", (layout.pipeline, layout.tensor, layout.expert), "", sums)
-    yield table
-    if found.shown:
-        table = Table(title=found.shown[0][1].tensor)
-        table.add_column("rank", justify="right")
-        table.add_column("parameter", overflow="fold")
-        for name in ("its …", "hold the tensor's", "owner"):
-            table.add_column(name)
-        for rank, piece in found.shown:
-            axis = "rows" if piece.dim == 0 else "columns"
-            here = f"{axis} {piece.offset}–{piece.offset + piece.length - 1}"
-            there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
-            parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
-            table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
-        yield table
+# What a terminal that knows ASCII alone shows instead.
+PLAIN = {"→": "->", "…": "...", "×": "x", "–": "-", "’": "'", "≥": ">=", "≤": "<=", "·": "-", "•": "*"}
 
 
-def _runs(numbers: list[int]) -> str:
-    """0–3, 8–11"""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
 
 
 def main() -> None:
     """The `a3po` program. Our errors are one message and an exit code; anything else is a bug, with its traceback."""
+    codecs.register_error("a3po", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="a3po")
     try:
         app()
     except A3POError as error:
-        typer.echo(f"error: {error}", err=True)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

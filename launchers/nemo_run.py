@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def executor(slurm: dict[str, Any]) -> run.SlurmExecutor:
     """The `slurm` section of a configuration, as nemo-run's executor."""
+    if isinstance(slurm["gpus_per_node"], str):
+        sys.exit("error: slurm.gpus_per_node with a type is not passed on to nemo-run: give the number alone")
     ranks = slurm["tasks_per_node"] or max(1, slurm["gpus_per_node"])
     unknown = [name for name in ("spares", "extra") if slurm[name]]
     if unknown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from pydantic import ValidationError
 
 from a3po_megatron.config import Config, load_config, load_resolved, save_resolved
 from a3po_megatron.config.config import WITHOUT_EFFECT
+from a3po_megatron.config.describe import options
 from a3po_megatron.config.load import known_options
+from a3po_megatron.config.nearest import SYNONYMS
 from a3po_megatron.errors import RequestError
 from tests.distributed.runner import ROOT
 
@@ -522,3 +525,242 @@ def test_what_a_replay_believes_follows_from_the_device_unless_it_is_given(
     config = Config.model_validate({"model": {"path": "m"}, "data": {"path": "builtin:arithmetic"}} | options)
     assert config.on(device).checkpoint.replay == replay
     assert config.on(device).cluster.device == device
+
+
+# --- what YAML makes of text, and what a shell leaves of it ---------------------------------------------------------
+
+TEXTS = ["0123", "4:00:00", "1e3", "on", "No", "2026-01-02", "2026-99-99", "0x1F", "1_000", "12", "1.50", ".inf", "+1"]
+TEXTS += ["9" * 5000]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_option_that_takes_text_gets_what_was_written_in_a_file_and_after_set(folder: Path, text: str) -> None:
+    path = folder / "c.yaml"
+    path.write_text(
+        f"model: {{path: m}}\ndata: {{path: rows.jsonl, id_field: {text}}}\n"
+        f"slurm:\n  setup: [{text}]\n  environment: {{A: {text}, B: '{text}'}}\n"
+    )
+    for config in (load_config(path), load_config(path, [f"data.id_field={text}", f"slurm.environment.C={text}"])):
+        assert config.data.id_field == text
+        assert config.slurm.setup == (text,)
+        assert set(config.slurm.environment.values()) == {text}
+    save_resolved(config, folder / "config.yaml")
+    assert load_resolved(folder / "config.yaml") == config
+
+
+def test_text_through_anchors_and_merges_is_what_was_written(folder: Path) -> None:
+    path = folder / "c.yaml"
+    path.write_text(
+        "model: {path: m}\ndata: &d {path: rows.jsonl, id_field: &n 010}\n"
+        "slurm: {account: *n, environment: {A: *n, <<: {B: 010}}}\n"
+    )
+    config = load_config(path)
+    assert (config.data.id_field, config.slurm.account) == ("010", "010")
+    assert config.slurm.environment == {"A": "010", "B": "010"}
+
+
+@pytest.mark.parametrize(
+    ("override", "shell"),
+    [
+        ("data.path=*.jsonl", "--set 'data.path=\"*.jsonl\"'"),
+        ("slurm.setup=echo a: b", "--set 'slurm.setup=\"echo a: b\"'"),
+        ("slurm.setup=module load x # newest", "--set 'slurm.setup=\"module load x # newest\"'"),
+        ("name=@x", "--set 'name=\"@x\"'"),
+        ("slurm.setup='it", "--set 'slurm.setup=\"'\"'\"'it\"'"),
+    ],
+)
+def test_a_set_that_yaml_would_misread_is_refused_with_the_form_that_works_in_a_shell(
+    folder: Path, override: str, shell: str
+) -> None:
+    message = refusal(write(folder, LEAST), override)
+    assert message.startswith(f"--set {override}: ")
+    assert message.endswith(shell)
+    # A real shell makes words of it that are then read as the text.
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {shell}"], capture_output=True, text=True).stdout.split("\0")
+    option, _, text = override.partition("=")
+    if option != "data.path" and option != "name":
+        assert read(folder, {}, words[1]).slurm.setup == (text,)
+
+
+@pytest.mark.parametrize("text", ["010", "1:30", "-010", "1:30.5"])
+def test_a_number_that_yaml_reads_otherwise_than_a_person_is_refused(folder: Path, text: str) -> None:
+    path = folder / "c.yaml"
+    path.write_text(f"model: {{path: m}}\ndata: {{path: rows.jsonl}}\noptimizer: {{betas: [0.9, {text}]}}\n")
+    assert refusal(path).startswith(f"{path}:3: optimizer.betas: YAML reads {text} as ")
+    assert "YAML reads" in refusal(write(folder, LEAST), f"trainer.seed={text}")
+
+
+# --- near names across sections -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unknown", "says"),
+    [
+        ("trainer.lr", "did you mean optimizer.lr?"),
+        ("trainer.learning_rate", "did you mean optimizer.lr?"),
+        ("optimizer.max_grad_norm", "did you mean optimizer.clip_grad?"),
+        ("sampling.temperature", "did you mean rollout.temperature?"),
+        ("sampling.temprature", "did you mean rollout.temperature?"),
+        ("trainer.tensor", "did you mean parallel.tensor or rollout.tensor?"),
+        ("actor.tensor_model_parallel_size", "did you mean parallel.tensor?"),
+        ("trainer.max_new_tokens", "did you mean rollout.max_tokens?"),
+        ("trainer.every_step", "did you mean checkpoint.every_steps?"),
+        ("slurm.reservation", "slurm.extra takes it: slurm.extra: ['--reservation=…']"),
+        ("slurm.exclusive", "slurm.extra takes it: slurm.extra: ['--exclusive']"),
+        ("slurm.mail_user", "slurm.extra takes it: slurm.extra: ['--mail-user=…']"),
+        ("slurm.constraint", "slurm.extra takes it: slurm.extra: ['--constraint=…']"),
+        ("slurm.mem", "did you mean slurm.memory?"),
+        ("slurm.ntasks_per_node", "did you mean slurm.tasks_per_node?"),
+        ("slurm.job-name", "--job-name is set by name"),
+        ("slurm.output", "--output is set by the run folder's logs/slurm-*.out"),
+        ("slurm.walltime", "did you mean slurm.time?"),
+    ],
+)
+def test_an_unknown_option_is_told_where_what_was_meant_is(folder: Path, unknown: str, says: str) -> None:
+    message = refusal(write(folder, LEAST), f"{unknown}=1")
+    assert message == f"--set {unknown}: unknown option {unknown}; {says}"
+
+
+def test_every_synonym_is_no_option_and_stands_for_one() -> None:
+    known = known_options()
+    assert set(SYNONYMS.values()) <= set(known)
+    assert not set(SYNONYMS) & {name.rpartition(".")[2] for name in known}
+
+
+# --- paths as people write them -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def homely(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a model and an image in it, $DATA beside it, and a current directory with things of its own."""
+    for part in ("home/m", "data/x", "here/in", "here/cache-here"):
+        (folder / part).mkdir(parents=True)
+    for part in ("home/p.sqsh", "data/rows.jsonl", "here/in/python"):
+        (folder / part).write_text("")
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("DATA", str(folder / "data"))
+    monkeypatch.setenv("TWICE", "$DATA")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(folder / "here")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "written", "meant"),
+    [
+        ("model.path", "~/m", "home/m"),
+        ("model.path", "$HOME/m", "home/m"),
+        ("model.path", "m", "m"),
+        ("model.path", "in", "here/in"),
+        ("data.path", "${DATA}/rows.jsonl", "data/rows.jsonl"),
+        ("slurm.cache", "~/new/cache", "home/new/cache"),
+        ("slurm.cache", "cache-here", "here/cache-here"),
+        ("slurm.cache", "m", "m"),  # beside the file
+        ("slurm.cache", "not-yet", "here/not-yet"),
+        ("slurm.container", "~/p.sqsh", "home/p.sqsh"),
+        ("slurm.container", "home/p.sqsh", "home/p.sqsh"),
+        ("slurm.container", "$DATA/only-on-nodes.sqsh", "data/only-on-nodes.sqsh"),
+        ("slurm.python", "in/python", "here/in/python"),
+    ],
+)
+def test_a_path_means_the_same_in_every_option(homely: Path, option: str, written: str, meant: str) -> None:
+    assert value_of(read(homely, {option: written}), option) == str(homely / meant)
+    if written[0] in "~$":
+        assert value_of(read(homely, {}, f"{option}={written}"), option) == str(homely / meant)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("~/m:/model,$DATA:/data:ro", ["{}/home/m:/model", "{}/data:/data:ro"]),
+        ("m:/model", ["{}/m:/model"]),
+        ("/scratch", ["/scratch"]),
+        ("$DATA/x:$DATA/x", ["{}/data/x:{}/data/x"]),
+    ],
+)
+def test_mounts_get_absolute_paths(homely: Path, written: str, meant: list[str]) -> None:
+    assert read(homely, {"slurm.mounts": [written]}).slurm.mounts == (",".join(meant).format(*[homely] * 2),)
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/pytorch:25.01-py3", "docker://ubuntu", "pytorch"])
+def test_an_image_of_a_registry_is_no_path(homely: Path, image: str) -> None:
+    assert read(homely, {"slurm.container": image}).slurm.container == image
+
+
+def test_a_base_is_found_like_any_other_path(homely: Path) -> None:
+    write(homely / "home", {"trainer.steps": 7}, "base.yaml")
+    write(homely / "here", {"trainer.steps": 8}, "here.yaml")
+    for written, steps in (("~/base.yaml", 7), ("$HOME/base.yaml", 7), ("home/base.yaml", 7), ("here.yaml", 8)):
+        assert read(homely, {"base": written}).trainer.steps == steps
+
+
+@pytest.mark.parametrize(
+    "option", ["model.path", "data.path", "slurm.cache", "slurm.container", "slurm.mounts", "base"]
+)
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("$NOWHERE/x", "the variable NOWHERE is not set"),
+        ("a/${NOWHERE}", "the variable NOWHERE is not set"),
+        ("$EMPTY/x", "the variable EMPTY is not set"),
+        ("${NOWHERE:-x}", "${NOWHERE:-x} is not expanded here"),
+        ("~nobody-of-this-name/x", "there is no home folder of nobody-of-this-name"),
+        ("$TWICE/x", None),  # expanded once: there is no folder $DATA
+    ],
+)
+def test_what_cannot_be_expanded_is_refused_by_name_with_file_and_line(
+    homely: Path, option: str, written: str, says: str | None
+) -> None:
+    path = write(homely, LEAST | {option: written})
+    if says is None:
+        if option not in ("slurm.cache", "slurm.container"):  # one is made, the other a registry's
+            assert "no " in refusal(path) and "$DATA/x" in refusal(path)
+        return
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if written in text)
+    message = refusal(path)
+    assert message.startswith(f"{path}:{line}: ")
+    assert f"{written}: {says}" in message
+
+
+# --- what an option means -------------------------------------------------------------------------------------------
+
+
+def test_every_option_has_a_type_a_default_and_a_meaning_and_none_is_listed_twice() -> None:
+    listed = options(None)
+    assert [option.name for option in listed] == known_options()
+    for option in listed:
+        assert option.meaning, option.name
+        assert "\n" not in option.meaning, option.name
+        assert option.kind and option.default, option.name
+
+
+def test_a_default_in_the_list_of_options_is_the_one_that_a_run_has(folder: Path) -> None:
+    """Set to what the list says, every option is as if it had not been set."""
+    plain = read(folder, {})
+    for option in options(None):
+        if option.default != "required":
+            entry = read(folder, {}, f"{option.name}={option.default}")
+            assert entry == plain, option.name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cluster.port", "integer ≥ 1024, ≤ 65535 | null"),
+        ("optimizer.betas", "list of 2: number ≥ 0, < 1"),
+        ("shaping.metric", "probability | entropy"),
+        ("objective.dual_clip", "number > 1 | null"),
+        ("slurm.environment", "mapping to text"),
+        ("parallel.stages", "list of integer ≥ 1 | null"),
+    ],
+)
+def test_the_type_of_an_option_is_told_with_its_limits(name: str, kind: str) -> None:
+    assert {option.name: option.kind for option in options(None)}[name] == kind
+
+
+def test_the_options_of_a_section_that_there_is_not_are_refused_with_the_nearest() -> None:
+    assert {option.name.partition(".")[0] for option in options("reward")} == {"reward"}
+    assert [option.name for option in options("name")] == ["name"]
+    with pytest.raises(RequestError, match="there is no section optimiser; did you mean optimizer?"):
+        options("optimiser")

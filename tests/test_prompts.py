@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
 import json
+import lzma
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
+import tokenizers
+import zstandard
 
 from a3po_megatron.batch import Prompt
 from a3po_megatron.config import ARITHMETIC, DataOptions
@@ -304,3 +312,190 @@ def test_prompts_of_a_file_carry_their_tokens_and_gold_answer(tmp_path: Path, to
             f"rows.jsonl/{number + 1}", prompt.text, str(2 * number), tokens.encode(prompt.text), prompt.index
         )
         assert prompt == wanted
+
+
+# --- files that are something else ---------------------------------------------------------------------------------
+
+ROW = {"problem": "1+1", "answer": "2"}
+
+
+def packed(folder: Path, kind: str) -> tuple[Path, list[str]]:
+    """A file of one kind, and the words that its refusal must hold."""
+    path, text = folder / f"rows.{kind}", (json.dumps(ROW) + "\n").encode()
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), path)
+        return path, ["is a parquet file", "pyarrow.parquet"]
+    if kind == "arrow":
+        with pyarrow.ipc.new_file(str(path), pyarrow.schema([("problem", pyarrow.string())])):
+            pass
+        return path, ["is an Arrow file"]
+    if kind == "folder":
+        path.mkdir()
+        (path / "train-00000.parquet").write_bytes(b"PAR1")
+        return path, ["is a folder", "train-00000.parquet"]
+    contents: dict[str, tuple[bytes, list[str]]] = {
+        "gz": (gzip.compress(text), ["is compressed with gzip", "gunzip -c"]),
+        "zst": (zstandard.compress(text), ["is compressed with zstd", "zstd -dc"]),
+        "bz2": (bz2.compress(text), ["is compressed with bzip2"]),
+        "xz": (lzma.compress(text), ["is compressed with xz"]),
+        "json": (json.dumps([ROW, ROW], indent=2).encode(), ["is one JSON array (of 2)", "jq -c '.[]'"]),
+        "line.json": (json.dumps([ROW]).encode(), ["is one JSON array (of 1)"]),
+        "nested.json": (json.dumps({"v": 1, "data": [ROW]}).encode(), ["a list in 'data'", "jq -c '.[\"data\"][]'"]),
+        "pretty.json": (json.dumps(ROW, indent=1).encode(), ["one JSON object over several lines"]),
+        "csv": (b"problem,answer\n1+1,2\n", ["comma-separated table"]),
+        "tsv": (b"problem\tanswer\n1+1\t2\n", ["tab-separated table"]),
+        "utf16": (text.decode().encode("utf-16"), ["is UTF-16", "iconv"]),
+        "lfs": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            ["a pointer of git-lfs", "git lfs pull"],
+        ),
+        "html": (b"<!doctype html>\n<p>Sign in</p>\n", ["a page of HTML"]),
+    }
+    path.write_bytes(contents[kind][0])
+    return path, contents[kind][1]
+
+
+KINDS = [
+    "parquet",
+    "arrow",
+    "folder",
+    "gz",
+    "zst",
+    "bz2",
+    "xz",
+    "json",
+    "line.json",
+    "nested.json",
+    "pretty.json",
+    "csv",
+    "tsv",
+    "utf16",
+    "lfs",
+    "html",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_is_told_for_what_it_is_with_what_is_read_and_what_to_do(
+    tmp_path: Path, kind: str
+) -> None:
+    path, words = packed(tmp_path, kind)
+    message = refusal(path)
+    assert message.startswith(f"{path}: this ")
+    for named in ("prompts are read from JSONL, one object a line", *words):
+        assert named in message
+    assert "\n" not in message
+
+
+def test_what_an_array_is_told_to_become_is_read(tmp_path: Path) -> None:
+    """The commands in the messages do what they say; jq is not always here."""
+    parquet, _ = packed(tmp_path, "parquet")
+    command = refusal(parquet).partition("a line: ")[2].replace("python ", f"{sys.executable} ", 1)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert [row[1:3] for row in read_rows(DataOptions(path=str(tmp_path / "prompts.jsonl")))] == [("1+1", "2")]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (
+            {"question": "q", "answer": "a"},
+            ["the field 'problem' is missing", "'question', 'answer'", "data.problem_field: question"],
+        ),
+        ({"problem": "q", "ground_truth": "a"}, ["the field 'answer' is missing", "data.answer_field: ground_truth"]),
+        ({"aufgabe": "q", "answer": "a"}, ["the row has 'aufgabe', 'answer'; data.problem_field says which"]),
+        ({"problem": [{"role": "user", "content": "q"}], "answer": "a"}, ['no text: it holds [{"role": "user"']),
+        (
+            {"problem": "q", "answer": {"ground_truth": "a"}},
+            ["'answer' is empty or no text: it holds {\"ground_truth\""],
+        ),
+        ({}, ["the row has no field"]),
+    ],
+)
+def test_a_row_with_other_fields_is_told_which_option_names_them(
+    tmp_path: Path, row: dict[str, Any], says: list[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for words in says:
+        assert words in refusal(path)
+
+
+def test_rows_that_stand_twice_are_counted_and_it_is_said_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD, GOOD, '{"problem": " 1+1 ", "answer": "3"}', '{"problem": "x", "answer": "3"}']))
+    assert refusal(path) == (
+        f"{path}:2: the problem stands in line 1 already: '1+1' (and 1 more like it): remove all but one, since a run "
+        "keeps them apart by it"
+    )
+
+
+# --- tokenizers that raise -----------------------------------------------------------------------------------------
+
+
+def altered(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a tokenizer with other values in tokenizer.json."""
+    shutil.copytree(source, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "FutureBPE", "x": [1]}},
+        {"pre_tokenizer": {"type": "Quantum"}},
+        {"decoder": {"type": "Nothing"}},
+        {"normalizer": 7},
+        {"added_tokens": [{"id": -1, "content": "x"}]},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c"]}},
+        {"model": {"type": "Unigram", "vocab": [], "unk_id": 9}},
+        {"model": None},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_tokenizer_of_newer_or_damaged_make_is_refused_in_one_line_with_the_versions_here(
+    tmp_path: Path, tokenizer: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        Tokens(altered(tokenizer, tmp_path / "t", **changes), VOCAB, (1,), "raw")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 't'}: the tokenizer cannot be read by transformers ")
+    assert f"tokenizers {tokenizers.__version__}: " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ raise_exception('a system message is wanted') }}", "a system message is wanted"),
+        ("{{ messages[1].content }}", "no element 1"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ messages[0]['content'].nothing() }}", "nothing"),
+        ("{{ messages | no_such_filter }}", "no_such_filter"),
+    ],
+)
+def test_a_chat_template_that_raises_is_one_message_with_its_words_and_the_option(
+    tmp_path: Path, tokenizer: Path, template: str, says: str
+) -> None:
+    folder = shutil.copytree(tokenizer, tmp_path / "t")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    with pytest.raises(RequestError) as caught:
+        Tokens(folder, VOCAB, (1,), "chat").encode("1+1")
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: the chat template refuses one turn of a user, '1+1': ")
+    assert says in message
+    assert "data.template" in message
+
+
+def test_a_problem_of_which_the_tokenizer_makes_nothing_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    folder = altered(
+        tokenizer, tmp_path / "t", normalizer={"type": "Replace", "pattern": {"String": "x"}, "content": ""}
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "xxx", "answer": "2"}\n')
+    with pytest.raises(RequestError, match=f"{path}:1: the tokenizer makes no token at all"):
+        prompts(path, Tokens(folder, VOCAB, (1,), "raw"))

@@ -7,19 +7,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import Positive, PositiveFloat, Section
+from .section import Positive, PositiveFloat, Section, option
 
 
 class ParallelOptions(Section):
-    tensor: Positive = 1
-    pipeline: Positive = 1
-    context: Positive = 1
-    expert: Positive = 1
-    expert_tensor: Positive | None = None  # tensor parallelism within an expert; None: the same as tensor
-    virtual: Positive = 1  # model chunks per pipeline rank (interleaved schedule)
-    stages: tuple[Positive, ...] | None = None  # layers of each chunk, in the model's order; None: as even as they go
-    sequence: bool = False  # sequence parallelism: activations between layers split along T over the tensor ranks
-    data: Positive | None = None  # None: from the number of ranks; on one machine as few as the experts need
+    tensor: Positive = option(1, "ranks that share every layer (tensor parallelism)")
+    pipeline: Positive = option(1, "ranks that share the layers by depth (pipeline parallelism)")
+    context: Positive = option(1, "ranks that share the tokens of a sequence (context parallelism)")
+    expert: Positive = option(1, "ranks over which experts are dealt (expert parallelism)")
+    expert_tensor: Positive | None = option(None, "tensor parallelism within an expert; null: the same as tensor")
+    virtual: Positive = option(1, "model chunks per pipeline rank (interleaved schedule)")
+    stages: tuple[Positive, ...] | None = option(
+        None, "layers of each chunk, in the model's order; null: as even as they go"
+    )
+    sequence: bool = option(False, "split activations between layers along the tokens over the tensor ranks")
+    data: Positive | None = option(
+        None, "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need"
+    )
 
     def ranks(self) -> int:
         """The number of processes that this layout needs on one machine."""
@@ -37,10 +41,12 @@ class ParallelOptions(Section):
 
 
 class ClusterOptions(Section):
-    # What the ranks train on, which must be what they find; None: GPUs where there are any, and under Slurm where
-    # slurm.gpus_per_node asks for some.
-    device: Literal["cpu", "cuda"] | None = None
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = None  # of the rendezvous; None: a free one
-    timeout_seconds: PositiveFloat = (
-        7200.0  # a collective that waits longer is an error; telemetry.stall_seconds is sooner
+    device: Literal["cpu", "cuda"] | None = option(
+        None,
+        "what the ranks train on, which must be what they find; null: GPUs where there are any, and under Slurm where "
+        "slurm.gpus_per_node asks for some",
+    )
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = option(None, "of the ranks' rendezvous; null: a free one")
+    timeout_seconds: PositiveFloat = option(
+        7200.0, "a collective that waits longer is an error; telemetry.stall_seconds is sooner"
     )

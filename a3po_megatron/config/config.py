@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -16,7 +16,7 @@ from .learner import LearnerOptions, OptimizerOptions
 from .model import MegatronOptions, ModelOptions
 from .reward import RewardOptions
 from .rollout import RolloutOptions
-from .section import Section
+from .section import Section, option
 from .slurm import SlurmOptions
 from .telemetry import TelemetryOptions
 from .train import TrainerOptions
@@ -24,7 +24,9 @@ from .weights import PublishOptions
 
 
 class Config(Section):
-    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = option(
+        "run", "of the run: of its folder, and of its jobs"
+    )
     model: ModelOptions
     data: DataOptions
     parallel: ParallelOptions = ParallelOptions()

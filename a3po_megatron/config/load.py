@@ -1,24 +1,35 @@
 """Reads a configuration file, applies `--set section.key=value`, and names every mistake by file and line.
 
 A file may name another one with `base: other.yaml` (relative to itself) and override it; `key: null` in the overriding
-file takes the base's value back to the default. Relative `model.path` and `data.path` are looked for beside the file
-that sets them and then in the current directory; the configuration keeps the absolute path it found.
+file takes the base's value back to the default. Paths: paths.py; the configuration keeps the absolute path it found.
 """
 
 from __future__ import annotations
 
-import difflib
+import json
+import shlex
+import types
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RequestError
+from . import nearest, paths
 from .config import WITHOUT_EFFECT, Config
 from .data import ARITHMETIC
+from .written import as_numbers, as_text, as_values, read_yaml
 
-_PATHS = ("model.path", "data.path")
+_PATHS = {
+    "model.path": paths.existing,
+    "data.path": paths.existing,
+    "slurm.cache": paths.to_make,
+    "slurm.python": paths.program,
+    "slurm.container": paths.image,
+    "slurm.mounts": paths.mount,
+}
+MAPPINGS = ("megatron.extra", "rollout.engine_args", "slurm.environment")  # whose entries can be given one by one
 Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
 
 
@@ -34,7 +45,8 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     values = {option: entry for option, entry in values.items() if entry[0] is not None or _nullable(option)}
     for option in _PATHS:
         if option in values:
-            values[option] = _find(option, *values[option])
+            value, where, folder = values[option]
+            values[option] = (_path(option, value, where, folder), where, folder)
     config = _validate(values)
     for rule in WITHOUT_EFFECT:
         for option in rule.options:
@@ -46,13 +58,13 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
 def save_resolved(config: Config, path: Path) -> None:
     """Writes every option with its value, in the order of the sections."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     temporary.replace(path)
 
 
 def load_resolved(path: Path) -> Config:
     """Reads what `save_resolved` wrote. All options stand in it, so rules about explicitly given ones do not apply."""
-    return Config.model_validate(yaml.safe_load(path.read_text()))
+    return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def known_options() -> list[str]:
@@ -71,14 +83,13 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     if path.resolve() in seen:
         raise RequestError(f"{path}: the chain of `base` files comes back to itself")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path}: cannot read the configuration: {error}") from error
     try:
-        node = yaml.compose(text)
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RequestError(f"{path}: not valid YAML: {_one_line(error)}") from error
+        node, tree = read_yaml(text)
+    except ValueError as error:
+        raise RequestError(f"{path}: not valid YAML: {error}") from error
     if tree is None:
         raise RequestError(f"{path}: the file is empty; it must hold at least model.path and data.path")
     if not isinstance(tree, dict):
@@ -88,10 +99,11 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     except RecursionError as error:
         raise RequestError(f"{path}: an alias refers to what it stands in") from error
     values: Values = {}
-    if (base := tree.pop("base", None)) is not None:
+    if (base := as_text(tree.pop("base", None))) is not None:
         if not isinstance(base, str):
             raise RequestError(f"{path}:{lines['base']}: base must be the name of a configuration file")
-        values = _read_file(path.parent / base, (*seen, path.resolve()))
+        found = paths.existing("base", base, f"{path}:{lines['base']}", path.parent)
+        values = _read_file(Path(found), (*seen, path.resolve()))
     _flatten(tree, "", lambda option: f"{path}:{lines.get(option, 1)}", path.parent, values)
     return values
 
@@ -102,10 +114,20 @@ def _override(text: str, values: Values) -> None:
     if not equals or not value.strip():
         raise RequestError(f"--set {text}: expected section.key=value")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RequestError(f"--set {text}: the value is not YAML: {_one_line(error)}") from error
+        node, parsed = read_yaml(value)
+    except ValueError as error:
+        raise RequestError(f"--set {text}: the value is not YAML: {error}; {in_shell(option, value)}") from error
+    if node is not None and value[node.end_mark.index :].strip():
+        raise RequestError(f"--set {text}: what follows # is a comment in YAML; {in_shell(option, value)}")
+    if isinstance(node, yaml.MappingNode) and not node.flow_style and option in known_options():
+        raise RequestError(f"--set {text}: a colon and a blank make a mapping in YAML; {in_shell(option, value)}")
     _flatten({option: parsed}, "", lambda _: f"--set {option}", Path.cwd(), values)
+
+
+def in_shell(option: str, value: str) -> str:
+    """How to give a value as text on a command line: the shell takes one pair of quotes, YAML the other."""
+    quoted = json.dumps(value.strip(), ensure_ascii=False)
+    return f"as text, in a shell: --set {shlex.quote(f'{option}={quoted}')}"
 
 
 def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, int]:
@@ -127,7 +149,7 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
     known = known_options()
     sections = {name.partition(".")[0] for name in known if "." in name}
     for key, value in tree.items():
-        option = f"{prefix}{key}"
+        option = f"{prefix}{as_text(key)}"
         if option in sections:
             if value is None:
                 for name in [n for n in values if n.startswith(f"{option}.")]:
@@ -135,29 +157,49 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
             elif isinstance(value, dict):
                 _flatten(value, f"{option}.", where, folder, values)
             else:
-                raise RequestError(f"{where(option)}: {option} is a section: expected options below it, got {value!r}")
+                raise RequestError(
+                    f"{where(option)}: {option} is a section: expected options below it, got {as_text(value)!r}"
+                )
             continue
         head = ".".join(option.split(".")[:2])
-        if head in ("megatron.extra", "rollout.engine_args") and option != head:  # --set rollout.engine_args.x=1
+        if head in MAPPINGS and option != head:  # --set rollout.engine_args.x=1
             held = values[head][0] if head in values and isinstance(values[head][0], dict) else {}
-            values[head] = ({**held, option[len(head) + 1 :]: value}, where(option), folder)
+            values[head] = ({**held, option[len(head) + 1 :]: _settled(head, value, where)}, where(option), folder)
             continue
         if option not in known:
-            raise RequestError(f"{where(option)}: unknown option {option}{_nearest(option, known, sections)}")
-        values[option] = (value, where(option), folder)
+            raise RequestError(f"{where(option)}: unknown option {option}{nearest.hint(option, known, sections)}")
+        values[option] = (_settled(option, value, where), where(option), folder)
 
 
-def _nearest(option: str, known: list[str], sections: set[str]) -> str:
-    last = option.rpartition(".")[2]
-    candidates = known if "." in option else [*known, *sections]
-    close = difflib.get_close_matches(option, candidates, n=1, cutoff=0.75)
-    close = [name for name in known if name.rpartition(".")[2] == last] or close
-    close = close or difflib.get_close_matches(option, candidates, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    section = option.partition(".")[0]
-    inside = [name for name in known if name.startswith(f"{section}.")]
-    return f"; {section} has {', '.join(inside)}" if inside else f"; the sections are {', '.join(sorted(sections))}"
+def _settled(option: str, value: Any, where: Any) -> Any:
+    """What was written for an option that takes text, else what YAML reads."""
+    if takes_text(annotation_of(option)):
+        return as_text(value)
+    try:
+        return as_values(value) if option in MAPPINGS else as_numbers(value)
+    except ValueError as error:
+        raise RequestError(f"{where(option)}: {option}: {error}") from error
+
+
+def annotation_of(option: str) -> Any:
+    """The type of an option's value."""
+    section, _, name = option.partition(".")
+    kind = Config.model_fields[section].annotation
+    return kind.model_fields[name].annotation if name and isinstance(kind, type) else kind
+
+
+def takes_text(kind: Any) -> bool:
+    """Whether a value of this type, or what it holds, is text."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return takes_text(inner[0])
+    if origin is Literal:
+        return any(isinstance(choice, str) for choice in inner)
+    if origin is dict:
+        return takes_text(inner[1])
+    if origin in (Union, types.UnionType, tuple):
+        return any(takes_text(part) for part in inner)
+    return kind is str
 
 
 def _nullable(option: str) -> bool:
@@ -178,15 +220,15 @@ def _default(option: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _find(option: str, value: Any, where: str, folder: Path) -> tuple[Any, str, Path]:
+def _path(option: str, value: Any, where: str, folder: Path) -> Any:
+    """The path that is meant; what is none is left to be refused for its type."""
+    if isinstance(value, list):
+        return [_path(option, entry, where, folder) for entry in value]
     if not isinstance(value, str) or value == ARITHMETIC:
-        return value, where, folder
-    tried = [folder / value, Path.cwd() / value]
-    for path in tried:
-        if path.exists():
-            return str(path.resolve()), where, folder
-    places = " or ".join(dict.fromkeys(str(path) for path in tried))
-    raise RequestError(f"{where}: {option} is {value}, but there is no {places}")
+        return value
+    if option == "data.path" and value.startswith("builtin:"):
+        raise RequestError(f"{where}: {option}: there is no {value}; the built-in task is {ARITHMETIC}")
+    return _PATHS[option](option, value, where, folder)
 
 
 def _validate(values: Values) -> Config:
@@ -207,8 +249,12 @@ def _validate(values: Values) -> Config:
         option = ".".join(str(part) for part in first["loc"][:2])
         where = f"{values[option][1]}: " if option in values else ""
         given = f" (got {first['input']!r})" if option in values else ""
-        raise RequestError(f"{where}{option}: {first['msg']}{given}") from error
+        if option in MAPPINGS and len(first["loc"]) > 2:
+            option = ".".join(str(part) for part in first["loc"][:3])
+        raise RequestError(f"{where}{option}: {_said(first['msg'])}{given}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _said(message: str) -> str:
+    """pydantic's words, in those of a configuration file."""
+    words = message.removeprefix("Value error, ").replace("valid tuple", "list").replace("valid dictionary", "mapping")
+    return words.replace("a valid string", "text")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from .section import PassedThrough, Section
+from .section import PassedThrough, Section, option
 
 
 class ModelOptions(Section):
-    path: str  # folder of an HF checkpoint; relative paths: beside the config file, else in the current directory
-    # Of the learner's parameters and activations; None: bfloat16 on GPUs, float32 on a CPU.
-    dtype: Literal["float32", "bfloat16"] | None = None
+    path: str = option(..., "folder of an HF checkpoint")
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "of the learner's parameters and activations; null: bfloat16 on GPUs, float32 on a CPU"
+    )
 
     def known_dtype(self) -> Literal["float32", "bfloat16"]:
         """A run's, which is filled in when it starts."""
@@ -21,4 +20,4 @@ class ModelOptions(Section):
 
 
 class MegatronOptions(Section):
-    extra: PassedThrough = Field(default_factory=dict)  # further TransformerConfig fields, checked by name
+    extra: PassedThrough = option({}, "further fields of Megatron's TransformerConfig, checked by name")

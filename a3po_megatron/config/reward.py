@@ -6,18 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import NonNegative, Positive, PositiveFloat, Section
+from .section import NonNegative, Positive, PositiveFloat, Section, option
 
 
 class RewardOptions(Section):
-    extract: Literal["any", "boxed", "answer"] = "any"
-    correct: float = 1.0
-    wrong: float = 0.0
-    overlong_tokens: NonNegative = 0  # DAPO's soft penalty over the last tokens before rollout.max_tokens; 0: off
-    overlong_penalty: PositiveFloat = 1.0  # its largest value; it never changes polarity
-    pool: Literal["local", "ray"] = "local"  # ray: on all nodes of a Ray cluster (launchers/ray_cluster.py)
-    ray_address: str = "auto"  # of it
-    workers: Positive = 1  # grader processes per rank; with ray, per node
-    timeout_seconds: PositiveFloat = 10.0  # per response; then the worker is killed and the verdict is invalid
-    memory_bytes: Positive = 2 << 30  # per worker
-    max_invalid_rate: Annotated[float, Field(ge=0, le=1)] = 0.5  # of a step's verdicts; above it the run ends
+    extract: Literal["any", "boxed", "answer"] = option("any", "where the answer is looked for in a response")
+    correct: float = option(1.0, "reward of a correct response")
+    wrong: float = option(0.0, "reward of a wrong response")
+    overlong_tokens: NonNegative = option(
+        0, "DAPO's soft penalty over so many last tokens before rollout.max_tokens; 0: off"
+    )
+    overlong_penalty: PositiveFloat = option(1.0, "largest value of that penalty, which never changes polarity")
+    pool: Literal["local", "ray"] = option("local", "where graders run; ray: on all nodes of a Ray cluster")
+    ray_address: str = option("auto", "of the Ray cluster")
+    workers: Positive = option(1, "grader processes per rank; with ray, per node")
+    timeout_seconds: PositiveFloat = option(10.0, "per response; then the worker is killed and the verdict is invalid")
+    memory_bytes: Positive = option(2 << 30, "of one grader's process, at most")
+    max_invalid_rate: Annotated[float, Field(ge=0, le=1)] = option(
+        0.5, "largest share of invalid verdicts in a step; above it the run ends"
+    )

@@ -6,25 +6,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import NonNegative, PassedThrough, Positive, PositiveFloat, Probability, Section
+from .section import NonNegative, PassedThrough, Positive, PositiveFloat, Probability, Section, option
 
 
 class RolloutOptions(Section):
-    tensor: Positive = 1
-    expert: Positive = 1
-    data: Positive | None = None  # engines; None: ranks / tensor
-    temperature: PositiveFloat = 1.0
-    top_p: Probability = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1  # -1: off
-    max_tokens: Positive = 1024  # response tokens; a rollout that reaches it ends with `length`
-    max_prompt_tokens: Positive = 1024
-    max_rounds: Positive = 4  # dynamic sampling: rounds a step may take to find enough groups with spread
-    max_sequences: Positive = 256  # rollouts an engine decodes at once
-    kv_cache_bytes: Positive = 256 << 20  # of one engine
-    # What the engine computes its linear layers in, output layer aside; None: model.dtype. GPUs only.
-    quantization: Literal["fp8_per_block"] | None = None
-    bf16_layers: tuple[NonNegative, NonNegative] = (0, 0)  # with quantization: first and last layers that are left out
-    batch_invariant: bool = False  # vLLM's kernels whose results do not depend on the batch: slower, learner included
-    # Mixtures of experts: the learner sends every token to the experts that the engine chose for it.
-    routing_replay: bool = False
-    engine_args: PassedThrough = Field(default_factory=dict)  # further vLLM engine arguments, checked by name
+    tensor: Positive = option(1, "ranks of one engine (tensor parallelism)")
+    expert: Positive = option(1, "ranks of an engine over which its experts are dealt: 1 or rollout.tensor")
+    data: Positive | None = option(None, "engines; null: ranks / rollout.tensor")
+    temperature: PositiveFloat = option(1.0, "of sampling")
+    top_p: Probability = option(1.0, "share of probability that is sampled from; 1: all")
+    top_k: Annotated[int, Field(ge=-1)] = option(-1, "most probable tokens that are sampled from; -1: all")
+    max_tokens: Positive = option(1024, "response tokens; a rollout that reaches it ends with `length`")
+    max_prompt_tokens: Positive = option(1024, "prompt tokens, at most")
+    max_rounds: Positive = option(4, "dynamic sampling: rounds that a step may take to find enough groups with spread")
+    max_sequences: Positive = option(256, "rollouts that an engine decodes at once")
+    kv_cache_bytes: Positive = option(256 << 20, "of one engine's KV cache")
+    quantization: Literal["fp8_per_block"] | None = option(
+        None, "what the engine computes its linear layers in, output layer aside; null: model.dtype. GPUs only"
+    )
+    bf16_layers: tuple[NonNegative, NonNegative] = option(
+        (0, 0), "with quantization: first and last layers that are left out"
+    )
+    batch_invariant: bool = option(
+        False, "vLLM's kernels whose results do not depend on the batch: slower, learner included"
+    )
+    routing_replay: bool = option(
+        False, "mixtures of experts: the learner sends every token to the experts that the engine chose for it"
+    )
+    engine_args: PassedThrough = option({}, "further engine arguments of vLLM, checked by name")

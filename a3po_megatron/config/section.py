@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -18,7 +19,14 @@ class Section(BaseModel):
         wants = cls.model_fields[info.field_name].annotation if info.field_name else None
         if isinstance(value, bool) and wants is not bool:
             raise ValueError("Input should not be true or false")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError("Input should be text without null characters and halves of characters")
         return value
+
+
+def option(default: Any, meaning: str) -> Any:
+    """The default of an option, `...` where it must be given, and what it means in one line, for `a3po options`."""
+    return Field(default, description=meaning)
 
 
 Positive = Annotated[int, Field(ge=1)]

@@ -4,45 +4,77 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
-from .section import NonNegative, Positive, Section
+from .sbatch_options import checked_extra
+from .section import NonNegative, Positive, Section, option
+from .slurm_forms import (
+    checked_environment,
+    checked_gpus,
+    checked_memory,
+    checked_text,
+    checked_time,
+    checked_word,
+    checked_words,
+    gpu_counts,
+)
 
 
-def _quoted(value: object) -> object:
-    if isinstance(value, int):
-        raise ValueError('put it in quotes, as "4:00:00": YAML takes it for a number of sixties, or for minutes')
-    return value
+def _lines(value: object) -> object:
+    """One line is taken as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+Text = Annotated[str, AfterValidator(checked_text)]
+Lines = Annotated[tuple[Text, ...], BeforeValidator(_lines)]
+Word = Annotated[str, AfterValidator(checked_word)]
+Environment = Annotated[dict[str, str], AfterValidator(checked_environment)]
 
 
 class SlurmOptions(Section):
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    nodes: Positive = 1
-    gpus_per_node: NonNegative = 8  # 0: a run on CPUs
-    tasks_per_node: Positive | None = None  # ranks; None: one for every GPU
-    cpus_per_task: Positive = 8
-    # Per node (in MB, or with a unit), as Slurm writes it; None: all of the node's where it asks for GPUs, else the
-    # partition's default.
-    memory: int | str | None = None
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$"), BeforeValidator(_quoted)] = "04:00:00"
-    lead_seconds: Positive | None = (
-        None  # the signal comes so long before the end; None: as the run measured, first 300
+    partition: Annotated[str, AfterValidator(checked_words)] | None = option(
+        None, "where the job runs, or several with commas between: any of them; null: the cluster's default"
     )
-    resume: Literal["requeue", "chain", "array"] = "requeue"  # chain, array: where the partition forbids requeueing
-    attempts: Positive = 20  # starts of one run: of a chain and an array, jobs
-    spares: NonNegative = 0  # further nodes of the allocation, for when one fails
-    container: str | None = None  # image for the ranks (pyxis); None: the interpreter that submits
-    mounts: tuple[str, ...] = ()  # of the container, besides the run folder
-    python: str | None = None  # the ranks' interpreter; None: the one that submits, in a container `python`
-    cache: str | None = None  # what vLLM, Triton and Inductor compile is kept there; None: in the run folder
-    setup: tuple[str, ...] = ()  # shell lines before all else, such as `module load cuda`
-    environment: dict[str, str] = Field(default_factory=dict)
-    extra: tuple[str, ...] = ()  # further #SBATCH options, such as --exclusive
+    account: Word | None = option(None, "whom the job is charged to; null: the user's default")
+    qos: Word | None = option(None, "quality of service; null: the account's default")
+    nodes: Positive = option(1, "nodes that train")
+    gpus_per_node: Annotated[int | str, BeforeValidator(checked_gpus)] = option(
+        8, "GPUs of each node, with their type where the cluster demands one (h200:8); 0: a run on CPUs"
+    )
+    tasks_per_node: Positive | None = option(None, "ranks of each node; null: one for every GPU")
+    cpus_per_task: Positive = option(8, "CPUs of each rank")
+    memory: Annotated[str, BeforeValidator(checked_memory)] | None = option(
+        None,
+        "per node, in MB or with K, M, G or T directly after it; 0: all of it; null: all of a node with GPUs, else the "
+        "partition's default",
+    )
+    time: Annotated[str, AfterValidator(checked_time)] = option("04:00:00", "limit of one job, in any form of Slurm's")
+    lead_seconds: Positive | None = option(
+        None, "the signal comes so long before the end; null: as the run measured, first 300"
+    )
+    resume: Literal["requeue", "chain", "array"] = option(
+        "requeue", "how a run comes back after its end; chain, array: where the partition forbids requeueing"
+    )
+    attempts: Positive = option(20, "starts of one run: of a chain and an array, jobs")
+    spares: NonNegative = option(0, "further nodes of the allocation, for when one fails")
+    container: Text | None = option(
+        None, "image for the ranks (pyxis), a file or a registry's; null: the interpreter that submits"
+    )
+    mounts: Lines = option((), "of the container, besides the run folder: SOURCE:TARGET[:FLAGS]")
+    python: Text | None = option(None, "the ranks' interpreter; null: the one that submits, in a container `python`")
+    cache: Text | None = option(None, "folder for what vLLM, Triton and Inductor compile; null: in the run folder")
+    setup: Lines = option((), "shell lines before all else, such as `module load cuda`; one that fails ends the job")
+    environment: Environment = option({}, "variables of the job, as they stand: nothing in them is expanded")
+    extra: Annotated[Lines, AfterValidator(checked_extra)] = option(
+        (), "further options of sbatch, such as --exclusive"
+    )
 
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node()
 
     def ranks_per_node(self) -> int:
-        return self.tasks_per_node or max(1, self.gpus_per_node)
+        return self.tasks_per_node or max(1, self.gpus())
+
+    def gpus(self) -> int:
+        """Of a node, of whatever type."""
+        return sum(gpu_counts(str(self.gpus_per_node)).values())

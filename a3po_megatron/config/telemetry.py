@@ -6,12 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .section import NonNegative, PositiveFloat, Section
+from .section import NonNegative, PositiveFloat, Section, option
 
 
 class TelemetryOptions(Section):
-    tensorboard: bool = True
-    rollouts: bool = True  # save every rollout's tokens and log-probs, compressed
-    texts_per_step: NonNegative = 4  # groups per rank whose rollouts are saved with their texts, for the viewer
-    stall_seconds: PositiveFloat = 300.0  # a rank may be without progress at least so long, and
-    stall_factor: Annotated[float, Field(ge=2)] = 10.0  # so many times the longest silence of its phase so far
+    tensorboard: bool = option(True, "write events for TensorBoard")
+    rollouts: bool = option(True, "save every rollout's tokens and log-probs, compressed")
+    texts_per_step: NonNegative = option(4, "groups per rank whose rollouts are saved with their texts, for the viewer")
+    stall_seconds: PositiveFloat = option(300.0, "a rank counts as stuck after so long without progress, at least")
+    stall_factor: Annotated[float, Field(ge=2)] = option(
+        10.0, "a rank counts as stuck after so many times the longest silence of its phase so far, at least"
+    )

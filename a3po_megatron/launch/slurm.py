@@ -8,25 +8,36 @@ array     slurm.attempts jobs, one after the other; those that find nothing left
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
+import math
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..checkpoint.interrupt import LEAD
 from ..checkpoint.manifest import Torn, read_manifest, saved_steps
 from ..config import Config, save_resolved
-from ..errors import RequestError, RunFailed
+from ..config.sbatch_options import options_of
+from ..config.slurm_forms import directive, filename, limit_seconds
+from ..errors import RequestError
 from .folder import check_same, hold, started_with
+from .site import check_site, sbatch, try_out
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
+START_UP_SECONDS = 60  # of a run that has measured none: imports, weights, the engine
 SCRIPT = "job.sbatch"
+# Of slurm.extra, what every job of a run is to have: where it may run, and for whom.
+ALL_JOBS = ("clusters", "constraint", "reservation", "wckey")
 # Of a multi-node run; each with its reason, which stands in the script too.
 NETWORK = (
     ("NCCL_ASYNC_ERROR_HANDLING", "1", "a peer that is gone is an error, not a hang"),
@@ -60,6 +71,8 @@ def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
             raise RequestError("--sweep over the slurm section is not possible: all runs of a sweep are one array job")
     if sweep and slurm.resume == "array":
         raise RequestError("slurm.resume array and --sweep, which is an array itself, exclude each other: use requeue")
+    _check_folder(top, slurm.container is not None)
+    _check_time(configs[0], top)
     folders = [top / f"{number:03d}" for number in range(len(configs))] if sweep else [top]
     return Plan(top, folders, configs, render(configs[0], top, len(configs) if sweep else 0))
 
@@ -75,13 +88,18 @@ def _filled(config: Config) -> Config:
     return config.model_copy(update={"parallel": filled})
 
 
-def render(config: Config, folder: Path, sweep: int = 0) -> str:
-    """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
+@functools.cache
+def _template() -> Template:
     import jinja2
 
-    slurm = config.slurm
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters["quote"] = shlex.quote
+    environment.filters |= {"quote": shlex.quote, "directive": directive}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def render(config: Config, folder: Path, sweep: int = 0) -> str:
+    """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
+    slurm = config.slurm
     array = f"0-{sweep - 1}" if sweep else f"1-{slurm.attempts}%1" if slurm.resume == "array" else ""
     number = "%A_%a" if array else "%j"
     # The optimizer's twins lie in pinned host memory, twice while a save is written: a partition's default of a few GB
@@ -94,19 +112,41 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
     variables += list(NETWORK) if slurm.nodes > 1 and slurm.gpus_per_node else []
     variables += [(name, value, "") for name, value in slurm.environment.items()]
     index = '/"$(printf %03d "$SLURM_ARRAY_TASK_ID")"' if sweep else ""
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return _template().render(
         slurm=slurm,
+        setup=whole_commands(slurm.setup),
         name=config.name,
         folder=folder,
         target=shlex.quote(str(folder)) + index,
         lead=lead_seconds(config, folder),
-        output=folder / "logs" / f"slurm-{number}.out",
+        output=f"{filename(str(folder))}/logs/slurm-{number}.out",
         array=array,
         allocation={name: value for name, value in allocation.items() if value is not None},
         environment=variables,
         python=sys.executable,
         entry=shlex.quote(str(RAY_CLUSTER)) if config.reward.pool == "ray" else "-m a3po_megatron.launch.job",
     )
+
+
+def whole_commands(lines: tuple[str, ...]) -> list[str]:
+    """The lines of slurm.setup, with those joined that are one command together (if …, then …, fi).
+
+    Raises RequestError for what bash cannot read.
+    """
+    commands: list[str] = []
+    begun: list[str] = []
+    for line in lines:
+        if not begun and (not line.strip() or (line.lstrip().startswith("#") and "\n" not in line)):
+            continue  # nothing to run
+        begun.append(line)
+        text = "\n".join(begun)
+        done = subprocess.run(["bash", "-n"], input=f"{{\n{text}\n}}", capture_output=True, text=True)
+        if done.returncode == 0:
+            commands.append(text)
+            begun = []
+    if begun:
+        raise RequestError(f"slurm.setup: bash cannot read {begun[0]!r}: {' '.join(done.stderr.split())}")
+    return commands
 
 
 def lead_seconds(config: Config, folder: Path) -> int:
@@ -117,6 +157,40 @@ def lead_seconds(config: Config, folder: Path) -> int:
         return max(30, int((folder / LEAD).read_text().split()[0]))
     except (OSError, ValueError, IndexError):  # it has not measured yet, or was killed while it wrote that down
         return FIRST_LEAD_SECONDS
+
+
+def _check_folder(folder: Path, container: bool) -> None:
+    """Raises RequestError for a run folder that cannot stand in a script, or where Slurm takes a path apart."""
+    text = str(folder)
+    if not text.isprintable():  # newlines, and bytes that are no text
+        raise RequestError(f"--run-dir {text!r}: a run that Slurm starts needs a folder whose name can be printed")
+    if "\\" in text:
+        raise RequestError(f"--run-dir {text}: Slurm takes a backslash in the name of a job's output for its own sign")
+    if container and (signs := [sign for sign in ":," if sign in text]):
+        raise RequestError(f"--run-dir {text}: {signs[0]!r} separates the mounts of a container (slurm.container)")
+
+
+def _check_time(config: Config, folder: Path) -> None:
+    """Raises RequestError for a limit within which no step could be done: such a job would come back, again and again,
+    only to be told to stop."""
+    slurm, lead, start_up = config.slurm, lead_seconds(config, folder), start_up_seconds(folder)
+    if (limit := limit_seconds(slurm.time)) > lead + start_up:
+        return
+    whose = "as given" if slurm.lead_seconds is not None else "as measured" if (folder / LEAD).exists() else "unset"
+    raise RequestError(
+        f"slurm.time = {slurm.time} is {limit:.0f} s, but the signal to stop comes {lead} s before the end "
+        f"(slurm.lead_seconds, {whose}) and a start takes about {start_up} s, so that no step could be done: raise "
+        "slurm.time, or set a smaller slurm.lead_seconds"
+    )
+
+
+def start_up_seconds(folder: Path) -> int:
+    """What a start of the run in the folder took until its first step, the last time; else START_UP_SECONDS."""
+    try:
+        last = (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        return math.ceil(float(json.loads(last)["startup/seconds"]))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):  # no step yet, or a line that was cut off
+        return START_UP_SECONDS
 
 
 def write(plan: Plan, overrides: list[list[str]]) -> None:
@@ -149,61 +223,38 @@ def _write(plan: Plan, overrides: list[list[str]]) -> None:
         names = {folder.name: words for folder, words in zip(plan.folders, overrides, strict=True)}
         (plan.top / "sweep.json").write_text(json.dumps(names, indent=2) + "\n")
     (plan.top / "logs").mkdir(exist_ok=True)
-    (plan.top / SCRIPT).write_text(plan.script)
+    (plan.top / SCRIPT).write_text(plan.script, encoding="utf-8")
+
+
+def check_cluster(plan: Plan, export: Path | None) -> list[str]:
+    """Raises RequestError for what this cluster would not take; returns what there is to say of what may wait."""
+    slurm = plan.configs[0].slurm
+    index = slurm.attempts if slurm.resume == "array" else len(plan.folders) - 1
+    remarks = check_site(slurm, plan.script, index)
+    if export is not None:
+        remarks += try_out(slurm.partition, *_export_job(plan, export))
+    return remarks
 
 
 def submit(plan: Plan, export: Path | None) -> list[str]:
     """Submits what was written; returns the numbers of the jobs."""
     numbers = [sbatch(str(plan.top / SCRIPT))]
     if export is not None:
-        slurm = plan.configs[0].slurm
-        words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(plan.top), str(export.resolve())]
-        options = [f"--dependency=afterok:{numbers[0]}", "--kill-on-invalid-dep=yes", "--ntasks=1"]
-        options += [f"--output={plan.top}/logs/export-%j.out", f"--job-name={plan.configs[0].name}-export"]
-        options += [f"--{n}={v}" for n, v in (("partition", slurm.partition), ("account", slurm.account)) if v]
-        numbers.append(sbatch(*options, "--wrap", shlex.join(words)))
+        after = (f"--dependency=afterok:{numbers[0]}", "--kill-on-invalid-dep=yes")
+        numbers.append(sbatch(*after, *_export_job(plan, export)))
     return numbers
 
 
-def sbatch(*words: str) -> str:
-    """Submits; returns the job's number. Raises RequestError with what Slurm says."""
-    done = subprocess.run(["sbatch", "--parsable", *words], capture_output=True, text=True)
-    if done.returncode:
-        raise RequestError(f"sbatch: {' '.join(done.stderr.split())}")
-    return done.stdout.strip().partition(";")[0]
-
-
-def check_cluster(config: Config) -> None:
-    """Raises RequestError naming the option for what this cluster cannot give, as far as sinfo can tell."""
-    if shutil.which("sbatch") is None:
-        raise RequestError("sbatch is not here: submit from a login node of the cluster, or look with --dry-run")
-    slurm = config.slurm
-    rows = [line.split("|") for line in _ask("sinfo", "-h", "-o", "%P|%D|%G").splitlines()]
-    names = sorted({row[0].rstrip("*") for row in rows})
-    # A star marks the partition that a job gets which names none.
-    partition = slurm.partition or next((row[0].rstrip("*") for row in rows if row[0].endswith("*")), names[0])
-    if partition not in names:
-        raise RequestError(f"slurm.partition = {partition}: this cluster has {', '.join(names)}")
-    mine = [row for row in rows if row[0].rstrip("*") == partition]
-    fitting = sum(int(nodes) for _, nodes, gres in mine if _gpus(gres) >= slurm.gpus_per_node)
-    if fitting < slurm.nodes + slurm.spares:
-        raise RequestError(
-            f"slurm.nodes + slurm.spares = {slurm.nodes + slurm.spares}, slurm.gpus_per_node = {slurm.gpus_per_node}: "
-            f"partition {partition} has {fitting} such nodes"
-        )
-
-
-def _gpus(gres: str) -> int:
-    """gpu:h200:8(S:0-1) → 8"""
-    counts = [entry.partition("(")[0].split(":")[-1] for entry in gres.split(",") if entry.startswith("gpu")]
-    return sum(int(count) for count in counts if count.isdecimal())
-
-
-def _ask(*words: str) -> str:
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise RunFailed(f"{words[0]}: {' '.join(done.stderr.split())}")
-    return done.stdout
+def _export_job(plan: Plan, export: Path) -> list[str]:
+    """The job that exports the weights, for sbatch: where and on whose account as the run itself."""
+    slurm, top = plan.configs[0].slurm, plan.top
+    named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
+    further = [option for line in slurm.extra for option in options_of(line) if option[0] in ALL_JOBS]
+    options = [f"--{name}={value}" for name, value in [*named.items(), *further] if value is not None]
+    options += ["--ntasks=1", f"--output={filename(str(top))}/logs/export-%j.out"]
+    options += [f"--job-name={plan.configs[0].name}-export"]
+    words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(top), str(export.resolve())]
+    return [*options, "--wrap", shlex.join(words)]
 
 
 def swept(sweep: list[str]) -> list[list[str]]:

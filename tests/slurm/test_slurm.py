@@ -6,6 +6,7 @@ Jobs of several tests are queued at once: the nodes have 16 pretended CPUs each,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,6 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from a3po_megatron.config import load_config
+from a3po_megatron.errors import RequestError
+from a3po_megatron.launch import slurm as launched
 from tests import resume_tools as tools
 from tests.distributed.runner import ROOT
 
@@ -332,3 +336,77 @@ def test_the_script_for_two_nodes_of_eight_h200_is_the_golden_one_and_slurm_take
     subprocess.run(["bash", "-n", str(golden)], check=True)
     tested = subprocess.run(["sbatch", "--test-only", str(golden)], capture_output=True, text=True)
     assert tested.returncode == 0, tested.stderr
+
+
+def planned(folder: Path, *options: str) -> launched.Plan:
+    given = ("slurm.nodes=1", "slurm.tasks_per_node=2", "slurm.cpus_per_task=1", "slurm.gpus_per_node=0", *options)
+    return launched.plan([load_config(ROOT / "configs/arithmetic.yaml", given)], folder, sweep=False)
+
+
+NAMES = ["my run", 'a"b', "it's", "a#b", "lr%j", "100%", "$HOME`id`", "日本 äö", "a;b&c:d"]
+
+
+def test_what_a_job_says_lands_in_a_run_folder_of_any_name_and_its_program_gets_that_name(tmp_path: Path) -> None:
+    jobs = {}
+    for name in NAMES:
+        plan = planned(tmp_path / name, "slurm.time=10", 'slurm.environment={SAYS: "it\'s\\n%j $HOME"}')
+        shown = re.sub(r"(?m)^exec \S+ -m \S+ (.*)$", r'printf "%s\\n" "$SAYS" \1', plan.script)
+        launched.write(dataclasses.replace(plan, script=shown), [[]])
+        jobs[name] = launched.sbatch(str(tmp_path / name / launched.SCRIPT))
+    wait_done(*jobs.values(), seconds=60)
+    for name, job in jobs.items():
+        assert (tmp_path / name / f"logs/slurm-{job}.out").read_text() == f"it's\n%j $HOME\n{tmp_path / name}\n", name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [f"slurm.memory={memory}" for memory in ("0", "4096", "1G", "1GB", "512m", "64K")],
+        [f"slurm.time={time}" for time in ("30", "90:00", "4:00:00", "0-12", "0-1:30", "0-01:02:03", "1:90:99")],
+        [f"slurm.gpus_per_node={gpus}" for gpus in ("8", "h200:8", "gpu:h200:2")],
+        [f"slurm.partition={names}" for names in ("batch", "urgent,batch")],
+        ["slurm.extra=['--exclusive --nice=5', '--hint=nomultithread', '--comment=\"a # b\"']", "slurm.extra=-x rl1"],
+        ["slurm.resume=array,slurm.attempts=1000"],
+    ],
+    ids=lambda options: options[0].partition("=")[0],
+)
+def test_values_that_are_taken_are_taken_by_sbatch_too(tmp_path: Path, options: list[str]) -> None:
+    for option in options:
+        words = option.split(",slurm.attempts")
+        overrides = [words[0], *(f"slurm.attempts{word}" for word in words[1:])]
+        assert launched.check_cluster(planned(tmp_path / "run", *overrides), tmp_path / "hf") == [], option
+
+
+@pytest.mark.parametrize(
+    ("option", "as_directive"),
+    [
+        ("slurm.memory=200 GB", "--mem=200 GB"),
+        ("slurm.memory=1P", "--mem=1P"),
+        ("slurm.time=4h", "--time=4h"),
+        ("slurm.partition=batch,gpus", "--partition=batch,gpus"),
+        ("slurm.gpus_per_node=a100:1", "--gpus-per-node=a100:1"),
+        ("slurm.extra=--node=1", "--node=1"),
+        ("slurm.extra=--no=1", "--no=1"),
+        ("slurm.extra=--nonsense=1", "--nonsense=1"),
+        ("slurm.extra=--reservation=none", "--reservation=none"),
+        ("slurm.resume=array", "--array=1-1001%1"),
+    ],
+)
+def test_values_that_sbatch_refuses_are_refused_before_anything_is_made(
+    tmp_path: Path, option: str, as_directive: str
+) -> None:
+    script = f"#!/bin/bash\n#SBATCH {as_directive}\ntrue\n"
+    tested = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+    assert tested.returncode, as_directive
+    with pytest.raises(RequestError):
+        launched.check_cluster(planned(tmp_path / "run", option, "slurm.attempts=1001"), None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_for_nodes_that_are_drained_for_now_may_wait_and_is_submitted(tmp_path: Path) -> None:
+    cluster.run("scontrol", "update", "nodename=rl0,rl1", "state=drain", "reason=test")
+    try:
+        (remark,) = launched.check_cluster(planned(tmp_path / "run", "slurm.partition=batch"), None)
+        assert "2 nodes are down or drained now" in remark
+    finally:
+        cluster.run("scontrol", "update", "nodename=rl0,rl1", "state=resume")

@@ -1,0 +1,210 @@
+"""`a3po status RUN_DIR`: how far a run is, whether it lives, and what it waits for. Reads only, and without torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..checkpoint.manifest import saved_steps, step_of
+from ..config import Config, load_resolved
+from ..config.slurm_forms import node_names
+from ..errors import RequestError
+from ..telemetry.watchdog import position, stalled
+from .folder import LOCK
+from .tables import runs
+
+ASK_SECONDS = 20
+RECENT = 10  # steps that a rate is taken over
+PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
+Row = tuple[str, str]
+
+
+def status(folder: Path) -> list[Row]:
+    """What there is to say of a run, or of every run of a sweep. Raises RequestError for a folder that is neither."""
+    if (folder / "sweep.json").exists():
+        names = sorted(path.name for path in folder.iterdir() if (path / "config.yaml").exists())
+        return [(name, "; ".join(text for _, text in status(folder / name)[1:4])) for name in names]
+    config = _config(folder)
+    live = is_live(folder)
+    said = [("run", f"{config.name} ({folder})"), *_progress(folder, config, live), *_ranks(folder, config, live)]
+    return [*said, *_jobs(folder), *([] if live else _last_words(folder))]
+
+
+def _config(folder: Path) -> Config:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise RequestError(f"{folder}: this is no run folder: there is no config.yaml in it")
+    try:
+        return load_resolved(path)
+    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise RequestError(f"{path}: this is not the configuration of a run: {words}") from error
+
+
+def is_live(folder: Path) -> bool | None:
+    """Whether a run holds the folder's lock; None: this file system cannot say."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
+def _progress(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
+    steps, saved, rows = config.trainer.steps, saved_steps(folder / "checkpoints"), _rows(folder)
+    done = rows[-1]["step"] + 1 if rows else 0
+    newest = step_of(saved[-1]) if saved else 0
+    begun = bool(done or saved or list((folder / "logs").glob("rank-*")))
+    if live:
+        state = "live"
+    elif newest >= steps:
+        state = "finished"
+    else:
+        state = "not running; the same command continues it" if begun else "never started"
+    yield "state", state if live is not None else f"{state} (its file system has no locks: it may be live all the same)"
+    yield "step", f"{done} of {steps}"
+    recent = rows[-RECENT:]
+    if seconds := sum(row.get(f"perf/seconds_{phase}") or 0.0 for row in recent for phase in PHASES):
+        seconds /= len(recent)
+        tokens = recent[-1].get("perf/tokens_per_second")
+        rate = f"{seconds:.1f} s a step" + (f", {tokens:,.0f} tokens/s" if tokens else "")
+        left = seconds * (steps - done)
+        yield "rate", rate + (f", about {_duration(left)} left" if live and left > 0 else "")
+    if saved:
+        yield "checkpoint", f"{saved[-1].name}, {_ago(saved[-1])}"
+    elif begun:
+        yield "checkpoint", "none yet"
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The steps that are recorded, without a line that is cut off or being written."""
+    rows = []
+    for line in (_text(folder / "metrics.jsonl") or "").splitlines():
+        try:
+            row = json.loads(line)
+            rows += [row] if isinstance(row["step"], int) else []
+        except (ValueError, KeyError, TypeError):
+            continue
+    return rows
+
+
+def _ranks(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
+    logs = folder / "logs"
+    ranks = [rank for rank in range(config.parallel.ranks()) if (logs / f"rank-{rank}.phase").exists()]
+    if not ranks:
+        return
+    where = {rank: position(logs, rank) for rank in ranks}
+    places: dict[str, list[int]] = {}
+    for rank, (_, place) in where.items():
+        places.setdefault(place, []).append(rank)
+    for place, there in places.items():
+        yield ("now" if live else "was in"), f"{place}: rank{'s' * (len(there) > 1)} {runs(there)}"
+    least, most = (extreme(changes for changes, _ in where.values()) for extreme in (min, max))
+    if live and least < most:
+        behind = [rank for rank, (changes, _) in where.items() if changes == least]
+        yield "waits for", f"rank{'s' * (len(behind) > 1)} {runs(behind)}, {most - least} changes of phase behind"
+    beats = {rank: text for rank in ranks if (text := _text(logs / f"rank-{rank}.beat"))}
+    if beats:
+        quietest = max(beats, key=lambda rank: _silence(beats[rank]))
+        words = beats[quietest].partition(", beat")[0].strip()
+        yield "beat", f"rank {quietest} is the quietest: {words}, written {_ago(logs / f'rank-{quietest}.beat')}"
+
+
+def _silence(beat: str) -> float:
+    """silent 1.5 s of 300.0 s, beat 7 → 1.5"""
+    try:
+        return float(beat.split()[1])
+    except (IndexError, ValueError):  # it is being written
+        return 0.0
+
+
+def _jobs(folder: Path) -> Iterator[Row]:
+    """Of a run that was submitted: its jobs that are not over yet, as squeue has them."""
+    script = folder.resolve() / "job.sbatch"
+    if not script.exists():
+        return
+    if shutil.which("squeue") is None:
+        yield "job", "squeue is not here: ask where the run was submitted"
+        return
+    words = ("squeue", "--me", "-h", "-o", "%i|%T|%r|%S|%N|%o")
+    try:
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=ASK_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield "job", f"squeue gives no answer: {error}"
+        return
+    if done.returncode:
+        yield "job", f"squeue gives no answer: {' '.join(done.stderr.split())[:200]}"
+        return
+    mine = [line.split("|", 5) for line in done.stdout.splitlines() if line.endswith(f"|{script}")]
+    if not mine:
+        yield "job", "none in the queue"
+    for number, state, reason, start, nodes, _ in mine:
+        facts = [_on(nodes) if nodes else "", f"({reason})" if reason not in ("", "None") else ""]
+        facts += [f"to start {start}" if state == "PENDING" and start not in ("", "N/A") else ""]
+        yield "job", " ".join([number, state.lower(), *filter(None, facts)])
+
+
+def _on(nodes: str) -> str:
+    """on rl[0-3,7] (5 nodes)"""
+    try:
+        count = len(node_names(nodes))
+    except ValueError:  # an odd answer is shown as it is
+        return f"on {nodes}"
+    return f"on {nodes} ({count} nodes)" if count > 1 else f"on {nodes}"
+
+
+def _last_words(folder: Path) -> Iterator[Row]:
+    """What ended the run the last time, as far as something said so."""
+    logs = folder / "logs"
+    if (stall := stalled(logs)) is not None:
+        yield "stall", stall.strip()
+    attempts = [path for path in logs.glob("attempt-*") if path.name.partition("-")[2].isdecimal()]
+    attempts.sort(key=lambda path: int(path.name.partition("-")[2]))
+    for path in sorted(attempts[-1].glob("rank-*.words"))[:3] if attempts else []:
+        try:
+            said = json.loads((_text(path) or "").partition("\n")[0])
+            yield "last words", f"{path.stem.replace('-', ' ')}: {said['kind']}: {said['message']}"
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off
+    outputs = sorted(logs.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
+    lines = [line for line in (_text(outputs[-1]) or "").splitlines() if line.strip()] if outputs else []
+    if lines:
+        yield "job said", f"{lines[-1].strip()[:300]} ({outputs[-1].name})"
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _ago(path: Path) -> str:
+    try:
+        return f"{_duration(max(0.0, time.time() - path.stat().st_mtime))} ago"
+    except OSError:
+        return "just removed"
+
+
+def _duration(seconds: float) -> str:
+    """75 → 1 min; 7,500 → 2 h 5 min"""
+    hours, days = seconds / 3600, seconds / 86400
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{int(seconds / 60)} min"
+    return f"{int(hours)} h {int(seconds / 60) % 60} min" if days < 2 else f"{int(days)} days {int(hours) % 24} h"
