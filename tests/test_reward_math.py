@@ -62,7 +62,6 @@ def test_the_last_complete_box_is_the_answer(response: str, answer: str) -> None
         (r"\boxed{5,4}", "5"),
         (r"\boxed{54}", "5"),
         (r"\boxed{32, 349}", "32349"),  # two numbers
-        (r"\boxed{12}", "1 2"),
         (r"\boxed{-7}", "7"),
         (r"\boxed{4\frac{4}{9}}", "4"),
         (r"\boxed{4 4/9}", "4"),
@@ -131,14 +130,14 @@ def test_a_gold_answer_that_cannot_be_read_is_invalid(gold: str) -> None:
     assert "gold" in verdict.reason
 
 
-def test_a_failure_inside_the_library_is_invalid_and_names_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_grading_a_response_meets_it_is_wrong_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> bool:
         raise ZeroDivisionError("deep inside")
 
     grader.prepare()
-    monkeypatch.setattr("math_verify.grader.sympy_expr_eq", fail)
+    monkeypatch.setattr("a3po_megatron.reward.equal.equal", fail)
     verdict = grade("\\boxed{x+1}", "y")
-    assert verdict == grader.Verdict("invalid", "grader raised ZeroDivisionError: deep inside")
+    assert verdict == grader.Verdict("wrong", "the answer cannot be compared: ZeroDivisionError: deep inside")
 
 
 @pytest.mark.parametrize("extract", ["", "Boxed", "last", None])
