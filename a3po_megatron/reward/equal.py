@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .value import Choice, Formula, Grid, Items, Region, Relation, TooLarge, Value, Words, as_region
+from .formula import Formula, TooLarge
+from .value import MAX_PIECES, Choice, Grid, Items, Region, Relation, Value, Words, as_region, readings
 
 DIGITS = 40
 CLOSE = 1e-25  # relative
@@ -40,8 +41,6 @@ def equal(gold: Value, found: Value) -> bool:
 
 
 def _any(text: str, other: Value, reverse: bool) -> bool:
-    from .value import readings
-
     return any(equal(other, each) if reverse else equal(each, other) for each in readings(text))
 
 
@@ -208,7 +207,7 @@ def _collections(gold: Value, found: Value) -> bool:
         return len(items) == 1 and equal(items[0], other)
     assert isinstance(gold, Items) and isinstance(found, Items)
     if "tuple" in (gold.kind, found.kind):
-        if gold.kind == found.kind and gold.brackets != found.brackets and "tuple" == gold.kind and _mixed(gold, found):
+        if gold.kind == found.kind and gold.brackets != found.brackets and gold.kind == "tuple" and _mixed(gold, found):
             return False
         if len(gold.items) != len(found.items) or "set" in (gold.kind, found.kind):
             return False
@@ -267,6 +266,10 @@ def _same_regions(one: Any, other: Any) -> bool:
 
     if one == other:
         return True
+    if isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet):
+        return False
+    if max(len(one.args), len(other.args)) > MAX_PIECES:
+        raise TooLarge
     try:
         return bool(sympy.SymmetricDifference(one, other).doit().is_empty) or bool(
             (sympy.Complement(one, other).is_empty) and sympy.Complement(other, one).is_empty

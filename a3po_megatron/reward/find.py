@@ -43,7 +43,8 @@ _LABELS = "|".join(
 )
 # Bounded runs of marks in front: emphasis, headings, bullets, an emoji.
 _LINE = re.compile(
-    rf"^(?P<marks>[^\w\n\\$(\[{{]{{0,24}})(?:{_LABELS})(?P<after>[ \t*_`]{{0,6}}(?:[:：=][ \t*_`]{{0,6}}|\s*$|(?=[ \t]*(?:\$|\\[(\[]))))(?P<value>.*)$",
+    rf"^(?P<marks>[^\w\n\\$(\[{{]{{0,24}})(?:{_LABELS})"
+    r"(?P<after>[ \t*_`]{0,6}(?:[:：=][ \t*_`]{0,6}|\s*$|(?=[ \t]*(?:\$|\\[(\[]))))(?P<value>.*)$",
     re.IGNORECASE | re.MULTILINE,
 )
 _IS = re.compile(
@@ -139,11 +140,16 @@ def boxes(text: str) -> tuple[list[str], bool]:
     return run, any(is_box for is_box, _, _ in stack)
 
 
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = None
+    for each in pattern.finditer(text):
+        found = each
+    return found
+
+
 def _labelled(text: str, finished: bool) -> str | None:
     """The text of the last labelled line; of the next line with anything on it where the label stands alone."""
-    last = None
-    for last in _LINE.finditer(text):
-        pass
+    last = _last(_LINE, text)
     if last is None:
         return None
     value = last["value"].strip()
@@ -169,9 +175,7 @@ def _display(text: str) -> str:
 
 def conclusion(text: str) -> str | None:
     """What a sentence states at its end: `… the answer is 42.` → 42; None where it does not say `answer`."""
-    last = None
-    for last in _IS.finditer(text):
-        pass
+    last = _last(_IS, text)
     if last is None:
         return None
     rest = text[last.end() :].partition("\n\n")[0].strip()

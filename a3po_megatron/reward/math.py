@@ -1,12 +1,12 @@
 r"""Grades a mathematical response against its gold answer: correct, wrong or invalid.
 
-    response → find (where the answer stands) → spell (one LaTeX spelling) → read (as a whole) → equal to the gold answer?
+    response → find (where its answer stands) → spell (one LaTeX spelling) → read (as a whole) → equal to the gold?
 
 Pure and in-process: no signals, no threads, no time limit. What is cheap to recognise as explosive is refused before
 sympy evaluates it; the real guard is the pool of killable processes, `pool.py`.
 
-Fail closed: a response without an answer, cut off, unreadable, too deep or absurdly large is *wrong*, whatever grading it
-met; *invalid* is kept for a gold answer that nobody can read. The rules are in docs/reward.md.
+Fail closed: a response without an answer, cut off, unreadable, too deep or absurdly large is *wrong*, whatever grading
+it met; *invalid* is kept for a gold answer that nobody can read. The rules are in docs/reward.md.
 
 sympy and its LaTeX parser are imported at the first answer that needs them: most are settled by comparing strings.
 """
@@ -19,8 +19,10 @@ import re
 from ..batch import Verdict
 from ..errors import RequestError
 from .find import Found, boxes, conclusion, find
+from .formula import TooLarge, library
 from .spelling import spell
-from .value import MEANING, TooLarge, Value, _library, readings
+from .value import Value, readings
+from .words import MEANING
 
 EXTRACTS = ("any", "boxed", "answer")
 MAX_ANSWER_CHARS = 2000  # of one answer; the longest gold answer of MATH has 159
@@ -166,5 +168,5 @@ def _last_expression(line: str) -> list[str]:
 
 def prepare() -> None:
     """Loads what grading needs, so that no response's time limit pays for it. Grader processes call this at start."""
-    _library()
+    library()
     readings("\\frac{1}{2}")

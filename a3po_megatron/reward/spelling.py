@@ -39,14 +39,17 @@ _SIGNS = {
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
     **{"→": r"\to ", "∠": r"\angle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "ℓ": "l", "µ": r"\mu "},
 }
-_GREEK = {
-    chr(
-        code
-    ): f"\\{unicodedata.name(chr(code)).split()[-1].lower() if small else unicodedata.name(chr(code)).split()[-1].title()} "
-    for start, small in ((0x3B1, True), (0x393, False))
-    for code in range(start, start + 25)
-    if unicodedata.name(chr(code), "").startswith("GREEK") and "FINAL" not in unicodedata.name(chr(code))
-}
+
+
+def _letter(sign: str) -> str:
+    r"""α → \alpha, Γ → \Gamma; "": no letter with a command of its own."""
+    words = unicodedata.name(sign, "").split()
+    if words[:2] not in (["GREEK", "SMALL"], ["GREEK", "CAPITAL"]) or len(words) != 4:
+        return ""
+    return f"\\{words[3].lower() if words[1] == 'SMALL' else words[3].title()} "
+
+
+_GREEK = {chr(code): _letter(chr(code)) for code in range(0x391, 0x3CA) if _letter(chr(code))}
 _GREEK |= {"λ": r"\lambda ", "Λ": r"\Lambda ", "φ": r"\phi ", "ϕ": r"\phi ", "ϑ": r"\theta ", "ε": r"\epsilon "}
 _TABLE = str.maketrans(_GREEK | _SIGNS)
 _UP = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ", "0123456789+-=()ni")
@@ -74,8 +77,8 @@ _LOOKS = (
     ),
     *("underline", "underbrace", "overbrace", "cancel", "ensuremath", "displaystyle", "fbox", "boxed", "framebox"),
 )
-_TEXTS = ("text", "textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "textsc", "textup", "emph", "mathrm")
-_TEXTS = (*_TEXTS, "mbox", "hbox", "operatorname", "operatorname*", "rm", "bf")
+_MARKED = ("text", "textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "textsc", "textup", "emph", "mathrm")
+_TEXTS = (*_MARKED, "mbox", "hbox", "operatorname", "operatorname*", "rm", "bf")
 _PHANTOMS = ("phantom", "hphantom", "vphantom", "hspace", "vspace", "label", "tag", "kern", "color")
 _GONE = re.compile(
     r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|middle)(?:\s*\.(?!\d)|(?![A-Za-z]))"
@@ -83,7 +86,8 @@ _GONE = re.compile(
     r"|mathrm(?=\s*\\)|bf|rm|it|tt|sf)(?![A-Za-z{])|\\!\s*|\\-"
 )
 _SPACES = re.compile(
-    r"(?<!\\)\\(?:[,;: >]|quad(?![A-Za-z])|qquad(?![A-Za-z])|hfill|enspace|thinspace|space)|~|[\u00a0\u2000-\u200a\u202f\u205f\u3000]"
+    r"(?<!\\)\\(?:[,;: >]|q?quad(?![A-Za-z])|hfill|enspace|thinspace|space)|~"
+    r"|[\u00a0\u2000-\u200a\u202f\u205f\u3000]"
 )
 _SAME = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac", "sfrac", "nicefrac"), "frac"),
@@ -190,7 +194,7 @@ def spell(text: str) -> str:
 
 
 def _plain_characters(text: str) -> str:
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cs", "Co") and (c >= " " or c in "\n\t"))
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")  # marks of direction, joiners
     text = _SUPERSCRIPTS.sub(lambda found: "^{" + found[0].translate(_UP) + "}", text)
     text = _SUBSCRIPTS.sub(lambda found: "_{" + found[0].translate(_DOWN) + "}", text)
     text = _VULGAR.sub(_vulgar, text)
@@ -219,7 +223,7 @@ def _command(found: re.Match[str]) -> str:
 def _text(inside: str) -> str:
     r"""\text{…}: words stay marked as such, signs and numbers and single letters do not."""
     bare = inside.strip()
-    if re.fullmatch(r"[A-Za-z]", bare) and bare == inside or not re.search(r"[A-Za-z]", bare) or "\\" in bare:
+    if (re.fullmatch(r"[A-Za-z]", bare) and bare == inside) or not re.search(r"[A-Za-z]", bare) or "\\" in bare:
         return f" {inside} "
     if bare in _FUNCTIONS or bare in ("lim", "max", "min", "gcd", "lcm", "mod", "det", "arcsin"):
         return f"\\{bare} " if bare in _FUNCTIONS else rf"\text{{{bare}}}"

@@ -12,33 +12,31 @@ even, 3:30 p.m., 1 + 2 + \ldots + n, 52_8      Words: equal if they are spelled 
 
 from __future__ import annotations
 
-import functools
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .formula import (
+    CURRENCY,
+    CURRENCY_BEHIND,
+    MAX_NESTING,
+    REPEATING,
+    Formula,
+    TooLarge,
+    explodes,
+    formula,
+    library,
+    nesting,
+    number,
+)
 from .spelling import closing, spell
+from .words import NUMBER_WORDS
 
-MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 9 s for 60
+MAX_CHARS = 8000
+MAX_COMMANDS = 250  # of LaTeX: the parser takes some 20 ms for each function
 MAX_ITEMS = 200  # of a list
-MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
-MAX_TERMS = 10_000  # of a sum or product with numeric limits
-
-
-class TooLarge(Exception):
-    """Evaluating it would not end in time."""
-
-
-@dataclass(frozen=True)
-class Formula:
-    expression: Any  # sympy; decimals are exact rationals
-    text: str
-    unit: str = ""
-    percent: bool = False
-    places: int | None = None  # digits behind the point, where it is written as a decimal number
-    digits: int = 0  # of these the significant ones
+MAX_PIECES = 24  # of a union of intervals, which sympy compares pair by pair
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,11 @@ class Words:
 
 Value = Formula | Items | Region | Relation | Grid | Choice | Words
 
-_NUMBER = re.compile(r"[+-]? ?(?:\d+(?:\.\d*)?|\.\d+)")
 _THOUSANDS = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+)(\.\d+)?")
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})")
-_REPEATING = re.compile(
-    r"([+-]?)(\d*)\.(\d*?)(?:\\overline ?\{ ?(\d+) ?\}|\\(?:dot|overline) ?(\d)|\((\d+)\)|(\d+?)\7+\d* ?\\ldots|(\d)\\ldots)"
-)
 _CHOICE = re.compile(
-    r"(?:\(([A-J])\)|\\text\{ ?\(?([A-J])(?:\)|\.|:)? ?\}|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))[).:]?\s*(.*)",
+    r"(?:\(([A-J])\)|\\text\{ ?\(?([A-J])(?:\)|\.|:)? ?\}|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
+    r"[).:]?\s*(.*)",
     re.DOTALL,
 )
 _BASE = re.compile(r"[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
@@ -96,11 +91,10 @@ _QUALIFIER = re.compile(
 _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
 _PROSE = re.compile(r"[A-Za-z][A-Za-z.']*(?:[ -][A-Za-z][A-Za-z.']*)*")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_WORD = re.compile(r"[A-Za-z]{2,}")
 _AND = re.compile(
-    r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
+    r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
+    r"|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
 )
-_APPROX = re.compile(r"^\\approx ?")
 _SIGNS = (
     ("\\le", "<="),
     ("\\ge", ">="),
@@ -112,64 +106,11 @@ _SIGNS = (
     ("=", "="),
 )
 _SETS = {"R": "Reals", "Z": "Integers", "N": "Naturals", "Q": "Rationals", "C": "Complexes"}
-_CURRENCY = re.compile(r"^(-?) ?(?:\\?\$|€|£|¥|₹|\\(?:pounds|euro|yen)(?![A-Za-z])|USD|EUR|Rs\.?) ?(?=[\d.-])")
-_CURRENCY_BEHIND = re.compile(r"(?<=\d) ?(?:\\?\$|€|£|¥|₹|\\euro)$")
-# Words beside a number that say another number.
-MEANING = frozenset(
-    "squared cubed times plus minus over half halves third thirds quarter quarters dozen hundred thousand million billion "
-    "trillion least most not or and more less than about by to of double twice triple between from under above below "
-    "factorial root power modulo mod divided multiplied percent at up no none infinitely many approximately negative "
-    "positive even odd except if unless otherwise pairs".split()
-)
-UNITS = {
-    **dict.fromkeys(("cm", "centimeter", "centimetre", "centimeters", "centimetres", "cms"), "cm"),
-    **dict.fromkeys(("m", "meter", "metre", "meters", "metres"), "m"),
-    **dict.fromkeys(("mm", "millimeter", "millimetre", "millimeters", "millimetres"), "mm"),
-    **dict.fromkeys(("km", "kilometer", "kilometre", "kilometers", "kilometres", "kms"), "km"),
-    **dict.fromkeys(("in", "inch", "inches"), "in"),
-    **dict.fromkeys(("ft", "foot", "feet"), "ft"),
-    **dict.fromkeys(("yd", "yard", "yards"), "yd"),
-    **dict.fromkeys(("mi", "mile", "miles"), "mi"),
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
-    **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
-    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
-    **dict.fromkeys(("day", "days"), "day"),
-    **dict.fromkeys(("week", "weeks"), "week"),
-    **dict.fromkeys(("month", "months"), "month"),
-    **dict.fromkeys(("year", "years", "yr", "yrs"), "year"),
-    **dict.fromkeys(("kg", "kilogram", "kilograms", "kgs"), "kg"),
-    **dict.fromkeys(("g", "gram", "grams"), "g"),
-    **dict.fromkeys(("mg", "milligram", "milligrams"), "mg"),
-    **dict.fromkeys(("lb", "lbs", "pound", "pounds"), "lb"),
-    **dict.fromkeys(("oz", "ounce", "ounces"), "oz"),
-    **dict.fromkeys(("l", "liter", "litre", "liters", "litres"), "l"),
-    **dict.fromkeys(("ml", "milliliter", "millilitre", "milliliters", "millilitres"), "ml"),
-    **dict.fromkeys(("degree", "degrees", "deg"), "deg"),
-    **dict.fromkeys(("radian", "radians", "rad"), "rad"),
-    **dict.fromkeys(("dollar", "dollars", "usd"), "$"),
-    **dict.fromkeys(("cent", "cents"), "cent"),
-    **dict.fromkeys(("mph",), "mi/h"),
-    **{"n": "N", "newton": "N", "newtons": "N", "j": "J", "joule": "J", "joules": "J", "w": "W", "v": "V", "pa": "Pa"},
-    **{"hz": "Hz", "kj": "kJ", "kw": "kW", "ev": "eV", "k": "K", "c": "C", "f": "F", "mol": "mol", "ohm": "ohm"},
-}
-NUMBER_WORDS = {
-    word: number
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen twenty".split()
-    )
-} | dict(
-    zip(
-        "thirty forty fifty sixty seventy eighty ninety hundred thousand million".split(),
-        (30, 40, 50, 60, 70, 80, 90, 100, 1000, 1000000),
-        strict=True,
-    )
-)
 
 
 def readings(text: str) -> list[Value]:
     """All that an answer may mean, the most plain first; empty: nothing that can be compared."""
-    if len(text) > 8000 or _nesting(text) > MAX_NESTING:
+    if len(text) > MAX_CHARS or text.count("\\") > MAX_COMMANDS or nesting(text) > MAX_NESTING:
         raise TooLarge
     spelled = _bare(spell(_bare(text)))
     return list(dict.fromkeys(_readings(spelled))) if spelled else []
@@ -203,12 +144,12 @@ def _readings(text: str) -> Iterator[Value]:
     if choice := _CHOICE.fullmatch(text):
         letter = next(filter(None, choice.groups()[:4]))
         yield Choice(letter, choice[5].strip("} "))
-    amount = _CURRENCY_BEHIND.sub("", _CURRENCY.sub(r"\1", text))
+    amount = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
     if thousands := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
-        yield _number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
+        yield number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
     elif decimal := _DECIMAL_COMMA.fullmatch(amount):
         yield from _whole(text)
-        yield _number(f"{decimal[1]}.{decimal[2]}")
+        yield number(f"{decimal[1]}.{decimal[2]}")
         return
     yield from _whole(text)
 
@@ -233,7 +174,7 @@ def _whole(text: str) -> Iterator[Value]:
     text = _MOD.sub(lambda found: str(int(found[1]) % int(found[2])) if int(found[2]) else found[0], text)
     if re.search(
         r"\\ldots|\\pmod|\\equiv|\\mod(?![a-z])|'' *$|\\begin\{(?:cases|aligned)|otherwise|\\circ.*'", text
-    ) and not (_REPEATING.fullmatch(text)):
+    ) and not (REPEATING.fullmatch(text)):
         yield _as_words(text)
         return
     if _BASE.fullmatch(text) and text[0].isdigit() and re.search(r"_", text):
@@ -245,7 +186,7 @@ def _whole(text: str) -> Iterator[Value]:
         yield Words(_folded(plain))
         if re.fullmatch(r"\d+ ?: ?\d+", text) and not re.search(r"\b0+\b", text):
             top, bottom = map(str.strip, text.split(":"))
-            yield from _formula(rf"\frac{{{top}}}{{{bottom}}}")
+            yield from formula(rf"\frac{{{top}}}{{{bottom}}}")
         return
     yield from _structure(text)
 
@@ -275,7 +216,7 @@ def _structure(text: str) -> Iterator[Value]:
         yield grid
         return
     yield from _bracketed(text)
-    yield from _formula(text)
+    yield from formula(text)
 
 
 def _named(parts: list[str]) -> list[str]:
@@ -292,14 +233,14 @@ def _words(text: str) -> Iterator[Value]:
     if words and all(word in NUMBER_WORDS for word in words):
         total = part = 0
         for word in words:
-            number = NUMBER_WORDS[word]
-            if number == 100:
+            worth = NUMBER_WORDS[word]
+            if worth == 100:
                 part = max(part, 1) * 100
-            elif number >= 1000:
-                total, part = total + max(part, 1) * number, 0
+            elif worth >= 1000:
+                total, part = total + max(part, 1) * worth, 0
             else:
-                part += number
-        yield _number(str(total + part))
+                part += worth
+        yield number(str(total + part))
     yield Words(folded)
 
 
@@ -313,16 +254,6 @@ def _as_words(text: str) -> Words:
     text = re.sub(r"\\pmod ?\{? ?([^{}() ]+) ?\}?", r"\\pmod\1", text)
     letters = sum(c.isalpha() for c in re.sub(r"\\[a-z]+", "", text)) > 3
     return Words(_folded(text) if letters and "\\" not in text else re.sub(r"[\s.]+(?!\d)", "", text.replace(" ", "")))
-
-
-def _number(text: str) -> Formula:
-    import sympy
-
-    places = len(text.partition(".")[2]) if "." in text else None
-    digits = len(re.sub(r"\D", "", text).lstrip("0"))
-    return Formula(
-        sympy.Rational(text if "." not in text or text[-1] != "." else text[:-1]), text, "", False, places, digits
-    )
 
 
 def _split(text: str) -> list[str]:
@@ -352,9 +283,6 @@ def _split(text: str) -> list[str]:
         position += 1
     parts = [part.strip() for part in [*parts, text[begin:]]]
     return [part for part in parts if part] if len(parts) > 1 else parts
-
-
-_ARROWS = re.compile(r"\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[<>=]")
 
 
 def _relation(text: str) -> Relation | Items | None:
@@ -399,13 +327,12 @@ def _region(text: str) -> Region | None:
     import sympy
 
     parts = re.split(r"\\cup(?![A-Za-z])", text)
-    if len(parts) > 100:
+    if len(parts) > MAX_PIECES:
         raise TooLarge
     if len(parts) > 1:
         regions = [_region(part.strip()) or _interval(part.strip()) or _finite(part.strip()) for part in parts]
-        if any(each is None for each in regions):
-            return None
-        return Region(sympy.Union(*(each.region for each in regions)))
+        whole = [each.region for each in regions if each is not None]
+        return Region(sympy.Union(*whole)) if len(whole) == len(parts) else None
     left, minus, right = text.partition("\\setminus")
     if minus:
         base, removed = (
@@ -425,7 +352,7 @@ def _finite(text: str) -> Region | None:
 
     if not (text.startswith("\\{") and text.endswith("\\}")):
         return None
-    items = [next(_formula(part), None) for part in _split(text[2:-2])]
+    items = [next(formula(part), None) for part in _split(text[2:-2])]
     return None if None in items else Region(sympy.FiniteSet(*(item.expression for item in items if item)))
 
 
@@ -488,7 +415,7 @@ def _grid(text: str) -> Grid | None:
     rows = [row for row in re.split(r"\\\\|\\cr", found[2]) if row.strip()]
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise TooLarge
-    values = tuple(tuple(next(_formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
+    values = tuple(tuple(next(formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
     return None if any(cell is None for row in values for cell in row) else Grid(values)
 
 
@@ -499,7 +426,7 @@ def _computed_grid(text: str) -> Grid | None:
     if "matrix" not in text or text.count("&") > MAX_ITEMS:
         return None
     try:
-        found = _library().latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None).doit()
+        found = library().latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None).doit()
     except Exception:  # the parser raises Exception itself
         return None
     if not isinstance(found, sympy.MatrixBase) or any(explodes(entry) for entry in found.flat()):
@@ -532,169 +459,3 @@ def _sentence(text: str) -> Iterator[Value]:
         yield from _whole(spans[0][2])
     else:
         yield Words(_folded(text.replace("$", "")))
-
-
-def _formula(text: str) -> Iterator[Formula]:
-    text = _APPROX.sub("", text.strip())
-    if repeating := _REPEATING.fullmatch(text):
-        yield _repeating(repeating, text)
-        return
-    text = _CURRENCY_BEHIND.sub("", _CURRENCY.sub(r"\1", text))
-    text, unit = _without_unit(text)
-    percent = text.endswith("\\%")
-    text = text.removesuffix("\\%").strip()
-    text = re.sub(r"(?<![\w.}/])(\d+) ?/ ?(\d+) +(?=\\(?:sqrt|pi)|[A-Za-z(])", r"\\frac{\1}{\2} ", text)
-    joined = re.sub(r"(?<![\d.])(\d{1,3}(?:,\d{3})+)(?![\d,])", lambda found: found[0].replace(",", ""), text)
-    if (
-        not joined
-        or "\\text" in joined
-        or re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,} +[A-Za-z]{2,}", joined)
-        or re.search(r"[$\"?!]{2}|\\\$", joined)
-    ):
-        return
-    if _NUMBER.fullmatch(joined):
-        number = _number(joined.replace(" ", ""))
-        yield Formula(number.expression, joined, unit, percent, number.places, number.digits)
-        return
-    expression = parse(joined)
-    if expression is not None:
-        yield Formula(expression, joined, unit, percent)
-
-
-def _repeating(found: re.Match[str], text: str) -> Formula:
-    import sympy
-
-    sign, whole, fixed = found[1], found[2] or "0", found[3] or ""
-    cycle = next(filter(None, found.groups()[3:]))
-    value = sympy.Rational(int(whole + fixed), 10 ** len(fixed))
-    value += sympy.Rational(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed))
-    return Formula(-value if sign == "-" else value, text)
-
-
-_UNIT_TEXT = re.compile(
-    r"(?:\\text\{([^{}]*)\}|(?<=[\d}) ])((?: ?[A-Za-z]{2,}\.?)+))((?: ?[/^\\cdot{} -]*(?:\d|\\text\{[^{}]*\}|[A-Za-z]{1,3}))*) *$"
-)
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    """What stands before a unit or a noun behind a number, and the unit if it is a known one."""
-    if re.search(r"\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", text) and not re.search(
-        r"\\(?:sin|cos|tan|cot|sec|csc)", text
-    ):
-        return re.sub(r" ?\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", "", text), "deg"
-    found = re.search(
-        r"(?:\\text\{[^{}]*\}|(?<=[\d}]) +[A-Za-z]{2,}(?: +[A-Za-z]{2,})*)(?: ?\^ ?\{? ?-?\d ?\}?)?(?: ?/ ?(?:\\text\{[^{}]*\}|[A-Za-z]+)(?: ?\^ ?\{? ?-?\d ?\}?)?)? *$",
-        text,
-    )
-    if found is None or not text[: found.start()].strip():
-        return text, ""
-    while (
-        more := re.search(r"\\text\{[^{}]*\}(?: ?\^ ?\{? ?-?\d ?\}?)? ?(?:\\cdot|/)? ?$", text[: found.start()])
-    ) is not None:
-        found = re.compile(r".*", re.DOTALL).match(text, more.start())
-        if found is None:
-            return text, ""
-    words = _TEXT.sub(r" \1 ", found[0])
-    names = re.findall(r"[A-Za-z]+", words)
-    if any(name.lower() in MEANING or name.lower() in NUMBER_WORDS for name in names):
-        return text, ""
-    if [name.lower() for name in names] in (["th"], ["st"], ["nd"], ["rd"]):
-        return text[: found.start()].strip(), ""
-    known = [UNITS.get(name.lower() if len(name) > 1 else name, UNITS.get(name.lower(), "")) for name in names]
-    powers = "".join(re.findall(r"[\d/]", words.replace("per", "/")))
-    unit = "".join(known) + powers if known and all(known) else ""
-    return text[: found.start()].strip(), unit
-
-
-@functools.cache
-def _library() -> Any:
-    import latex2sympy2_extended.latex2sympy2 as library
-
-    return library
-
-
-_BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that is evaluated while parsing
-
-
-def parse(text: str) -> Any | None:
-    """A sympy expression of all of a formula, with exact decimals; None: it is none. Raises TooLarge."""
-    import sympy
-
-    if _nesting(text) > MAX_NESTING or _BIG_BINOMIAL.search(text) or len(text) > 2000:
-        raise TooLarge
-    if re.search(r"\d +\d|\d_|[A-Za-z]{12,}|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__", text):
-        return None
-    text = re.sub(
-        r"(\\(?:sin|cos|tan|cot|sec|csc)) ?\(? ?(-?[\d.]+|\\frac\{[^{}]*\}\{[^{}]*\}) ?\^\\circ ?\)?",
-        r"\1(\2 \\cdot \\frac{\\pi}{180})",
-        text,
-    )
-    if "\\circ" in text:
-        return None
-    library = _library()
-    config = library.ConversionConfig(lowercase_symbols=False)
-    try:
-        found = library.latex2sympy(
-            text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config
-        )
-    except RecursionError as error:
-        raise TooLarge from error
-    except Exception:  # the parser raises Exception itself
-        return None
-    if not isinstance(found, sympy.Expr):
-        return None
-    if explodes(found):
-        raise TooLarge
-    exact = {each: sympy.Rational(str(each)) for each in found.atoms(sympy.Float)}
-    return found.xreplace(exact) if exact else found
-
-
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
-    return deepest
-
-
-def explodes(expression: Any) -> bool:
-    """True if evaluating the expression would meet a number beyond MAX_DIGITS or a sum beyond MAX_TERMS."""
-    try:
-        return not _size(expression) <= MAX_DIGITS
-    except RecursionError:
-        return True
-
-
-def _size(node: Any) -> float:
-    """An upper bound on log10 of the largest number that evaluating the tree meets; symbols count as one digit."""
-    import sympy
-
-    if isinstance(node, sympy.Rational):
-        return max(abs(node.p).bit_length(), node.q.bit_length()) * math.log10(2)
-    if isinstance(node, sympy.Float):
-        return max(float(sympy.log(abs(node), 10)), 0.0) if node.is_finite and node != 0 else 0.0
-    if not getattr(node, "args", ()):
-        return 1.0
-    inner = [_size(argument) for argument in node.args if isinstance(argument, sympy.Basic)]
-    largest = max(inner, default=1.0)
-    if largest > MAX_DIGITS:
-        return math.inf
-    if isinstance(node, sympy.Mul):
-        return sum(inner)
-    if isinstance(node, sympy.Add):
-        return largest + math.log10(len(inner))
-    if isinstance(node, sympy.Pow | sympy.exp):
-        base, exponent = (inner[0], node.args[1]) if isinstance(node, sympy.Pow) else (0.5, node.args[0])
-        size = abs(float(exponent)) if isinstance(exponent, sympy.Number) else 10 ** min(inner[-1], 300.0)
-        return max(base, largest, max(base, 0.31) * size)
-    if isinstance(node, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.binomial | sympy.subfactorial):
-        return 10 ** min(inner[0], 300.0) * max(inner[0], 1.0)
-    if isinstance(node, sympy.Sum | sympy.Product):
-        terms = max((10 ** min(_size(bound), 300.0) for limit in node.limits for bound in limit[1:]), default=1.0)
-        if terms > MAX_TERMS:
-            return math.inf
-        return largest * (terms if isinstance(node, sympy.Product) else 1.0) + math.log10(terms + 1)
-    return largest
