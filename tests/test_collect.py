@@ -92,7 +92,7 @@ class ScriptedGraders:
 
     def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
         self.asked += items
-        return [Verdict(OUTCOMES[text]) for text, _ in items]
+        return [Verdict(OUTCOMES[text]) for text, *_ in items]
 
 
 class BrokenGraders(ScriptedGraders):

@@ -143,7 +143,8 @@ def _readings(text: str) -> Iterator[Value]:
     text = re.sub(r"^\\text\{ ?(?:the )?(?:final |correct )?answer is:? ?\} ?", "", text, flags=re.IGNORECASE)
     if choice := _CHOICE.fullmatch(text):
         letter = next(filter(None, choice.groups()[:4]))
-        yield Choice(letter, choice[5].strip("} "))
+        rest = choice[5].strip()
+        yield Choice(letter, rest[:-1] if rest.endswith("}") and rest.count("{") < rest.count("}") else rest)
     amount = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
     if thousands := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
         yield number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
