@@ -10,7 +10,7 @@ sampled it. B is the number of rollouts, T the number of response tokens of all 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,12 +32,20 @@ class Prompt:
     index: int = -1
 
 
+class Answered(NamedTuple):
+    """What a grader gets."""
+
+    response: str
+    answer: str  # the gold one
+    finished: bool = True  # False: the response was cut off
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a grader says of one response.
 
-    `invalid` is a failure of *grading* (worker killed, limit hit, unreadable gold), never a bad answer: a response
-    without an answer, or one cut off, is `wrong`.
+    `invalid` is a failure of *grading* (worker killed, unreadable gold), never a bad answer: a response without an
+    answer, one cut off, and one that takes too long to grade, is `wrong`.
     """
 
     outcome: Outcome

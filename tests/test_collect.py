@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.reward.math import grade
+from a3po_megatron.rollout import collect
 from a3po_megatron.rollout.collect import Collector
 from a3po_megatron.rollout.engine import Completion, Request
 
@@ -88,11 +91,11 @@ class ScriptedEngine:
 
 class ScriptedGraders:
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[Any] = []
 
     def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
         self.asked += items
-        return [Verdict(OUTCOMES[text]) for text, _ in items]
+        return [Verdict(OUTCOMES[text]) for text, *_ in items]
 
 
 class BrokenGraders(ScriptedGraders):
@@ -271,7 +274,21 @@ def test_every_rollout_carries_its_name_seed_step_version_and_verdict() -> None:
 def test_a_response_is_graded_against_the_gold_answer_of_its_own_prompt() -> None:
     setting = Setting(spread_at(0, 1, 2, 3))
     setting.step(0)
-    assert setting.graders.asked == [(letter, f"gold {prompt}") for prompt in range(4) for letter in "cwww"]
+    asked = [(item.response, item.answer, item.finished) for item in setting.graders.asked]
+    assert asked == [(letter, f"gold {prompt}", True) for prompt in range(4) for letter in "cwww"]
+
+
+def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thoughts() -> None:
+    def answered(prompt: str, response: str, finish: str) -> Any:
+        rollout = SimpleNamespace(prompt=SimpleNamespace(text=prompt, answer="4"), text=response, finish=finish)
+        return collect._answered(rollout)
+
+    assert answered("2+2=", "4", "stop") == ("4", "4", True)
+    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False)
+    opened = answered("<|im_start|>assistant\n<think>\n", "2 * 2 = 4", "length")
+    assert opened == ("<think>2 * 2 = 4", "4", False)
+    assert grade(*opened[:2]).outcome == "wrong"  # its thoughts never came to an end
+    assert grade(answered("…<think>\n", "5?</think>4", "stop").response, "4").outcome == "correct"
 
 
 # --- what is counted -----------------------------------------------------------------------------------------------

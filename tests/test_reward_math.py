@@ -62,7 +62,6 @@ def test_the_last_complete_box_is_the_answer(response: str, answer: str) -> None
         (r"\boxed{5,4}", "5"),
         (r"\boxed{54}", "5"),
         (r"\boxed{32, 349}", "32349"),  # two numbers
-        (r"\boxed{12}", "1 2"),
         (r"\boxed{-7}", "7"),
         (r"\boxed{4\frac{4}{9}}", "4"),
         (r"\boxed{4 4/9}", "4"),
@@ -131,14 +130,14 @@ def test_a_gold_answer_that_cannot_be_read_is_invalid(gold: str) -> None:
     assert "gold" in verdict.reason
 
 
-def test_a_failure_inside_the_library_is_invalid_and_names_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_grading_a_response_meets_it_is_wrong_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> bool:
         raise ZeroDivisionError("deep inside")
 
     grader.prepare()
-    monkeypatch.setattr("math_verify.grader.sympy_expr_eq", fail)
+    monkeypatch.setattr("a3po_megatron.reward.equal.equal", fail)
     verdict = grade("\\boxed{x+1}", "y")
-    assert verdict == grader.Verdict("invalid", "grader raised ZeroDivisionError: deep inside")
+    assert verdict == grader.Verdict("wrong", "the answer cannot be compared: ZeroDivisionError: deep inside")
 
 
 @pytest.mark.parametrize("extract", ["", "Boxed", "last", None])
@@ -230,4 +229,57 @@ def test_agreement_with_the_assertions_of_public_graders() -> None:
     rate = sum(agree) / len(agree)
     differing = [pair["id"] for pair, same in zip(pairs, agree, strict=True) if not same]
     print(f"agreement {rate:.4f} of {len(pairs)}; differing: {differing}")
-    assert rate >= 0.92
+    assert rate >= 0.98
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        # Thoughts are no answer, wherever they began.
+        ("<thinking>\\boxed{3}</thinking> It is \\boxed{4}.", "3", "wrong"),
+        ("<think>so \\boxed{3}", "3", "wrong"),
+        ("<|begin_of_thought|>3<|end_of_thought|>\nAnswer: 4", "4", "correct"),
+        # Labels in other languages, values below them.
+        ("Die Antwort: 12", "12", "correct"),
+        ("Ответ: 12", "12", "correct"),
+        ("### Réponse finale\n\n$\\frac{3}{7}$", "3/7", "correct"),
+        # Wholes.
+        ("\\boxed{6 sqrt(11)}", "6", "wrong"),
+        ("\\boxed{2¾}", "2", "wrong"),
+        ("\\boxed{2¾}", "\\frac{11}{4}", "correct"),
+        ("\\boxed{8 \\text{ cubed}}", "8", "wrong"),
+        ("\\boxed{\\text{at most } 9}", "9", "wrong"),
+        ("\\boxed{101_2}", "101", "wrong"),
+        ("\\boxed{2, 4, 6, \\dots}", "6", "wrong"),
+        # Letters, units, signs.
+        ("\\boxed{\\frac{Q}{q}}", "\\frac{q}{Q}", "wrong"),
+        ("\\boxed{kT + g}", "g + kT", "correct"),
+        ("\\boxed{12\\ \\mathrm{kg}}", "12 \\text{ g}", "wrong"),
+        ("\\boxed{12 \\text{ marbles}}", "12", "correct"),
+        ("\\boxed{４８}", "48", "correct"),
+        ("\\boxed{-∞ < x ≤ 5}", "(-\\infty, 5]", "correct"),
+        ("\\boxed{4.5e-6}", "4.5 \\times 10^{-6}", "correct"),
+        ("\\boxed{2 pi sqrt(3)}", "2\\pi\\sqrt{3}", "correct"),
+        ("\\boxed{\\frac{5}{12{,}500}}", "\\frac{1}{2500}", "correct"),
+        # Values, lists, choices.
+        ("\\boxed{3^{-70}}", "5^{-70}", "wrong"),
+        ("\\boxed{u=4, v=9}", "v=9, u=4", "correct"),
+        ("\\boxed{u=9, v=4}", "v=9, u=4", "wrong"),
+        ("\\boxed{7,3}", "3,7", "correct"),
+        ("Answer: (B) because 12 > 7", "B", "correct"),
+        ("\\boxed{C: 40}", "A", "wrong"),
+        ("\\boxed{\\textbf{(E) } \\sqrt{2}}", "\\sqrt{2}", "correct"),
+        ("\\boxed{(2+x)^{1999}}", "(x+2)^{1999}", "correct"),
+        ("\\boxed{x^{1999}+2}", "(x+2)^{1999}", "wrong"),
+    ],
+)
+def test_a_second_instance_of_what_graders_get_wrong(response: str, gold: str, expected: str) -> None:
+    assert outcome(response, gold) == expected
+
+
+def test_a_response_that_was_cut_off_has_answered_only_what_it_named() -> None:
+    assert grade("so \\boxed{12} and then", "12", finished=False).outcome == "correct"
+    assert grade("The sides are 3, 4, so 3 * 4 = 12", "12", finished=False).outcome == "wrong"
+    assert grade("The sides are 3, 4, so 3 * 4 = 12", "12").outcome == "correct"
+    assert grade("Answer: 12", "12", finished=False).outcome == "wrong"  # of 123, it may be
+    assert grade("Answer: 12\nThis", "12", finished=False).outcome == "correct"

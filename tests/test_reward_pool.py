@@ -67,23 +67,25 @@ def test_verdicts_come_in_the_order_of_the_items(pool: GraderPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "reason"),
+    ("command", "outcome", "reason"),
     [
-        ("kill", "grader worker was killed (signal 9)"),
-        ("exit 3", "grader worker exited with code 3"),
-        ("hang", "grader exceeded 2.0 s"),
-        ("busy", "grader exceeded 2.0 s"),
-        ("eat", "grader ran out of memory"),
-        ("raise", "grader raised KeyError: 'no such thing'"),
-        ("garbage", "grader returned str, not a Verdict"),
+        ("kill", "invalid", "grader worker was killed (signal 9)"),
+        ("exit 3", "invalid", "grader worker exited with code 3"),
+        ("hang", "wrong", "it takes more than 2.0 s to grade (reward.timeout_seconds)"),
+        ("busy", "wrong", "it takes more than 2.0 s to grade (reward.timeout_seconds)"),
+        ("eat", "wrong", f"it takes more than {MEMORY} bytes to grade (reward.memory_bytes)"),
+        ("raise", "invalid", "grader raised KeyError: 'no such thing'"),
+        ("garbage", "invalid", "grader returned str, not a Verdict"),
     ],
 )
-def test_a_failure_of_grading_is_invalid_for_its_item_alone(pool: GraderPool, command: str, reason: str) -> None:
+def test_a_failure_of_grading_is_invalid_and_what_is_too_costly_wrong_for_its_item_alone(
+    pool: GraderPool, command: str, outcome: str, reason: str
+) -> None:
     items = ordinary(200)
     items[17] = (command, "x")  # in the middle of a list that one worker was given at once
     begin = time.monotonic()
     verdicts = pool.grade_all(items)
-    assert (verdicts[17].outcome, verdicts[17].reason) == ("invalid", reason)
+    assert (verdicts[17].outcome, verdicts[17].reason) == (outcome, reason)
     assert [v.outcome for i, v in enumerate(verdicts) if i != 17] == [o for i, o in enumerate(expected(200)) if i != 17]
     assert time.monotonic() - begin < TIMEOUT + 5
 
@@ -94,7 +96,8 @@ def test_many_failures_in_one_call_are_each_attributed_and_the_pool_stays_usable
     for index, command in bad.items():
         items[index] = (command, "x")
     outcomes = [v.outcome for v in pool.grade_all(items)]
-    assert outcomes == ["invalid" if i in bad else outcome for i, outcome in enumerate(expected(60))]
+    failed = {index: "wrong" if command == "eat" else "invalid" for index, command in bad.items()}
+    assert outcomes == [failed.get(index, outcome) for index, outcome in enumerate(expected(60))]
     assert [v.outcome for v in pool.grade_all(ordinary(60))] == expected(60)
 
 
@@ -144,7 +147,7 @@ def test_the_time_limit_is_per_item_and_not_per_call(pool: GraderPool) -> None:
 
 def test_what_a_grader_started_dies_with_it(pool: GraderPool, tmp_path: Path) -> None:
     file = tmp_path / "pid"
-    assert pool.grade_all([(f"spawn {file}", "")])[0].reason == "grader exceeded 2.0 s"
+    assert pool.grade_all([(f"spawn {file}", "")])[0].reason.startswith("it takes more than 2.0 s")
     assert gone(int(file.read_text()))
 
 

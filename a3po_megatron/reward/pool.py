@@ -7,8 +7,8 @@ Because replies come one by one and in order, a failure belongs to exactly one i
 verdict `invalid` with its reason, the items behind it in the list are graded again by someone else. A worker that was
 killed from outside before it took a list is nobody's fault (an item is spared so once).
 
-    item beyond the time limit     SIGKILL to the worker's process group       grader exceeded 5.0 s
-    item beyond the memory limit   RLIMIT_AS in the worker, which exits        grader ran out of memory
+    item beyond the time limit     SIGKILL to the worker's process group       wrong: it takes more than 5.0 s
+    item beyond the memory limit   RLIMIT_AS in the worker, which exits        wrong: it takes more than 2 GB
     worker dies                    its socket closes, its pidfd is readable    grader worker was killed (signal 9)
     worker does not start          three times in a row                        RunFailed
     parent dies                    PR_SET_PDEATHSIG in the worker
@@ -36,7 +36,7 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from ..batch import Verdict
+from ..batch import Answered, Verdict
 from ..errors import RequestError, RunFailed
 from ..telemetry.clock import CLOCK
 from .worker import OUT_OF_MEMORY, READY, TAKEN
@@ -46,6 +46,7 @@ START_ATTEMPTS = 3
 EXIT_SECONDS = 1.0  # between the end of a worker's socket and its own
 SOCKET_SECONDS = 30  # for one frame to be taken or given: only a stopped process comes near
 MAX_ITEMS, MAX_CHARS = 64, 1_000_000  # of one list: few enough to spread, many enough to cost nothing per item
+Items = Sequence[tuple[str, str] | Answered]
 OUTCOMES = ("correct", "wrong", "invalid")
 # One thread, no GPU. Thread pools of BLAS reserve address space, which RLIMIT_AS counts.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -143,8 +144,6 @@ def _pidfd(pid: int) -> int | None:
 
 
 def _died(code: int) -> str:
-    if code == OUT_OF_MEMORY:
-        return "grader ran out of memory"
     if code < 0:
         return f"grader worker was killed (signal {-code})"
     return f"grader worker exited with code {code}"
@@ -197,7 +196,7 @@ class GraderPool:
         while len(self._workers) < self._count:
             self._workers.append(_Worker(self._grade, self._memory_bytes))
 
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def grade_all(self, items: Items) -> list[Verdict]:
         """Verdicts of the (response, answer) pairs, in their order. Raises RunFailed if no worker can be started."""
         verdicts: list[Verdict | None] = [None] * len(items)
         queue = deque(range(len(items)))
@@ -210,7 +209,7 @@ class GraderPool:
                 raise
         return [verdict or Verdict("invalid", "not graded") for verdict in verdicts]
 
-    def _run(self, items: Sequence[tuple[str, str]], queue: deque[int], verdicts: list[Verdict | None]) -> None:
+    def _run(self, items: Items, queue: deque[int], verdicts: list[Verdict | None]) -> None:
         while queue or any(worker.items for worker in self._workers):
             self._fill()
             for worker in self._workers:
@@ -220,7 +219,7 @@ class GraderPool:
             for worker in list(self._workers):
                 self._attend(worker, queue, verdicts)
 
-    def _hand_out(self, worker: _Worker, items: Sequence[tuple[str, str]], queue: deque[int]) -> None:
+    def _hand_out(self, worker: _Worker, items: Items, queue: deque[int]) -> None:
         """Gives an idle worker the next items: fewer as the queue runs out, so that all workers end together."""
         share = max(1, min(MAX_ITEMS, len(queue) // (2 * self._count)))
         chosen: list[int] = []
@@ -271,12 +270,19 @@ class GraderPool:
         elif worker.items:
             first = worker.items[0]
             if worker.taken or code >= 0 or first in self._spared:
-                reason = f"grader exceeded {self._timeout:.1f} s" if alive else _died(code)
-                verdicts[worker.items.popleft()] = Verdict("invalid", reason)
+                verdicts[worker.items.popleft()] = self._given_up(None if alive else code)
             else:
                 self._spared.add(first)
             queue.extendleft(reversed(worker.items))
             worker.items.clear()
+
+    def _given_up(self, code: int | None) -> Verdict:
+        """Of an item that its worker did not come back from: the response's own fault, unless somebody killed it."""
+        if code is None:
+            return Verdict("wrong", f"it takes more than {self._timeout:.1f} s to grade (reward.timeout_seconds)")
+        if code == OUT_OF_MEMORY:
+            return Verdict("wrong", f"it takes more than {self._memory_bytes} bytes to grade (reward.memory_bytes)")
+        return Verdict("invalid", _died(code))
 
     def _abandon(self) -> None:
         for worker in self._workers:

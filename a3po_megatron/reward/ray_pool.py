@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from ..batch import Verdict
+from ..batch import Answered, Verdict
 from ..errors import RequestError, RunFailed
 from .pool import GraderPool
 
@@ -29,7 +29,7 @@ class _Node:
         self._pool = make_pool()
         self._pool.start()
 
-    def grade(self, items: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    def grade(self, items: Sequence[tuple[str, str] | Answered]) -> list[tuple[str, str]]:
         return [(verdict.outcome, verdict.reason) for verdict in self._pool.grade_all(items)]
 
 
@@ -81,7 +81,7 @@ class RayGraders:
             .remote(self._make_pool)
         )
 
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def grade_all(self, items: Sequence[tuple[str, str] | Answered]) -> list[Verdict]:
         """Verdicts of the (response, answer) pairs, in their order."""
         verdicts: list[Verdict | None] = [None] * len(items)
         for attempt in range(2):

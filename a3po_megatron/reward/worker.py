@@ -41,10 +41,10 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def judge(grade: Callable[[str, str], Verdict], response: str, answer: str) -> Verdict:
+def judge(grade: Callable[..., Verdict], response: str, answer: str, finished: bool = True) -> Verdict:
     """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller."""
     try:
-        verdict = grade(response, answer)
+        verdict = grade(response, answer) if finished else grade(response, answer, finished=False)
     except MemoryError:
         raise
     except Exception as error:
@@ -76,9 +76,9 @@ def main(descriptor: int, parent: int, memory_bytes: int) -> None:
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         connection.send_bytes(TAKEN)
-        for response, answer in items:
+        for item in items:
             try:
-                verdict = judge(grade, response, answer)
+                verdict = judge(grade, *item)
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
             connection.send_bytes(json.dumps([verdict.outcome, str(verdict.reason)[:MAX_REASON_CHARS]]).encode())

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from ..batch import Collected, Group, Prompt, Rollout, Verdict
+from ..batch import Answered, Collected, Group, Prompt, Rollout, Verdict
 from ..checkpoint.interrupt import Interrupt
 from ..checkpoint.journal import Journal
 from ..cluster import Cluster, first
@@ -33,9 +33,12 @@ from .engine import Engine, Request
 _COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward", "stepwise")
 
 
+THOUGHTS = "<think>"
+
+
 class Graders(Protocol):
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts of (response, answer) pairs, in their order."""
+    def grade_all(self, items: Sequence[Answered]) -> list[Verdict]:
+        """Their verdicts, in their order."""
 
 
 class Collector:
@@ -170,7 +173,7 @@ class Collector:
     def _grade(self, graders: Graders, groups: list[Group], step: int) -> None:
         with phase("reward"):
             rollouts = [rollout for group in groups for rollout in group.rollouts]
-            verdicts = graders.grade_all([(rollout.text, rollout.prompt.answer) for rollout in rollouts])
+            verdicts = graders.grade_all([_answered(rollout) for rollout in rollouts])
             for rollout, verdict in zip(rollouts, verdicts, strict=True):
                 rollout.verdict = verdict
                 length = len(rollout.tokens)
@@ -206,6 +209,12 @@ class Collector:
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
                 f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
             )
+
+
+def _answered(rollout: Rollout) -> Answered:
+    """A prompt may have opened the thoughts that the response closes."""
+    opened = THOUGHTS if rollout.prompt.text.rstrip().endswith(THOUGHTS) else ""
+    return Answered(opened + rollout.text, rollout.prompt.answer, rollout.finish == "stop")
 
 
 def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[str, Any]:

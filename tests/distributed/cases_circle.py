@@ -47,7 +47,7 @@ class InProcess:
         self.grader = grader
 
     def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [self.grader(response, answer) for response, answer in items]
+        return [self.grader(response, answer) for response, answer, *_ in items]
 
 
 class Forgetful(VllmEngine):

@@ -1,0 +1,462 @@
+r"""What an answer is: read whole, or not at all. A part that was understood is never taken for the whole.
+
+3\sqrt{2}, 1/3, 0.25, 10\%, 15 \text{ cm}      Formula: a sympy expression; unit, percent and decimal places beside it
+1, 2 · 1 and 2 · \{1, 2\} · 1 \pm \sqrt{2}     Items: of any order (list, set)
+(1, 2) · [0, 1)                                Items in their order (tuple), which two also make an interval
+(-\infty, 2] \cup (3, 5) · \mathbb{R}          Region: a sympy set of reals
+x = 3 · f(x) = 2x · x > 3 · x \in [0, 1]       Relation
+\begin{pmatrix}…                               Grid
+(D) 12 · D · E: some words                     Choice: a letter, and what stands behind it
+even, 3:30 p.m., 1 + 2 + \ldots + n, 52_8      Words: equal if they are spelled alike
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .formula import (
+    CURRENCY,
+    CURRENCY_BEHIND,
+    MAX_NESTING,
+    REPEATING,
+    Formula,
+    TooLarge,
+    explodes,
+    formula,
+    library,
+    nesting,
+    number,
+)
+from .spelling import closing, spell
+from .words import NUMBER_WORDS
+
+MAX_CHARS = 8000
+MAX_COMMANDS = 250  # of LaTeX: the parser takes some 20 ms for each function
+MAX_ITEMS = 200  # of a list
+MAX_PIECES = 24  # of a union of intervals, which sympy compares pair by pair
+
+
+@dataclass(frozen=True)
+class Items:
+    kind: str  # list, set, tuple
+    items: tuple[Any, ...]
+    brackets: str = ""  # of a tuple, as written: "()", "[]", "(]", "[)"
+
+
+@dataclass(frozen=True)
+class Region:
+    region: Any  # sympy set
+
+
+@dataclass(frozen=True)
+class Relation:
+    sign: str  # = < <= > >= != in
+    left: Any
+    right: Any
+
+
+@dataclass(frozen=True)
+class Grid:
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    letter: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Words:
+    text: str
+
+
+Value = Formula | Items | Region | Relation | Grid | Choice | Words
+
+_THOUSANDS = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+)(\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})")
+_CHOICE = re.compile(
+    r"(?:\(([A-J])\)|\\text\{ ?\(?([A-J])(?:\)|\.|:)? ?\}|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
+    r"[).:]?\s*(.*)",
+    re.DOTALL,
+)
+_BASE = re.compile(r"[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
+_QUALIFIER = re.compile(
+    r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,]))(?:for|where|with|as|when|in which|such that)\b(?![^{}]*otherwise).*$",
+    re.DOTALL,
+)
+_MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
+_PROSE = re.compile(r"[A-Za-z][A-Za-z.']*(?:[ -][A-Za-z][A-Za-z.']*)*")
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_AND = re.compile(
+    r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
+    r"|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
+)
+_SIGNS = (
+    ("\\le", "<="),
+    ("\\ge", ">="),
+    ("\\ne", "!="),
+    ("\\in", "in"),
+    ("\\approx", "="),
+    ("<", "<"),
+    (">", ">"),
+    ("=", "="),
+)
+_SETS = {"R": "Reals", "Z": "Integers", "N": "Naturals", "Q": "Rationals", "C": "Complexes"}
+
+
+def readings(text: str) -> list[Value]:
+    """All that an answer may mean, the most plain first; empty: nothing that can be compared."""
+    if len(text) > MAX_CHARS or text.count("\\") > MAX_COMMANDS or nesting(text) > MAX_NESTING:
+        raise TooLarge
+    spelled = _bare(spell(_bare(text)))
+    return list(dict.fromkeys(_readings(spelled))) if spelled else []
+
+
+def _bare(text: str) -> str:
+    """Without the wrapping that carries no meaning: emphasis, quotes, math delimiters, the full stop of a sentence."""
+    before = None
+    text = text.strip()
+    while text != before:
+        before = text
+        text = text.strip('*`_" \t\r\n') if not text.startswith("_") else text
+        if re.fullmatch(r"\s*\\text\s*\{[^{}]*\}\s*", text) is None:
+            text = text if text.endswith(("..", "\\.")) else text.removesuffix(".")
+        text = re.sub(r"(?<!\\)\\$", "", text.rstrip(",;"))
+        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+            inner = text[len(left) : -len(right)]
+            if text.startswith(left) and text.endswith(right) and inner and "$" not in inner and left not in inner:
+                text = inner.strip()
+        if text.startswith("{") and closing(text, 0) == len(text) - 1:
+            text = text[1:-1].strip()
+        if text.endswith("$") and text.count("$") == 1 and not text.endswith("\\$"):
+            text = text[:-1]
+        if text.startswith("$") and text.count("$") == 1 and not re.match(r"\$ ?[\d.]", text):
+            text = text[1:]
+    return text
+
+
+def _readings(text: str) -> Iterator[Value]:
+    text = re.sub(r"^\\text\{ ?(?:the )?(?:final |correct )?answer is:? ?\} ?", "", text, flags=re.IGNORECASE)
+    if choice := _CHOICE.fullmatch(text):
+        letter = next(filter(None, choice.groups()[:4]))
+        rest = choice[5].strip()
+        yield Choice(letter, rest[:-1] if rest.endswith("}") and rest.count("{") < rest.count("}") else rest)
+    amount = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
+    if thousands := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
+        yield number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
+    elif decimal := _DECIMAL_COMMA.fullmatch(amount):
+        yield from _whole(text)
+        yield number(f"{decimal[1]}.{decimal[2]}")
+        return
+    yield from _whole(text)
+
+
+def _whole(text: str) -> Iterator[Value]:
+    """One answer as a whole: words, relation, list, region, tuple, formula."""
+    text = _bare(text)
+    if not text:
+        return
+    if behind := re.fullmatch(r"\$([^$]+)\$ ?(\\%|[A-Za-z][A-Za-z ]*)", text):  # $125$ miles
+        text = behind[1] + (behind[2] if behind[2] == "\\%" else rf" \text{{{behind[2]}}}")
+    if "\\text{" not in text and "$" in text[1:] and text.count("$") % 2 == 0:  # formulas between words
+        yield from _sentence(text)
+        return
+    if len(cut := _QUALIFIER.sub("", text).strip(" ,")) < len(text) and cut and "otherwise" not in text:
+        text = cut
+    plain = _TEXT.sub(r"\1", text).strip()
+    if _PROSE.fullmatch(plain) and (len(plain) > 1 or "\\text" in text):
+        yield from _words(plain)
+        if "\\text" in text or not re.fullmatch(r"[a-z]{2,3}|[A-Z]{2}|[A-Za-z](?: [A-Za-z]){1,3}", plain):
+            return
+    text = _MOD.sub(lambda found: str(int(found[1]) % int(found[2])) if int(found[2]) else found[0], text)
+    if re.search(
+        r"\\ldots|\\pmod|\\equiv|\\mod(?![a-z])|'' *$|\\begin\{(?:cases|aligned)|otherwise|\\circ.*'", text
+    ) and not (REPEATING.fullmatch(text)):
+        yield _as_words(text)
+        return
+    if _BASE.fullmatch(text) and text[0].isdigit() and re.search(r"_", text):
+        yield _as_words(text)
+        if bare := re.match(r"\d+", text):
+            yield Words(f"base {bare[0]}")
+        return
+    if re.fullmatch(r"\d+(?: ?: ?\d+)+[A-Za-z. ]*", plain):
+        yield Words(_folded(plain))
+        if re.fullmatch(r"\d+ ?: ?\d+", text) and not re.search(r"\b0+\b", text):
+            top, bottom = map(str.strip, text.split(":"))
+            yield from formula(rf"\frac{{{top}}}{{{bottom}}}")
+        return
+    yield from _structure(text)
+
+
+def _structure(text: str) -> Iterator[Value]:
+    parts = _split(text)
+    if len(parts) > 1:
+        if len(parts) > MAX_ITEMS:
+            raise TooLarge
+        items = [next(_whole(part), None) for part in _named(parts)]
+        if None not in items:
+            yield Items("list", tuple(items))
+        return
+    text = (
+        re.sub(r"(?<=[\w})\]]) ?\\approx(?![A-Za-z]).*$", "", text)
+        if not re.match(r"[A-Za-z] ?\\approx", text)
+        else text
+    )
+    relation = _relation(text)
+    if relation is not None:
+        yield relation
+        return
+    if region := _region(text):
+        yield region
+        return
+    if grid := _grid(text):
+        yield grid
+        return
+    yield from _bracketed(text)
+    yield from formula(text)
+
+
+def _named(parts: list[str]) -> list[str]:
+    """n=2, 3, 4 → n=2, n=3, n=4"""
+    head = re.match(r"([A-Za-z](?:_\{?\w+\}?)?) ?= ?", parts[0])
+    if head is None or any(re.search(r"[=<>]|\\(?:le|ge|ne|in)(?![a-z])", part) for part in parts[1:]):
+        return parts
+    return [parts[0], *(f"{head[1]} = {part}" for part in parts[1:])]
+
+
+def _words(text: str) -> Iterator[Value]:
+    folded = _folded(text)
+    words = text.lower().replace("-", " ").replace(" and ", " ").split()
+    if words and all(word in NUMBER_WORDS for word in words):
+        total = part = 0
+        for word in words:
+            worth = NUMBER_WORDS[word]
+            if worth == 100:
+                part = max(part, 1) * 100
+            elif worth >= 1000:
+                total, part = total + max(part, 1) * worth, 0
+            else:
+                part += worth
+        yield number(str(total + part))
+    yield Words(folded)
+
+
+def _folded(text: str) -> str:
+    return re.sub(r"[\s.,'\"()_-]+", "", text).casefold()
+
+
+def _as_words(text: str) -> Words:
+    text = _TEXT.sub(r"\1", text)
+    text = re.sub(r"([_^])\{ ?([^{}]*?) ?\}", r"\1\2", text)
+    text = re.sub(r"\\pmod ?\{? ?([^{}() ]+) ?\}?", r"\\pmod\1", text)
+    letters = sum(c.isalpha() for c in re.sub(r"\\[a-z]+", "", text)) > 3
+    return Words(_folded(text) if letters and "\\" not in text else re.sub(r"[\s.]+(?!\d)", "", text.replace(" ", "")))
+
+
+def _split(text: str) -> list[str]:
+    """At commas, semicolons, `and`, `or` outside of all brackets; thousands stay together."""
+    if "\\pm" in text and "\\mp" not in text and len(signs := re.findall(r"\\pm(?![a-z])", text)) == 1 and signs:
+        both = [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]
+        return [part for each in both for part in _split(each)]
+    parts, depth, begin = [], 0, 0
+    position = 0
+    while position < len(text):
+        character = text[position]
+        if character == "\\" and text[position + 1 : position + 2] in ("{", "}", ",", ";"):
+            depth += {"{": 1, "}": -1}.get(text[position + 1], 0)
+            position += 2
+            continue
+        if depth == 0 and (joined := _AND.match(text, position)):
+            parts.append(text[begin:position])
+            position = begin = joined.end()
+            continue
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif depth == 0 and character in ",;":
+            parts.append(text[begin:position])
+            begin = position + 1
+        position += 1
+    parts = [part.strip() for part in [*parts, text[begin:]]]
+    return [part for part in parts if part] if len(parts) > 1 else parts
+
+
+def _relation(text: str) -> Relation | Items | None:
+    depth = 0
+    places: list[tuple[int, int, str]] = []
+    for found in re.finditer(r"\\\{|\\\}|[([{]|[)\]}]|\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[<>=]", text):
+        mark = found[0]
+        if mark in ("\\{", "(", "[", "{"):
+            depth += 1
+        elif mark in ("\\}", ")", "]", "}"):
+            depth -= 1
+        elif depth == 0:
+            places.append((found.start(), found.end(), dict(_SIGNS)[mark]))
+    if not places or len(places) > 6 or places[0][0] == 0:
+        return None
+    ends = [0, *(end for _, end, _ in places)]
+    begins = [*(start for start, _, _ in places), len(text)]
+    sides = [text[a:b].strip() for a, b in zip(ends, begins, strict=True)]
+    signs = [sign for _, _, sign in places]
+    values = [_side(side) for side in sides]
+    if any(value is None for value in values):
+        return None
+    if len(signs) == 1:
+        return Relation(signs[0], values[0], values[1])
+    return Relation(" ".join(signs), tuple(values[:-1]), values[-1])
+
+
+def _side(text: str) -> Value | None:
+    plain = _TEXT.sub(r"\1", text).strip()
+    if re.fullmatch(r"[A-Za-z][A-Za-z ]+", plain) and not re.fullmatch(r"[a-z]{2}", plain):
+        return Words(_folded(plain))
+    if re.fullmatch(
+        r"\\(?:m?angle|triangle|overline|overrightarrow|vec|widehat|hat|bar|overset)(?![A-Za-z]).{1,20}", text
+    ):
+        return Words(re.sub(r"[{} ]", "", text))
+    if re.fullmatch(r"[A-Za-z](?:'+)? ?\( ?[A-Za-z](?:, ?[A-Za-z])* ?\)", text):  # f(x)
+        return Words(text.replace(" ", ""))
+    return next(_whole(text), None)
+
+
+def _region(text: str) -> Region | None:
+    import sympy
+
+    parts = re.split(r"\\cup(?![A-Za-z])", text)
+    if len(parts) > MAX_PIECES:
+        raise TooLarge
+    if len(parts) > 1:
+        regions = [_region(part.strip()) or _interval(part.strip()) or _finite(part.strip()) for part in parts]
+        whole = [each.region for each in regions if each is not None]
+        return Region(sympy.Union(*whole)) if len(whole) == len(parts) else None
+    left, minus, right = text.partition("\\setminus")
+    if minus:
+        base, removed = (
+            _region(left.strip()) or _interval(left.strip()),
+            _finite(right.strip()) or _interval(right.strip()),
+        )
+        return Region(sympy.Complement(base.region, removed.region)) if base and removed else None
+    if found := re.fullmatch(r"\\(?:mathbb|mathbf|Bbb) ?\{? ?([RZNQC]) ?\}?", text):
+        return Region(getattr(sympy.S, _SETS[found[1]]))
+    if text == "\\emptyset" or re.fullmatch(r"\\\{ *\\\}", text):
+        return Region(sympy.S.EmptySet)
+    return None
+
+
+def _finite(text: str) -> Region | None:
+    import sympy
+
+    if not (text.startswith("\\{") and text.endswith("\\}")):
+        return None
+    items = [next(formula(part), None) for part in _split(text[2:-2])]
+    return None if None in items else Region(sympy.FiniteSet(*(item.expression for item in items if item)))
+
+
+def _interval(text: str) -> Region | None:
+    for value in _bracketed(text):
+        if isinstance(value, Items) and value.kind == "tuple":
+            return as_region(value)
+    return None
+
+
+def as_region(value: Items) -> Region | None:
+    """Of two formulas in brackets: the interval."""
+    import sympy
+
+    if len(value.items) != 2 or not all(isinstance(item, Formula) for item in value.items) or not value.brackets:
+        return None
+    low, high = (item.expression for item in value.items)
+    if low.free_symbols or high.free_symbols or not (low.is_extended_real and high.is_extended_real):
+        return None
+    return Region(sympy.Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")"))
+
+
+def _bracketed(text: str) -> Iterator[Value]:
+    if text.startswith("\\{") and text.endswith("\\}"):
+        items = [next(_whole(part), None) for part in _split(text[2:-2])]
+        if None not in items:
+            yield Items("set", tuple(items))
+        return
+    if len(text) < 3 or text[0] not in "([])" or text[-1] not in "()[]":
+        return
+    outward = text[0] in ")]" or text[-1] in "(["  # ]0, 1[
+    if not outward and _matching(text) != len(text) - 1:
+        return
+    inside = _split(text[1:-1])
+    if len(inside) < 2:
+        return
+    items = [next(_whole(part), None) for part in inside]
+    if None in items:
+        return
+    opens = {"(": "(", "[": "[", "]": "("}.get(text[0])
+    closes = {")": ")", "]": "]", "[": ")"}.get(text[-1])
+    if opens and closes:
+        yield Items("tuple", tuple(items), opens + closes)
+
+
+def _matching(text: str) -> int:
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if depth == 0:
+            return position
+    return -1
+
+
+def _grid(text: str) -> Grid | None:
+    text = re.sub(r"^[\[(] ?(?=\\begin)|(?<=\}) ?[\])]$", "", text) if "\\begin" in text else text
+    found = re.fullmatch(r"\\begin ?\{([pbvBV]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)\\end ?\{\1\}", text, re.DOTALL)
+    if found is None or "\\begin" in found[2]:
+        return _computed_grid(text)
+    rows = [row for row in re.split(r"\\\\|\\cr", found[2]) if row.strip()]
+    if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
+        raise TooLarge
+    values = tuple(tuple(next(formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
+    return None if any(cell is None for row in values for cell in row) else Grid(values)
+
+
+def _computed_grid(text: str) -> Grid | None:
+    """A sum or product of matrices."""
+    import sympy
+
+    if "matrix" not in text or text.count("&") > MAX_ITEMS:
+        return None
+    try:
+        found = library().latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None).doit()
+    except Exception:  # the parser raises Exception itself
+        return None
+    if not isinstance(found, sympy.MatrixBase) or any(explodes(entry) for entry in found.flat()):
+        return None
+    return Grid(tuple(tuple(Formula(entry, str(entry)) for entry in found.row(n)) for n in range(found.rows)))
+
+
+def _sentence(text: str) -> Iterator[Value]:
+    r"""A gold answer in words: `The maximum is $9$, attained at …` → 9; `$n = 4$ or $n = 7$` → both."""
+    spans = [
+        (found.start(), found.end(), found[1] or found[2]) for found in re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
+    ]
+    between = [
+        text[a:b]
+        for a, b in zip([0, *(end for _, end, _ in spans)], [*(s for s, _, _ in spans), len(text)], strict=True)
+    ]
+    joined = all(re.fullmatch(r"[\s,;]*(?:and|or)?\s*", words) for words in between)
+    if joined:
+        yield from _whole(", ".join(inner for _, _, inner in spans))
+        return
+    if re.search(r"\b(?:otherwise|if|even|odd|all|any|every)\b", " ".join(between)):
+        yield Words(_folded(text.replace("$", "")))
+        return
+    if stated := re.search(r"\b(?:is|are|equals)[: ]+\$([^$]+)\$(?= *(?:[,.;]|$))", text):
+        yield from _whole(stated[1])
+    elif (
+        re.fullmatch(r"\s*,? *(?:where|for|with|as|when)\b.*", "".join(between[1:]), re.DOTALL)
+        and not between[0].strip()
+    ):
+        yield from _whole(spans[0][2])
+    else:
+        yield Words(_folded(text.replace("$", "")))
