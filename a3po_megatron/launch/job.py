@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, load_resolved
+from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
 from ..telemetry.watchdog import NAMED, stalled
 from .blame import Kind, deaths_in_job, error_of
@@ -151,7 +152,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         f"--cpus-per-task={slurm.cpus_per_task}",  # since 22.05 srun does not take it over from the job
         "--kill-on-bad-exit=1",
         "--export=ALL",  # a site may have told sbatch to export nothing, which srun would take over
-        f"--output={attempt}/rank-%t.log",
+        f"--output={filename(str(attempt))}/rank-%t.log",
         *container,
         *RANK,
         slurm.python or ("python" if slurm.container else sys.executable),

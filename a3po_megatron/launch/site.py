@@ -6,6 +6,7 @@ understood is left to sbatch, whose own word (--test-only) counts before anythin
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from ..config.slurm import SlurmOptions
 from ..config.slurm_forms import gpu_counts
 from ..errors import RequestError
+from .handoff import of_a_submission
 
 ASK_SECONDS = 120
 SHOWN = 600  # characters of what a program says
@@ -150,7 +152,13 @@ def _ask(*words: str) -> str:
 def _run(*words: str, seconds: float | None = ASK_SECONDS) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds
+            words,
+            env=of_a_submission(os.environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
         )
     except (OSError, ValueError) as error:
         raise RequestError(f"{words[0]} cannot be run: {error}") from error
