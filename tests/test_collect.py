@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a3po_megatron.batch import Collected, Group, Prompt, Verdict
+from a3po_megatron.batch import Answered, Collected, Group, Prompt, Verdict
 from a3po_megatron.checkpoint.interrupt import Interrupt
 from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout import collect
 from a3po_megatron.rollout.collect import Collector
@@ -89,19 +92,25 @@ class ScriptedEngine:
         return completions
 
 
+def known(verdicts: list[Verdict]) -> Future[list[Verdict]]:
+    future: Future[list[Verdict]] = Future()
+    future.set_result(verdicts)
+    return future
+
+
 class ScriptedGraders:
     def __init__(self) -> None:
         self.asked: list[Any] = []
 
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def submit(self, items: Sequence[Any]) -> Future[list[Verdict]]:
         self.asked += items
-        return [Verdict(OUTCOMES[text]) for text, *_ in items]
+        return known([Verdict(OUTCOMES[text]) for text, *_ in items])
 
 
 class BrokenGraders(ScriptedGraders):
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
+    def submit(self, items: Sequence[Any]) -> Future[list[Verdict]]:
         self.asked += items
-        return [Verdict("invalid", "the grader was killed")] * len(items)
+        return known([Verdict("invalid", "the grader was killed")] * len(items))
 
 
 class Setting:
@@ -275,7 +284,55 @@ def test_a_response_is_graded_against_the_gold_answer_of_its_own_prompt() -> Non
     setting = Setting(spread_at(0, 1, 2, 3))
     setting.step(0)
     asked = [(item.response, item.answer, item.finished) for item in setting.graders.asked]
-    assert asked == [(letter, f"gold {prompt}", True) for prompt in range(4) for letter in "cwww"]
+    assert sorted(asked) == sorted((letter, f"gold {prompt}", True) for prompt in range(4) for letter in "cwww")
+
+
+def test_a_group_is_given_to_the_graders_as_soon_as_it_is_finished_while_the_engine_goes_on() -> None:
+    setting = Setting(spread_at(0, 1, 2, 3))
+    seen: list[int] = []
+
+    def one_by_one(requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
+        for number, completion in enumerate(setting.engine.complete(requests)):
+            seen.append(len(setting.graders.asked))
+            yield [(number, completion)]
+
+    setting.engine.sample = one_by_one  # type: ignore[method-assign]
+    setting.step(0)
+    assert seen == [4 * (number // 4) for number in range(16)]
+
+
+def test_many_small_groups_are_graded_in_few_calls_and_each_gets_its_own_verdicts_or_the_pools_failure() -> None:
+    class Slow:
+        """Holds its first call until all has been submitted."""
+
+        def __init__(self) -> None:
+            self.calls: list[int] = []
+            self.go_on = threading.Event()
+
+        def __enter__(self) -> Slow:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return
+
+        def grade_all(self, items: Sequence[Any]) -> list[Verdict]:
+            assert self.go_on.wait(60)
+            self.calls.append(len(items))
+            if any(item.response == "!" for item in items):
+                raise RunFailed("no grader can be started")
+            return [Verdict("correct" if item.response == item.answer else "wrong") for item in items]
+
+    pool = Slow()
+    with Beside(pool) as graders:
+        asked = [[Answered(str(number), str(number // 2 * 2)) for number in range(n, n + 3)] for n in range(20)]
+        futures = [graders.submit(items) for items in asked]
+        pool.go_on.set()
+        for items, future in zip(asked, futures, strict=True):
+            assert [v.outcome == "correct" for v in future.result(60)] == [i.response == i.answer for i in items]
+        assert len(pool.calls) <= 3 and sum(pool.calls) == 60
+        with pytest.raises(RunFailed, match="no grader can be started"):
+            graders.submit([Answered("!", "")]).result(60)
+        assert graders.submit([Answered("1", "1")]).result(60) == [Verdict("correct")]
 
 
 def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thoughts() -> None:
@@ -397,7 +454,7 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
     again, undisturbed = Setting(script, journal=tmp_path), Setting(script)
     found, wanted = again.step(0), undisturbed.step(0)
     assert again.engine.requests == [], "what was sampled is sampled again"
-    assert again.graders.asked == undisturbed.graders.asked, "every response is graded, once"
+    assert sorted(again.graders.asked) == sorted(undisturbed.graders.asked), "every response is graded, once"
     assert found.accepted == wanted.accepted == [1, 3, 4, 5]
     assert found.metrics == wanted.metrics | {"perf/recalled_groups": len(found.sampled)}
     assert [r.reward for g in found.groups for r in g.rollouts] == [r.reward for g in wanted.groups for r in g.rollouts]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 
 from ..config import RewardOptions
+from .beside import Beside
 from .math import grade
 from .pool import GraderPool
 from .ray_pool import RayGraders
 
 
-def math_graders(options: RewardOptions) -> GraderPool | RayGraders:
-    """What grades (response, answer) pairs: here, or on all nodes of a job. Use it as a context manager."""
+def math_graders(options: RewardOptions) -> Beside:
+    """What grades responses, here or on all nodes of a job, while others are sampled. Use it as a context manager."""
     if options.pool == "ray":
-        return RayGraders(functools.partial(local_graders, options), options.ray_address)
-    return local_graders(options)
+        return Beside(RayGraders(functools.partial(local_graders, options), options.ray_address))
+    return Beside(local_graders(options))
 
 
 def local_graders(options: RewardOptions) -> GraderPool:

@@ -14,6 +14,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from ..batch import Answered, Collected, Group, Prompt, Rollout, Verdict
@@ -37,8 +38,11 @@ THOUGHTS = "<think>"
 
 
 class Graders(Protocol):
-    def grade_all(self, items: Sequence[Answered]) -> list[Verdict]:
-        """Their verdicts, in their order."""
+    def submit(self, items: Sequence[Answered]) -> Future[list[Verdict]]:
+        """Their verdicts to come, in their order."""
+
+
+_Grading = tuple[Group, Future[list[Verdict]]]
 
 
 class Collector:
@@ -80,9 +84,9 @@ class Collector:
             missing = wanted - len(kept)
             # Later rounds allow for the share of prompts that gave spread so far.
             count = missing if not found else min(wanted, math.ceil(missing * tried / found))
-            groups, ungraded, leave = self._sample(engine, prompts.take(count), step)
+            groups, grading, leave = self._sample(engine, prompts.take(count), graders, step)
             if leave is None:
-                self._grade(graders, ungraded, step)
+                self._grade(grading, step)
                 leave = self.interrupt.due("reward", "score")
             if leave := self.cluster.agree("leave the rollout", leave, first):
                 raise Interrupted(leave)
@@ -109,8 +113,11 @@ class Collector:
             },
         )
 
-    def _sample(self, engine: Engine, prompts: list[Prompt], step: int) -> tuple[list[Group], list[Group], str | None]:
-        """The groups that this rank answers for, those of them without verdicts, and why the rest was left, if it was.
+    def _sample(
+        self, engine: Engine, prompts: list[Prompt], graders: Graders, step: int
+    ) -> tuple[list[Group], list[_Grading], str | None]:
+        """The groups that this rank answers for, the verdicts to come of those that had none yet, and why the rest was
+        left, if it was.
 
         All ranks of an engine hold the same completions: its leaders share them out.
         """
@@ -128,6 +135,8 @@ class Collector:
             requests = [Request(prompt.tokens, seed) for (prompt, _), seed in zip(draws, seeds, strict=True)]
             begun = {prompt.index: Group(prompt, []) for prompt in asked}
             leave = None
+            ungraded = [group for index, (group, graded) in found.items() if index in led and not graded]
+            grading = {group.prompt.index: _submitted(graders, group) for group in ungraded}
             with contextlib.closing(engine.sample(requests)) as engine_steps:
                 for finished in engine_steps:
                     CLOCK.beat()
@@ -153,11 +162,12 @@ class Collector:
                             group.rollouts.sort(key=lambda rollout: rollout.sample)
                             self.journal.add_group(step, group)
                             found[prompt.index] = group, False
+                            grading[prompt.index] = _submitted(graders, group)
                     leave = self._leave_rollout(before, time.monotonic() - start)
                     if leave:
                         break
-            groups = [found[prompt.index] for prompt in mine if prompt.index in led & found.keys()]
-            return [group for group, _ in groups], [group for group, graded in groups if not graded], leave
+            groups = [found[prompt.index][0] for prompt in mine if prompt.index in led & found.keys()]
+            return groups, [grading[prompt.index] for prompt in mine if prompt.index in grading], leave
 
     def _leave_rollout(self, before: float, elapsed: float) -> str | None:
         """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on.
@@ -170,15 +180,15 @@ class Collector:
         wants = leave is not None and not worth
         return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
 
-    def _grade(self, graders: Graders, groups: list[Group], step: int) -> None:
+    def _grade(self, grading: list[_Grading], step: int) -> None:
+        """Waits for the last verdicts: most came while others were sampled."""
         with phase("reward"):
-            rollouts = [rollout for group in groups for rollout in group.rollouts]
-            verdicts = graders.grade_all([_answered(rollout) for rollout in rollouts])
-            for rollout, verdict in zip(rollouts, verdicts, strict=True):
-                rollout.verdict = verdict
-                length = len(rollout.tokens)
-                rollout.reward = score(length, rollout.finish, verdict, self.reward, self.rollout.max_tokens)
-            self.journal.add_verdicts(step, groups)
+            for group, verdicts in grading:
+                for rollout, verdict in zip(group.rollouts, verdicts.result(), strict=True):
+                    rollout.verdict = verdict
+                    length = len(rollout.tokens)
+                    rollout.reward = score(length, rollout.finish, verdict, self.reward, self.rollout.max_tokens)
+            self.journal.add_verdicts(step, [group for group, _ in grading])
 
     def state(self) -> dict[str, Any]:
         """What all ranks know alike; `held` has the groups themselves."""
@@ -209,6 +219,10 @@ class Collector:
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
                 f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
             )
+
+
+def _submitted(graders: Graders, group: Group) -> _Grading:
+    return group, graders.submit([_answered(rollout) for rollout in group.rollouts])
 
 
 def _answered(rollout: Rollout) -> Answered:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,8 +47,10 @@ class InProcess:
     def __init__(self, grader: Callable[[str, str], Verdict]) -> None:
         self.grader = grader
 
-    def grade_all(self, items: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [self.grader(response, answer) for response, answer, *_ in items]
+    def submit(self, items: Sequence[Any]) -> Future[list[Verdict]]:
+        future: Future[list[Verdict]] = Future()
+        future.set_result([self.grader(response, answer) for response, answer, *_ in items])
+        return future
 
 
 class Forgetful(VllmEngine):
