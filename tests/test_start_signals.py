@@ -98,13 +98,6 @@ def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NEW, str(tmp_path / "cache"))
 
 
-def went_through(folder: Path, moments: list[tuple[str, signal.Signals, int]], whole: Path) -> None:
-    for moment, number, times in moments:
-        started_and_hit(folder, moment, number, times)
-    tools.trained(folder, *DP2)
-    tools.assert_same_run(folder, whole)
-
-
 def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
 ) -> None:
@@ -114,7 +107,10 @@ def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undistu
         ("ranks begin", signal.SIGTERM, 1),
         ("engine, later", signal.SIGUSR1, 3),
     ]
-    went_through(tmp_path / "run", few, whole)
+    for moment, number, times in few:
+        started_and_hit(tmp_path / "run", moment, number, times)
+    assert tools.trained(tmp_path / "run", *DP2).code == 0
+    tools.assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.soak
@@ -124,4 +120,7 @@ def test_a_signal_at_every_moment_of_a_start_is_survived_and_the_run_is_as_undis
     number: signal.Signals, times: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
 ) -> None:
     whole = tools.uninterrupted("dp2", tmp_path_factory.mktemp)
-    went_through(tmp_path / "run", [(moment, number, times) for moment in (*OUTSIDE, *PHASES)], whole)
+    for moment in (*OUTSIDE, *PHASES):
+        started_and_hit(tmp_path / "run", moment, number, times)
+    assert tools.trained(tmp_path / "run", *DP2).code == 0
+    tools.assert_same_run(tmp_path / "run", whole)
