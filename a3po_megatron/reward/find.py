@@ -48,7 +48,8 @@ _LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _IS = re.compile(
-    rf"(?:{_LABELS})[ \t*_]{{0,4}}(?:is|are|est|es|ist|è|é|是|为|為|は|(?=[:：=]))[ \t]*[:：=]?[ \t]*", re.IGNORECASE
+    rf"(?:{_LABELS})[ \t*_]{{0,4}}(?:(?:is|are|est|es|ist|è|é)(?!\w)|是|为|為|は|(?=[:：=]))[ \t]*[:：=]?[ \t]*",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。！？]+(?=\s|$)|[。！？]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -77,7 +78,9 @@ def find(response: str, extract: str, finished: bool) -> Found:
     if extract in ("any", "answer") and (tags := _TAG.findall(text)):
         inside = tags[-1].strip()
         run, _ = boxes(inside)
-        return Found(_listed(run)) if run else Found([inside]) if inside else Found(why="the answer is empty")
+        if run:
+            return Found(_listed(run))
+        return Found([inside], prose=True) if inside else Found(why="the answer is empty")
     if extract != "answer":
         run, cut_off = boxes(text)
         if run:

@@ -12,24 +12,14 @@ even, 3:30 p.m., 1 + 2 + \ldots + n, 52_8      Words: equal if they are spelled 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .formula import (
-    CURRENCY,
-    CURRENCY_BEHIND,
-    MAX_NESTING,
-    REPEATING,
-    Formula,
-    TooLarge,
-    explodes,
-    formula,
-    library,
-    nesting,
-    number,
-)
+from .formula import CURRENCY, CURRENCY_BEHIND, REPEATING, Formula, formula, number
+from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
 from .spelling import closing, spell
 from .words import NUMBER_WORDS
 
@@ -76,16 +66,25 @@ class Words:
 
 Value = Formula | Items | Region | Relation | Grid | Choice | Words
 
+_LABEL = re.compile(
+    r"^(?:\\text\{ ?(?:the )?(?:final |correct )?(?:answer|result)(?: is)?:? ?\} ?:?"
+    r"|\\(?:therefore|Rightarrow|implies)(?![A-Za-z])|=) ?",
+    re.IGNORECASE,
+)
 _THOUSANDS = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+)(\.\d+)?")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})")
 _CHOICE = re.compile(
-    r"(?:\(([A-J])\)|\\text\{ ?\(?([A-J])(?:\)|\.|:)? ?\}|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
+    r"(?:(?:[Oo]ption|[Cc]hoice|选项) ?)?"
+    r"(?:\(([A-J])\)|\\text\{ ?(?:(?:[Oo]ption|[Cc]hoice) )?\(?([A-J])(?:\)|\.|:)? ?\}"
+    r"|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
     r"[).:]?\s*(.*)",
     re.DOTALL,
 )
 _BASE = re.compile(r"[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
 _QUALIFIER = re.compile(
-    r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,]))(?:for|where|with|as|when|in which|such that)\b(?![^{}]*otherwise).*$",
+    r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,])\(?)(?:for|where|with|as|when|in which|such that|since|because)\b"
+    r"(?![^{}]*otherwise).*$",
     re.DOTALL,
 )
 _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
@@ -95,6 +94,7 @@ _AND = re.compile(
     r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
     r"|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
 )
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z]) ?")
 _SIGNS = (
     ("\\le", "<="),
     ("\\ge", ">="),
@@ -122,6 +122,7 @@ def _bare(text: str) -> str:
     text = text.strip()
     while text != before:
         before = text
+        text = re.sub(r"^\*\*([^*\n]+)\*\*", r"\1", text)
         text = text.strip('*`_" \t\r\n') if not text.startswith("_") else text
         if re.fullmatch(r"\s*\\text\s*\{[^{}]*\}\s*", text) is None:
             text = text if text.endswith(("..", "\\.")) else text.removesuffix(".")
@@ -140,7 +141,7 @@ def _bare(text: str) -> str:
 
 
 def _readings(text: str) -> Iterator[Value]:
-    text = re.sub(r"^\\text\{ ?(?:the )?(?:final |correct )?answer is:? ?\} ?", "", text, flags=re.IGNORECASE)
+    text = _LABEL.sub("", text)
     if choice := _CHOICE.fullmatch(text):
         letter = next(filter(None, choice.groups()[:4]))
         rest = choice[5].strip()
@@ -193,6 +194,8 @@ def _whole(text: str) -> Iterator[Value]:
 
 
 def _structure(text: str) -> Iterator[Value]:
+    if (joined := _GROUPED.sub(lambda m: m[0].replace(",", "") if _outside(text, m.start()) else m[0], text)) != text:
+        yield from _structure(joined)
     parts = _split(text)
     if len(parts) > 1:
         if len(parts) > MAX_ITEMS:
@@ -216,8 +219,14 @@ def _structure(text: str) -> Iterator[Value]:
     if grid := _grid(text):
         yield grid
         return
-    yield from _bracketed(text)
+    if brackets := list(_bracketed(text)):
+        yield from brackets
+        return
     yield from formula(text)
+
+
+def _outside(text: str, place: int) -> bool:
+    return all(text.count(left, 0, place) == text.count(right, 0, place) for left, right in ("()", "[]", "{}"))
 
 
 def _named(parts: list[str]) -> list[str]:
@@ -246,7 +255,14 @@ def _words(text: str) -> Iterator[Value]:
 
 
 def _folded(text: str) -> str:
-    return re.sub(r"[\s.,'\"()_-]+", "", text).casefold()
+    """Without what does not count between words; a point or sign of a number does."""
+    return re.sub(r"[\s'\"()_]+", "", re.sub(r"[.,-](?!\s*\d)", "", text)).casefold()
+
+
+def as_sentence(text: str) -> list[Value]:
+    """An answer in words that cannot be read otherwise: `Room 12`; empty: it has no words."""
+    plain = _TEXT.sub(r"\1", _bare(spell(_bare(text))))
+    return [Words(_folded(plain))] if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", plain) and "\\" not in plain else []
 
 
 def _as_words(text: str) -> Words:
@@ -258,10 +274,22 @@ def _as_words(text: str) -> Words:
 
 
 def _split(text: str) -> list[str]:
-    """At commas, semicolons, `and`, `or` outside of all brackets; thousands stay together."""
-    if "\\pm" in text and "\\mp" not in text and len(signs := re.findall(r"\\pm(?![a-z])", text)) == 1 and signs:
-        both = [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]
-        return [part for each in both for part in _split(each)]
+    """At commas, semicolons, `and`, `or` outside of all brackets; each \\pm is two of them."""
+    return [each for part in _cut(text) for each in _signed(part)]
+
+
+def _signed(text: str) -> list[str]:
+    r"""1 \pm 2 → 1 + 2, 1 - 2; \mp is the other sign of the same \pm."""
+    marks = _PLUS_MINUS.findall(text)
+    if not marks or len(marks) > 2 or text.startswith("\\{"):
+        return [text]
+    one_choice = len(marks) == 2 and marks[0] != marks[1]
+    signs = [("+", "-"), ("-", "+")] if one_choice else itertools.product("+-", repeat=len(marks))
+    parts = _PLUS_MINUS.split(text)[::2]
+    return ["".join(itertools.chain(*itertools.zip_longest(parts, choice, fillvalue=""))) for choice in signs]
+
+
+def _cut(text: str) -> list[str]:
     parts, depth, begin = [], 0, 0
     position = 0
     while position < len(text):
@@ -413,7 +441,7 @@ def _grid(text: str) -> Grid | None:
     found = re.fullmatch(r"\\begin ?\{([pbvBV]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)\\end ?\{\1\}", text, re.DOTALL)
     if found is None or "\\begin" in found[2]:
         return _computed_grid(text)
-    rows = [row for row in re.split(r"\\\\|\\cr", found[2]) if row.strip()]
+    rows = [row for row in re.split(r"\\\\(?: ?\[[^\]&]*\])?|\\cr", found[2]) if row.strip()]
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise TooLarge
     values = tuple(tuple(next(formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
@@ -427,7 +455,7 @@ def _computed_grid(text: str) -> Grid | None:
     if "matrix" not in text or text.count("&") > MAX_ITEMS:
         return None
     try:
-        found = library().latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None).doit()
+        found = converter()(text).doit()
     except Exception:  # the parser raises Exception itself
         return None
     if not isinstance(found, sympy.MatrixBase) or any(explodes(entry) for entry in found.flat()):
