@@ -31,7 +31,7 @@ _LABELS = "|".join(
     (
         r"(?:the |my )?(?:final |correct |last )?answer",
         r"(?:the )?(?:correct|right) (?:option|choice)",
-        *("最终答案", "答案", "最終答案", "答え", "解答", "回答", "정답", "답"),
+        *("正确选项", "最终答案", "答案", "最終答案", "答え", "解答", "回答", "정답", "답"),
         r"(?:la )?(?:réponse|reponse)(?: finale)?",
         r"(?:la )?respuesta(?: final| correcta)?",
         r"(?:die )?(?:endgültige |richtige )?antwort",

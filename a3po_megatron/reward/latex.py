@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 9 s for 60
 MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
-MAX_TERMS = 10_000  # of a sum or product with numeric limits
+MAX_TERMS = 2000  # of a sum or product with numeric limits
 MAX_CHARS, MAX_COMMANDS = 2000, 100
 
 
@@ -49,7 +49,10 @@ _BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that 
 
 _MIXED = re.compile(r"(?<![\w.}^)/])(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\}")
 _DOUBLE_POWER = re.compile(r"\^ ?(?:\{[^{}]*\}|\w|\\[A-Za-z]+) ?\^")  # 2^3^2 is two numbers
-_REFUSED = re.compile(r"\d +\d|\d_|\d ?'|[A-Za-z]{12,}|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__")
+_REFUSED = re.compile(
+    r"\d +\d|\d_|\d ?'|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__"
+    r"|[A-Za-z]{12,}|(?<![\\A-Za-z{])[A-Z][a-z]{2,}"  # words, no products of letters
+)
 
 
 def _explicit(text: str) -> str:
@@ -90,7 +93,14 @@ def parse(text: str) -> Any | None:
     if explodes(found):
         raise TooLarge
     exact = {each: sympy.Rational(str(each)) for each in found.atoms(sympy.Float)}
+    exact |= {each: -((-each.base) ** each.exp) for each in found.atoms(sympy.Pow) if _odd_root_of_negative(each)}
     return found.xreplace(exact) if exact else found
+
+
+def _odd_root_of_negative(power: Any) -> bool:
+    """The cube root of -8 is -2, as in school, and no complex number."""
+    base, exponent = power.base, power.exp
+    return bool(base.is_Rational and base < 0 and exponent.is_Rational and exponent.p == 1 and exponent.q % 2)
 
 
 _CLOSES = {")": "(", "]": "[", "}": "{"}

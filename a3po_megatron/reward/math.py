@@ -21,7 +21,7 @@ from ..errors import RequestError
 from .find import Found, boxes, conclusion, find
 from .latex import MAX_NESTING, TooLarge, converter, nesting
 from .spelling import spell
-from .value import Value, as_sentence, readings
+from .value import Choice, Value, Words, as_sentence, readings
 from .words import MEANING
 
 EXTRACTS = ("any", "boxed", "answer")
@@ -33,6 +33,7 @@ _SQUARE_UNIT = re.compile(r"(\d) ?(?:mm?|cm|km|ft|in)(?:[²³]|\^\{?[23]\}?)$") 
 _MARKED = re.compile(r"\\(?:begin|end) ?\{[a-z]*\}|\\(?:text[a-z]*|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{2,}[^A-Za-z]+[A-Za-z]{2,}")  # two words
 _VERB = r"\b(?:is|are|equals|be)\b"
+_WORDED = re.compile(r"[^\w\\]*[^\W\d_]{2,}(?=[\s:]|\d)")  # Hence $n = 7$.
 _STATED = re.compile(rf"(?:(?!{_VERB}).)*{_VERB}:? +((?:(?!{_VERB}).)+)", re.DOTALL)  # of a sentence on an answer line
 _LISTED = re.compile(r"\s*(?:[,;]?\s*(?:and|or|und|y|et|e|和|或)\b|[,;、])\s*")
 _CLAUSE = re.compile(r"[,;:]|\b(?:is|are|was|equals)\b|['’]s\b", re.IGNORECASE)
@@ -44,7 +45,7 @@ _SPAN = re.compile(
     re.DOTALL,
 )
 _EXPRESSION = re.compile(
-    r"(?<![\w.])(?:[$€£¥]\s?)?[+\-−]?\s?(?:\d[\d,. ]*|[A-Za-z]\s?=|√|π)"
+    r"(?<![A-Za-z0-9_.])(?:[$€£¥]\s?)?[+\-−]?\s?(?:\d[\d,. ]*|[A-Za-z]\s?=|√|π)"
     r"(?:[\d.,+\-−*/^()=√π×÷·² ]|\\[a-z]+|\{[^{}]*\}|%|°|[A-Za-z](?![A-Za-z]))*",
 )
 
@@ -140,11 +141,14 @@ def _compare(found: Found, gold: str) -> Verdict:
                 read = readings(stated[1])
             if not read and found.named:
                 read = as_sentence(text)
+            letters = [{each.letter for each in side if isinstance(each, Choice)} for side in (wanted, read)]
+            if all(letters) and letters[0] != letters[1]:
+                return Verdict("wrong", "another choice")
             if any(equal(g, r) for g in wanted for r in read):
                 return Verdict("correct")
             if read:
                 why = "another value"
-                if not found.named:
+                if not found.named and not isinstance(read[0], Words):
                     break
         except TooLarge:
             why = "the answer is too large to evaluate"
@@ -163,7 +167,7 @@ def _ends(tail: str) -> list[str]:
         return [stated, *_last_expression(stated)]
     bare = tail.strip()
     if "\n" not in bare and len(bare) <= MAX_ANSWER_CHARS and not _PROSE.search(_MARKED.sub(" ", bare)):
-        return [bare]
+        return [bare, *(_last_expression(bare) if _WORDED.match(bare) else [])]
     lines = [line for line in bare.splitlines() if line.strip()]
     return _last_expression(lines[-1]) if lines else []
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .formula import Formula
-from .latex import TooLarge
+from .latex import MAX_TERMS, TooLarge
 
 DIGITS = 40
 CLOSE = 1e-25  # relative
@@ -74,10 +74,38 @@ def _constants(one: Any, other: Any, written: Formula | None, and_written: Formu
 def _number(expression: Any) -> Any | None:
     """A constant's value in DIGITS digits; None: it has none."""
     try:
+        if _sums(expression):
+            expression = _unrolled(expression, [MAX_TERMS])
         value = expression.evalf(DIGITS, maxn=400)
     except (ValueError, TypeError, ArithmeticError, RecursionError, NotImplementedError, AttributeError):
         return None
     return value if value.is_number and value.is_finite else None
+
+
+def _sums(expression: Any) -> bool:
+    import sympy
+
+    return bool(expression.has(sympy.Sum, sympy.Product))
+
+
+def _unrolled(expression: Any, terms_left: list[int]) -> Any:
+    """With every sum and product written out, because sympy's own evaluation of one need not end.
+
+    Raises TooLarge for more terms than `terms_left`, which it counts down, and for other limits than whole numbers.
+    """
+    import sympy
+
+    if not _sums(expression):
+        return expression
+    if not isinstance(expression, sympy.Sum | sympy.Product):
+        return expression.func(*(_unrolled(each, terms_left) for each in expression.args))
+    (name, *limits), *others = expression.limits
+    low, high = (limit.doit() for limit in limits)
+    if others or not (low.is_Integer and high.is_Integer) or high - low >= terms_left[0]:
+        raise TooLarge
+    terms_left[0] -= max(int(high - low) + 1, 0)
+    terms = [_unrolled(expression.function.subs(name, n), terms_left) for n in range(int(low), int(high) + 1)]
+    return sympy.Add(*terms) if isinstance(expression, sympy.Sum) else sympy.Mul(*terms)
 
 
 def _functions(one: Any, other: Any) -> bool:
@@ -95,7 +123,8 @@ def _functions(one: Any, other: Any) -> bool:
             return True
         if not ours.free_symbols and not theirs.free_symbols:
             return False
-    for points in (_reals(len(symbols)), _integers(len(symbols))):
+    sums = _sums(one) or _sums(other)
+    for points in (_integers(len(symbols)),) if sums else (_reals(len(symbols)), _integers(len(symbols))):
         agreed = 0
         for values in points:
             at = dict(zip(symbols, values, strict=True))
@@ -130,7 +159,8 @@ def _even_root_of_negative(expression: Any, at: dict[Any, Any]) -> bool:
 
 def _at(expression: Any, at: dict[Any, Any]) -> Any | None:
     try:
-        value = expression.evalf(DIGITS, subs=at)
+        at_point = _unrolled(expression.subs(at), [MAX_TERMS // POINTS]) if _sums(expression) else expression
+        value = at_point.evalf(DIGITS, subs=at)
     except (ValueError, TypeError, ArithmeticError, RecursionError, NotImplementedError, AttributeError):
         return None
     return value if value.is_number and value.is_finite else None

@@ -124,7 +124,7 @@ _SAME = {
 }
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?)")
 _UNIT_LETTER = re.compile(  # 5\,\mathrm{m}, at the end
-    r"([\d}]) *\\(?:mathrm|text|textrm|rm|mbox)\{([mgshlNJWVK])\}(?=\s*(?:\^\{?[23]\}?\s*)?(?:[,;.)$/]|$))"
+    r"([\d}]) *\\(?:mathrm|text|textrm|rm|mbox)\{ ?([mgshlNJWVK]|sec) ?\}(?=\s*(?:\^\{?[23]\}?\s*)?(?:[,;.)$/]|$))"
 )
 _PLAIN = {"lt": "<", "gt": ">", "div": "/", "colon": ":", "langle": "(", "rangle": ")", "vert": "|", "deg": r"^\circ "}
 _PLAIN |= {"lg": r"\log_{10} "}
@@ -236,6 +236,8 @@ def _text(inside: str) -> str:
     bare = inside.strip()
     if (re.fullmatch(r"[A-Za-z]", bare) and bare == inside) or not re.search(r"[A-Za-z]", bare) or "\\" in bare:
         return f" {inside} "
+    if bare == "sec" and inside != bare:  # seconds; `_UNIT_LETTER` leaves blanks around them
+        return rf"\text{{{inside}}}"
     if bare in _FUNCTIONS or bare in ("lim", "max", "min", "gcd", "lcm", "mod", "det", "arcsin"):
         return f"\\{bare} " if bare in _FUNCTIONS else rf"\text{{{bare}}}"
     return rf"\text{{{inside}}}"

@@ -122,7 +122,7 @@ def _bare(text: str) -> str:
     text = text.strip()
     while text != before:
         before = text
-        text = re.sub(r"^\*\*([^*\n]+)\*\*", r"\1", text)
+        text = re.sub(r"^(?:\*\*)?([^*\n]+)\*\*(?= *(?:$|\([A-Za-z]))", r"\1", text)  # **5** (since …)
         text = text.strip('*`_" \t\r\n') if not text.startswith("_") else text
         if re.fullmatch(r"\s*\\text\s*\{[^{}]*\}\s*", text) is None:
             text = text if text.endswith(("..", "\\.")) else text.removesuffix(".")
