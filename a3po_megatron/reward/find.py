@@ -31,7 +31,7 @@ _LABELS = "|".join(
     (
         r"(?:the |my )?(?:final |correct |last )?answer",
         r"(?:the )?(?:correct|right) (?:option|choice)",
-        *("正确选项", "最终答案", "答案", "最終答案", "答え", "解答", "回答", "정답", "답"),
+        *("正确选项", "最终答案", "答案", "最終答案", "答え", "最终结果", "结果", "解答", "回答", "答", "정답", "답"),
         r"(?:la )?(?:réponse|reponse)(?: finale)?",
         r"(?:la )?respuesta(?: final| correcta)?",
         r"(?:die )?(?:endgültige |richtige )?antwort",
@@ -102,7 +102,7 @@ def find(response: str, extract: str, finished: bool) -> Found:
 
 
 def _listed(run: list[str]) -> list[str]:
-    return [run[-1], ", ".join(run)] if len(run) > 1 and len(set(map(str.strip, run))) > 1 else run[-1:]
+    return [", ".join(run)] if len(run) > 1 and len(set(map(str.strip, run))) > 1 else run[-1:]
 
 
 def boxes(text: str) -> tuple[list[str], bool]:

@@ -110,26 +110,27 @@ def _unrolled(expression: Any, terms_left: list[int]) -> Any:
 
 def _functions(one: Any, other: Any) -> bool:
     """By value at points: real ones of both signs, and positive integers where nothing else is defined."""
+    import sympy
+
     symbols = sorted(one.free_symbols | other.free_symbols, key=str)
     if len(symbols) > 12 or max(one.count_ops(), other.count_ops()) > 400:
         raise TooLarge
     imaginary = [each for each in symbols if str(each) == "i"]
     if imaginary:
-        import sympy
-
         to_unit = {each: sympy.I for each in imaginary}
         ours, theirs = one.subs(to_unit), other.subs(to_unit)
         if same(ours, theirs):
             return True
         if not ours.free_symbols and not theirs.free_symbols:
             return False
+    on_plane = one.has(sympy.I) or other.has(sympy.I)
     sums = _sums(one) or _sums(other)
     for points in (_integers(len(symbols)),) if sums else (_reals(len(symbols)), _integers(len(symbols))):
         agreed = 0
         for values in points:
             at = dict(zip(symbols, values, strict=True))
             left, right = _at(one, at), _at(other, at)
-            if left is None or right is None or left.is_real is not True or right.is_real is not True:
+            if left is None or right is None or not (on_plane or (left.is_real and right.is_real)):
                 continue
             size = max(abs(left), abs(right))
             if size > 0 and abs(left - right) > CLOSE * size:

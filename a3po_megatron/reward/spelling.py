@@ -281,6 +281,8 @@ def _infix(text: str, name: str, command: str) -> str:
     while (found := re.search(rf"\\{name}(?![A-Za-z])", text)) is not None:
         begin = _opening(text, found.start())
         end = closing(text, begin) if begin >= 0 else len(text)
+        if end < 0:
+            return text  # a brace that never closes
         top, bottom = text[begin + 1 : found.start()], text[found.end() : end]
         text = text[: max(begin, 0)] + rf"\{command}{{{top}}}{{{bottom}}}" + text[end + 1 :]
     return text

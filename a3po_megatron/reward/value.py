@@ -88,7 +88,8 @@ _QUALIFIER = re.compile(
     re.DOTALL,
 )
 _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
-_PROSE = re.compile(r"[A-Za-z][A-Za-z.']*(?:[ -][A-Za-z][A-Za-z.']*)*")
+_HYPHEN = r"(?<=[A-Za-z]{3})-|-(?=[A-Za-z]{3})"  # twenty-one, x-axis; p-q is a difference
+_PROSE = re.compile(rf"[A-Za-z][A-Za-z.']*(?:(?: |{_HYPHEN})[A-Za-z][A-Za-z.']*)*")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _AND = re.compile(
     r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
