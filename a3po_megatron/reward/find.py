@@ -2,7 +2,7 @@ r"""Where the answer stands in a response: the texts that may be it, in the orde
 
 thoughts     what stands before `</think>`, or behind a `<think>` that never closes, is never the answer
 <answer>     the last complete one; a box within it goes first
-\boxed{…}    the last complete one; boxes listed one after another also count as the list of their contents
+\boxed{…}    the last complete one; boxes listed one after another are the list of their contents
 #### 42      the last such line
 Answer: …    the last labelled line, in a dozen languages; the value may stand below its label
 … is 42.     the end of the last sentence: only where nothing above is there, and the response was not cut off

@@ -15,7 +15,7 @@ from typing import Any
 MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 9 s for 60
 MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
 MAX_TERMS = 2000  # of a sum or product with numeric limits
-MAX_CHARS, MAX_COMMANDS = 2000, 100
+MAX_CHARS, MAX_COMMANDS = 1000, 100  # the parser takes up to 1 ms for a character, 10 ms for a command
 
 
 class TooLarge(Exception):
@@ -50,7 +50,7 @@ _BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that 
 _MIXED = re.compile(r"(?<![\w.}^)/])(\d+) ?\\frac ?\{(\d+)\}\{(\d+)\}")
 _DOUBLE_POWER = re.compile(r"\^ ?(?:\{[^{}]*\}|\w|\\[A-Za-z]+) ?\^")  # 2^3^2 is two numbers
 _REFUSED = re.compile(
-    r"\d +\d|\d_|\d ?'|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__"
+    r"\d +\d|\d_|\d ?'|\.\d*\.|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__"
     r"|[A-Za-z]{12,}|(?<![\\A-Za-z{])[A-Z][a-z]{2,}"  # words, no products of letters
 )
 

@@ -54,7 +54,7 @@ def grade(response: str, answer: str, *, extract: str = "any", finished: bool = 
     r"""The verdict on `response`, whose gold answer is `answer`.
 
     extract: where the response's answer stands (find.py).
-        boxed    the last complete \boxed{…}; boxes listed one after another also count as the list of their contents
+        boxed    the last complete \boxed{…}; boxes listed one after another are the list of their contents
         answer   the last line of the form `Answer: …`, or what stands in <answer>…</answer>
         any      the tag, the box, `#### …`, the answer line, else the end of the last sentence
     finished: False if the response was cut off: then only what it has named counts.

@@ -23,7 +23,7 @@ from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
 from .spelling import closing, spell
 from .words import NUMBER_WORDS
 
-MAX_CHARS = 8000
+MAX_CHARS = 2000
 MAX_COMMANDS = 250  # of LaTeX: the parser takes some 20 ms for each function
 MAX_ITEMS = 200  # of a list
 MAX_PIECES = 24  # of a union of intervals, which sympy compares pair by pair

@@ -77,7 +77,7 @@ def unit_of(words: str) -> str:
             powers[above] += sign * next_power * int(power or 1)
             powers[below] -= sign
             next_power = 1
-    return " ".join(f"{name}{power}" for name, power in sorted(powers.items()) if name and power)
+    return " ".join(f"{name}{power}" for name, power in sorted(powers.items()) if name)
 
 
 _NUMBERS = """
