@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 
 MAX_LINE_CHARS = 20_000
+MAX_LABELLED_CHARS = 200_000  # of the end of a response, in which a labelled line is sought
 MAX_TAIL_CHARS = 4000  # the end of a response that names no answer
 
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -91,7 +92,7 @@ def find(response: str, extract: str, finished: bool) -> Found:
         return Found(why="no \\boxed{…} found")
     if extract == "any" and (hashes := _HASHES.findall(text)):
         return Found([hashes[-1].strip()])
-    line = _labelled(text, finished)
+    line = _labelled(text[-MAX_LABELLED_CHARS:], finished)
     if line is not None:
         return Found([line], prose=True) if line else Found(why="the answer is empty")
     if extract == "answer":

@@ -12,7 +12,6 @@ even, 3:30 p.m., 1 + 2 + \ldots + n, 52_8      Words: equal if they are spelled 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from typing import Any
 
 from .formula import CURRENCY, CURRENCY_BEHIND, REPEATING, Formula, formula, number
 from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
-from .spelling import closing, spell
+from .parts import bare, matching, named, split, thousands
+from .spelling import spell
 from .words import NUMBER_WORDS
 
 MAX_CHARS = 2000
@@ -72,7 +72,6 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _THOUSANDS = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+)(\.\d+)?")
-_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})")
 _CHOICE = re.compile(
     r"(?:(?:[Oo]ption|[Cc]hoice|选项) ?)?"
@@ -91,11 +90,6 @@ _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
 _HYPHEN = r"(?<=[A-Za-z]{3})-|-(?=[A-Za-z]{3})"  # twenty-one, x-axis; p-q is a difference
 _PROSE = re.compile(rf"[A-Za-z][A-Za-z.']*(?:(?: |{_HYPHEN})[A-Za-z][A-Za-z.']*)*")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_AND = re.compile(
-    r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
-    r"|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
-)
-_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![a-z]) ?")
 _SIGNS = (
     ("\\le", "<="),
     ("\\ge", ">="),
@@ -113,32 +107,8 @@ def readings(text: str) -> list[Value]:
     """All that an answer may mean, the most plain first; empty: nothing that can be compared."""
     if len(text) > MAX_CHARS or text.count("\\") > MAX_COMMANDS or nesting(text) > MAX_NESTING:
         raise TooLarge
-    spelled = _bare(spell(_bare(text)))
+    spelled = bare(spell(bare(text)))
     return list(dict.fromkeys(_readings(spelled))) if spelled else []
-
-
-def _bare(text: str) -> str:
-    """Without the wrapping that carries no meaning: emphasis, quotes, math delimiters, the full stop of a sentence."""
-    before = None
-    text = text.strip()
-    while text != before:
-        before = text
-        text = re.sub(r"^(?:\*\*)?([^*\n]+)\*\*(?= *(?:$|\([A-Za-z]))", r"\1", text)  # **5** (since …)
-        text = text.strip('*`_" \t\r\n') if not text.startswith("_") else text
-        if re.fullmatch(r"\s*\\text\s*\{[^{}]*\}\s*", text) is None:
-            text = text if text.endswith(("..", "\\.")) else text.removesuffix(".")
-        text = re.sub(r"(?<!\\)\\$", "", text.rstrip(",;"))
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            inner = text[len(left) : -len(right)]
-            if text.startswith(left) and text.endswith(right) and inner and "$" not in inner and left not in inner:
-                text = inner.strip()
-        if text.startswith("{") and closing(text, 0) == len(text) - 1:
-            text = text[1:-1].strip()
-        if text.endswith("$") and text.count("$") == 1 and not text.endswith("\\$"):
-            text = text[:-1]
-        if text.startswith("$") and text.count("$") == 1 and not re.match(r"\$ ?[\d.]", text):
-            text = text[1:]
-    return text
 
 
 def _readings(text: str) -> Iterator[Value]:
@@ -148,8 +118,8 @@ def _readings(text: str) -> Iterator[Value]:
         rest = choice[5].strip()
         yield Choice(letter, rest[:-1] if rest.endswith("}") and rest.count("{") < rest.count("}") else rest)
     amount = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
-    if thousands := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
-        yield number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
+    if grouped := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
+        yield number(f"{grouped[1]}{grouped[2].replace(',', '')}{grouped[3] or ''}")
     elif decimal := _DECIMAL_COMMA.fullmatch(amount):
         yield from _whole(text)
         yield number(f"{decimal[1]}.{decimal[2]}")
@@ -159,7 +129,7 @@ def _readings(text: str) -> Iterator[Value]:
 
 def _whole(text: str) -> Iterator[Value]:
     """One answer as a whole: words, relation, list, region, tuple, formula."""
-    text = _bare(text)
+    text = bare(text)
     if not text:
         return
     if behind := re.fullmatch(r"\$([^$]+)\$ ?(\\%|[A-Za-z][A-Za-z ]*)", text):  # $125$ miles
@@ -182,8 +152,8 @@ def _whole(text: str) -> Iterator[Value]:
         return
     if _BASE.fullmatch(text) and text[0].isdigit() and re.search(r"_", text):
         yield _as_words(text)
-        if bare := re.match(r"\d+", text):
-            yield Words(f"base {bare[0]}")
+        if digits := re.match(r"\d+", text):
+            yield Words(f"base {digits[0]}")
         return
     if re.fullmatch(r"\d+(?: ?: ?\d+)+[A-Za-z. ]*", plain):
         yield Words(_folded(plain))
@@ -195,13 +165,13 @@ def _whole(text: str) -> Iterator[Value]:
 
 
 def _structure(text: str) -> Iterator[Value]:
-    if (joined := _GROUPED.sub(lambda m: m[0].replace(",", "") if _outside(text, m.start()) else m[0], text)) != text:
+    if (joined := thousands(text)) != text:
         yield from _structure(joined)
-    parts = _split(text)
+    parts = split(text)
     if len(parts) > 1:
         if len(parts) > MAX_ITEMS:
             raise TooLarge
-        items = [next(_whole(part), None) for part in _named(parts)]
+        items = [next(_whole(part), None) for part in named(parts)]
         if None not in items:
             yield Items("list", tuple(items))
         return
@@ -224,18 +194,6 @@ def _structure(text: str) -> Iterator[Value]:
         yield from brackets
         return
     yield from formula(text)
-
-
-def _outside(text: str, place: int) -> bool:
-    return all(text.count(left, 0, place) == text.count(right, 0, place) for left, right in ("()", "[]", "{}"))
-
-
-def _named(parts: list[str]) -> list[str]:
-    """n=2, 3, 4 → n=2, n=3, n=4"""
-    head = re.match(r"([A-Za-z](?:_\{?\w+\}?)?) ?= ?", parts[0])
-    if head is None or any(re.search(r"[=<>]|\\(?:le|ge|ne|in)(?![a-z])", part) for part in parts[1:]):
-        return parts
-    return [parts[0], *(f"{head[1]} = {part}" for part in parts[1:])]
 
 
 def _words(text: str) -> Iterator[Value]:
@@ -262,7 +220,7 @@ def _folded(text: str) -> str:
 
 def as_sentence(text: str) -> list[Value]:
     """An answer in words that cannot be read otherwise: `Room 12`; empty: it has no words."""
-    plain = _TEXT.sub(r"\1", _bare(spell(_bare(text))))
+    plain = _TEXT.sub(r"\1", bare(spell(bare(text))))
     return [Words(_folded(plain))] if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", plain) and "\\" not in plain else []
 
 
@@ -272,47 +230,6 @@ def _as_words(text: str) -> Words:
     text = re.sub(r"\\pmod ?\{? ?([^{}() ]+) ?\}?", r"\\pmod\1", text)
     letters = sum(c.isalpha() for c in re.sub(r"\\[a-z]+", "", text)) > 3
     return Words(_folded(text) if letters and "\\" not in text else re.sub(r"[\s.]+(?!\d)", "", text.replace(" ", "")))
-
-
-def _split(text: str) -> list[str]:
-    """At commas, semicolons, `and`, `or` outside of all brackets; each \\pm is two of them."""
-    return [each for part in _cut(text) for each in _signed(part)]
-
-
-def _signed(text: str) -> list[str]:
-    r"""1 \pm 2 → 1 + 2, 1 - 2; \mp is the other sign of the same \pm."""
-    marks = _PLUS_MINUS.findall(text)
-    if not marks or len(marks) > 2 or text.startswith("\\{"):
-        return [text]
-    one_choice = len(marks) == 2 and marks[0] != marks[1]
-    signs = [("+", "-"), ("-", "+")] if one_choice else itertools.product("+-", repeat=len(marks))
-    parts = _PLUS_MINUS.split(text)[::2]
-    return ["".join(itertools.chain(*itertools.zip_longest(parts, choice, fillvalue=""))) for choice in signs]
-
-
-def _cut(text: str) -> list[str]:
-    parts, depth, begin = [], 0, 0
-    position = 0
-    while position < len(text):
-        character = text[position]
-        if character == "\\" and text[position + 1 : position + 2] in ("{", "}", ",", ";"):
-            depth += {"{": 1, "}": -1}.get(text[position + 1], 0)
-            position += 2
-            continue
-        if depth == 0 and (joined := _AND.match(text, position)):
-            parts.append(text[begin:position])
-            position = begin = joined.end()
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif depth == 0 and character in ",;":
-            parts.append(text[begin:position])
-            begin = position + 1
-        position += 1
-    parts = [part.strip() for part in [*parts, text[begin:]]]
-    return [part for part in parts if part] if len(parts) > 1 else parts
 
 
 def _relation(text: str) -> Relation | Items | None:
@@ -382,7 +299,7 @@ def _finite(text: str) -> Region | None:
 
     if not (text.startswith("\\{") and text.endswith("\\}")):
         return None
-    items = [next(formula(part), None) for part in _split(text[2:-2])]
+    items = [next(formula(part), None) for part in split(text[2:-2])]
     return None if None in items else Region(sympy.FiniteSet(*(item.expression for item in items if item)))
 
 
@@ -407,16 +324,16 @@ def as_region(value: Items) -> Region | None:
 
 def _bracketed(text: str) -> Iterator[Value]:
     if text.startswith("\\{") and text.endswith("\\}"):
-        items = [next(_whole(part), None) for part in _split(text[2:-2])]
+        items = [next(_whole(part), None) for part in split(text[2:-2])]
         if None not in items:
             yield Items("set", tuple(items))
         return
     if len(text) < 3 or text[0] not in "([])" or text[-1] not in "()[]":
         return
     outward = text[0] in ")]" or text[-1] in "(["  # ]0, 1[
-    if not outward and _matching(text) != len(text) - 1:
+    if not outward and matching(text) != len(text) - 1:
         return
-    inside = _split(text[1:-1])
+    inside = split(text[1:-1])
     if len(inside) < 2:
         return
     items = [next(_whole(part), None) for part in inside]
@@ -426,15 +343,6 @@ def _bracketed(text: str) -> Iterator[Value]:
     closes = {")": ")", "]": "]", "[": ")"}.get(text[-1])
     if opens and closes:
         yield Items("tuple", tuple(items), opens + closes)
-
-
-def _matching(text: str) -> int:
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
-        if depth == 0:
-            return position
-    return -1
 
 
 def _grid(text: str) -> Grid | None:
