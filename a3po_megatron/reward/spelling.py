@@ -183,7 +183,7 @@ def spell(text: str) -> str:
     text = _WORD_SIGN.sub(lambda found: rf"\{'infty' if found[1].startswith(('inf', 'oo')) else found[1]} ", text)
     text = _PI_BEHIND.sub(r"\\pi ", text)
     text = re.sub(r"(?:\*\*|\^) ?(-(?:\d+|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+))", r"^{\1}", text)
-    text = re.sub(r"_ ?(\d)(?= )", r"_{\1}", text)  # \log_2 8
+    text = re.sub(r"_ ?(\d+)(?= )|(?<=log)_ ?(\d)(?=\d)", r"_{\1\2}", text)  # \log_2 8, \log_28
     text = re.sub(r"\^ ?(?:\\prime(?![A-Za-z])|\{ ?\\prime ?\})", "'", text)
     text = (
         text.replace("**", "^")
