@@ -154,6 +154,8 @@ HOSTILE = {
     "factorials of factorials": "\\boxed{(((((9!)!)!)!)!)!}",
     "binomial": "\\boxed{\\binom{1000000000}{500000000}}",
     "sum": "\\boxed{\\sum_{i=1}^{1000000000} i^i}",
+    "infinite sum": "\\boxed{\\sum_{k=1}^{\\infty}\\frac{\\sin k}{k}}",
+    "nested sums": "\\boxed{\\sum_{i=1}^{100}\\sum_{j=1}^{100}\\sum_{k=1}^{100} ijk}",
     "product": "\\boxed{\\prod_{k=1}^{10000000} k}",
     "logarithm of a tower": "\\boxed{\\log(10^{10^{10}})}",
     "nested brackets": "\\boxed{" + "(" * 3000 + "1" + ")" * 3000 + "}",
@@ -171,6 +173,9 @@ HOSTILE = {
     "a long word": "a" * 5_000_000,
     "a long sum": "\\boxed{" + "1+" * 900 + "1}",
     "spaces": "1" + " " * 1_000_000 + "1/",
+    "a union of intervals": "\\boxed{" + "\\cup".join(f"({2 * i},{2 * i + 1})" for i in range(100)) + "}",
+    "a self-made macro": "\\boxed{\\def\\a{\\a\\a}\\a}",
+    "different boxes": ", ".join(f"\\boxed{{{n}}}" for n in range(10_000)),
     "a long list": "\\boxed{" + "1," * 900 + "1}",
 }
 
@@ -275,6 +280,81 @@ def test_agreement_with_the_assertions_of_public_graders() -> None:
 )
 def test_a_second_instance_of_what_graders_get_wrong(response: str, gold: str, expected: str) -> None:
     assert outcome(response, gold) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "expected"),
+    [
+        # Neighbours are factors; only a whole number before a proper fraction is a mixed number.
+        ("\\boxed{2(4)}", "8", "correct"),
+        ("\\boxed{2(4)}", "6", "wrong"),
+        ("\\boxed{(2)(4)}", "6", "wrong"),
+        ("\\boxed{2\\binom{3}{1}}", "5", "wrong"),
+        ("\\boxed{2\\left(\\frac12\\right)}", "1", "correct"),
+        ("\\boxed{3\\frac{1}{2}}", "\\frac72", "correct"),
+        ("\\boxed{2\\pi(r+h)}", "2\\pi r + 2\\pi h", "correct"),
+        ("\\boxed{y'}", "y", "wrong"),
+        ("\\boxed{2^3^2}", "64", "wrong"),
+        ("\\boxed{e^-x}", "e^{-x}", "correct"),
+        ("\\boxed{\\sqrt[3]{-8}}", "-2", "correct"),
+        ("\\boxed{p-q}", "p - q", "correct"),
+        ("\\boxed{3}", "\\log_2 8", "correct"),
+        ("\\boxed{√(2+√(3))}", "\\sqrt{2+\\sqrt{3}}", "correct"),
+        ("\\boxed{\\sqrt{ab}}", "\\sqrt{a}\\sqrt{b}", "correct"),
+        ("\\boxed{\\cos t + i\\sin t}", "e^{it}", "correct"),
+        # Sums are written out.
+        ("\\boxed{\\sum_{k=1}^{n} k}", "\\frac{n(n+1)}{2}", "correct"),
+        ("\\boxed{\\sum_{k=1}^{100} k}", "5051", "wrong"),
+        # Thousands within formulas, decimal commas of LaTeX, large numbers in words.
+        ("\\boxed{1,500\\pi}", "1500\\pi", "correct"),
+        ("\\boxed{2500}", "(2,500)", "wrong"),
+        ("\\boxed{3{,}5}", "3.5", "correct"),
+        ("\\boxed{1.5 \\text{ million}}", "1500000", "correct"),
+        ("\\boxed{1.5 \\text{ million}}", "1.5", "wrong"),
+        # Signs of a list, regions by their pieces.
+        ("\\boxed{\\pm 1, \\pm i}", "1, -1, i, -i", "correct"),
+        ("\\boxed{\\{\\pm 1, 0\\}}", "\\{-1, 0, 1\\}", "correct"),
+        ("\\boxed{|x| \\ge 3}", "(-\\infty,-3]\\cup[3,\\infty)", "correct"),
+        ("\\boxed{(0,2)\\setminus\\{1\\}}", "(0,1)\\cup(1,2)", "correct"),
+        ("\\boxed{(0,2)}", "(0,1)\\cup(1,2)", "wrong"),
+        # Units by their powers.
+        ("\\boxed{5\\,\\mathrm{m}}", "5", "correct"),
+        ("\\boxed{5\\ \\mathrm{m\\,s^{-1}}}", "5 \\text{ m/s}", "correct"),
+        ("\\boxed{5 \\text{ square meters}}", "5 \\text{ cm}^2", "wrong"),
+        ("\\boxed{4 \\text{ is wrong}}", "4", "wrong"),
+        # Choices, boxes, words.
+        ("The correct answer is option B.", "B", "correct"),
+        ("\\boxed{\\textbf{(B)}\\ A}", "A", "wrong"),
+        ("\\boxed{1} and \\boxed{2}", "2", "wrong"),
+        ("\\boxed{\\text{Version 15}}", "\\text{version 1.5}", "wrong"),
+        ("\\boxed{5}", "9^{9^{9}}", "wrong"),  # too large to evaluate is not unreadable
+        # Sentences: all that they list, nothing that they deny or qualify.
+        ("The solutions are $x=2$ and $x=7$.", "7", "wrong"),
+        ("The solutions are 2 and 7.", "2, 7", "correct"),
+        ("The answer is not $7$.", "7", "wrong"),
+        ("The answer is at most $7$.", "7", "wrong"),
+        ("Sorry, but 7 attempts were not enough.", "7", "wrong"),
+        ("Answer: **17** (since 8 + 9 = 17)", "17", "correct"),
+        ("Answer: The maximum is 7 and the minimum is 5", "5", "wrong"),
+        ("<answer>The answer is 15.</answer>", "15", "correct"),
+        ("Die richtige Antwort ist C.", "C", "correct"),
+        ("Всего 10 яблок.", "10", "correct"),
+        ("正确选项是B。", "B", "correct"),
+    ],
+)
+def test_nothing_is_misread_and_nothing_but_the_whole_is_paid(response: str, gold: str, expected: str) -> None:
+    assert outcome(response, gold) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{3\\over ", "0." + "7" * 1900, "^{" * 600 + "}" * 600, ")^{" * 300 + "}" * 300, "1.1." * 240, "\ud800", "\x00"],
+)
+def test_no_text_raises_or_hangs_as_answer_or_as_gold(text: str) -> None:
+    begin = time.process_time()
+    assert outcome("\\boxed{" + text + "}", "5") == "wrong"
+    assert outcome("\\boxed{5}", text) in ("wrong", "invalid")
+    assert time.process_time() - begin < 4
 
 
 def test_a_response_that_was_cut_off_has_answered_only_what_it_named() -> None:

@@ -31,6 +31,7 @@ FULL = str.maketrans("0123456789", "０１２３４５６７８９")
 VULGAR = {(1, 2): "½", (1, 3): "⅓", (2, 3): "⅔", (1, 4): "¼", (3, 4): "¾", (1, 5): "⅕", (1, 8): "⅛"}
 NUMBER = re.compile(r"-?\d+")
 FRACTION = re.compile(r"\\frac\{(-?\d+)\}\{(\d+)\}")
+MIXED = re.compile(r"\d ?\\frac|\\frac ?[^{ ]")  # 2((1)/(4)) is no mixed number
 SIMPLE = re.compile(r"(?:[\d+\-=(),. ]|[a-z](?![a-z])|\\(?:frac|sqrt|pi|cdot)(?![a-z])|[{}^])*")
 
 
@@ -46,7 +47,7 @@ def in_unicode(gold: str) -> str:
 
 
 def in_calculator_syntax(gold: str) -> str | None:
-    if not SIMPLE.fullmatch(gold) or ("\\" not in gold and "^" not in gold):
+    if not SIMPLE.fullmatch(gold) or ("\\" not in gold and "^" not in gold) or MIXED.search(gold):
         return None
     before, text = "", gold
     while text != before:

@@ -1,24 +1,14 @@
-r"""Whether an answer is the gold answer: exactly, as values; numbers that are written as decimals to their digits.
-
-Formulas are compared by value at points, in 40 digits, and not by simplification, which need not end: two that agree at
-all points at which both are real numbers are equal, and one point at which they differ tells them apart.
-"""
+"""Whether an answer is the gold answer: by its kind, down to its formulas (same.py) and sets (regions.py)."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from .formula import Formula, TooLarge
-from .value import MAX_PIECES, Choice, Grid, Items, Region, Relation, Value, Words, as_region, readings
-
-DIGITS = 40
-CLOSE = 1e-25  # relative
-POINTS = 10
-NOISE = 1e-12  # relative: what doubles leave, 0.30000000000000004
-LEAST_DIGITS = 6  # of a decimal number that stands for an exact one: 0.333333 is 1/3, 0.33 is not
-INVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+from .formula import Formula
+from .regions import INVERSE, as_set, same_regions, solutions
+from .same import proportional, same
+from .value import Choice, Grid, Items, Region, Relation, Value, Words, readings
 
 
 def equal(gold: Value, found: Value) -> bool:
@@ -66,122 +56,6 @@ def _formulas(gold: Formula, found: Formula) -> bool:
     return False
 
 
-def same(one: Any, other: Any, written: Formula | None = None, and_written: Formula | None = None) -> bool:
-    """Whether two expressions have one value; of numbers that were written as decimals, to their digits."""
-    import sympy
-
-    if one == other:
-        return True
-    if isinstance(one, sympy.Rational) and isinstance(other, sympy.Rational):
-        return _decimals(one, other, written, and_written)
-    if not one.free_symbols and not other.free_symbols:
-        return _constants(one, other, written, and_written)
-    return _functions(one, other)
-
-
-def _decimals(one: Any, other: Any, written: Formula | None, and_written: Formula | None) -> bool:
-    texts = [each for each in (written, and_written) if each is not None and each.places is not None]
-    if len(texts) == 2:
-        noisy = max(each.digits for each in texts) >= 15
-        return noisy and abs(one - other) <= NOISE * abs(one)
-    if len(texts) == 1 and texts[0].digits >= LEAST_DIGITS and not (one.q == 1 and other.q == 1):
-        exact = other if texts[0] is written else one
-        return exact.q != 1 and _rounds(one, other, texts[0])
-    return False
-
-
-def _rounds(one: Any, other: Any, written: Formula) -> bool:
-    """Whether they differ by no more than what the last digit of the decimal leaves open."""
-    import sympy
-
-    return bool(abs(one - other) * 2 <= sympy.Rational(1, 10 ** (written.places or 0)))
-
-
-def _constants(one: Any, other: Any, written: Formula | None, and_written: Formula | None) -> bool:
-    import sympy
-
-    left, right = _number(one), _number(other)
-    if left is None or right is None:
-        return False
-    if one.is_integer and other.is_integer and max(abs(left), abs(right)) > 10**20:
-        exactly = (sympy.Integer(one.doit()), sympy.Integer(other.doit())) if one.is_real and other.is_real else (0, 1)
-        return bool(exactly[0] == exactly[1])
-    size = max(abs(left), abs(right))
-    if size == 0 or abs(left - right) <= CLOSE * size:
-        return True
-    for text in (written, and_written):
-        if text is not None and text.places is not None and text.digits >= LEAST_DIGITS:
-            return abs(left - right) <= 0.5000001 * 10.0**-text.places
-    return False
-
-
-def _number(expression: Any) -> Any | None:
-    """A constant's value in DIGITS digits; None: it has none."""
-    try:
-        value = expression.evalf(DIGITS, maxn=400)
-    except (ValueError, TypeError, ArithmeticError, RecursionError, NotImplementedError, AttributeError):
-        return None
-    return value if value.is_number and value.is_finite else None
-
-
-def _functions(one: Any, other: Any) -> bool:
-    """By value at points: real ones of both signs, and positive integers where nothing else is defined."""
-    symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-    if len(symbols) > 12 or max(one.count_ops(), other.count_ops()) > 400:
-        raise TooLarge
-    imaginary = [each for each in symbols if str(each) == "i"]
-    if imaginary:
-        import sympy
-
-        to_unit = {each: sympy.I for each in imaginary}
-        ours, theirs = one.subs(to_unit), other.subs(to_unit)
-        if same(ours, theirs):
-            return True
-        if not ours.free_symbols and not theirs.free_symbols:
-            return False
-    for points in (_reals(len(symbols)), _integers(len(symbols))):
-        agreed = 0
-        for values in points:
-            at = dict(zip(symbols, values, strict=True))
-            left, right = _at(one, at), _at(other, at)
-            if left is None or right is None or left.is_real is not True or right.is_real is not True:
-                continue
-            size = max(abs(left), abs(right))
-            if size > 0 and abs(left - right) > CLOSE * size:
-                return False
-            agreed += 1
-            if agreed == POINTS:
-                return True
-        if agreed >= 3:
-            return True
-    return False
-
-
-def _at(expression: Any, at: dict[Any, Any]) -> Any | None:
-    try:
-        value = expression.evalf(DIGITS, subs=at)
-    except (ValueError, TypeError, ArithmeticError, RecursionError, NotImplementedError, AttributeError):
-        return None
-    return value if value.is_number and value.is_finite else None
-
-
-def _reals(count: int) -> Iterable[list[Any]]:
-    import sympy
-
-    draw = random.Random(count)
-    for turn in range(4 * POINTS):
-        sign = 1 if turn % 2 else -1
-        yield [sympy.Rational((sign if turn % 3 else 1) * draw.randint(11, 380), 101) for _ in range(count)]
-
-
-def _integers(count: int) -> Iterable[list[Any]]:
-    import sympy
-
-    draw = random.Random(count)
-    for _ in range(2 * POINTS):
-        yield [sympy.Integer(draw.randint(1, 9)) for _ in range(count)]
-
-
 def _grids(gold: Value, found: Value) -> bool:
     rows = [_rows(each) for each in (gold, found)]
     if rows[0] is None or rows[1] is None or [len(r) for r in rows[0]] != [len(r) for r in rows[1]]:
@@ -198,8 +72,8 @@ def _rows(value: Value) -> Sequence[Sequence[Any]] | None:
 
 def _collections(gold: Value, found: Value) -> bool:
     if isinstance(gold, Region) or isinstance(found, Region):
-        ours, theirs = _as_set(gold), _as_set(found)
-        return ours is not None and theirs is not None and _same_regions(ours, theirs)
+        ours, theirs = as_set(gold), as_set(found)
+        return ours is not None and theirs is not None and same_regions(ours, theirs)
     if isinstance(gold, Formula) or isinstance(found, Formula):
         one = [each for each in (gold, found) if isinstance(each, Items) and each.kind != "tuple"]
         items = _distinct(one[0].items) if one else []
@@ -243,78 +117,6 @@ def _matched(gold: list[Any], found: list[Any]) -> bool:
     return True
 
 
-def _as_set(value: Value) -> Any | None:
-    import sympy
-
-    if isinstance(value, Region):
-        return value.region
-    if isinstance(value, Items):
-        if value.kind == "tuple":
-            region = as_region(value)
-            return region.region if region else None
-        parts = [_as_set(item) for item in value.items]
-        if all(isinstance(item, Formula) for item in value.items):
-            return sympy.FiniteSet(*(item.expression for item in value.items))
-        return None if None in parts else sympy.Union(*parts)
-    if isinstance(value, Relation):
-        return _solutions(value)
-    return None
-
-
-def _same_regions(one: Any, other: Any) -> bool:
-    import sympy
-
-    if one == other:
-        return True
-    if isinstance(one, sympy.FiniteSet) != isinstance(other, sympy.FiniteSet):
-        return False
-    if max(len(one.args), len(other.args)) > MAX_PIECES:
-        raise TooLarge
-    try:
-        return bool(sympy.SymmetricDifference(one, other).doit().is_empty) or bool(
-            (sympy.Complement(one, other).is_empty) and sympy.Complement(other, one).is_empty
-        )
-    except (TypeError, NotImplementedError, ValueError, AttributeError):
-        return False
-
-
-def _solutions(relation: Relation) -> Any | None:
-    """The set that an inequality in one unknown names, where it stands alone on its side."""
-    import sympy
-
-    if relation.sign == "in":
-        return _as_set(relation.right)
-    if " " in relation.sign:
-        chain = [*relation.left, relation.right]
-        parts = [Relation(s, a, b) for s, a, b in zip(relation.sign.split(), chain[:-1], chain[1:], strict=True)]
-        sets = [_solutions(part) for part in parts]
-        return None if None in sets else sympy.Intersection(*sets)
-    relation = Relation(relation.sign, _unnamed(relation.left), _unnamed(relation.right))
-    if not isinstance(relation.left, Formula) or not isinstance(relation.right, Formula):
-        return None
-    left, right, sign = relation.left.expression, relation.right.expression, relation.sign
-    if right.is_Symbol and not left.free_symbols:
-        left, right, sign = right, left, INVERSE[sign]
-    if not left.is_Symbol or right.free_symbols or not right.is_extended_real:
-        return None
-    real = sympy.S.Reals
-    return {
-        "<": lambda: sympy.Interval.open(-sympy.oo, right),
-        "<=": lambda: sympy.Interval(-sympy.oo, right),
-        ">": lambda: sympy.Interval.open(right, sympy.oo),
-        ">=": lambda: sympy.Interval(right, sympy.oo),
-        "!=": lambda: real - sympy.FiniteSet(right),
-        "=": lambda: sympy.FiniteSet(right),
-    }[sign]()
-
-
-def _unnamed(side: Any) -> Any:
-    """f(x) as an unknown of its own."""
-    import sympy
-
-    return Formula(sympy.Symbol(side.text), side.text) if isinstance(side, Words) else side
-
-
 def _relations(gold: Value, found: Value) -> bool:
     gold, found = _collapsed(gold), _collapsed(found)
     if isinstance(gold, Relation) and isinstance(gold.left, Items) and gold.sign == "=":
@@ -330,9 +132,9 @@ def _relations(gold: Value, found: Value) -> bool:
     if relation.sign == "in":
         return equal(relation.right, value) if relation is gold else equal(value, relation.right)
     if relation.sign != "=" or isinstance(value, Region):
-        ours = _as_set(relation)
-        theirs = _as_set(value)
-        return ours is not None and theirs is not None and _same_regions(ours, theirs)
+        ours = as_set(relation)
+        theirs = as_set(value)
+        return ours is not None and theirs is not None and same_regions(ours, theirs)
     for name, side in ((relation.left, relation.right), (relation.right, relation.left)):
         if _is_name(name):
             return equal(side, value) if relation is gold else equal(value, side)
@@ -388,9 +190,9 @@ def _both(gold: Relation, found: Relation) -> bool:
     if "=" in signs and signs[0] != signs[1]:
         return False
     if "in" in signs or " " in gold.sign or " " in found.sign or signs[0] != "=":
-        ours, theirs = _solutions(gold), _solutions(found)
+        ours, theirs = solutions(gold), solutions(found)
         if ours is not None and theirs is not None:
-            return _same_regions(ours, theirs) and (_unknown(gold) == _unknown(found))
+            return same_regions(ours, theirs) and (_unknown(gold) == _unknown(found))
     if isinstance(gold.left, tuple) or isinstance(found.left, tuple):
         return _chains(gold, found)
     sides = (gold.left, gold.right, found.left, found.right)
@@ -402,7 +204,7 @@ def _both(gold: Relation, found: Relation) -> bool:
         theirs = -theirs
     elif signs[0] != signs[1]:
         return False
-    return _proportional(ours, theirs, either=gold.sign in ("=", "!="))
+    return proportional(ours, theirs, either=gold.sign in ("=", "!="))
 
 
 def _chains(gold: Relation, found: Relation) -> bool:
@@ -416,30 +218,3 @@ def _chains(gold: Relation, found: Relation) -> bool:
 def _unknown(relation: Relation) -> set[str]:
     sides = [*relation.left, relation.right] if isinstance(relation.left, tuple) else [relation.left, relation.right]
     return {str(s) for side in sides if isinstance(side, Formula) for s in side.expression.free_symbols}
-
-
-def _proportional(one: Any, other: Any, either: bool) -> bool:
-    """Whether one is a constant times the other, positive unless `either`: the same line, circle, half-plane."""
-    if one.free_symbols != other.free_symbols or not one.free_symbols:
-        return False
-    symbols = sorted(one.free_symbols, key=str)
-    ratio, agreed = None, 0
-    for values in _reals(len(symbols)):
-        at = dict(zip(symbols, values, strict=True))
-        left, right = _at(one, at), _at(other, at)
-        if (
-            left is None
-            or right is None
-            or left.is_real is not True
-            or right.is_real is not True
-            or right == 0
-            or left == 0
-        ):
-            continue
-        here = left / right
-        if ratio is not None and abs(here - ratio) > CLOSE * abs(ratio):
-            return False
-        ratio, agreed = here, agreed + 1
-        if agreed == POINTS:
-            break
-    return ratio is not None and agreed >= 3 and (either or bool(ratio > 0))

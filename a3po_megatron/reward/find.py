@@ -2,7 +2,7 @@ r"""Where the answer stands in a response: the texts that may be it, in the orde
 
 thoughts     what stands before `</think>`, or behind a `<think>` that never closes, is never the answer
 <answer>     the last complete one; a box within it goes first
-\boxed{…}    the last complete one; boxes listed one after another also count as the list of their contents
+\boxed{…}    the last complete one; boxes listed one after another are the list of their contents
 #### 42      the last such line
 Answer: …    the last labelled line, in a dozen languages; the value may stand below its label
 … is 42.     the end of the last sentence: only where nothing above is there, and the response was not cut off
@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 
 MAX_LINE_CHARS = 20_000
+MAX_LABELLED_CHARS = 200_000  # of the end of a response, in which a labelled line is sought
 MAX_TAIL_CHARS = 4000  # the end of a response that names no answer
 
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -31,7 +32,7 @@ _LABELS = "|".join(
     (
         r"(?:the |my )?(?:final |correct |last )?answer",
         r"(?:the )?(?:correct|right) (?:option|choice)",
-        *("最终答案", "答案", "最終答案", "答え", "解答", "回答", "정답", "답"),
+        *("正确选项", "最终答案", "答案", "最終答案", "答え", "最终结果", "结果", "解答", "回答", "答", "정답", "답"),
         r"(?:la )?(?:réponse|reponse)(?: finale)?",
         r"(?:la )?respuesta(?: final| correcta)?",
         r"(?:die )?(?:endgültige |richtige )?antwort",
@@ -48,7 +49,8 @@ _LINE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _IS = re.compile(
-    rf"(?:{_LABELS})[ \t*_]{{0,4}}(?:is|are|est|es|ist|è|é|是|为|為|は|(?=[:：=]))[ \t]*[:：=]?[ \t]*", re.IGNORECASE
+    rf"(?:{_LABELS})[ \t*_]{{0,4}}(?:(?:is|are|est|es|ist|è|é)(?!\w)|是|为|為|は|(?=[:：=]))[ \t]*[:：=]?[ \t]*",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?。！？]+(?=\s|$)|[。！？]")
 _PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -77,7 +79,9 @@ def find(response: str, extract: str, finished: bool) -> Found:
     if extract in ("any", "answer") and (tags := _TAG.findall(text)):
         inside = tags[-1].strip()
         run, _ = boxes(inside)
-        return Found(_listed(run)) if run else Found([inside]) if inside else Found(why="the answer is empty")
+        if run:
+            return Found(_listed(run))
+        return Found([inside], prose=True) if inside else Found(why="the answer is empty")
     if extract != "answer":
         run, cut_off = boxes(text)
         if run:
@@ -88,7 +92,7 @@ def find(response: str, extract: str, finished: bool) -> Found:
         return Found(why="no \\boxed{…} found")
     if extract == "any" and (hashes := _HASHES.findall(text)):
         return Found([hashes[-1].strip()])
-    line = _labelled(text, finished)
+    line = _labelled(text[-MAX_LABELLED_CHARS:], finished)
     if line is not None:
         return Found([line], prose=True) if line else Found(why="the answer is empty")
     if extract == "answer":
@@ -99,7 +103,7 @@ def find(response: str, extract: str, finished: bool) -> Found:
 
 
 def _listed(run: list[str]) -> list[str]:
-    return [run[-1], ", ".join(run)] if len(run) > 1 and len(set(map(str.strip, run))) > 1 else run[-1:]
+    return [", ".join(run)] if len(run) > 1 and len(set(map(str.strip, run))) > 1 else run[-1:]
 
 
 def boxes(text: str) -> tuple[list[str], bool]:

@@ -2,23 +2,13 @@ r"""A formula, read whole: a sympy expression, and the unit, percent sign and de
 
 from __future__ import annotations
 
-import functools
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .words import MEANING, NUMBER_WORDS, UNITS
-
-MAX_NESTING = 15  # brackets: the LaTeX parser takes 0.8 s for 15 pairs, 2.6 s for 30 and 9 s for 60
-MAX_DIGITS = 5000  # of any number met on the way to the value: 10^10^10 and 99999999! must not be evaluated
-MAX_TERMS = 10_000  # of a sum or product with numeric limits
-MAX_CHARS, MAX_COMMANDS = 2000, 100
-
-
-class TooLarge(Exception):
-    """Evaluating it would not end in time."""
+from .latex import parse
+from .words import LARGE, MEANING, NUMBER_WORDS, unit_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +21,10 @@ class Formula:
     digits: int = 0  # of these the significant ones
 
 
+_FRACTION = re.compile(r"([+-]?) ?(?:\\frac ?\{ ?(-?\d{1,999}) ?\}\{ ?(\d{1,999}) ?\}|(\d{1,999}) ?/ ?(\d{1,999}))")
 _NUMBER = re.compile(r"[+-]? ?(?:\d+(?:\.\d*)?|\.\d+)")
-REPEATING = re.compile(
-    r"([+-]?)(\d*)\.(\d*?)"
+REPEATING = re.compile(  # of bounded length: what repeats is sought from every place
+    r"(?=.{1,80}$)([+-]?)(\d*)\.(\d*?)"
     r"(?:\\overline ?\{ ?(\d+) ?\}|\\(?:dot|overline) ?(\d)|\((\d+)\)|(\d+?)\7+\d* ?\\ldots|(\d)\\ldots)"
 )
 _APPROX = re.compile(r"^\\approx ?")
@@ -42,6 +33,7 @@ _NAME = r"(?:\\text\{[^{}]*\}|[A-Za-z]+)"
 _UNIT = re.compile(
     rf"(?:\\text\{{[^{{}}]*\}}|(?<=[\d}}]) +[A-Za-z]{{2,}}(?: +[A-Za-z]{{2,}})*){_POWER}(?: ?/ ?{_NAME}{_POWER})? *$"
 )
+_SCALED = re.compile(rf"([+-]?\d[\d,]*(?:\.\d+)?) ?(?:\\text\{{ ?)?({'|'.join(LARGE)})\b ?([A-Za-z ]*)\}}?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 CURRENCY = re.compile(r"^(-?) ?(?:\\?\$|€|£|¥|₹|\\(?:pounds|euro|yen)(?![A-Za-z])|USD|EUR|Rs\.?) ?(?=[\d.-])")
 CURRENCY_BEHIND = re.compile(r"(?<=\d) ?(?:\\?\$|€|£|¥|₹|\\euro)$")
@@ -63,6 +55,9 @@ def formula(text: str) -> Iterator[Formula]:
         yield _repeating(repeating, text)
         return
     text = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
+    if scaled := _SCALED.fullmatch(text):  # 5 million dollars
+        behind = rf" \text{{{scaled[3]}}}" if scaled[3] else ""
+        text = rf"{scaled[1].replace(',', '')} \cdot {LARGE[scaled[2]]}{behind}"
     text, unit = _without_unit(text)
     percent = text.endswith("\\%")
     text = text.removesuffix("\\%").strip()
@@ -79,9 +74,20 @@ def formula(text: str) -> Iterator[Formula]:
         plain = number(joined.replace(" ", ""))
         yield Formula(plain.expression, joined, unit, percent, plain.places, plain.digits)
         return
-    expression = parse(joined)
+    expression = _fraction(joined) or parse(joined)
     if expression is not None:
         yield Formula(expression, joined, unit, percent)
+
+
+def _fraction(text: str) -> Any | None:
+    r"""\frac{1}{2} and 1/2, which need no parser."""
+    import sympy
+
+    found = _FRACTION.fullmatch(text)
+    if found is None:
+        return None
+    top, bottom = int(found[2] or found[4]), int(found[3] or found[5])
+    return sympy.Rational(-top if found[1].startswith("-") else top, bottom) if top and bottom else None
 
 
 def _repeating(found: re.Match[str], text: str) -> Formula:
@@ -99,7 +105,7 @@ def _without_unit(text: str) -> tuple[str, str]:
     if re.search(r"\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", text) and not re.search(
         r"\\(?:sin|cos|tan|cot|sec|csc)", text
     ):
-        return re.sub(r" ?\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", "", text), "deg"
+        return re.sub(r" ?\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", "", text), unit_of("deg")
     found = _UNIT.search(text)
     if found is None or not text[: found.start()].strip():
         return text, ""
@@ -115,106 +121,4 @@ def _without_unit(text: str) -> tuple[str, str]:
         return text, ""
     if [name.lower() for name in names] in (["th"], ["st"], ["nd"], ["rd"]):
         return text[: found.start()].strip(), ""
-    known = [UNITS.get(name.lower() if len(name) > 1 else name, UNITS.get(name.lower(), "")) for name in names]
-    powers = "".join(re.findall(r"[\d/]", words.replace("per", "/")))
-    unit = "".join(known) + powers if known and all(known) else ""
-    return text[: found.start()].strip(), unit
-
-
-@functools.cache
-def library() -> Any:
-    import latex2sympy2_extended.latex2sympy2 as library
-
-    return library
-
-
-_BIG_BINOMIAL = re.compile(r"binom.*\d{5}", re.DOTALL)  # the one function that is evaluated while parsing
-
-
-def parse(text: str) -> Any | None:
-    """A sympy expression of all of a formula, with exact decimals; None: it is none. Raises TooLarge."""
-    import sympy
-
-    if (
-        nesting(text) > MAX_NESTING
-        or _BIG_BINOMIAL.search(text)
-        or len(text) > MAX_CHARS
-        or text.count("\\") > MAX_COMMANDS
-    ):
-        raise TooLarge
-    if re.search(r"\d +\d|\d_|[A-Za-z]{12,}|\\(?:int|lim|variable|begin|text|prime)(?![A-Za-z])|[\"#@&]|__", text):
-        return None
-    text = re.sub(
-        r"(\\(?:sin|cos|tan|cot|sec|csc)) ?\(? ?(-?[\d.]+|\\frac\{[^{}]*\}\{[^{}]*\}) ?\^\\circ ?\)?",
-        r"\1(\2 \\cdot \\frac{\\pi}{180})",
-        text,
-    )
-    if "\\circ" in text:
-        return None
-    l2s = library()
-    config = l2s.ConversionConfig(lowercase_symbols=False)
-    try:
-        found = l2s.latex2sympy(
-            text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=config
-        )
-    except RecursionError as error:
-        raise TooLarge from error
-    except Exception:  # the parser raises Exception itself
-        return None
-    if not isinstance(found, sympy.Expr):
-        return None
-    if explodes(found):
-        raise TooLarge
-    exact = {each: sympy.Rational(str(each)) for each in found.atoms(sympy.Float)}
-    return found.xreplace(exact) if exact else found
-
-
-def nesting(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        if character in "([{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in ")]}":
-            depth -= 1
-    return deepest
-
-
-def explodes(expression: Any) -> bool:
-    """True if evaluating the expression would meet a number beyond MAX_DIGITS or a sum beyond MAX_TERMS."""
-    try:
-        return not _size(expression) <= MAX_DIGITS
-    except RecursionError:
-        return True
-
-
-def _size(node: Any) -> float:
-    """An upper bound on log10 of the largest number that evaluating the tree meets; symbols count as one digit."""
-    import sympy
-
-    if isinstance(node, sympy.Rational):
-        return max(abs(node.p).bit_length(), node.q.bit_length()) * math.log10(2)
-    if isinstance(node, sympy.Float):
-        return max(float(sympy.log(abs(node), 10)), 0.0) if node.is_finite and node != 0 else 0.0
-    if not getattr(node, "args", ()):
-        return 1.0
-    inner = [_size(argument) for argument in node.args if isinstance(argument, sympy.Basic)]
-    largest = max(inner, default=1.0)
-    if largest > MAX_DIGITS:
-        return math.inf
-    if isinstance(node, sympy.Mul):
-        return sum(inner)
-    if isinstance(node, sympy.Add):
-        return largest + math.log10(len(inner))
-    if isinstance(node, sympy.Pow | sympy.exp):
-        base, exponent = (inner[0], node.args[1]) if isinstance(node, sympy.Pow) else (0.5, node.args[0])
-        size = abs(float(exponent)) if isinstance(exponent, sympy.Number) else 10 ** min(inner[-1], 300.0)
-        return max(base, largest, max(base, 0.31) * size)
-    if isinstance(node, sympy.factorial | sympy.factorial2 | sympy.gamma | sympy.binomial | sympy.subfactorial):
-        return 10 ** min(inner[0], 300.0) * max(inner[0], 1.0)
-    if isinstance(node, sympy.Sum | sympy.Product):
-        terms = max((10 ** min(_size(bound), 300.0) for limit in node.limits for bound in limit[1:]), default=1.0)
-        if terms > MAX_TERMS:
-            return math.inf
-        return largest * (terms if isinstance(node, sympy.Product) else 1.0) + math.log10(terms + 1)
-    return largest
+    return text[: found.start()].strip(), unit_of(words)

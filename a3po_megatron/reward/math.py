@@ -19,9 +19,9 @@ import re
 from ..batch import Verdict
 from ..errors import RequestError
 from .find import Found, boxes, conclusion, find
-from .formula import TooLarge, library
+from .latex import MAX_NESTING, TooLarge, converter, nesting
 from .spelling import spell
-from .value import Value, readings
+from .value import Choice, Value, Words, as_sentence, readings
 from .words import MEANING
 
 EXTRACTS = ("any", "boxed", "answer")
@@ -32,14 +32,20 @@ _INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
 _SQUARE_UNIT = re.compile(r"(\d) ?(?:mm?|cm|km|ft|in)(?:[²³]|\^\{?[23]\}?)$")  # in prose no letter is a variable
 _MARKED = re.compile(r"\\(?:begin|end) ?\{[a-z]*\}|\\(?:text[a-z]*|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{2,}[^A-Za-z]+[A-Za-z]{2,}")  # two words
-_STATED = re.compile(r".*\b(?:is|are|equals|be)\b:? +(.+)$", re.DOTALL)  # of a sentence on an answer line
+_VERB = r"\b(?:is|are|equals|be)\b"
+_WORDED = re.compile(r"[^\w\\]*[^\W\d_]{2,}(?=[\s:]|\d)")  # Hence $n = 7$.
+_STATED = re.compile(rf"(?:(?!{_VERB}).)*{_VERB}:? +((?:(?!{_VERB}).)+)", re.DOTALL)  # of a sentence on an answer line
+_LISTED = re.compile(r"\s*(?:[,;]?\s*(?:and|or|und|y|et|e|和|或)\b|[,;、])\s*")
+_CLAUSE = re.compile(r"[,;:]|\b(?:is|are|was|equals)\b|['’]s\b", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:not|cannot|never|unable|neither|sorry)\b|n['’]t\b", re.IGNORECASE)
+_HARMLESS = {"is", "are", "to", "of", "by", "from", "each", "and", "percent", "up", "even", "pairs"}
 _HASHES = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.MULTILINE)
 _SPAN = re.compile(
     r"\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|`([^`\n]+)`|\*\*([^*\n]+)\*\*",
     re.DOTALL,
 )
 _EXPRESSION = re.compile(
-    r"(?<![\w.])(?:[$€£¥]\s?)?[+\-−]?\s?(?:\d[\d,. ]*|[A-Za-z]\s?=|√|π)"
+    r"(?<![A-Za-z0-9_.])(?:[$€£¥]\s?)?[+\-−]?\s?(?:\d[\d,. ]*|[A-Za-z]\s?=|√|π)"
     r"(?:[\d.,+\-−*/^()=√π×÷·² ]|\\[a-z]+|\{[^{}]*\}|%|°|[A-Za-z](?![A-Za-z]))*",
 )
 
@@ -48,7 +54,7 @@ def grade(response: str, answer: str, *, extract: str = "any", finished: bool = 
     r"""The verdict on `response`, whose gold answer is `answer`.
 
     extract: where the response's answer stands (find.py).
-        boxed    the last complete \boxed{…}; boxes listed one after another also count as the list of their contents
+        boxed    the last complete \boxed{…}; boxes listed one after another are the list of their contents
         answer   the last line of the form `Answer: …`, or what stands in <answer>…</answer>
         any      the tag, the box, `#### …`, the answer line, else the end of the last sentence
     finished: False if the response was cut off: then only what it has named counts.
@@ -85,11 +91,15 @@ def _settle(candidate: str, gold: str) -> bool | None:
     if len(candidate) > MAX_LONG_CHARS:
         return False
     left, right = candidate.strip().strip("$*. "), gold.strip("$*. ")
-    if left == right or (max(len(left), len(right)) <= MAX_ANSWER_CHARS and spell(left) == spell(right)):
+    if left == right or (_readable(left) and _readable(right) and spell(left) == spell(right)):
         return True
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right) and "," not in right:
         return _canonical(left) == _canonical(right)
     return False if len(candidate) > MAX_ANSWER_CHARS else None
+
+
+def _readable(text: str) -> bool:
+    return len(text) <= MAX_ANSWER_CHARS and nesting(text) <= MAX_NESTING
 
 
 def _canonical(integer: str) -> str:
@@ -99,7 +109,7 @@ def _canonical(integer: str) -> str:
 
 
 def read_gold(gold: str) -> list[Value] | str:
-    """What a gold answer may mean; a text: why nobody can read it."""
+    """What a gold answer may mean; none: it is too large to evaluate; a text: why nobody can read it."""
     if len(gold) > MAX_ANSWER_CHARS:
         return f"the gold answer has more than {MAX_ANSWER_CHARS} characters"
     return _read_gold(gold)
@@ -108,29 +118,38 @@ def read_gold(gold: str) -> list[Value] | str:
 @functools.lru_cache(maxsize=4096)
 def _read_gold(gold: str) -> list[Value] | str:
     try:
-        return readings(gold) or "the gold answer cannot be read"
-    except TooLarge:
-        return "the gold answer is too large to evaluate"
-    except RecursionError:
-        return "the gold answer is nested too deeply"
+        return readings(gold) or as_sentence(gold) or "the gold answer cannot be read"
+    except (TooLarge, RecursionError):
+        return []
+    except Exception as error:  # of sympy
+        return f"the gold answer cannot be read: {type(error).__name__}: {str(error)[:200]}"
 
 
 def _compare(found: Found, gold: str) -> Verdict:
     wanted = read_gold(gold)
     if isinstance(wanted, str):
         return Verdict("invalid", wanted)
+    if not wanted:
+        return Verdict("wrong", "the gold answer is too large to evaluate, and this one is spelled otherwise")
     from .equal import equal
 
     why = "no answer found" if not found.named else "the answer cannot be read"
     for text in found.named or _ends(found.tail):
         try:
             read = readings(text)
-            if not read and (stated := _STATED.search(text)) and found.prose:
+            if not read and (stated := _STATED.fullmatch(text)) and found.prose:
                 read = readings(stated[1])
+            if not read and found.named:
+                read = as_sentence(text)
+            letters = [{each.letter for each in side if isinstance(each, Choice)} for side in (wanted, read)]
+            if all(letters) and letters[0] != letters[1]:
+                return Verdict("wrong", "another choice")
             if any(equal(g, r) for g in wanted for r in read):
                 return Verdict("correct")
             if read:
                 why = "another value"
+                if not found.named and not isinstance(read[0], Words):
+                    break
         except TooLarge:
             why = "the answer is too large to evaluate"
         except MemoryError:
@@ -145,28 +164,41 @@ def _compare(found: Found, gold: str) -> Verdict:
 def _ends(tail: str) -> list[str]:
     """What the end of a response may call its answer: what a sentence says it is, else its last expression."""
     if stated := conclusion(tail):
-        spans = [next(filter(None, span.groups())) for span in _SPAN.finditer(stated)]
-        return [stated, *spans[:1]] if spans else [stated, *_last_expression(stated)]
+        return [stated, *_last_expression(stated)]
     bare = tail.strip()
     if "\n" not in bare and len(bare) <= MAX_ANSWER_CHARS and not _PROSE.search(_MARKED.sub(" ", bare)):
-        return [bare]
+        return [bare, *(_last_expression(bare) if _WORDED.match(bare) else [])]
     lines = [line for line in bare.splitlines() if line.strip()]
     return _last_expression(lines[-1]) if lines else []
 
 
 def _last_expression(line: str) -> list[str]:
-    spans = list(_SPAN.finditer(line))
-    plain = [each for each in _EXPRESSION.finditer(line) if not any(s.start() <= each.start() < s.end() for s in spans)]
-    if spans and (not plain or plain[-1].start() < spans[-1].start()):
-        return [next(filter(None, spans[-1].groups()))]
-    before = line[: plain[-1].start()].lower().split()[-1:] if plain else []
-    if plain and not MEANING & set(before) - {"is", "to", "of", "by", "from", "each", "and"}:
-        text = _SQUARE_UNIT.sub(r"\1", plain[-1].group().strip(" ,."))
-        return [text.rpartition("=")[2].strip() or text]
-    return []
+    """The last formula or number of a sentence, with those listed before it; none if the sentence denies it."""
+    spans = [(span.start(), span.end(), next(filter(None, span.groups()))) for span in _SPAN.finditer(line)]
+    inside = [range(start, end) for start, end, _ in spans]
+    plain = [
+        (each.start(), each.end(), _SQUARE_UNIT.sub(r"\1", each.group().strip(" ,.")))
+        for each in _EXPRESSION.finditer(line)
+        if not any(each.start() in span for span in inside)
+    ]
+    marks = sorted(spans + plain)
+    if not marks:
+        return []
+    listed = [marks.pop()]
+    while marks and _LISTED.fullmatch(line[marks[-1][1] : listed[0][0]]):
+        listed.insert(0, marks.pop())
+    begin, end = listed[0][0], listed[-1][1]
+    clause = max((each.end() for each in _CLAUSE.finditer(line, 0, begin)), default=0)
+    around = {*line[:begin].lower().split()[-1:], *re.split(r"[^\w-]+", line[end:].lower().lstrip())[:1]}
+    if _DENIED.search(line, clause) or around & MEANING - _HARMLESS:
+        return []
+    if len(listed) > 1:
+        return [", ".join(text for _, _, text in listed)]
+    text = listed[0][2]
+    return [text if listed[0] in spans else text.rpartition("=")[2].strip() or text]
 
 
 def prepare() -> None:
     """Loads what grading needs, so that no response's time limit pays for it. Grader processes call this at start."""
-    library()
+    converter()
     readings("\\frac{1}{2}")

@@ -37,6 +37,7 @@ _SIGNS = {
     **{"…": r"\ldots ", "⋯": r"\ldots ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "″": "''"},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": "(", "⟩": ")", "〈": "(", "〉": ")"},
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
+    **{"∴": r"\therefore ", "⇒": r"\Rightarrow "},
     **{"→": r"\to ", "∠": r"\angle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "ℓ": "l", "µ": r"\mu "},
 }
 
@@ -57,7 +58,7 @@ _DOWN = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙ", "01234
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱ]+")
 _SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙ]+")
 _VULGAR = re.compile("[¼½¾⅐-⅞↉]")
-_UNICODE_ROOT = re.compile(r"([√∛∜])\s*(\([^()]*\)|\{[^{}]*\}|\d+(?:\.\d+)?|\\?[A-Za-z]+)?")
+_UNICODE_ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+|(?=[({]))?")
 _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 
 # Commands around an argument that change its looks alone.
@@ -82,6 +83,7 @@ _TEXTS = (*_MARKED, "mbox", "hbox", "operatorname", "operatorname*", "rm", "bf")
 _PHANTOMS = ("phantom", "hphantom", "vphantom", "hspace", "vspace", "label", "tag", "kern", "color")
 _GONE = re.compile(
     r"\\(?:left|right|bigg?[lr]?|Bigg?[lr]?|middle)(?:\s*\.(?!\d)|(?![A-Za-z]))"
+    r"|\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])"
     r"|\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|nonumber|centering|bfseries|itshape|rmfamily|strut"
     r"|mathrm(?=\s*\\)|bf|rm|it|tt|sf)(?![A-Za-z{])|\\!\s*|\\-"
 )
@@ -121,7 +123,11 @@ _SAME = {
     **{"bmod": "mod", "land": "text{ and }", "wedge": "text{ and }", "lor": "text{ or }", "vee": "text{ or }"},
 }
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?)")
+_UNIT_LETTER = re.compile(  # 5\,\mathrm{m}, at the end
+    r"([\d}]) *\\(?:mathrm|text|textrm|rm|mbox)\{ ?([mgshlNJWVK]|sec) ?\}(?=\s*(?:\^\{?[23]\}?\s*)?(?:[,;.)$/]|$))"
+)
 _PLAIN = {"lt": "<", "gt": ">", "div": "/", "colon": ":", "langle": "(", "rangle": ")", "vert": "|", "deg": r"^\circ "}
+_PLAIN |= {"lg": r"\log_{10} "}
 _FUNCTIONS = (
     *(
         "arcsin",
@@ -152,6 +158,8 @@ _E_NOTATION = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?![\w
 _MIXED = re.compile(r"(?<![\w.,/^}{])(\d+) +(\d+)/(\d+)(?![\w/])")
 _PERCENT = re.compile(r"(?<=[\d}$)]) ?(?:\\text\{ ?)?(?:percent(?:age)?|pct)(?![A-Za-z])(?: ?\})?", re.IGNORECASE)
 _GROUPS = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|[ \u00a0\u2009\u202f])\d{3})+)(?![\d])")
+_SINGLE = re.compile(r"(?<=[\dA-Za-z})]) ?\{ ?([:=<>+-]) ?\}")  # spacing in LaTeX: 10{:}15
+_LATEX_DECIMAL = re.compile(r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))")  # 3{,}5 is 3.5
 _THIN_COMMA = re.compile(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))|(?<=\d),\\!\s*(?=\d{3}(?!\d))")
 
 
@@ -163,8 +171,9 @@ def spell(text: str) -> str:
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), text)
     text = _GONE.sub(lambda found: "" if found[0].startswith(("\\!", "\\-")) else " ", text)
     text = _GROUPS.sub(lambda found: found[1] + re.sub(r"\D", "", found[2]), _THIN_COMMA.sub("", text))
-    text = _SPACES.sub(" ", text)
+    text = _SINGLE.sub(r"\1", _LATEX_DECIMAL.sub(".", _SPACES.sub(" ", text)))
     text = re.sub(r"\\textcolor\s*\{[^{}]*\}", r"\\mathit", text)
+    text = _UNIT_LETTER.sub(r"\1 \\text{ \2 }", text)
     for names, act in ((_PHANTOMS, lambda inside: " "), (_LOOKS, lambda inside: f" {inside} "), (_TEXTS, _text)):
         text = _arguments(text, names, act)
     text = _COMMAND.sub(_command, text)
@@ -173,7 +182,9 @@ def spell(text: str) -> str:
     text = _CALL.sub(lambda found: rf"\{_NAMES.get(found[1], found[1])} ", text)
     text = _WORD_SIGN.sub(lambda found: rf"\{'infty' if found[1].startswith(('inf', 'oo')) else found[1]} ", text)
     text = _PI_BEHIND.sub(r"\\pi ", text)
-    text = re.sub(r"(?:\*\*|\^) ?(-\d+)", r"^{\1}", text)
+    text = re.sub(r"(?:\*\*|\^) ?(-(?:\d+|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+))", r"^{\1}", text)
+    text = re.sub(r"_ ?(\d+)(?= )|(?<=log)_ ?(\d)(?=\d)", r"_{\1\2}", text)  # \log_2 8, \log_28
+    text = re.sub(r"\^ ?(?:\\prime(?![A-Za-z])|\{ ?\\prime ?\})", "'", text)
     text = (
         text.replace("**", "^")
         .replace("*", r"\cdot ")
@@ -209,10 +220,9 @@ def _vulgar(found: re.Match[str]) -> str:
 
 
 def _unicode_root(found: re.Match[str]) -> str:
-    under = found[2] or ""
-    return (
-        _ROOTS[found[1]] + "{" + (under[1:-1] if under.startswith(("(", "{")) else under) + "}" if under else found[0]
-    )
+    if found[2] is None:
+        return found[0]
+    return _ROOTS[found[1]] + (f"{{{found[2]}}}" if found[2] else "")  # `_braces` finds where a bracket ends
 
 
 def _command(found: re.Match[str]) -> str:
@@ -222,9 +232,12 @@ def _command(found: re.Match[str]) -> str:
 
 def _text(inside: str) -> str:
     r"""\text{…}: words stay marked as such, signs and numbers and single letters do not."""
+    inside = re.sub(r"(?<=[a-z])\^ ?\{ ?(-?\d) ?\}", r"\1", inside)  # mol^{-1}
     bare = inside.strip()
     if (re.fullmatch(r"[A-Za-z]", bare) and bare == inside) or not re.search(r"[A-Za-z]", bare) or "\\" in bare:
         return f" {inside} "
+    if bare == "sec" and inside != bare:  # seconds; `_UNIT_LETTER` leaves blanks around them
+        return rf"\text{{{inside}}}"
     if bare in _FUNCTIONS or bare in ("lim", "max", "min", "gcd", "lcm", "mod", "det", "arcsin"):
         return f"\\{bare} " if bare in _FUNCTIONS else rf"\text{{{bare}}}"
     return rf"\text{{{inside}}}"
@@ -268,6 +281,8 @@ def _infix(text: str, name: str, command: str) -> str:
     while (found := re.search(rf"\\{name}(?![A-Za-z])", text)) is not None:
         begin = _opening(text, found.start())
         end = closing(text, begin) if begin >= 0 else len(text)
+        if end < 0:
+            return text  # a brace that never closes
         top, bottom = text[begin + 1 : found.start()], text[found.end() : end]
         text = text[: max(begin, 0)] + rf"\{command}{{{top}}}{{{bottom}}}" + text[end + 1 :]
     return text
@@ -286,18 +301,23 @@ def _opening(text: str, inside: int) -> int:
 
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|[^\\\s{}]")
+_TAKES = re.compile(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*|([\^_])\s*(?=[({])|(?<![\\A-Za-z])(abs)(?=\()")
 _COMMAS_WITHIN = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def _braces(text: str) -> str:
-    r"""\frac12 → \frac{1}{2}, \sqrt2 → \sqrt{2}, \sqrt(2) → \sqrt{2}, x^(2) → x^{2}; 1,000 within braces → 1000."""
+    r"""\frac12 → \frac{1}{2}, \sqrt2 and \sqrt(2) → \sqrt{2}, x^(2) → x^{2}; abs(x) → |x|; in braces 1,000 → 1000."""
     pieces: list[str] = []
     position = 0
-    for found in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])\s*|([\^_])\s*(?=[({])", text):
+    for found in _TAKES.finditer(text):
         if found.start() < position:
             continue
         pieces.append(text[position : found.start()])
         name, position = found[1], found.end()
+        if found[3]:
+            argument, position = _argument(text, position)
+            pieces.append(f"|{argument}|")
+            continue
         if name is None:
             argument, position = _argument(text, position)
             pieces.append(f"{found[2]}{{{argument}}}")

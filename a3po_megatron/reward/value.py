@@ -17,23 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .formula import (
-    CURRENCY,
-    CURRENCY_BEHIND,
-    MAX_NESTING,
-    REPEATING,
-    Formula,
-    TooLarge,
-    explodes,
-    formula,
-    library,
-    nesting,
-    number,
-)
-from .spelling import closing, spell
+from .formula import CURRENCY, CURRENCY_BEHIND, REPEATING, Formula, formula, number
+from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
+from .parts import bare, matching, named, split, thousands
+from .spelling import spell
 from .words import NUMBER_WORDS
 
-MAX_CHARS = 8000
+MAX_CHARS = 2000
 MAX_COMMANDS = 250  # of LaTeX: the parser takes some 20 ms for each function
 MAX_ITEMS = 200  # of a list
 MAX_PIECES = 24  # of a union of intervals, which sympy compares pair by pair
@@ -76,25 +66,30 @@ class Words:
 
 Value = Formula | Items | Region | Relation | Grid | Choice | Words
 
+_LABEL = re.compile(
+    r"^(?:\\text\{ ?(?:the )?(?:final |correct )?(?:answer|result)(?: is)?:? ?\} ?:?"
+    r"|\\(?:therefore|Rightarrow|implies)(?![A-Za-z])|=) ?",
+    re.IGNORECASE,
+)
 _THOUSANDS = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+)(\.\d+)?")
 _DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d{1,2}|\d{4,})")
 _CHOICE = re.compile(
-    r"(?:\(([A-J])\)|\\text\{ ?\(?([A-J])(?:\)|\.|:)? ?\}|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
+    r"(?:(?:[Oo]ption|[Cc]hoice|选项) ?)?"
+    r"(?:\(([A-J])\)|\\text\{ ?(?:(?:[Oo]ption|[Cc]hoice) )?\(?([A-J])(?:\)|\.|:)? ?\}"
+    r"|([A-J])(?=[).:] ?|$)|\\text\{ ?\(?([A-J])[).:] ?(?=[^}]))"
     r"[).:]?\s*(.*)",
     re.DOTALL,
 )
 _BASE = re.compile(r"[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
 _QUALIFIER = re.compile(
-    r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,]))(?:for|where|with|as|when|in which|such that)\b(?![^{}]*otherwise).*$",
+    r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,])\(?)(?:for|where|with|as|when|in which|such that|since|because)\b"
+    r"(?![^{}]*otherwise).*$",
     re.DOTALL,
 )
 _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
-_PROSE = re.compile(r"[A-Za-z][A-Za-z.']*(?:[ -][A-Za-z][A-Za-z.']*)*")
+_HYPHEN = r"(?<=[A-Za-z]{3})-|-(?=[A-Za-z]{3})"  # twenty-one, x-axis; p-q is a difference
+_PROSE = re.compile(rf"[A-Za-z][A-Za-z.']*(?:(?: |{_HYPHEN})[A-Za-z][A-Za-z.']*)*")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
-_AND = re.compile(
-    r"(?:,? ?\\text\{ ?,? ?(?:and|or|und|et|oder|ou) ?\} ?|,? +(?:and|or) +|,?(?:和|或|以及)"
-    r"|(?<=[)\]}])(?:and|or)(?=[(\[\\{]))"
-)
 _SIGNS = (
     ("\\le", "<="),
     ("\\ge", ">="),
@@ -112,42 +107,19 @@ def readings(text: str) -> list[Value]:
     """All that an answer may mean, the most plain first; empty: nothing that can be compared."""
     if len(text) > MAX_CHARS or text.count("\\") > MAX_COMMANDS or nesting(text) > MAX_NESTING:
         raise TooLarge
-    spelled = _bare(spell(_bare(text)))
+    spelled = bare(spell(bare(text)))
     return list(dict.fromkeys(_readings(spelled))) if spelled else []
 
 
-def _bare(text: str) -> str:
-    """Without the wrapping that carries no meaning: emphasis, quotes, math delimiters, the full stop of a sentence."""
-    before = None
-    text = text.strip()
-    while text != before:
-        before = text
-        text = text.strip('*`_" \t\r\n') if not text.startswith("_") else text
-        if re.fullmatch(r"\s*\\text\s*\{[^{}]*\}\s*", text) is None:
-            text = text if text.endswith(("..", "\\.")) else text.removesuffix(".")
-        text = re.sub(r"(?<!\\)\\$", "", text.rstrip(",;"))
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            inner = text[len(left) : -len(right)]
-            if text.startswith(left) and text.endswith(right) and inner and "$" not in inner and left not in inner:
-                text = inner.strip()
-        if text.startswith("{") and closing(text, 0) == len(text) - 1:
-            text = text[1:-1].strip()
-        if text.endswith("$") and text.count("$") == 1 and not text.endswith("\\$"):
-            text = text[:-1]
-        if text.startswith("$") and text.count("$") == 1 and not re.match(r"\$ ?[\d.]", text):
-            text = text[1:]
-    return text
-
-
 def _readings(text: str) -> Iterator[Value]:
-    text = re.sub(r"^\\text\{ ?(?:the )?(?:final |correct )?answer is:? ?\} ?", "", text, flags=re.IGNORECASE)
+    text = _LABEL.sub("", text)
     if choice := _CHOICE.fullmatch(text):
         letter = next(filter(None, choice.groups()[:4]))
         rest = choice[5].strip()
         yield Choice(letter, rest[:-1] if rest.endswith("}") and rest.count("{") < rest.count("}") else rest)
     amount = CURRENCY_BEHIND.sub("", CURRENCY.sub(r"\1", text))
-    if thousands := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
-        yield number(f"{thousands[1]}{thousands[2].replace(',', '')}{thousands[3] or ''}")
+    if grouped := _THOUSANDS.fullmatch(amount.replace(" ", "") if ", " not in amount else amount):
+        yield number(f"{grouped[1]}{grouped[2].replace(',', '')}{grouped[3] or ''}")
     elif decimal := _DECIMAL_COMMA.fullmatch(amount):
         yield from _whole(text)
         yield number(f"{decimal[1]}.{decimal[2]}")
@@ -157,7 +129,7 @@ def _readings(text: str) -> Iterator[Value]:
 
 def _whole(text: str) -> Iterator[Value]:
     """One answer as a whole: words, relation, list, region, tuple, formula."""
-    text = _bare(text)
+    text = bare(text)
     if not text:
         return
     if behind := re.fullmatch(r"\$([^$]+)\$ ?(\\%|[A-Za-z][A-Za-z ]*)", text):  # $125$ miles
@@ -180,8 +152,8 @@ def _whole(text: str) -> Iterator[Value]:
         return
     if _BASE.fullmatch(text) and text[0].isdigit() and re.search(r"_", text):
         yield _as_words(text)
-        if bare := re.match(r"\d+", text):
-            yield Words(f"base {bare[0]}")
+        if digits := re.match(r"\d+", text):
+            yield Words(f"base {digits[0]}")
         return
     if re.fullmatch(r"\d+(?: ?: ?\d+)+[A-Za-z. ]*", plain):
         yield Words(_folded(plain))
@@ -193,11 +165,13 @@ def _whole(text: str) -> Iterator[Value]:
 
 
 def _structure(text: str) -> Iterator[Value]:
-    parts = _split(text)
+    if (joined := thousands(text)) != text:
+        yield from _structure(joined)
+    parts = split(text)
     if len(parts) > 1:
         if len(parts) > MAX_ITEMS:
             raise TooLarge
-        items = [next(_whole(part), None) for part in _named(parts)]
+        items = [next(_whole(part), None) for part in named(parts)]
         if None not in items:
             yield Items("list", tuple(items))
         return
@@ -216,16 +190,10 @@ def _structure(text: str) -> Iterator[Value]:
     if grid := _grid(text):
         yield grid
         return
-    yield from _bracketed(text)
+    if brackets := list(_bracketed(text)):
+        yield from brackets
+        return
     yield from formula(text)
-
-
-def _named(parts: list[str]) -> list[str]:
-    """n=2, 3, 4 → n=2, n=3, n=4"""
-    head = re.match(r"([A-Za-z](?:_\{?\w+\}?)?) ?= ?", parts[0])
-    if head is None or any(re.search(r"[=<>]|\\(?:le|ge|ne|in)(?![a-z])", part) for part in parts[1:]):
-        return parts
-    return [parts[0], *(f"{head[1]} = {part}" for part in parts[1:])]
 
 
 def _words(text: str) -> Iterator[Value]:
@@ -246,7 +214,14 @@ def _words(text: str) -> Iterator[Value]:
 
 
 def _folded(text: str) -> str:
-    return re.sub(r"[\s.,'\"()_-]+", "", text).casefold()
+    """Without what does not count between words; a point or sign of a number does."""
+    return re.sub(r"[\s'\"()_]+", "", re.sub(r"[.,-](?!\s*\d)", "", text)).casefold()
+
+
+def as_sentence(text: str) -> list[Value]:
+    """An answer in words that cannot be read otherwise: `Room 12`; empty: it has no words."""
+    plain = _TEXT.sub(r"\1", bare(spell(bare(text))))
+    return [Words(_folded(plain))] if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", plain) and "\\" not in plain else []
 
 
 def _as_words(text: str) -> Words:
@@ -255,35 +230,6 @@ def _as_words(text: str) -> Words:
     text = re.sub(r"\\pmod ?\{? ?([^{}() ]+) ?\}?", r"\\pmod\1", text)
     letters = sum(c.isalpha() for c in re.sub(r"\\[a-z]+", "", text)) > 3
     return Words(_folded(text) if letters and "\\" not in text else re.sub(r"[\s.]+(?!\d)", "", text.replace(" ", "")))
-
-
-def _split(text: str) -> list[str]:
-    """At commas, semicolons, `and`, `or` outside of all brackets; thousands stay together."""
-    if "\\pm" in text and "\\mp" not in text and len(signs := re.findall(r"\\pm(?![a-z])", text)) == 1 and signs:
-        both = [re.sub(r"\\pm ?", sign, text) for sign in ("+", "-")]
-        return [part for each in both for part in _split(each)]
-    parts, depth, begin = [], 0, 0
-    position = 0
-    while position < len(text):
-        character = text[position]
-        if character == "\\" and text[position + 1 : position + 2] in ("{", "}", ",", ";"):
-            depth += {"{": 1, "}": -1}.get(text[position + 1], 0)
-            position += 2
-            continue
-        if depth == 0 and (joined := _AND.match(text, position)):
-            parts.append(text[begin:position])
-            position = begin = joined.end()
-            continue
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif depth == 0 and character in ",;":
-            parts.append(text[begin:position])
-            begin = position + 1
-        position += 1
-    parts = [part.strip() for part in [*parts, text[begin:]]]
-    return [part for part in parts if part] if len(parts) > 1 else parts
 
 
 def _relation(text: str) -> Relation | Items | None:
@@ -353,7 +299,7 @@ def _finite(text: str) -> Region | None:
 
     if not (text.startswith("\\{") and text.endswith("\\}")):
         return None
-    items = [next(formula(part), None) for part in _split(text[2:-2])]
+    items = [next(formula(part), None) for part in split(text[2:-2])]
     return None if None in items else Region(sympy.FiniteSet(*(item.expression for item in items if item)))
 
 
@@ -378,16 +324,16 @@ def as_region(value: Items) -> Region | None:
 
 def _bracketed(text: str) -> Iterator[Value]:
     if text.startswith("\\{") and text.endswith("\\}"):
-        items = [next(_whole(part), None) for part in _split(text[2:-2])]
+        items = [next(_whole(part), None) for part in split(text[2:-2])]
         if None not in items:
             yield Items("set", tuple(items))
         return
     if len(text) < 3 or text[0] not in "([])" or text[-1] not in "()[]":
         return
     outward = text[0] in ")]" or text[-1] in "(["  # ]0, 1[
-    if not outward and _matching(text) != len(text) - 1:
+    if not outward and matching(text) != len(text) - 1:
         return
-    inside = _split(text[1:-1])
+    inside = split(text[1:-1])
     if len(inside) < 2:
         return
     items = [next(_whole(part), None) for part in inside]
@@ -399,21 +345,12 @@ def _bracketed(text: str) -> Iterator[Value]:
         yield Items("tuple", tuple(items), opens + closes)
 
 
-def _matching(text: str) -> int:
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in "([") - (character in ")]")
-        if depth == 0:
-            return position
-    return -1
-
-
 def _grid(text: str) -> Grid | None:
     text = re.sub(r"^[\[(] ?(?=\\begin)|(?<=\}) ?[\])]$", "", text) if "\\begin" in text else text
     found = re.fullmatch(r"\\begin ?\{([pbvBV]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)\\end ?\{\1\}", text, re.DOTALL)
     if found is None or "\\begin" in found[2]:
         return _computed_grid(text)
-    rows = [row for row in re.split(r"\\\\|\\cr", found[2]) if row.strip()]
+    rows = [row for row in re.split(r"\\\\(?: ?\[[^\]&]*\])?|\\cr", found[2]) if row.strip()]
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise TooLarge
     values = tuple(tuple(next(formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
@@ -427,7 +364,7 @@ def _computed_grid(text: str) -> Grid | None:
     if "matrix" not in text or text.count("&") > MAX_ITEMS:
         return None
     try:
-        found = library().latex2sympy(text, is_real=True, convert_degrees=False, normalization_config=None).doit()
+        found = converter()(text).doit()
     except Exception:  # the parser raises Exception itself
         return None
     if not isinstance(found, sympy.MatrixBase) or any(explodes(entry) for entry in found.flat()):

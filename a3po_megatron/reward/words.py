@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import re
+
 _MEANING = """
 squared cubed times plus minus over half halves third thirds quarter quarters dozen hundred thousand million billion
 trillion least most not or and more less than about by to of double twice triple between from under above below
 factorial root power modulo mod divided multiplied percent at up no none infinitely many approximately negative
-positive even odd except if unless otherwise pairs
+positive even odd except if unless otherwise pairs is are isn't wrong incorrect
 """
 MEANING = frozenset(_MEANING.split())  # 5 squared is not 5
 _UNITS = """
@@ -54,6 +57,29 @@ ohm: ohm
 """
 # Each name of a unit → its sign. Two that are known and differ contradict each other; nouns (5 apples) do not count.
 UNITS = {name: line.partition(":")[0] for line in _UNITS.split("\n") for name in line.partition(":")[2].split()}
+_IN_UNIT = re.compile(r"(/|\bper\b)|\b(squared?|sq|cubic)\b|([A-Za-z$]+) ?\^? ?\{? ?(-?\d)?")
+
+
+def unit_of(words: str) -> str:
+    """A unit in one spelling, m/s^2 and m s^{-2} alike; "": there is a word in it that is no known unit."""
+    powers: collections.Counter[str] = collections.Counter()
+    sign, next_power = 1, 1
+    for per, area, name, power in _IN_UNIT.findall(words):
+        if per:
+            sign = -1
+        elif area:
+            next_power = 3 if area == "cubic" else 2
+        else:
+            unit = UNITS.get(name.lower() if len(name) > 1 else name, UNITS.get(name.lower(), ""))
+            if not unit:
+                return ""
+            above, _, below = unit.partition("/")
+            powers[above] += sign * next_power * int(power or 1)
+            powers[below] -= sign
+            next_power = 1
+    return " ".join(f"{name}{power}" for name, power in sorted(powers.items()) if name)
+
+
 _NUMBERS = """
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
 nineteen twenty
@@ -68,6 +94,7 @@ _LARGER = {
     "ninety": 90,
     "hundred": 100,
 }
+LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 NUMBER_WORDS = (
     {word: number for number, word in enumerate(_NUMBERS.split())}
     | _LARGER
