@@ -82,7 +82,8 @@ def train(
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(settings)
     settings = settings.on(backend.device)
-    check_request(settings, backend)
+    for remark in check_request(settings, backend):
+        print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
@@ -121,8 +122,9 @@ def submit(
     from .cluster import backend_of
     from .launch.check import check_request
 
-    for each in plan.configs:
-        check_request(each, backend_of(str(each.cluster.device)))
+    found = [remark for each in plan.configs for remark in check_request(each, backend_of(str(each.cluster.device)))]
+    for remark in dict.fromkeys(found):
+        print(f"data: {remark}", file=sys.stderr)
     if dry_run:
         sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
         return

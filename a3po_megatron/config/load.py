@@ -24,12 +24,19 @@ from .written import as_numbers, as_text, as_values, read_yaml
 _PATHS = {
     "model.path": paths.existing,
     "data.path": paths.existing,
+    "data.template_file": paths.existing,
+    "data.cache": paths.to_make,
     "slurm.cache": paths.to_make,
     "slurm.python": paths.program,
     "slurm.container": paths.image,
     "slurm.mounts": paths.mount,
 }
-MAPPINGS = ("megatron.extra", "rollout.engine_args", "slurm.environment")  # whose entries can be given one by one
+MAPPINGS = (
+    "megatron.extra",
+    "rollout.engine_args",
+    "slurm.environment",
+    "data.template_arguments",
+)  # whose entries can be given one by one
 Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
 
 
