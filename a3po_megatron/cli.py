@@ -187,6 +187,32 @@ def doctor(
         raise typer.Exit(RequestError.exit_code)
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Looks at data.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def check(
+    files: Annotated[list[Path], _path_argument(help="Files or folders of prompts: one data set.")],
+    model: Annotated[
+        Path | None, _path_option(help="Folder of a model: its tokenizer counts tokens, its chat template renders.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None, _path_option(help="A file whose problems should not be among the prompts; repeatable.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """What a run would see of data: counts, lengths, duplicates, conflicts, gold answers, prompts, overlap.
+
+    Exit code 2 where a run would refuse it.
+    """
+    from .config import data_options
+    from .launch.data_check import data_check
+
+    for line in data_check(data_options([str(path) for path in files], set_ or []), model, benchmark or []):
+        print(line)
+
+
 convert_app = typer.Typer(no_args_is_help=True, help="Between HF checkpoints and Megatron's (torch_dist), bit for bit.")
 app.add_typer(convert_app, name="convert")
 

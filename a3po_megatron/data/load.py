@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -33,6 +33,18 @@ from .table import ALTERNATIVES, Row, Rows, Writer
 FORMAT = 1  # of what is kept: another number, and everything is read anew
 LARGE_BYTES = 32 << 20  # from here on the rows of a data set are kept in the cache
 SHOWN = 80  # characters of a problem in a message
+SHOWN_CONFLICTS = 10
+
+
+class Conflict(NamedTuple):
+    """A row, and an earlier one with the same problem and another gold answer."""
+
+    file: int
+    place: int
+    first_file: int
+    first_place: int
+    gold: str  # of the later row, shortened, as the problem is
+    problem: str
 
 
 @dataclass
@@ -43,6 +55,7 @@ class Counts:
     repeated: int = 0  # rows that another row stands for
     conflicting: int = 0  # rows left out because their problem has another gold answer elsewhere
     fields: list[Fields] = field(default_factory=list)  # of each file
+    conflicts: list[Conflict] = field(default_factory=list)  # the first of them
 
     def remarks(self) -> list[str]:
         said = []
@@ -66,6 +79,10 @@ class Loaded:
 
     def where(self, row: Row) -> str:
         return _place(self.files[row.file], row.place, self.lined[row.file])
+
+    def conflicts(self) -> list[str]:
+        """What there is to say of the first conflicts."""
+        return [_conflict(each, self.files, self.lined) for each in self.counts.conflicts]
 
     def id(self, row: Row) -> str:
         if row.id is None:
@@ -105,7 +122,11 @@ def load(options: DataOptions, cache: Cache) -> Loaded:
         reader.write(sink)
         found = Rows(sink.getvalue()), reader.told()
     rows, told = found
-    counts = Counts(**{**told["counts"], "fields": [Fields(*each) for each in told["counts"]["fields"]]})
+    lists = {
+        "fields": [Fields(*each) for each in told["counts"]["fields"]],
+        "conflicts": [Conflict(*each) for each in told["counts"]["conflicts"]],
+    }
+    counts = Counts(**{**told["counts"], **lists})
     loaded = Loaded(rows, flat, names, told["bounds"], counts, told["lined"], key, large)
     if told["left_out"]:
         stay = np.ones(len(rows), bool)
@@ -158,7 +179,7 @@ class _Reader:
         self._ends: list[int] = []  # rows written when each source ended
         self._ids: dict[int, int] = {}  # digest of a given id → number of its row
         self._named = array("B")  # of each row that was written: whether it has an id
-        self._conflicts: dict[int, str] = {}  # number of a first row → what to say
+        self._conflicts: dict[int, Conflict] = {}  # by the number of the first row
         self._repeats: list[str] = []
 
     def write(self, sink: object) -> None:
@@ -182,7 +203,8 @@ class _Reader:
         """What there is to say beside the rows, as JSON."""
         first = np.frombuffer(self._first, np.uint64).astype(np.int64)
         left_out = np.flatnonzero(np.isin(first, np.fromiter(self._conflicts, np.int64, len(self._conflicts))))
-        counts = asdict(self.counts) | {"conflicting": self.counts.conflicting + len(left_out)}
+        shown = list(self._conflicts.values())[:SHOWN_CONFLICTS]
+        counts = asdict(self.counts) | {"conflicting": self.counts.conflicting + len(left_out), "conflicts": shown}
         return {"counts": counts, "bounds": [0, *self._ends], "lined": self._lined, "left_out": left_out.tolist()}
 
     def _rows(self) -> Iterator[Row]:
@@ -226,13 +248,9 @@ class _Reader:
         key, gold = _digest(_plain(row.problem)), _digest(_meant(row.gold))
         first = self._seen.setdefault(key, writer.rows)
         if first < writer.rows:
-            where, earlier = self._where(row.file, row.place), self._earlier(first, row)
             if self._golds[first] != gold & (2**64 - 1):
-                self._conflicts.setdefault(
-                    first,
-                    f"{where}: the problem stands {earlier} with another gold answer, here {_shown(row.gold)}: "
-                    f"{_shown(row.problem)}",
-                )
+                places = row.file, row.place, self._file[first], self._place[first]
+                self._conflicts.setdefault(first, Conflict(*places, _shown(row.gold), _shown(row.problem)))
                 if self.options.duplicates != "all":
                     self.counts.conflicting += 1
                     return
@@ -240,7 +258,9 @@ class _Reader:
                 self.counts.repeated += 1
                 return
             elif self.options.duplicates == "error":
-                self._repeats.append(f"{where}: the problem stands {earlier} already: {_shown(row.problem)}")
+                where = self._where(row.file, row.place)
+                stands = f"the problem stands {self._earlier(first, row)} already"
+                self._repeats.append(f"{where}: {stands}: {_shown(row.problem)}")
                 return
         if row.id is not None:
             other = self._ids.setdefault(_digest(self._given(row)), writer.rows)
@@ -266,8 +286,8 @@ class _Reader:
         if self._conflicts and self.options.conflicts == "error":
             more = f" (and {len(self._conflicts) - 1} more like it)" if len(self._conflicts) > 1 else ""
             raise RequestError(
-                f"{next(iter(self._conflicts.values()))}{more}: remove the wrong one, or set data.conflicts: drop, "
-                "which leaves out all rows of such problems"
+                f"{self._said(next(iter(self._conflicts.values())))}{more}: remove the wrong one, or set "
+                "data.conflicts: drop, which leaves out all rows of such problems"
             )
 
     def _check_ids(self) -> None:
@@ -290,14 +310,27 @@ class _Reader:
     def _earlier(self, first: int, row: Row) -> str:
         return f"in {self._at(self._file[first], self._place[first], row.file)}"
 
+    def _said(self, conflict: Conflict) -> str:
+        return _conflict(conflict, [path for each in self.files for path in each], self._lined)
+
     def _at(self, file: int, place: int, here: int) -> str:
-        where = self._where(file, place)
-        return where if file != here else f"{'line' if self._lined[file] else 'row'} {place}"
+        return _at(self._path(file), place, self._lined[file], file == here)
 
 
 def _place(path: Path, place: int, lined: bool) -> str:
     """How a message names a row."""
     return f"{path}:{place}" if lined else f"{path}: row {place}"
+
+
+def _at(path: Path, place: int, lined: bool, same: bool) -> str:
+    """How a message names an earlier row, of the same file or of another."""
+    return f"{'line' if lined else 'row'} {place}" if same else _place(path, place, lined)
+
+
+def _conflict(each: Conflict, files: list[Path], lined: list[bool]) -> str:
+    first = _at(files[each.first_file], each.first_place, lined[each.first_file], each.first_file == each.file)
+    where = _place(files[each.file], each.place, lined[each.file])
+    return f"{where}: the problem stands in {first} with another gold answer, here {each.gold}: {each.problem}"
 
 
 def _plain(problem: Problem) -> str:
