@@ -39,7 +39,7 @@ def main() -> None:
     print(f"{options.rows} rows, {rows.stat().st_size / 1e6:.0f} MB, template {options.template}")
     shutil.rmtree(options.folder / "cache", ignore_errors=True)
     for name in ("first", "second"):
-        done = subprocess.run([sys.executable, *sys.argv, "--start"], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, *sys.argv, "--start"], stdout=subprocess.PIPE, text=True, check=True)
         print(f"{name:<8}{done.stdout}", end="", flush=True)
 
 

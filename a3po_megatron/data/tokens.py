@@ -67,7 +67,9 @@ class Tokens:
         if bad := [token for token in eos if token not in ids]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
         self._chat = self._chat_template(template_file, arguments or {}, system or "") if template == "chat" else None
-        self._bytes_a_token = bytes_a_token(json.loads(self._tokenizer.backend_tokenizer.to_str()))
+        tree = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        self._bytes_a_token = bytes_a_token(tree)
+        self._known = _known_signs(tree)
 
     @classmethod
     def of(cls, options: DataOptions, folder: Path, vocab: int, eos: tuple[int, ...]) -> Tokens:
@@ -110,7 +112,7 @@ class Tokens:
     def surely_within(self, text: str, limit: int) -> bool:
         """Whether a text has at least one token and at most `limit`, told by its bytes alone; False: count them."""
         factor = self._bytes_a_token if text.isascii() else self._bytes_a_token and 3 * self._bytes_a_token
-        return factor is not None and 0 < factor * len(text.encode()) <= limit
+        return factor is not None and factor * len(text.encode()) <= limit and not self._known.isdisjoint(text)
 
     def digest(self) -> str:
         """Of all that decides how a problem becomes tokens."""
@@ -157,11 +159,10 @@ def _guarded(what: str, advice: str, call: Callable[[], Any]) -> Any:
 
 
 def bytes_a_token(tokenizer: dict[str, Any]) -> int | None:
-    """1 where a text never has more tokens than bytes (of what NFC makes of it), and always one; None: it may.
+    """1 where a text never has more tokens than bytes (of what NFC makes of it); None: it may.
 
-    So it is where nothing adds to a text and nothing is lost: BPE over all 256 bytes, or whole words with a token for
-    the unknown ones. NFC leaves ASCII as it is, and makes at most three bytes of one elsewhere (Unicode, FAQ on
-    normalization).
+    So it is where nothing adds to a text: BPE over bytes, or whole words. NFC leaves ASCII as it is, and makes at most
+    three bytes of one elsewhere (Unicode, FAQ on normalization).
     """
     model, steps = tokenizer.get("model") or {}, _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
     if any(part["type"] != "NFC" for part in _parts(tokenizer.get("normalizer"), "normalizers")):
@@ -171,18 +172,15 @@ def bytes_a_token(tokenizer: dict[str, Any]) -> int | None:
         adds = part["type"] == "ByteLevel" and part.get("add_prefix_space")
         if part["type"] not in ("Split", "ByteLevel", "Digits") or removes or adds:
             return None
-    vocab = model.get("vocab") or {}
-    bytewise = any(part["type"] == "ByteLevel" for part in steps) and all(sign in vocab for sign in byte_signs())
-    whole = model.get("type") == "WordLevel" and model.get("unk_token") in vocab
+    bytewise = any(part["type"] == "ByteLevel" for part in steps)
     plain = not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
-    return 1 if whole or (model.get("type") == "BPE" and bytewise and plain) else None
+    return 1 if model.get("type") == "WordLevel" or (model.get("type") == "BPE" and bytewise and plain) else None
 
 
-def byte_signs() -> list[str]:
-    """The characters that stand for the 256 bytes in a byte-level vocabulary."""
-    import tokenizers.pre_tokenizers
-
-    return list(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+def _known_signs(tokenizer: dict[str, Any]) -> frozenset[str]:
+    """ASCII characters that are tokens themselves: a text that has one has a token at least."""
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    return frozenset(chr(code) for code in range(33, 127) if chr(code) in vocab)
 
 
 def _parts(step: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
