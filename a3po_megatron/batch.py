@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["correct", "wrong", "invalid"]
 Finish = Literal["stop", "length"]
+Gold = str | tuple[str, ...]  # of several texts any is right
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Prompt:
     """One question and its gold answer. `index` is its position in the run's endless, seeded order of prompts."""
 
     id: str
-    text: str
-    answer: str
+    text: str  # as the model reads it
+    answer: Gold
     tokens: tuple[int, ...] = ()
     index: int = -1
 
@@ -36,7 +37,7 @@ class Answered(NamedTuple):
     """What a grader gets."""
 
     response: str
-    answer: str  # the gold one
+    answer: Gold
     finished: bool = True  # False: the response was cut off
 
 

@@ -82,7 +82,8 @@ def train(
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(settings)
     settings = settings.on(backend.device)
-    check_request(settings, backend)
+    for remark in check_request(settings, backend):
+        print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
         ranks = settings.parallel.ranks()
@@ -121,8 +122,9 @@ def submit(
     from .cluster import backend_of
     from .launch.check import check_request
 
-    for each in plan.configs:
-        check_request(each, backend_of(str(each.cluster.device)))
+    found = [remark for each in plan.configs for remark in check_request(each, backend_of(str(each.cluster.device)))]
+    for remark in dict.fromkeys(found):
+        print(f"data: {remark}", file=sys.stderr)
     if dry_run:
         sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
         return
@@ -183,6 +185,32 @@ def doctor(
     quantized = config is not None and load_config(config, set_ or []).rollout.quantization is not None
     if not examine(gpu, quantized):
         raise typer.Exit(RequestError.exit_code)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Looks at data.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def check(
+    files: Annotated[list[Path], _path_argument(help="Files or folders of prompts: one data set.")],
+    model: Annotated[
+        Path | None, _path_option(help="Folder of a model: its tokenizer counts tokens, its chat template renders.")
+    ] = None,
+    benchmark: Annotated[
+        list[Path] | None, _path_option(help="A file whose problems should not be among the prompts; repeatable.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """What a run would see of data: counts, lengths, duplicates, conflicts, gold answers, prompts, overlap.
+
+    Exit code 2 where a run would refuse it.
+    """
+    from .config import data_options
+    from .launch.data_check import data_check
+
+    for line in data_check(data_options([str(path) for path in files], set_ or []), model, benchmark or []):
+        print(line)
 
 
 convert_app = typer.Typer(no_args_is_help=True, help="Between HF checkpoints and Megatron's (torch_dist), bit for bit.")

@@ -45,7 +45,7 @@ from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> None:
     """Trains the run in `folder` to its last step. Collective over all ranks."""
     family = read_family(config.model.path)
-    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
+    tokens = Tokens.of(config.data, Path(config.model.path), family.vocab, family.eos)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     dtype = DTYPES[config.model.known_dtype()]

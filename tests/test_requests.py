@@ -382,11 +382,11 @@ def test_a_model_that_cannot_be_used_is_refused(
         ('{"problem": "7+7=", "answer"', "not valid JSON"),
         ('{"problem": "7+7="}', "'answer'"),
         ('{"problem": "", "answer": 14}', "'problem'"),
-        ('{"problem": "2+2=", "answer": 4}', "line 3"),
+        ('{"problem": "2+2=", "answer": 5}', "line 3 with another gold answer, here '5'"),
         ('{"id": "row-2", "problem": "7+7=", "answer": 14}', "line 3"),
         ('{"problem": "1+1+1+1+1+1+1+1+1=", "answer": 9}', "18 tokens"),
     ],
-    ids=["malformed", "no answer", "empty problem", "duplicate problem", "duplicate id", "too long"],
+    ids=["malformed", "no answer", "empty problem", "two gold answers", "duplicate id", "too long"],
 )
 def test_a_bad_prompt_is_refused_with_file_and_line(
     place: Place, a3po: Callable[..., Ended], line: str, named: str
@@ -414,8 +414,8 @@ def test_the_program_refuses_a_mistyped_option(place: Place) -> None:
     assert not list(Path.cwd().iterdir())
 
 
-def test_the_program_refuses_a_duplicate_prompt(place: Place) -> None:
-    place.rows.write_text(place.rows.read_text() + '{"problem": "2+2=", "answer": 4}\n')
+def test_the_program_refuses_a_problem_with_two_gold_answers(place: Place) -> None:
+    place.rows.write_text(place.rows.read_text() + '{"problem": "2+2=", "answer": 5}\n')
     assert_one_message(program(place), f"{place.rows}:7: ", "line 3")
     assert not list(Path.cwd().iterdir())
 

@@ -23,8 +23,9 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from ..config import Config, lasting
+from ..config import ARITHMETIC, Config, lasting
 from ..errors import RequestError
+from ..files.sources import files_of, paths_of
 from .folder import Written, digest_of, sync
 from .side_files import side_files
 
@@ -164,10 +165,13 @@ def put_aside(checkpoints: Path, after: int) -> None:
 
 def inputs_of(config: Config) -> dict[str, str]:
     """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
-    model, data = Path(config.model.path), Path(config.data.path)
+    model = Path(config.model.path)
     files = {name: model / name for name in (side_files(model) if model.is_dir() else ())}
-    if data.is_file():
-        files["data"] = data
+    if config.data.path != ARITHMETIC:
+        read = [file for source in paths_of(config.data.path) for file in files_of(source) if file.is_file()]
+        files |= {"data": read[0]} if len(read) == 1 else {f"data/{n}": file for n, file in enumerate(read)}
+    if config.data.template_file is not None:
+        files["template"] = Path(config.data.template_file)
     return {name: digest_of(path).blake3 if path.stat().st_size else "" for name, path in files.items()}
 
 

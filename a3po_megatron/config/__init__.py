@@ -8,7 +8,7 @@ from .cluster import ClusterOptions, ParallelOptions
 from .config import Config, lasting, unlike
 from .data import ARITHMETIC, DataOptions
 from .learner import LearnerOptions, OptimizerOptions
-from .load import load_config, load_resolved, save_resolved
+from .load import data_options, load_config, load_resolved, save_resolved
 from .model import MegatronOptions, ModelOptions
 from .reward import RewardOptions
 from .rollout import RolloutOptions
@@ -36,6 +36,7 @@ __all__ = [
     "ShapingOptions",
     "TelemetryOptions",
     "TrainerOptions",
+    "data_options",
     "lasting",
     "load_config",
     "load_resolved",

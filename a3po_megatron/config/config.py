@@ -96,9 +96,18 @@ WITHOUT_EFFECT = (
     ),
     NoEffect(("telemetry.texts_per_step",), lambda c: not c.telemetry.rollouts, "telemetry.rollouts is false"),
     NoEffect(
-        ("data.problem_field", "data.answer_field", "data.id_field", "data.shuffle", "data.drop_long_prompts"),
+        (
+            *("data.problem_field", "data.answer_field", "data.id_field", "data.shuffle", "data.drop_long_prompts"),
+            *("data.duplicates", "data.conflicts", "data.unreadable_golds", "data.cache"),
+        ),
         lambda c: c.data.path == ARITHMETIC,
         f"data.path is {ARITHMETIC}",
+    ),
+    NoEffect(("data.weights",), lambda c: isinstance(c.data.path, str), "data.path names one source"),
+    NoEffect(
+        ("data.template_file", "data.template_arguments", "data.system"),
+        lambda c: c.data.template != "chat",
+        "data.template is not chat",
     ),
     NoEffect(
         ("advantage.ddof", "advantage.eps"), lambda c: not c.advantage.normalise_std, "advantage.normalise_std is false"
@@ -109,6 +118,7 @@ WITHOUT_EFFECT = (
 # What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
 RESUME_MAY_CHANGE = {
     *("name", "parallel", "publish", "checkpoint", "telemetry", "slurm"),
+    *("data.cache",),
     *("cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
     *(

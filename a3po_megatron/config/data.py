@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .section import Section, option
+from .section import PassedThrough, PositiveFloat, Section, option
 
 ARITHMETIC = "builtin:arithmetic"
 
 
 class DataOptions(Section):
-    path: str = option(..., "prompts: a JSONL file, or builtin:arithmetic")
+    path: str | tuple[str, ...] = option(..., "prompts: a file or folder, a list of them, or builtin:arithmetic")
+    weights: tuple[PositiveFloat, ...] | None = option(
+        None, "how often each of several sources is drawn; null: every row once an epoch"
+    )
     template: Literal["raw", "chat", "qwen", "dapo"] = option("chat", "how a problem becomes a prompt; docs/data.md")
-    problem_field: str = option("problem", "field of a row that holds the problem")
-    answer_field: str = option("answer", "field of a row that holds the answer")
-    id_field: str = option("id", "field of a row that names it; where a row lacks it: <file name>/<line>")
+    template_file: str | None = option(None, "a Jinja file in place of the tokenizer's own chat template")
+    template_arguments: PassedThrough = option({}, "what the chat template is told, such as enable_thinking")
+    system: str | None = option(None, "system message in front of every conversation")
+    problem_field: str | None = option(None, "path of the field with the problem; null: by a known layout")
+    answer_field: str | None = option(None, "path of the field with the gold answer; null: by a known layout")
+    id_field: str = option("id", "path of the field that names a row; where a row lacks it: <file name>/<line>")
+    duplicates: Literal["merge", "error", "all"] = option("merge", "rows with the same problem and gold answer")
+    conflicts: Literal["error", "drop"] = option("error", "rows with one problem and different gold answers")
+    unreadable_golds: Literal["error", "drop"] = option("error", "rows whose gold answer the grader cannot read")
     shuffle: bool = option(True, "another order in every epoch, by the run's seed")
     drop_long_prompts: bool = option(False, "leave out prompts above rollout.max_prompt_tokens, which is an error else")
+    cache: str | None = option(None, "folder for what was read of large files; null: ~/.cache/a3po-megatron")

@@ -18,18 +18,25 @@ from pydantic import BaseModel, ValidationError
 from ..errors import RequestError
 from . import nearest, paths
 from .config import WITHOUT_EFFECT, Config
-from .data import ARITHMETIC
+from .data import ARITHMETIC, DataOptions
 from .written import as_numbers, as_text, as_values, read_yaml
 
 _PATHS = {
     "model.path": paths.existing,
     "data.path": paths.existing,
+    "data.template_file": paths.existing,
+    "data.cache": paths.to_make,
     "slurm.cache": paths.to_make,
     "slurm.python": paths.program,
     "slurm.container": paths.image,
     "slurm.mounts": paths.mount,
 }
-MAPPINGS = ("megatron.extra", "rollout.engine_args", "slurm.environment")  # whose entries can be given one by one
+MAPPINGS = (
+    "megatron.extra",
+    "rollout.engine_args",
+    "slurm.environment",
+    "data.template_arguments",
+)  # whose entries can be given one by one
 Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
 
 
@@ -53,6 +60,22 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
             if option in values and values[option][0] != _default(option) and rule.when(config):
                 raise RequestError(f"{values[option][1]}: {option} has no effect, because {rule.because}: remove it")
     return config
+
+
+def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
+    """The section `data` for such files, with overrides as `load_config` takes them. Raises RequestError likewise."""
+    values: Values = {}
+    for text in overrides:
+        _override(text, values)
+    for option, (_, where, _) in values.items():
+        if not option.startswith("data.") or option == "data.path":
+            raise RequestError(f"{where}: expected an option of the section data, but not its path")
+    values |= {"data.path": (paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())}
+    for option in _PATHS:
+        if option in values:
+            value, where, folder = values[option]
+            values[option] = (_path(option, value, where, folder), where, folder)
+    return _validate({**values, "model.path": ("none", "", Path.cwd())}).data
 
 
 def save_resolved(config: Config, path: Path) -> None:

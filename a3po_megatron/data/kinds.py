@@ -1,4 +1,4 @@
-"""Tells a file that is no JSONL from what it is, so that the message can say what to do."""
+"""Tells what a file is that holds no rows, so that the message can say what to do."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from pathlib import Path
 HEAD = 4096  # bytes that are looked at
 WHOLE = 64 << 20  # up to so many bytes a file is read as one JSON document, to see whether it is one
 
-# First bytes → what the file is. What reads it is told in one line of Python, which every installation here can run.
-_PARQUET = (
-    'python -c "import pyarrow.parquet as p, json, sys; '
-    '[print(json.dumps(row)) for row in p.read_table(sys.argv[1]).to_pylist()]" {path} > prompts.jsonl'
-)
+# First bytes → what the file is, and what to do.
 MAGIC: tuple[tuple[bytes, str, str], ...] = (
-    (b"PAR1", "a parquet file", _PARQUET),
-    (b"ARROW1", "an Arrow file", "save it as JSONL from where it was made"),
-    (b"\xff\xff\xff\xff", "an Arrow stream", "save it as JSONL from where it was made"),
-    (b"\x1f\x8b", "compressed with gzip", "gunzip -c {path} > prompts.jsonl"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -dc {path} > prompts.jsonl"),
     (b"\xfd7zXZ\x00", "compressed with xz", "xz -dc {path} > prompts.jsonl"),
     (b"BZh", "compressed with bzip2", "bzip2 -dc {path} > prompts.jsonl"),
     (b"PK\x03\x04", "a zip archive (or a spreadsheet)", "unpack it, or save the sheet as JSONL"),
@@ -31,15 +22,11 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"<html", "a page of HTML", "download the file itself"),
     (b"---\n", "YAML", "save it as JSONL"),
 )
-READ = "prompts are read from JSONL, one object a line"
+READ = "prompts are read from JSONL, JSON, CSV, Parquet and Arrow files (also .gz and .zst) and folders of them"
 
 
 def what_else(path: Path) -> str | None:
-    """What a file that is no JSONL is, and what to do about it; None where that cannot be told."""
-    if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in (".jsonl", ".parquet", ".arrow", ".json"))
-        inside = f"; it holds {', '.join(files[:5])}" if files else ""
-        return f"is a folder, and {READ}: name the file{inside}"
+    """What a file without rows is, and what to do about it; None where that cannot be told."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     for magic, kind, cure in MAGIC:
@@ -49,21 +36,19 @@ def what_else(path: Path) -> str | None:
     if start[:1] in (b"[", b"{"):
         return _json(path, start)
     first = start.partition(b"\n")[0]
-    for sign, kind in ((b"\t", "tab-separated"), (b",", "comma-separated")):
+    for sign, kind, suffix in ((b"\t", "tab-separated", ".tsv"), (b",", "comma-separated", ".csv")):
         if sign in first and b"{" not in first:
-            return f"looks like a {kind} table, and {READ}: save it as JSONL"
+            return f"looks like a {kind} table: a file of that kind is read where its name ends in {suffix}"
     return None
 
 
 def _json(path: Path, start: bytes) -> str | None:
     if path.stat().st_size > WHOLE:
-        return f"is one JSON array, and {READ}: jq -c '.[]' {path} > prompts.jsonl" if start[:1] == b"[" else None
+        return None
     try:
         tree = json.loads(path.read_bytes())
     except (ValueError, RecursionError):  # rows that are JSON each, or none at all: the row is named
         return None
-    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
-        return f"is one JSON array (of {len(tree)}), and {READ}: jq -c '.[]' {path} > prompts.jsonl"
     if isinstance(tree, dict):
         lists = [name for name, rows in tree.items() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
         lists = [name for name in lists if "role" not in tree[name][0]]  # the turns of a conversation: this is a row

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
+
 
 def named_seed(*name: object) -> int:
     """A seed in [0, 2^63) from the parts of a name. Neighbouring names have unrelated seeds."""
@@ -16,6 +18,12 @@ def rollout_seed(run_seed: int, step: int, prompt: str, sample: int) -> int:
     return named_seed("rollout", run_seed, step, prompt, sample)
 
 
-def named_order(count: int, seed: int, epoch: int) -> list[int]:
-    """A permutation of range(count)."""
-    return sorted(range(count), key=lambda row: named_seed("order", seed, epoch, row))
+def named_order(count: int, *name: object) -> list[int]:
+    """A permutation of range(count): by the seed that each number has under `name`."""
+    start = hashlib.blake2b("\x1f".join(("order", *map(str, name), "")).encode(), digest_size=8)
+    digests = bytearray()
+    for row in range(count):
+        draw = start.copy()
+        draw.update(b"%d" % row)
+        digests += draw.digest()
+    return np.argsort(np.frombuffer(bytes(digests), ">u8") >> np.uint64(1), kind="stable").tolist()

@@ -1,44 +1,55 @@
 """The run's endless, seeded order of prompts, the same on every rank.
 
-A JSONL file is checked whole before anything starts: every row an object with a problem and an answer, no problem and
-no id twice. Each epoch has its own order, drawn by hash from (seed, epoch, row): position n of the order is the same
-whatever happened before, so that the only state is the position.
+All rows are checked before anything starts: each has a problem and a gold answer that can be read, no problem has two
+answers, none is too long. Each epoch has its own order, drawn by hash from (seed, epoch, row). With weights, every
+block of draws holds each source as often as its weight says, in an order drawn by hash from (seed, block), and each
+source has epochs of its own. Position n is the same whatever happened before: the only state is the position.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from fractions import Fraction
+from typing import IO, Any
+
+import numpy as np
 
 from ..batch import Prompt
 from ..config import ARITHMETIC, DataOptions
 from ..errors import RequestError
+from ..files.cache import Cache, name_of
 from . import arithmetic
-from .kinds import what_else
+from .golds import unreadable
+from .load import Loaded, load
 from .order import named_order
+from .table import Row
 from .tokens import Tokens
 
-# Names that public data sets have for the fields.
-SYNONYMS = {
-    "problem": ("question", "prompt", "query", "input", "instruction", "text"),
-    "answer": ("final_answer", "solution", "ground_truth", "gold", "target", "label", "output", "response"),
-}
+LARGEST_BLOCK = 10_000  # draws over which weights come out exactly
 
 
 class Prompts:
-    def __init__(self, options: DataOptions, tokens: Tokens, seed: int, max_tokens: int) -> None:
+    """`remarks`: what was left out and why, in numbers, for who starts a run.
+
+    check_golds: refuse gold answers that nobody can read (what leaves them out does so in any case).
+    """
+
+    def __init__(
+        self, options: DataOptions, tokens: Tokens, seed: int, max_tokens: int, check_golds: bool = False
+    ) -> None:
         self._options, self._tokens, self._seed, self._limit = options, tokens, seed, max_tokens
-        self._rows = None if options.path == ARITHMETIC else self._fitting(read_rows(options))
-        if self._rows is None and (length := len(tokens.encode(arithmetic.LONGEST))) > max_tokens:
+        self.remarks: list[str] = []
+        self._data = None if options.path == ARITHMETIC else self._loaded(check_golds)
+        if self._data is None and (length := len(tokens.encode(arithmetic.LONGEST))) > max_tokens:
             raise RequestError(
                 f"{ARITHMETIC}: its longest prompt has {length} tokens, rollout.max_prompt_tokens is {max_tokens}"
             )
         # In which of the task's ways a response answers; None: the task names none. Recorded, never rewarded.
-        self.way_of: Callable[[str], str] | None = arithmetic.way_of if self._rows is None else None
-        self._orders: dict[int, list[int]] = {}
+        self.way_of: Callable[[str], str] | None = arithmetic.way_of if self._data is None else None
+        self._orders: dict[tuple[int, int], list[int]] = {}
+        self._shares = self._checked_shares() if self._data is not None else []
         self.position = 0
 
     def take(self, count: int) -> list[Prompt]:
@@ -49,20 +60,17 @@ class Prompts:
 
     def at(self, index: int) -> Prompt:
         """The prompt at a position of the endless order."""
-        if self._rows is None:
-            text, answer = arithmetic.problem(index, self._seed)
-            return Prompt(f"arithmetic/{index}", text, answer, self._tokens.encode(text), index)
-        epoch, place = divmod(index, len(self._rows))
-        if epoch not in self._orders:  # a step may reach into the next epoch; older ones are done with
-            self._orders = {known: order for known, order in self._orders.items() if known >= epoch - 1}
-            self._orders[epoch] = (
-                named_order(len(self._rows), self._seed, epoch)
-                if self._options.shuffle
-                else list(range(len(self._rows)))
-            )
-        name, problem, answer = self._rows[self._orders[epoch][place]]
+        if self._data is None:
+            problem, answer = arithmetic.problem(index, self._seed)
+            text = self._tokens.render(problem)
+            return Prompt(f"arithmetic/{index}", text, answer, self._tokens.tokens_of(text), index)
+        source, draw = self._source(index)
+        first, end = (0, len(self._data.rows)) if source is None else self._data.bounds[source : source + 2]
+        epoch, place = divmod(draw, end - first)
+        row = self._data.rows[first + self._order(source, epoch, end - first)[place]]
         # The id names the draw of a rollout's seed: the same problem in a later epoch is another draw.
-        return Prompt(f"{name}@{epoch}" if epoch else name, problem, answer, self._tokens.encode(problem), index)
+        name, text = self._data.id(row), self._rendered(self._data, row)
+        return Prompt(f"{name}@{epoch}" if epoch else name, text, row.gold, self._tokens.tokens_of(text), index)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -70,122 +78,124 @@ class Prompts:
     def restore(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
 
-    def _fitting(self, rows: list[tuple[str, str, str, int]]) -> list[tuple[str, str, str]]:
-        kept = []
-        for name, problem, answer, line in rows:
-            length = len(self._tokens.encode(problem))
-            if length == 0:
-                raise RequestError(f"{self._options.path}:{line}: the tokenizer makes no token at all of the problem")
-            if length <= self._limit:
-                kept.append((name, problem, answer))
-            elif not self._options.drop_long_prompts:
+    def _order(self, source: int | None, epoch: int, count: int) -> list[int] | range:
+        if not self._options.shuffle:
+            return range(count)
+        key = (-1 if source is None else source, epoch)
+        if key not in self._orders:  # a step may reach into the next epoch; older ones are done with
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != key[0] or k[1] >= epoch - 1}
+            name = (self._seed, epoch) if source is None else (self._seed, f"source {source}", epoch)
+            self._orders[key] = named_order(count, *name)
+        return self._orders[key]
+
+    def _source(self, index: int) -> tuple[int | None, int]:
+        """The source of a draw, None for all of them as one, and the draw's number there."""
+        if not self._shares:
+            return None, index
+        block, place = divmod(index, sum(self._shares))
+        slots = [source for source, share in enumerate(self._shares) for _ in range(share)]
+        order = named_order(len(slots), self._seed, "weights", block) if self._options.shuffle else range(len(slots))
+        drawn = [slots[slot] for slot in list(order)[: place + 1]]
+        source = drawn[-1]
+        return source, block * self._shares[source] + drawn.count(source) - 1
+
+    def _checked_shares(self) -> list[int]:
+        """Draws of each source in a block, from `data.weights`."""
+        assert self._data is not None
+        weights, sources = self._options.weights, len(self._data.bounds) - 1
+        if weights is None:
+            return []
+        if len(weights) != sources:
+            raise RequestError(f"data.weights has {len(weights)} numbers, data.path has {sources} sources")
+        exact = [Fraction(str(weight)) for weight in weights]
+        whole = [int(each * math.lcm(*(part.denominator for part in exact))) for each in exact]
+        shares = [each // math.gcd(*whole) for each in whole]
+        if sum(shares) > LARGEST_BLOCK:
+            raise RequestError(
+                f"data.weights = {list(weights)} come out exactly only over {sum(shares)} draws: choose rounder numbers"
+            )
+        for source, (first, end) in enumerate(zip(self._data.bounds, self._data.bounds[1:], strict=False)):
+            if first == end:
                 raise RequestError(
-                    f"{self._options.path}:{line}: the prompt has {length} tokens, rollout.max_prompt_tokens is "
-                    f"{self._limit}: raise it, or set data.drop_long_prompts: true"
+                    f"{self._options.path[source]}: no row is left of this source, and data.weights draws it"
                 )
-        if not kept:
-            raise RequestError(f"{self._options.path}: no prompt is left within rollout.max_prompt_tokens")
-        return kept
+        return shares
 
+    def _loaded(self, check_golds: bool) -> Loaded:
+        options, cache = self._options, Cache(self._options.cache)
+        data = load(options, cache)
+        self.remarks += data.counts.remarks()
+        if check_golds or options.unreadable_golds == "drop":
+            data = self._with_readable_golds(data, cache)
+        data = self._fitting(data, cache)
+        self.remarks += [cache.refused] if cache.refused else []
+        return data
 
-def read_rows(options: DataOptions) -> list[tuple[str, str, str, int]]:
-    """(id, problem, answer, line) of every row. Raises RequestError with file and line for the first bad one."""
-    path = Path(options.path)
-    rows: list[tuple[str, str, str, int]] = []
-    seen: dict[tuple[str, str], int] = {}
-    twice: list[str] = []
-    try:
-        for line, row in _parsed(path):
-            where = f"{path}:{line}"
-            try:
-                problem = _text(row, "problem", options.problem_field, where)
-                answer = _text(row, "answer", options.answer_field, where)
-            except RequestError as error:
-                raise (error if rows else _of_another_kind(path, error)) from error
-            given = row.get(options.id_field)
-            name = f"{path.name}/{line}" if given in (None, "") else str(given)
-            for kind, value in (("problem", problem.strip()), ("id", name)):
-                if (kind, value) in seen:
-                    twice.append(f"{where}: the {kind} stands in line {seen[kind, value]} already: {value[:80]!r}")
-                seen.setdefault((kind, value), line)
-            rows.append((name, problem, answer, line))
-    except RequestError:
-        if not twice:  # the first thing that is wrong is named
-            raise
-    if twice:
-        more = f" (and {len(twice) - 1} more like it)" if len(twice) > 1 else ""
-        raise RequestError(f"{twice[0]}{more}: remove all but one, since a run keeps them apart by it")
-    if not rows:
-        raise RequestError(f"{path}: the file holds no prompts")
-    return rows
+    def _with_readable_golds(self, data: Loaded, cache: Cache) -> Loaded:
+        bad = unreadable(data.golds(), cache)
+        if not bad:
+            return data
+        rows = [(n, row) for n, row in enumerate(data.rows) if not bad.keys().isdisjoint(_each(row))]
+        gold = next(each for each in _each(rows[0][1]) if each in bad)
+        more = f" (and {len(rows) - 1} more rows like it)" if len(rows) > 1 else ""
+        if self._options.unreadable_golds == "error":
+            raise RequestError(
+                f"{data.where(rows[0][1])}: {bad[gold]}: {gold!r:.80}{more}: mend it, or set "
+                "data.unreadable_golds: drop"
+            )
+        kept = np.ones(len(data.rows), bool)
+        kept[[number for number, _ in rows]] = False
+        self.remarks.append(f"{len(rows)} of {len(kept)} rows were left out: the grader cannot read their gold answers")
+        return data.only(kept)
 
+    def _fitting(self, data: Loaded, cache: Cache) -> Loaded:
+        """Without what is too long. Only prompts of more bytes than the limit are tokenised, where that is exact."""
+        name = f"{name_of(data.key, data.rows.digest(), self._tokens.digest(), self._limit)}.npy"
+        if data.large and (there := cache.find(name)) is not None:
+            return self._shortened(data, np.load(there))
+        lengths = np.zeros(len(data.rows), np.uint32)  # 0: not counted, surely within
+        for number, row in enumerate(data.rows):
+            text = self._rendered(data, row)
+            if not self._tokens.surely_within(text, self._limit):
+                lengths[number] = len(self._tokens.tokens_of(text))
+                if lengths[number] == 0:
+                    raise RequestError(f"{data.where(row)}: the tokenizer makes no token at all of the problem")
+        if data.large:
+            cache.put(name, lambda file: _save(file, lengths))
+        return self._shortened(data, lengths)
 
-def _of_another_kind(path: Path, error: RequestError) -> RequestError:
-    """What is wrong with the first row, unless the whole file is something else than rows."""
-    try:
-        kind = what_else(path)
-    except OSError:
-        kind = None
-    return error if kind is None else RequestError(f"{path}: this {kind}")
+    def _shortened(self, data: Loaded, lengths: np.ndarray) -> Loaded:
+        long = lengths > self._limit
+        if not (count := int(long.sum())):
+            return data
+        longest = int(lengths.max())
+        if not self._options.drop_long_prompts:
+            first = int(np.flatnonzero(long)[0])
+            more = f" (and {count - 1} more, the longest {longest})" if count > 1 else ""
+            raise RequestError(
+                f"{data.where(data.rows[first])}: the prompt has {lengths[first]} tokens{more}, "
+                f"rollout.max_prompt_tokens is {self._limit}: raise it, or set data.drop_long_prompts: true"
+            )
+        if count == len(lengths):
+            raise RequestError(f"{data.files[0]}: no prompt is left within rollout.max_prompt_tokens")
+        self.remarks.append(
+            f"{count} of {len(lengths)} prompts have more than rollout.max_prompt_tokens = {self._limit} tokens (the "
+            f"longest {longest}) and were left out"
+        )
+        return data.only(~long)
 
-
-def _parsed(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        cannot = RequestError(f"{path}: cannot read the prompts: {error.strerror}")
-        raise _of_another_kind(path, cannot) from error
-    good = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    def _rendered(self, data: Loaded, row: Row) -> str:
         try:
-            yield number, _row(line, f"{path}:{number}", first=number == 1)
+            return self._tokens.render(row.problem)
         except RequestError as error:
-            raise (error if good else _of_another_kind(path, error)) from error
-        good += 1
+            raise RequestError(f"{data.where(row)}: {error}") from error
 
 
-def _row(line: bytes, where: str, first: bool) -> dict[str, Any]:
-    try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
-        row = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        raise RequestError(f"{where}: not valid JSON: {error}") from error
-    except RecursionError as error:
-        raise RequestError(f"{where}: nested too deeply") from error
-    if not isinstance(row, dict):
-        raise RequestError(f"{where}: expected an object with a problem and an answer")
-    return row
+def _each(row: Row) -> tuple[str, ...]:
+    return (row.gold,) if isinstance(row.gold, str) else row.gold
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose fields stand once: JSON itself would keep the last of two silently."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a field of {sorted(row)} stands twice")
-    return row
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _text(row: dict[str, Any], role: str, field: str, where: str) -> str:
-    if field not in row:
-        names = ", ".join(repr(name) for name in list(row)[:12]) or "no field"
-        meant = next((name for name in SYNONYMS[role] if name in row), None)
-        hint = f": set data.{role}_field: {meant}" if meant else f"; data.{role}_field says which holds the {role}"
-        raise RequestError(f"{where}: the field {field!r} is missing; the row has {names}{hint}")
-    value = row.get(field)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        shown = json.dumps(value, ensure_ascii=False)
-        shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
-        raise RequestError(f"{where}: the field {field!r} is empty or no text: it holds {shown}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RequestError(f"{where}: the field {field!r} holds half a surrogate pair, which is no character")
-    return value
+def _save(file: IO[bytes], lengths: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, lengths)
+    file.write(buffer.getvalue())

@@ -1,13 +1,21 @@
-"""The tokenizer of an HF checkpoint: read, held against the model, and used to render problems as prompts."""
+"""The tokenizer of an HF checkpoint: read, held against the model, and used to render problems as prompts.
+
+problem → text (raw, a public form, or a chat template) → tokens
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.side_files import side_files
+from ..config import DataOptions
 from ..errors import RequestError
+from ..files.cache import name_of
+from .fields import Problem
+from .templates import ChatTemplate, place_of_template, read_template
 
 # The forms in which public RLVR work poses a problem. `chat` is the tokenizer's own chat template.
 TEMPLATES = {
@@ -27,7 +35,17 @@ class Tokens:
     `stops` are the tokens that end a response: the model's (config.json, generation_config.json) and the tokenizer's.
     """
 
-    def __init__(self, folder: Path, vocab: int, eos: tuple[int, ...], template: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        vocab: int,
+        eos: tuple[int, ...],
+        template: str,
+        *,
+        template_file: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        system: str | None = None,
+    ) -> None:
         self._folder = folder
         self._tokenizer = _read(folder)
         self._template = template
@@ -48,28 +66,59 @@ class Tokens:
         self.stops = tuple(sorted({*eos} | ({own} if own is not None else set())))
         if bad := [token for token in eos if token not in ids]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
-        if template == "chat" and not self._tokenizer.chat_template:
-            raise RequestError(f"data.template is chat, but the tokenizer in {folder} has no chat template")
+        self._chat = self._chat_template(template_file, arguments or {}, system or "") if template == "chat" else None
+        tree = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        self._bytes_a_token = bytes_a_token(tree)
+        self._known = _known_signs(tree)
 
-    def encode(self, problem: str) -> tuple[int, ...]:
+    @classmethod
+    def of(cls, options: DataOptions, folder: Path, vocab: int, eos: tuple[int, ...]) -> Tokens:
+        """As a configuration has it."""
+        arguments, file = options.template_arguments, options.template_file
+        return cls(folder, vocab, eos, options.template, template_file=file, arguments=arguments, system=options.system)
+
+    def _chat_template(self, file: str | None, arguments: Mapping[str, Any], system: str) -> ChatTemplate:
+        place, inside = (Path(file), "") if file is not None else place_of_template(self._folder)
+        if file is None and not self._tokenizer.chat_template:
+            raise RequestError(
+                f"data.template is chat, but the tokenizer in {self._folder} has no chat template: data.template_file "
+                "names one, and the other forms of data.template need none"
+            )
+        text = read_template(place) if file is not None else self._tokenizer.get_chat_template()
+        return ChatTemplate(text, place, inside, self._tokenizer.special_tokens_map, arguments, system)
+
+    def render(self, problem: Problem) -> str:
+        """The prompt of one problem. Raises RequestError where its form takes no conversation or a template refuses."""
+        if self._chat is not None:
+            return self._chat.render(problem)
+        if not isinstance(problem, str):
+            roles = ", ".join(turn.role for turn in problem)
+            raise RequestError(f"the prompt is a conversation ({roles}), which only data.template: chat renders")
+        return TEMPLATES[self._template].format(problem=problem)
+
+    def encode(self, problem: Problem) -> tuple[int, ...]:
         """The prompt tokens of one problem."""
-        if self._template == "chat":
-            turns = [{"role": "user", "content": problem}]
-            ids = _guarded(
-                f"{self._folder}: the chat template refuses one turn of a user, {problem!r:.120}",
-                "the other forms of data.template need none",
-                lambda: self._tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, tokenize=True, return_dict=False
-                ),
-            )
-        else:
-            text = TEMPLATES[self._template].format(problem=problem)
-            ids = _guarded(
-                f"{self._folder}: the tokenizer fails on {problem!r:.120}",
-                "it may be damaged, or made by newer versions",
-                lambda: self._tokenizer.encode(text, add_special_tokens=False),
-            )
+        return self.tokens_of(self.render(problem))
+
+    def tokens_of(self, text: str) -> tuple[int, ...]:
+        """The tokens of a prompt's text."""
+        ids = _guarded(
+            f"{self._folder}: the tokenizer fails on {text!r:.120}",
+            "it may be damaged, or made by newer versions",
+            lambda: self._tokenizer.encode(text, add_special_tokens=False),
+        )
         return tuple(int(token) for token in ids)
+
+    def surely_within(self, text: str, limit: int) -> bool:
+        """Whether a text has at least one token and at most `limit`, told by its bytes alone; False: count them."""
+        factor = self._bytes_a_token if text.isascii() else self._bytes_a_token and 3 * self._bytes_a_token
+        return factor is not None and factor * len(text.encode()) <= limit and not self._known.isdisjoint(text)
+
+    def digest(self) -> str:
+        """Of all that decides how a problem becomes tokens."""
+        return name_of(
+            self._template, self._chat and self._chat.described(), self._tokenizer.backend_tokenizer.to_str()
+        )
 
     def decode(self, tokens: Any) -> str:
         """The text of a response, for the grader: without special tokens."""
@@ -107,3 +156,34 @@ def _guarded(what: str, advice: str, call: Callable[[], Any]) -> Any:
     except BaseException as error:
         words = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(f"{what}: {words[:300]} ({advice})") from error
+
+
+def bytes_a_token(tokenizer: dict[str, Any]) -> int | None:
+    """1 where a text never has more tokens than bytes (of what NFC makes of it); None: it may.
+
+    So it is where nothing adds to a text: BPE over bytes, or whole words. NFC leaves ASCII as it is, and makes at most
+    three bytes of one elsewhere (Unicode, FAQ on normalization).
+    """
+    model, steps = tokenizer.get("model") or {}, _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if any(part["type"] != "NFC" for part in _parts(tokenizer.get("normalizer"), "normalizers")):
+        return None
+    for part in steps:
+        removes = part["type"] == "Split" and part.get("behavior") == "Removed"
+        adds = part["type"] == "ByteLevel" and part.get("add_prefix_space")
+        if part["type"] not in ("Split", "ByteLevel", "Digits") or removes or adds:
+            return None
+    bytewise = any(part["type"] == "ByteLevel" for part in steps)
+    plain = not model.get("continuing_subword_prefix") and not model.get("end_of_word_suffix")
+    return 1 if model.get("type") == "WordLevel" or (model.get("type") == "BPE" and bytewise and plain) else None
+
+
+def _known_signs(tokenizer: dict[str, Any]) -> frozenset[str]:
+    """ASCII characters that are tokens themselves: a text that has one has a token at least."""
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    return frozenset(chr(code) for code in range(33, 127) if chr(code) in vocab)
+
+
+def _parts(step: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    return [part for each in step[several] for part in _parts(each, several)] if step["type"] == "Sequence" else [step]

@@ -23,16 +23,18 @@ from . import environment
 from .hardware import find_hardware
 
 
-def check_request(config: Config, backend: Backend) -> None:
-    """Raises RequestError with one clear message if this run cannot work on such a machine."""
+def check_request(config: Config, backend: Backend) -> list[str]:
+    """Remarks on the run's data. Raises RequestError with one clear message if this run cannot work on this machine."""
     _check_options(config)
     family = read_family(config.model.path)
     check_checkpoint(Path(config.model.path), family)
     _check_layout(config, family)
     _check_device(config, family, backend)
-    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
-    Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    tokens = Tokens.of(config.data, Path(config.model.path), family.vocab, family.eos)
+    limit = config.rollout.max_prompt_tokens
+    prompts = Prompts(config.data, tokens, config.trainer.seed, limit, check_golds=True)
     _check_extra(config, family, backend)
+    return prompts.remarks
 
 
 def check_machine(config: Config) -> Backend:

@@ -2,7 +2,7 @@
 
 It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
 
-    parent → worker   the pickled grade function, once; then JSON lists of [response, answer]
+    parent → worker   the pickled grade function, once; then JSON lists of [response, answer, finished]
     worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason] per item, in order, each
                       as soon as it is known
 
@@ -22,7 +22,7 @@ import pickle
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 from ..batch import Verdict
@@ -41,8 +41,15 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def judge(grade: Callable[..., Verdict], response: str, answer: str, finished: bool = True) -> Verdict:
-    """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller."""
+def judge(grade: Callable[..., Verdict], response: str, answer: str | Sequence[str], finished: bool = True) -> Verdict:
+    """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller.
+
+    Of several gold answers any makes a response correct; wrong it is only if it is so by all of them.
+    """
+    if not isinstance(answer, str):
+        verdicts = [judge(grade, response, each, finished) for each in answer]
+        rank = {"correct": 0, "invalid": 1, "wrong": 2}
+        return min(verdicts, key=lambda verdict: rank[verdict.outcome])
     try:
         verdict = grade(response, answer) if finished else grade(response, answer, finished=False)
     except MemoryError:

@@ -1,0 +1,116 @@
+"""The rows of a data set in columns: 1.8 million take as many bytes as their text, and can lie on a disk.
+
+problem   text, or a conversation as JSON       gold   text, or a list of alternatives as JSON
+form      bits: 1 = problem is JSON, 2 = gold is    id     null: <file name>/<place>
+file      which of the files                     place  its line or number there, from 1
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+from blake3 import blake3
+
+from ..batch import Gold
+from .fields import Problem, Turn
+
+SCHEMA = pyarrow.schema(
+    [
+        ("id", pyarrow.string()),
+        ("problem", pyarrow.string()),
+        ("gold", pyarrow.string()),
+        ("form", pyarrow.uint8()),
+        ("file", pyarrow.uint32()),
+        ("place", pyarrow.uint64()),
+    ]
+)
+BATCH = 16384
+CONVERSATION, ALTERNATIVES = 1, 2
+
+
+class Row(NamedTuple):
+    id: str | None
+    problem: Problem
+    gold: Gold
+    file: int
+    place: int
+
+
+class Writer:
+    """Writes rows to a sink as an Arrow file, a batch at a time."""
+
+    def __init__(self, sink: Any) -> None:
+        self._file = pyarrow.ipc.new_file(sink, SCHEMA)
+        self._columns: list[list[Any]] = [[] for _ in SCHEMA]
+        self.rows = 0
+
+    def add(self, row: Row) -> None:
+        problem, gold, form = row.problem, row.gold, 0
+        if not isinstance(problem, str):
+            problem, form = json.dumps(problem, ensure_ascii=False), form | CONVERSATION
+        if not isinstance(gold, str):
+            gold, form = json.dumps(gold, ensure_ascii=False), form | ALTERNATIVES
+        for column, value in zip(self._columns, (row.id, problem, gold, form, row.file, row.place), strict=True):
+            column.append(value)
+        self.rows += 1
+        if len(self._columns[0]) == BATCH:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        arrays = [pyarrow.array(column, field.type) for column, field in zip(self._columns, SCHEMA, strict=True)]
+        self._file.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
+        self._columns = [[] for _ in SCHEMA]
+
+
+class Rows:
+    """Rows of an Arrow file, in memory or mapped, by number."""
+
+    def __init__(self, source: Any, chosen: np.ndarray | None = None) -> None:
+        file = pyarrow.ipc.open_file(source)
+        self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        total = sum(batch.num_rows for batch in self._batches)
+        self._chosen = np.arange(total) if chosen is None else chosen  # [n] numbers of rows in the file, ascending
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, number: int) -> Row:
+        batch, place = divmod(int(self._chosen[number]), BATCH)
+        id_, problem, gold, form, file, line = (column[place].as_py() for column in self._batches[batch].columns)
+        return _row(id_, problem, gold, form, file, line)
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, in their order; a batch of them is held as Python's objects."""
+        for start in range(0, len(self._chosen), BATCH):
+            numbers = self._chosen[start : start + BATCH]
+            for number in np.unique(numbers // BATCH):
+                places = pyarrow.array(numbers[numbers // BATCH == number] % BATCH)
+                columns = self._batches[int(number)].take(places).columns
+                yield from map(_row, *(column.to_pylist() for column in columns))
+
+    def only(self, kept: np.ndarray) -> Rows:
+        """Those whose entry in `kept` ([n] bool) is true."""
+        fewer = object.__new__(Rows)
+        fewer._batches, fewer._chosen = self._batches, self._chosen[kept]
+        return fewer
+
+    def digest(self) -> str:
+        """Of which rows these are of their file."""
+        return blake3(self._chosen.tobytes()).hexdigest()
+
+    def column(self, name: str) -> pyarrow.ChunkedArray:
+        whole = pyarrow.chunked_array([batch.column(name) for batch in self._batches], SCHEMA.field(name).type)
+        return whole if len(whole) == len(self._chosen) else whole.take(pyarrow.array(self._chosen))
+
+
+def _row(id_: str | None, problem: str, gold: str, form: int, file: int, place: int) -> Row:
+    conversation = tuple(Turn(*turn) for turn in json.loads(problem)) if form & CONVERSATION else problem
+    return Row(id_, conversation, tuple(json.loads(gold)) if form & ALTERNATIVES else gold, file, place)

@@ -1,0 +1,1 @@
+"""Formats on disk that more than one room reads or writes."""

@@ -1,0 +1,83 @@
+"""How long and how much memory it takes to load a large data set: the first start, and the second.
+
+    python tools/bench_data.py FOLDER --data math_train.jsonl dapo_math_17k_first5000.jsonl --tokenizer MODEL
+
+Makes FOLDER/rows.jsonl once: `--rows` unique rows whose problems and gold answers are drawn from the files in equal
+parts, each problem with a number of its own behind it. Every start is a process of its own with an empty cache before
+the first; it ends when the first 128 prompts are there. Prints seconds and the peak of resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="Folder of a model, with config.json.")
+    parser.add_argument("--rows", type=int, default=1_800_000)
+    parser.add_argument("--template", default="dapo")
+    parser.add_argument("--limit", type=int, default=2048, help="rollout.max_prompt_tokens")
+    parser.add_argument("--start", action="store_true", help="One start, in this process.")
+    options = parser.parse_args()
+    if options.start:
+        start(options)
+        return
+    rows = options.folder / "rows.jsonl"
+    if not rows.exists():
+        make(rows, options.data, options.rows)
+    print(f"{options.rows} rows, {rows.stat().st_size / 1e6:.0f} MB, template {options.template}")
+    shutil.rmtree(options.folder / "cache", ignore_errors=True)
+    for name in ("first", "second"):
+        done = subprocess.run([sys.executable, *sys.argv, "--start"], stdout=subprocess.PIPE, text=True, check=True)
+        print(f"{name:<8}{done.stdout}", end="", flush=True)
+
+
+def make(path: Path, files: list[Path], count: int) -> None:
+    draw = random.Random(0)
+    pools = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as out:
+        for number in range(count):
+            row = draw.choice(pools[number % len(pools)])
+            out.write(json.dumps({"problem": f"{row['problem']} ({number})", "answer": row["answer"]}) + "\n")
+
+
+def start(options: argparse.Namespace) -> None:
+    begin = time.perf_counter()
+    from a3po_megatron.config import DataOptions
+    from a3po_megatron.data.prompts import Prompts
+    from a3po_megatron.data.tokens import Tokens
+    from a3po_megatron.model.family import read_family
+
+    data = DataOptions(
+        path=str(options.folder / "rows.jsonl"),
+        template=options.template,
+        drop_long_prompts=True,
+        unreadable_golds="drop",
+        cache=str(options.folder / "cache"),
+    )
+    family = read_family(str(options.tokenizer))
+    tokens = Tokens.of(data, options.tokenizer, family.vocab, family.eos)
+    imported = time.perf_counter() - begin
+    prompts = Prompts(data, tokens, 0, options.limit, check_golds=True)
+    prompts.take(128)
+    seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"{seconds:.1f} s (of which {imported:.1f} s imports and tokenizer), {peak:.2f} GB; "
+        f"{'; '.join(prompts.remarks)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
