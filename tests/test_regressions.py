@@ -79,7 +79,7 @@ def test_settings(tmp_path: Path, text: str, overrides: list[str], said: str | N
         (b'{"problem": "b", "problem": "c", "answer": "1"}', ":2: .*stands twice"),
         (b'{"problem": "b", "answer": NaN}', ":2: .*NaN"),
         (b'{"problem": "b", "answer": 1e999}', ":2: .*'answer'"),
-        (b'{"problem": " a ", "answer": "1"}', ":2: the problem stands in line 1 already"),
+        (b'{"problem": " a ", "answer": "2"}', ":2: the problem stands in line 1 with another gold"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, row: bytes, said: str) -> None:
