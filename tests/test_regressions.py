@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from a3po_megatron import compat
 from a3po_megatron.config import DataOptions, OptimizerOptions, load_config
-from a3po_megatron.data.prompts import read_rows
+from a3po_megatron.data.load import load
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.cache import Cache
 from a3po_megatron.launch.local import rendezvous
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
 from a3po_megatron.model.family import family_of, read_family
@@ -78,20 +79,20 @@ def test_settings(tmp_path: Path, text: str, overrides: list[str], said: str | N
         (b'{"problem": "b", "problem": "c", "answer": "1"}', ":2: .*stands twice"),
         (b'{"problem": "b", "answer": NaN}', ":2: .*NaN"),
         (b'{"problem": "b", "answer": 1e999}', ":2: .*'answer'"),
-        (b'{"problem": " a ", "answer": "1"}', ":2: the problem stands in line 1 already"),
+        (b'{"problem": " a ", "answer": "2"}', ":2: the problem stands in line 1 with another gold"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Path, row: bytes, said: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"problem": "a", "answer": "1", "id": 0}\n' + row + b"\n")
     with pytest.raises(RequestError, match=said):
-        read_rows(DataOptions(path=str(path)))
+        load(DataOptions(path=str(path)), Cache())
 
 
 def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"problem": "a", "answer": "1", "id": 0}\n')
-    assert read_rows(DataOptions(path=str(path)))[0][0] == "0"
+    assert load(DataOptions(path=str(path)), Cache()).rows[0].id == "0"
 
 
 @pytest.mark.parametrize(
