@@ -255,6 +255,11 @@ def test_agreement_with_the_assertions_of_public_graders() -> None:
         ("\\boxed{8 \\text{ cubed}}", "8", "wrong"),
         ("\\boxed{\\text{at most } 9}", "9", "wrong"),
         ("\\boxed{101_2}", "101", "wrong"),
+        ("\\boxed{-53_7}", "-53_{7}", "correct"),
+        ("\\boxed{B2_{12}}", "\\text{B2}_{12}", "correct"),
+        ("\\boxed{B, D}", "\\text{D,B}", "correct"),
+        ("\\boxed{B}", "\\text{D,B}", "wrong"),
+        ("\\boxed{R}", "\\text{(R)}", "correct"),
         ("\\boxed{2, 4, 6, \\dots}", "6", "wrong"),
         # Letters, units, signs.
         ("\\boxed{\\frac{Q}{q}}", "\\frac{q}{Q}", "wrong"),

@@ -80,7 +80,8 @@ _CHOICE = re.compile(
     r"[).:]?\s*(.*)",
     re.DOTALL,
 )
-_BASE = re.compile(r"[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
+_BASE = re.compile(r"-?[0-9A-Z]+ ?_ ?\{? ?(?:\\text\{ ?)?[a-z0-9]+ ?\}? ?\}?")
+_LETTERS = re.compile(r"\\text\{ ?(\(?[A-Z]\)?(?: ?, ?\(?[A-Z]\)?)*) ?\}")  # of statements, points, choices
 _QUALIFIER = re.compile(
     r"(?:,? ?\\text\{ ?,? ?|,? (?<=[\s,])\(?)(?:for|where|with|as|when|in which|such that|since|because)\b"
     r"(?![^{}]*otherwise).*$",
@@ -137,6 +138,9 @@ def _whole(text: str) -> Iterator[Value]:
     if "\\text{" not in text and "$" in text[1:] and text.count("$") % 2 == 0:  # formulas between words
         yield from _sentence(text)
         return
+    if letters := _LETTERS.fullmatch(text):
+        text = re.sub("[()]", "", letters[1])
+    text = re.sub(r"\\text\{ ?([0-9A-Z]+) ?\}(?= ?_)", r"\1", text)
     if len(cut := _QUALIFIER.sub("", text).strip(" ,")) < len(text) and cut and "otherwise" not in text:
         text = cut
     plain = _TEXT.sub(r"\1", text).strip()
@@ -150,9 +154,9 @@ def _whole(text: str) -> Iterator[Value]:
     ) and not (REPEATING.fullmatch(text)):
         yield _as_words(text)
         return
-    if _BASE.fullmatch(text) and text[0].isdigit() and re.search(r"_", text):
+    if _BASE.fullmatch(text) and re.search(r"\d.*_", text):
         yield _as_words(text)
-        if digits := re.match(r"\d+", text):
+        if digits := re.match(r"-?\d+", text):
             yield Words(f"base {digits[0]}")
         return
     if re.fullmatch(r"\d+(?: ?: ?\d+)+[A-Za-z. ]*", plain):
