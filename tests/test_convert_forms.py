@@ -357,7 +357,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line_with_its_folder(
     with pytest.raises(RequestError) as caught:
         Tokens(folder, 67, (1,), "raw")
     said = str(caught.value)
-    assert said.startswith(f"{folder}: the tokenizer cannot be read: ") and "\n" not in said and "newer" in said
+    assert said.startswith(f"{folder}: the tokenizer cannot be read by ") and "\n" not in said and "newer" in said
 
 
 def pointers(folder: Path) -> None:

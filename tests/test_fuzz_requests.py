@@ -215,6 +215,9 @@ class Requests:
         return Case(f"in a file: {option}: {value!r:.80}", in_file, ANY)
 
 
+ASKS = "{{ messages[0].content }}{% if add_generation_prompt %}+{% endif %}"  # 1+2 → 1+2+
+
+
 class Tokenizers:
     """Draws of tokenizer files."""
 
@@ -240,7 +243,7 @@ class Tokenizers:
                 "{{ 1/0 }}",
                 "{{ range(9**9) }}",
             ]
-            tree["chat_template"] = random_.choice(bad) if kind == "raises" else "{{ messages[0].content }}"
+            tree["chat_template"] = random_.choice(bad) if kind == "raises" else ASKS
             what = f"chat_template: {tree['chat_template']}"
         elif kind == "value":
             what = f"{name}: {self._spoil(random_, tree)}"
@@ -257,7 +260,8 @@ class Tokenizers:
             (folder / name).write_text(content)
             return Tokens(folder, VOCAB, (1,), "chat" if chat else "raw").encode("1+2")
 
-        return Case(what, encode, self.expected if kind in ("whole", "template") else ANY)
+        expected = {"whole": self.expected, "template": (*self.expected, self.expected[1])}
+        return Case(what, encode, expected.get(kind, ANY))
 
     @staticmethod
     def _spoil(random_: random.Random, tree: Any) -> str:
