@@ -102,13 +102,7 @@ def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undistu
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
 ) -> None:
     whole = tools.uninterrupted("dp2", tmp_path_factory.mktemp)
-    few = [
-        ("the launcher imports", signal.SIGUSR1, 3),
-        ("ranks begin", signal.SIGTERM, 1),
-        ("engine, later", signal.SIGUSR1, 3),
-    ]
-    for moment, number, times in few:
-        started_and_hit(tmp_path / "run", moment, number, times)
+    started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
     assert tools.trained(tmp_path / "run", *DP2).code == 0
     tools.assert_same_run(tmp_path / "run", whole)
 
