@@ -14,7 +14,7 @@ import pytest
 
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.launch import job, local
-from a3po_megatron.launch.blame import Death, blamed, deaths_in_job
+from a3po_megatron.launch.blame import Death, blamed, deaths_in_job, first_bad_node
 from tests.distributed.runner import ROOT
 
 # How a rank of a kind ends: what its shell does, and what srun 22.05 says of it.
@@ -95,6 +95,9 @@ def test_the_rank_that_died_first_is_named_and_not_those_that_missed_it_or_were_
     assert [(d.rank, d.kind, d.first) for d in deaths] == [
         (0, "crash", False), (1, "killed", True), (2, "killed", False), (3, "killed", True), (4, "killed", True)
     ]  # fmt: skip
+    assert first_bad_node(said) == "rl1"
+    assert first_bad_node(f"srun: error: rl0: task 5: Exited with exit code 85\n{said}") == "rl1"
+    assert first_bad_node("srun: error: rl0: tasks 0-1: Exited with exit code 85\n") is None
     failure = job._failure(tmp_path, job.Ended(1, words, "rl1", said), False)
     assert isinstance(failure, RunFailed)
     assert str(failure) == "rank 1 (on rl1) was killed: Segmentation fault (core dumped)"

@@ -95,6 +95,12 @@ def deaths_in_job(words: Mapping[int, tuple[Kind, str]], srun: str) -> list[Deat
     return deaths
 
 
+def first_bad_node(srun: str) -> str | None:
+    """Where the first task ended that was not told to."""
+    told = f"Exited with exit code {Interrupted.exit_code}"
+    return next((node for node, _, what in ENDED.findall(srun) if what != told), None)
+
+
 def _numbers(text: str) -> list[int]:
     """0,2-3 → 0, 2, 3"""
     ends = [part.partition("-") for part in text.split(",") if part]

@@ -50,8 +50,7 @@ OVER_THE_SCRIPT = re.compile(
 
 def of_one_machine(environ: Mapping[str, str]) -> dict[str, str]:
     """For ranks that are all on this machine: they talk over loopback, whatever the cluster's interfaces are called."""
-    kept = _kept(environ)
-    return {name: value for name, value in kept.items() if name not in INTERFACES} | LOOPBACK
+    return _over_loopback(_kept(environ))
 
 
 def of_a_job(environ: Mapping[str, str], chosen: Mapping[str, str], nodes: int) -> dict[str, str]:
@@ -59,15 +58,17 @@ def of_a_job(environ: Mapping[str, str], chosen: Mapping[str, str], nodes: int) 
     sees is Slurm's to say."""
     kept = _kept(environ)
     kept = {name: value for name, value in kept.items() if name not in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")}
-    if nodes == 1:
-        kept = {name: value for name, value in kept.items() if name not in INTERFACES} | LOOPBACK
-    return kept | dict(chosen)
+    return (_over_loopback(kept) if nodes == 1 else kept) | dict(chosen)
 
 
 def of_a_submission(environ: Mapping[str, str]) -> dict[str, str]:
     """For sbatch on a login node, whose environment the job gets: what it would take for options, or hand on."""
     kept = {name: value for name, value in _kept(environ).items() if not OVER_THE_SCRIPT.fullmatch(name)}
     return {name: value for name, value in kept.items() if not name.startswith("SLURM") or name in OF_THE_CLUSTER}
+
+
+def _over_loopback(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in INTERFACES} | LOOPBACK
 
 
 def _kept(environ: Mapping[str, str]) -> dict[str, str]:

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -35,7 +34,7 @@ from ..config import Config, load_resolved
 from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
 from ..telemetry.watchdog import NAMED, stalled
-from .blame import Kind, deaths_in_job, error_of
+from .blame import Kind, deaths_in_job, error_of, first_bad_node
 from .environment import of_run, settings
 from .folder import prepare_folder
 from .handoff import of_a_job
@@ -47,8 +46,6 @@ IDLE_STARTS = 2
 # Until a rank can hear the signals, which are repeated, it must not die of them.
 RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
 SAID_CHARACTERS = 1000  # of srun's, in a message
-# srun: error: rl1: task 1: Killed
-BAD_TASK = re.compile(r"srun: error: (\S+): tasks? [\d,-]+: (?!Exited with exit code 85)")
 
 
 @dataclass(frozen=True)
@@ -187,8 +184,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
     for path in attempt.glob("rank-*.words"):
         said = json.loads(path.read_text().partition("\n")[0])
         words[int(path.stem.removeprefix("rank-"))] = (said["kind"], said["message"])
-    found = BAD_TASK.search(text)
-    return Ended(process.returncode, words, found.group(1) if found else None, text)
+    return Ended(process.returncode, words, first_bad_node(text), text)
 
 
 def _failure(folder: Path, ended: Ended, told: bool) -> A3POError:

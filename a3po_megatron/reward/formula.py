@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .latex import parse
+from .spelling import TEXT
 from .words import LARGE, MEANING, NUMBER_WORDS, unit_of
 
 
@@ -34,7 +35,6 @@ _UNIT = re.compile(
     rf"(?:\\text\{{[^{{}}]*\}}|(?<=[\d}}]) +[A-Za-z]{{2,}}(?: +[A-Za-z]{{2,}})*){_POWER}(?: ?/ ?{_NAME}{_POWER})? *$"
 )
 _SCALED = re.compile(rf"([+-]?\d[\d,]*(?:\.\d+)?) ?(?:\\text\{{ ?)?({'|'.join(LARGE)})\b ?([A-Za-z ]*)\}}?")
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 CURRENCY = re.compile(r"^(-?) ?(?:\\?\$|€|£|¥|₹|\\(?:pounds|euro|yen)(?![A-Za-z])|USD|EUR|Rs\.?) ?(?=[\d.-])")
 CURRENCY_BEHIND = re.compile(r"(?<=\d) ?(?:\\?\$|€|£|¥|₹|\\euro)$")
 
@@ -115,7 +115,7 @@ def _without_unit(text: str) -> tuple[str, str]:
         found = re.compile(r".*", re.DOTALL).match(text, more.start())
         if found is None:
             return text, ""
-    words = _TEXT.sub(r" \1 ", found[0])
+    words = TEXT.sub(r" \1 ", found[0])
     names = re.findall(r"[A-Za-z]+", words)
     if any(name.lower() in MEANING or name.lower() in NUMBER_WORDS for name in names):
         return text, ""

@@ -162,6 +162,8 @@ _SINGLE = re.compile(r"(?<=[\dA-Za-z})]) ?\{ ?([:=<>+-]) ?\}")  # spacing in LaT
 _LATEX_DECIMAL = re.compile(r"(?<=\d)\{,\}(?=\d{1,2}(?!\d))")  # 3{,}5 is 3.5
 _THIN_COMMA = re.compile(r"(?<=\d)\s*\{\s*,\s*\}\s*(?=\d{3}(?!\d))|(?<=\d),\\!\s*(?=\d{3}(?!\d))")
 
+TEXT = re.compile(r"\\text\{([^{}]*)\}")  # words, as they are marked in a spelled text
+
 
 def spell(text: str) -> str:
     """The text in one spelling; what is equal afterwards was written to mean the same."""

@@ -20,7 +20,7 @@ from typing import Any
 from .formula import CURRENCY, CURRENCY_BEHIND, REPEATING, Formula, formula, number
 from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
 from .parts import bare, matching, named, split, thousands
-from .spelling import spell
+from .spelling import TEXT, spell
 from .words import NUMBER_WORDS
 
 MAX_CHARS = 2000
@@ -90,7 +90,6 @@ _QUALIFIER = re.compile(
 _MOD = re.compile(r"(?<![\w.^{}(])(\d{1,18}) ?\\mod ?(\d{1,18})(?![\d.^!])")
 _HYPHEN = r"(?<=[A-Za-z]{3})-|-(?=[A-Za-z]{3})"  # twenty-one, x-axis; p-q is a difference
 _PROSE = re.compile(rf"[A-Za-z][A-Za-z.']*(?:(?: |{_HYPHEN})[A-Za-z][A-Za-z.']*)*")
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _SIGNS = (
     ("\\le", "<="),
     ("\\ge", ">="),
@@ -143,7 +142,7 @@ def _whole(text: str) -> Iterator[Value]:
     text = re.sub(r"\\text\{ ?([0-9A-Z]+) ?\}(?= ?_)", r"\1", text)
     if len(cut := _QUALIFIER.sub("", text).strip(" ,")) < len(text) and cut and "otherwise" not in text:
         text = cut
-    plain = _TEXT.sub(r"\1", text).strip()
+    plain = TEXT.sub(r"\1", text).strip()
     if _PROSE.fullmatch(plain) and (len(plain) > 1 or "\\text" in text):
         yield from _words(plain)
         if "\\text" in text or not re.fullmatch(r"[a-z]{2,3}|[A-Z]{2}|[A-Za-z](?: [A-Za-z]){1,3}", plain):
@@ -224,12 +223,12 @@ def _folded(text: str) -> str:
 
 def as_sentence(text: str) -> list[Value]:
     """An answer in words that cannot be read otherwise: `Room 12`; empty: it has no words."""
-    plain = _TEXT.sub(r"\1", bare(spell(bare(text))))
+    plain = TEXT.sub(r"\1", bare(spell(bare(text))))
     return [Words(_folded(plain))] if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3,}", plain) and "\\" not in plain else []
 
 
 def _as_words(text: str) -> Words:
-    text = _TEXT.sub(r"\1", text)
+    text = TEXT.sub(r"\1", text)
     text = re.sub(r"([_^])\{ ?([^{}]*?) ?\}", r"\1\2", text)
     text = re.sub(r"\\pmod ?\{? ?([^{}() ]+) ?\}?", r"\\pmod\1", text)
     letters = sum(c.isalpha() for c in re.sub(r"\\[a-z]+", "", text)) > 3
@@ -262,7 +261,7 @@ def _relation(text: str) -> Relation | Items | None:
 
 
 def _side(text: str) -> Value | None:
-    plain = _TEXT.sub(r"\1", text).strip()
+    plain = TEXT.sub(r"\1", text).strip()
     if re.fullmatch(r"[A-Za-z][A-Za-z ]+", plain) and not re.fullmatch(r"[a-z]{2}", plain):
         return Words(_folded(plain))
     if re.fullmatch(
