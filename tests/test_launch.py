@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -42,8 +43,9 @@ def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: fl
 def rank_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process(launcher.pid).children():
-        if "a3po_megatron.train" in process.cmdline():
-            found[int(process.environ()["RANK"])] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie's: a helper that ended while we looked
+            if "a3po_megatron.train" in process.cmdline():
+                found[int(process.environ()["RANK"])] = process
     return found
 
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from a3po_megatron.config import RewardOptions
-from a3po_megatron.reward.graders import local_graders, math_graders
+from a3po_megatron.reward.graders import local_graders, math_graders, ray_graders
 from a3po_megatron.reward.ray_pool import RayGraders
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -28,16 +28,18 @@ def graders() -> Iterator[RayGraders]:
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
     )
-    with math_graders(RewardOptions(pool="ray", ray_address="local")) as pool:
-        assert isinstance(pool, RayGraders)
+    with ray_graders(RewardOptions(pool="ray", ray_address="local")) as pool:
         yield pool
     ray.shutdown()
 
 
 def test_ray_gives_the_verdicts_of_the_local_pool_in_their_order(graders: RayGraders) -> None:
     with local_graders(RewardOptions()) as local:
-        assert graders.grade_all(ITEMS) == local.grade_all(ITEMS)
+        wanted = local.grade_all(ITEMS)
+    assert graders.grade_all(ITEMS) == wanted
     assert graders.grade_all([]) == []
+    with math_graders(RewardOptions(pool="ray", ray_address="local")) as beside:  # as a run asks: from a thread
+        assert beside.submit(ITEMS).result() == wanted
 
 
 def test_verdicts_survive_the_death_of_the_actor_that_was_asked_for_them(graders: RayGraders) -> None:

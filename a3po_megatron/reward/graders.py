@@ -13,9 +13,7 @@ from .ray_pool import RayGraders
 
 def math_graders(options: RewardOptions) -> Beside:
     """What grades responses, here or on all nodes of a job, while others are sampled. Use it as a context manager."""
-    if options.pool == "ray":
-        return Beside(RayGraders(functools.partial(local_graders, options), options.ray_address))
-    return Beside(local_graders(options))
+    return Beside(ray_graders(options) if options.pool == "ray" else local_graders(options))
 
 
 def local_graders(options: RewardOptions) -> GraderPool:
@@ -26,3 +24,8 @@ def local_graders(options: RewardOptions) -> GraderPool:
         options.timeout_seconds,
         options.memory_bytes,
     )
+
+
+def ray_graders(options: RewardOptions) -> RayGraders:
+    """Such a pool on every node of the Ray cluster at `reward.ray_address`."""
+    return RayGraders(functools.partial(local_graders, options), options.ray_address)
