@@ -94,23 +94,23 @@ def fields_of(row: dict[str, Any], problem: str | None, answer: str | None, id: 
     return Fields(problem or one, answer or LAYOUTS[0][1], id)
 
 
-def problem_of(row: dict[str, Any], field: str, where: str) -> Problem:
-    value = _present(row, "problem", field, where)
+def problem_of(row: dict[str, Any], field: str) -> Problem:
+    """Raises RequestError with the field, and without the row's place, which who reads rows knows."""
+    value = _present(row, "problem", field)
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        turns = tuple(
-            _turn(each, f"{where}: turn {number} of the field {field!r}") for number, each in enumerate(value)
-        )
+        turns = tuple(_turn(each, field, number) for number, each in enumerate(value))
         if turns[-1].role not in ("user", "tool"):
             raise RequestError(
-                f"{where}: the field {field!r} ends with a turn of the {turns[-1].role}: a prompt ends with a user's"
+                f"the field {field!r} ends with a turn of the {turns[-1].role}: a prompt ends with a user's"
             )
         if any(turn.role == "system" for turn in turns[1:]):
-            raise RequestError(f"{where}: the field {field!r} has a system message that is not the first")
+            raise RequestError(f"the field {field!r} has a system message that is not the first")
         return turns[0].content if len(turns) == 1 and turns[0].role == "user" else turns
-    return _text(value, f"{where}: the field {field!r}")
+    return _text(value, field)
 
 
-def _turn(value: Any, where: str) -> Turn:
+def _turn(value: Any, field: str, number: int) -> Turn:
+    where = _named(field, number)
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
         raise RequestError(f"{where} is no message: expected role and content, it holds {_shown(value)}")
     content = value["content"]
@@ -120,15 +120,16 @@ def _turn(value: Any, where: str) -> Turn:
         content = "".join(part["text"] for part in content)
     if value["role"] not in ROLES:
         raise RequestError(f"{where} has the role {_shown(value['role'])}: expected one of {', '.join(ROLES)}")
-    return Turn(value["role"], _text(content, where))
+    return Turn(value["role"], _text(content, field, number))
 
 
-def answer_of(row: dict[str, Any], field: str, where: str) -> Gold:
-    value = _present(row, "answer", field, where)
+def answer_of(row: dict[str, Any], field: str) -> Gold:
+    """Raises as problem_of does."""
+    value = _present(row, "answer", field)
     if isinstance(value, list) and value:
-        golds = tuple(dict.fromkeys(_text(_spelled(each), f"{where}: the field {field!r}") for each in value))
+        golds = tuple(dict.fromkeys(_text(each, field) for each in value))
         return golds[0] if len(golds) == 1 else golds
-    return _text(_spelled(value), f"{where}: the field {field!r}")
+    return _text(value, field)
 
 
 def id_of(row: dict[str, Any], field: str) -> str | None:
@@ -136,7 +137,7 @@ def id_of(row: dict[str, Any], field: str) -> str | None:
     return None if value is MISSING or value in (None, "") else str(value)
 
 
-def _present(row: dict[str, Any], role: str, field: str, where: str) -> Any:
+def _present(row: dict[str, Any], role: str, field: str) -> Any:
     value = value_at(row, field)
     if value is MISSING:
         names = ", ".join(repr(name) for name in list(row)[:12]) or "no field"
@@ -144,7 +145,7 @@ def _present(row: dict[str, Any], role: str, field: str, where: str) -> Any:
         inside = f" ({top!r} holds {_shown(row[top])})" if top in row and top != field else ""
         meant = next((name for name in SYNONYMS[role] if name in row and name != top), None)
         hint = f": set data.{role}_field: {meant}" if meant else f"; data.{role}_field says which holds the {role}"
-        raise RequestError(f"{where}: the field {field!r} is missing; the row has {names}{inside}{hint}")
+        raise RequestError(f"the field {field!r} is missing; the row has {names}{inside}{hint}")
     return value
 
 
@@ -154,15 +155,21 @@ def _spelled(value: Any) -> Any:
     return str(value) if finite and not isinstance(value, bool) else value
 
 
-def _text(value: Any, where: str) -> str:
-    value = _spelled(value)
-    if not isinstance(value, str) or not value.strip():
-        raise RequestError(f"{where} is empty or no text: it holds {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{where} holds half a surrogate pair, which is no character") from error
-    return value
+def _text(value: Any, field: str, turn: int | None = None) -> str:
+    text = value if isinstance(value, str) else _spelled(value)
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"{_named(field, turn)} is empty or no text: it holds {_shown(value)}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = "half a surrogate pair, which is no character"
+            raise RequestError(f"{_named(field, turn)} holds {what}") from error
+    return text
+
+
+def _named(field: str, turn: int | None) -> str:
+    return f"the field {field!r}" if turn is None else f"turn {turn} of the field {field!r}"
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 
@@ -37,9 +38,18 @@ def what_else(path: Path) -> str | None:
         return _json(path, start)
     first = start.partition(b"\n")[0]
     for sign, kind, suffix in ((b"\t", "tab-separated", ".tsv"), (b",", "comma-separated", ".csv")):
-        if sign in first and b"{" not in first:
+        if sign in first and b"{" not in first and _is_text(first):
             return f"looks like a {kind} table: a file of that kind is read where its name ends in {suffix}"
     return None
+
+
+def _is_text(head: bytes) -> bool:
+    """UTF-8, of which the last character may be cut."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _json(path: Path, start: bytes) -> str | None:

@@ -7,6 +7,7 @@ answer (a box, the reasoning before ####). One problem with two gold answers is 
 
 from __future__ import annotations
 
+import functools
 import json
 from array import array
 from collections.abc import Iterator
@@ -219,16 +220,15 @@ class _Reader:
         options, names = self.options, None
         self._lined.append(read.has_lines(path))
         for place, row in read.rows_of(path, self._columns()):
-            where = _place(path, place, self._lined[file])
             self.counts.read += 1
             try:
                 named = names or fields.fields_of(row, options.problem_field, options.answer_field, options.id_field)
-                problem = fields.problem_of(row, named.problem, where)
-                gold = fields.answer_of(row, named.answer, where)
+                problem, gold = fields.problem_of(row, named.problem), fields.answer_of(row, named.answer)
             except RequestError as error:
                 missing = names is None and fields.value_at(row, named.problem) is fields.MISSING
                 kind = what_else(path) if missing else None
-                raise (RequestError(f"{path}: this {kind}") if kind else error) from error
+                words = f"{path}: this {kind}" if kind else f"{self._where(file, place)}: {error}"
+                raise RequestError(words) from error
             if names is None:
                 self.counts.fields.append(named)
             names = named
@@ -245,10 +245,10 @@ class _Reader:
         return [name for path in (*known, *given) for name in dict.fromkeys((path, str(fields.steps(path)[0])))]
 
     def _add(self, writer: Writer, row: Row) -> None:
-        key, gold = _digest(_plain(row.problem)), _digest(_meant(row.gold))
+        key, gold = _digest(_plain(row.problem)), _digest_of_gold(row.gold)
         first = self._seen.setdefault(key, writer.rows)
         if first < writer.rows:
-            if self._golds[first] != gold & (2**64 - 1):
+            if self._golds[first] != gold:
                 places = row.file, row.place, self._file[first], self._place[first]
                 self._conflicts.setdefault(first, Conflict(*places, _shown(row.gold), _shown(row.problem)))
                 if self.options.duplicates != "all":
@@ -269,7 +269,7 @@ class _Reader:
                     f"{self._where(row.file, row.place)}: the id stands {self._earlier(other, row)} already: "
                     f"{row.id[:SHOWN]!r}: a run keeps rows apart by it; data.id_field may name another field"
                 )
-        self._golds.append(gold & (2**64 - 1))
+        self._golds.append(gold)
         self._place.append(row.place)
         self._file.append(row.file)
         self._first.append(first)
@@ -342,6 +342,12 @@ def _plain(problem: Problem) -> str:
 def _meant(gold: Gold) -> str:
     """A gold answer without what stands around it; alternatives in any order."""
     return gold_text(gold).strip() if isinstance(gold, str) else "\x1f".join(sorted(gold_text(g).strip() for g in gold))
+
+
+@functools.lru_cache(1 << 16)  # most gold answers of most data sets are among few
+def _digest_of_gold(gold: Gold) -> int:
+    """64 bits, which tell the few golds of one problem apart."""
+    return _digest(_meant(gold)) & (2**64 - 1)
 
 
 def _digest(text: str) -> int:

@@ -30,6 +30,7 @@ PARQUET, ARROW, STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 BATCH = 1024  # rows of a table that are held as Python's
 CHUNK = 1 << 20  # characters of a JSON array that are read at once
 LARGEST = 64 << 20  # characters of one row
+NO_ROW = "expected an object with a problem and an answer"
 
 
 def rows_of(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, Row]]:
@@ -156,32 +157,28 @@ class _Zstd(io.RawIOBase):
 def _of_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
     good = 0
     for number, line in enumerate(file, start=1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
-            row = _row(line, f"{path}:{number}", first=number == 1)
+            row = _row(line, first=number == 1)
         except RequestError as error:
             kind = None if good else _other(path)
-            raise (error if kind is None else RequestError(f"{path}: this {kind}")) from error
+            raise RequestError(f"{path}:{number}: {error}" if kind is None else f"{path}: this {kind}") from error
         good += 1
         yield number, row
 
 
-def _row(line: bytes, where: str, first: bool) -> Row:
+def _row(line: bytes, first: bool) -> Row:
     try:
         row = _DECODER.decode(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
-        raise RequestError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+        raise RequestError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except ValueError as error:
-        raise RequestError(f"{where}: not valid JSON: {error}") from error
+        raise RequestError(f"not valid JSON: {error}") from error
     except RecursionError as error:
-        raise RequestError(f"{where}: nested too deeply") from error
-    return _object(row, where)
-
-
-def _object(row: Any, where: str) -> Row:
+        raise RequestError("nested too deeply") from error
     if not isinstance(row, dict):
-        raise RequestError(f"{where}: expected an object with a problem and an answer")
+        raise RequestError(NO_ROW)
     return row
 
 
@@ -235,8 +232,10 @@ def _of_array(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
                 fill()
                 continue
             raise RequestError(f"{path}:{line}: not valid JSON: {_in_file(error, line)}") from error
+        if not isinstance(row, dict):
+            raise RequestError(f"{path}:{line}: {NO_ROW}")
         number += 1
-        yield number, _object(row, f"{path}:{line}")
+        yield number, row
         skip(end)
         if held.startswith(","):
             skip(1)

@@ -45,19 +45,13 @@ class Writer:
 
     def __init__(self, sink: Any) -> None:
         self._file = pyarrow.ipc.new_file(sink, SCHEMA)
-        self._columns: list[list[Any]] = [[] for _ in SCHEMA]
+        self._held: list[Row] = []
         self.rows = 0
 
     def add(self, row: Row) -> None:
-        problem, gold, form = row.problem, row.gold, 0
-        if not isinstance(problem, str):
-            problem, form = json.dumps(problem, ensure_ascii=False), form | CONVERSATION
-        if not isinstance(gold, str):
-            gold, form = json.dumps(gold, ensure_ascii=False), form | ALTERNATIVES
-        for column, value in zip(self._columns, (row.id, problem, gold, form, row.file, row.place), strict=True):
-            column.append(value)
+        self._held.append(row)
         self.rows += 1
-        if len(self._columns[0]) == BATCH:
+        if len(self._held) == BATCH:
             self._flush()
 
     def close(self) -> None:
@@ -65,9 +59,19 @@ class Writer:
         self._file.close()
 
     def _flush(self) -> None:
-        arrays = [pyarrow.array(column, field.type) for column, field in zip(self._columns, SCHEMA, strict=True)]
+        ids, problems, golds, files, places = zip(*self._held, strict=True) if self._held else ((),) * len(Row._fields)
+        forms = [
+            (0 if isinstance(problem, str) else CONVERSATION) | (0 if isinstance(gold, str) else ALTERNATIVES)
+            for problem, gold in zip(problems, golds, strict=True)
+        ]
+        columns = ids, map(_text, problems), map(_text, golds), forms, files, places
+        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._file.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
-        self._columns = [[] for _ in SCHEMA]
+        self._held = []
+
+
+def _text(value: Problem | Gold) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class Rows:

@@ -128,4 +128,8 @@ def _problems(source: Path) -> Iterator[tuple[str, Problem]]:
         for place, row in read.rows_of(path):
             names = names or fields.fields_of(row, None, None, "id")
             where = f"{path}:{place}" if lined else f"{path}: row {place}"
-            yield where, fields.problem_of(row, names.problem, where)
+            try:
+                problem = fields.problem_of(row, names.problem)
+            except RequestError as error:
+                raise RequestError(f"{where}: {error}") from error
+            yield where, problem
