@@ -28,7 +28,7 @@ EXTRACTS = ("any", "boxed", "answer")
 MAX_ANSWER_CHARS = 2000  # of one answer; the longest gold answer of MATH has 159
 MAX_LONG_CHARS = 20_000  # of an answer that is compared as a string
 
-_INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
+_INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)", re.ASCII)
 _SQUARE_UNIT = re.compile(r"(\d) ?(?:mm?|cm|km|ft|in)(?:[²³]|\^\{?[23]\}?)$")  # in prose no letter is a variable
 _MARKED = re.compile(r"\\(?:begin|end) ?\{[a-z]*\}|\\(?:text[a-z]*|mathrm|mbox) ?\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{2,}[^A-Za-z]+[A-Za-z]{2,}")  # two words
@@ -91,11 +91,19 @@ def _settle(candidate: str, gold: str) -> bool | None:
     if len(candidate) > MAX_LONG_CHARS:
         return False
     left, right = candidate.strip().strip("$*. "), gold.strip("$*. ")
-    if left == right or (_readable(left) and _readable(right) and spell(left) == spell(right)):
+    if left == right:
         return True
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right) and "," not in right:
         return _canonical(left) == _canonical(right)
+    if _readable(left) and _readable(right) and spell(left) == _spelled_gold(right):
+        return True
     return False if len(candidate) > MAX_ANSWER_CHARS else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _spelled_gold(gold: str) -> str:
+    """Many responses are held against one gold answer."""
+    return spell(gold)
 
 
 def _readable(text: str) -> bool:
