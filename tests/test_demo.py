@@ -15,6 +15,8 @@ import pytest
 from tests import resume_tools as tools
 from tests.distributed.runner import ROOT
 
+pytestmark = pytest.mark.alone
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -29,6 +31,7 @@ def values(folder: Path, metric: str) -> list[float]:
     return [json.loads(line)[metric] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.soak  # tests/test_resume.py shows as much of runs that were interrupted
 def test_the_same_seed_gives_the_same_run_to_the_last_bit(tmp_path: Path) -> None:
     one, again, other = (tmp_path / name for name in ("one", "again", "other"))
     for folder in (one, again):

@@ -13,6 +13,8 @@ import pytest
 
 from a3po_megatron.checkpoint.interrupt import CAUTION, LEAD, MARGIN_SECONDS, SIGNALS, Interrupt
 
+pytestmark = pytest.mark.alone
+
 
 class Now:
     def __init__(self) -> None:

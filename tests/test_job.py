@@ -23,6 +23,8 @@ from a3po_megatron.launch.starts import idle_starts, reached
 from tests.distributed.runner import ROOT
 from tests.test_launch import catches
 
+pytestmark = pytest.mark.alone
+
 STALL = "rank 5 (phase update of step 3; no heartbeat) stood still"
 
 SPEAKS = """

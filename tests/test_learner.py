@@ -8,19 +8,33 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_learner
-from tests.distributed.cases_learner import CASES
+from tests.distributed.cases_learner import CASES, CROSSING
 from tests.distributed.runner import run_ranks
 from tests.tiny import KINDS, make_checkpoint
 
+pytestmark = pytest.mark.alone
 
-@pytest.mark.parametrize("world", CASES)
-def test_one_update_equals_plain_pytorch_on_the_hf_model(world: int, tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
     for kind in KINDS:
-        make_checkpoint(tmp_path / kind, kind)
+        make_checkpoint(folder / kind, kind)
     for kind in ("qwen3", "qwen2", "qwen3_moe"):
-        make_checkpoint(tmp_path / f"{kind}_deep", kind, num_hidden_layers=5)
+        make_checkpoint(folder / f"{kind}_deep", kind, num_hidden_layers=5)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world", "names"), [(1, None), (2, None), (4, CROSSING), pytest.param(4, None, marks=pytest.mark.soak)]
+)
+def test_one_update_equals_plain_pytorch_on_the_hf_model(
+    world: int, names: tuple[str, ...] | None, models: Path
+) -> None:
+    cases = [case for case in CASES[world] if names is None or case.__name__ in names]
+    assert len(cases) == len(names or CASES[world])
     wrong = []
-    for name, by_rank in run_ranks(world, *CASES[world], folder=tmp_path, timeout=500).items():
+    for name, by_rank in run_ranks(world, *cases, folder=models, timeout=500).items():
         for rank, found in enumerate(by_rank):
             bounds = {
                 # Float32 against float64: a few ulps (6e-8) after some hundred additions and two layers.
@@ -43,12 +57,9 @@ def test_one_update_equals_plain_pytorch_on_the_hf_model(world: int, tmp_path: P
 
 
 def test_an_update_whose_loss_or_gradient_is_not_finite_on_one_rank_is_applied_on_none_in_any_layout(
-    tmp_path: Path,
+    models: Path,
 ) -> None:
-    for kind in ("qwen3", "qwen3_moe"):
-        make_checkpoint(tmp_path / kind, kind)
-    make_checkpoint(tmp_path / "qwen3_deep", "qwen3", num_hidden_layers=5)
-    by_rank = run_ranks(2, cases_learner.rejected_updates, folder=tmp_path)["rejected_updates"]
+    by_rank = run_ranks(2, cases_learner.rejected_updates, folder=models)["rejected_updates"]
     assert len(by_rank[0]) == len(cases_learner.REJECTING) * len(cases_learner.FAULTS)
     for by_layout in by_rank:
         for layout, found in by_layout.items():
@@ -63,12 +74,10 @@ def test_an_update_whose_loss_or_gradient_is_not_finite_on_one_rank_is_applied_o
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("steps")
-    make_checkpoint(folder / "qwen3", "qwen3")
+def steps(models: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for world in cases_learner.STEPS:
-        for by_layout in run_ranks(world, cases_learner.whole_steps, folder=folder)["whole_steps"]:
+        for by_layout in run_ranks(world, cases_learner.whole_steps, folder=models)["whole_steps"]:
             for layout, step in by_layout.items():
                 tokens = found.setdefault(layout, step | {"tokens": {}, "worst": []})
                 for name, given in step["tokens"].items():  # the same on all ranks that hold the rollout, bit for bit

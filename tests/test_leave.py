@@ -14,7 +14,7 @@ import pytest
 from tests import resume_tools as tools
 from tests.resume_tools import INTERRUPTED, LAYOUTS, STEPS, Ended, Interrupt, Launched
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.alone]
 
 TP2 = LAYOUTS["tp2"]
 

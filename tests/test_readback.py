@@ -21,6 +21,8 @@ from tests.distributed import cases_readback as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("case", "kinds"),

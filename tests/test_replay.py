@@ -21,27 +21,35 @@ from a3po_megatron.model.family import Experts
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.metrics import METRICS
 from a3po_megatron.telemetry.rollouts import save_rejected
-from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, LAYERS, PER_TOKEN
-from tests.distributed.runner import run_ranks
+from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAYERS, PER_TOKEN
+from tests.distributed.runner import Case, run_ranks
 from tests.tiny import make_checkpoint, make_collected
+
+pytestmark = pytest.mark.alone
 
 SIZES = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, list[Any]]]:
-    """Number of ranks → case → its result on every rank."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
     make_checkpoint(folder / "moe", "qwen3_moe", **SIZES)
     make_checkpoint(folder / "moe_raw", "qwen3_moe_raw", **SIZES)
     make_checkpoint(folder / "wide", "qwen3_moe", hidden_size=128, moe_intermediate_size=64, **SIZES)
-    by_world = {}
-    for world, cases in CASES.items():
-        (folder / f"{world}").mkdir()
-        for name in ("moe", "moe_raw", "wide"):
-            (folder / f"{world}" / name).symlink_to(folder / name)
-        by_world[world] = run_ranks(world, *cases, *FURTHER[world], folder=folder / f"{world}", timeout=500)
-    return by_world
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[int, dict[str, list[Any]]]:
+    """Number of ranks → case → its result on every rank."""
+    return {
+        world: run_ranks(world, *chosen(world, implied=False), *FURTHER[world], folder=folder, timeout=500)
+        for world in CASES
+    }
+
+
+def chosen(world: int, implied: bool) -> list[Case]:
+    return [case for case in CASES[world] if (case.__name__ in IMPLIED) == implied]
 
 
 def replayed(found: dict[int, dict[str, list[Any]]]) -> dict[str, dict[str, float]]:
@@ -58,21 +66,26 @@ def replayed(found: dict[int, dict[str, list[Any]]]) -> dict[str, dict[str, floa
 def test_log_probs_loss_and_gradients_along_injected_routes_are_those_of_transformers_in_every_layout_and_recomputation(
     found: dict[int, dict[str, list[Any]]],
 ) -> None:
-    bounds = {
-        # Float32 against float64, through five layers: tests/test_learner.py has the same bounds for those.
-        "score": 1e-5,
-        "alone": 1e-5,
-        "loss": 1e-6,
-        "gradient": 1e-5,
-    }
-    assert len(replayed(found)) == sum(world * len(cases) for world, cases in CASES.items())
-    wrong = [
+    assert len(replayed(found)) == sum(world * len(chosen(world, implied=False)) for world in CASES)
+    assert not (wrong := beyond_bounds(found)), wrong
+
+
+@pytest.mark.soak
+def test_and_so_they_are_in_the_layouts_that_others_imply(folder: Path) -> None:
+    found = {world: run_ranks(world, *chosen(world, implied=True), folder=folder, timeout=500) for world in (2, 4)}
+    assert len(replayed(found)) == 2 * 5 + 4 * 2
+    assert not (wrong := beyond_bounds(found)), wrong
+
+
+def beyond_bounds(found: dict[int, dict[str, list[Any]]]) -> list[str]:
+    # Float32 against float64, through five layers: tests/test_learner.py has the same bounds for those.
+    bounds = {"score": 1e-5, "alone": 1e-5, "loss": 1e-6, "gradient": 1e-5}
+    return [
         f"{name}: {what} = {differences[what]:.1e}"
         for name, differences in replayed(found).items()
         for what, bound in bounds.items()
         if not differences[what] <= bound  # not `>`: it would let NaN pass
     ]
-    assert not wrong, wrong
 
 
 def test_several_micro_batches_are_in_flight_in_every_pipeline(found: dict[int, dict[str, list[Any]]]) -> None:

@@ -16,7 +16,7 @@ from a3po_megatron.checkpoint.manifest import read_manifest
 from tests import resume_tools as tools
 from tests.resume_tools import LAYOUTS, STEPS, VOLATILE, Interrupt
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.alone]
 
 TP2 = LAYOUTS["tp2"]
 ONE_ENGINE = ("rollout.tensor=2",)

@@ -19,6 +19,8 @@ import pytest
 from tests import resume_tools as tools
 from tests.resume_tools import LAYOUTS, STEPS, Ended, Interrupt
 
+pytestmark = pytest.mark.alone
+
 TP2 = LAYOUTS["tp2"]
 HOUR = 3600.0
 

@@ -20,6 +20,8 @@ from a3po_megatron.reward import math
 from a3po_megatron.reward.pool import GraderPool
 from tests import graders
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 2.0
 MEMORY = 1 << 30

@@ -18,6 +18,8 @@ import pytest
 from tests import resume_tools as tools
 from tests.resume_tools import Interrupt, Launched
 
+pytestmark = pytest.mark.alone
+
 DP2 = tools.LAYOUTS["dp2"]
 NEW = "VLLM_CACHE_ROOT"  # where vLLM remembers models' classes: in a new one it inspects them in a process of its own
 

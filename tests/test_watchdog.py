@@ -18,6 +18,8 @@ from a3po_megatron.telemetry.watchdog import Watchdog, position
 from tests.distributed.runner import ROOT
 from tests.test_launch import ended, rank_processes, start, wait_for_phase  # noqa: F401
 
+pytestmark = pytest.mark.alone
+
 FAST = TelemetryOptions(stall_seconds=2.0, stall_factor=3.0)
 
 
@@ -211,18 +213,14 @@ def test_what_an_earlier_start_left_or_what_cannot_be_read_does_not_end_a_run_no
         rank.wait()
 
 
-def test_a_run_one_rank_of_which_is_stopped_ends_with_85_names_it_and_goes_on_afterwards(
+def test_a_run_one_rank_of_which_is_stopped_ends_with_85_and_names_it(
     tmp_path: Path,
     ended: list[subprocess.Popen[str]],  # noqa: F811
 ) -> None:
     folder = tmp_path / "run"
-    options = ("trainer.steps=500", "checkpoint.every_steps=1", "telemetry.stall_seconds=15")
-    launcher = start(folder, *options)
+    launcher = start(folder, "trainer.steps=500", "telemetry.stall_seconds=15")
     ended.append(launcher)
     wait_for_phase(folder, 1, ("update",))
-    deadline = time.monotonic() + 120
-    while not list((folder / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
     rank_processes(launcher)[1].send_signal(signal.SIGSTOP)
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.append(launcher.communicate()[1]))
@@ -233,10 +231,3 @@ def test_a_run_one_rank_of_which_is_stopped_ends_with_85_names_it_and_goes_on_af
     assert "stood still" in errors[0]
     for rank in range(2):  # also of the stopped one
         assert "Thread 0x" in (folder / "logs" / f"rank-{rank}.stacks").read_text()
-
-    done = int((folder / "checkpoints/latest").read_text().strip().removeprefix("step-"))
-    again = start(folder, f"trainer.steps={done + 1}", *options[1:])
-    ended.append(again)
-    out, err = again.communicate(timeout=180)
-    assert again.returncode == 0, err
-    assert f"goes on from step-{done:06d}" in out

@@ -9,6 +9,7 @@ source has epochs of its own. Position n is the same whatever happened before: t
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -27,6 +28,7 @@ from .order import named_order
 from .table import Row
 from .tokens import Tokens
 
+COUNTED_TOGETHER = 512  # prompts
 LARGEST_BLOCK = 10_000  # draws over which weights come out exactly
 
 
@@ -154,12 +156,19 @@ class Prompts:
         if data.large and (there := cache.find(name)) is not None:
             return self._shortened(data, np.load(there))
         lengths = np.zeros(len(data.rows), np.uint32)  # 0: not counted, surely within
-        for number, row in enumerate(data.rows):
-            text = self._rendered(data, row)
-            if not self._tokens.surely_within(text, self._limit):
-                lengths[number] = len(self._tokens.tokens_of(text))
-                if lengths[number] == 0:
-                    raise RequestError(f"{data.where(row)}: the tokenizer makes no token at all of the problem")
+        size, ascii_ = data.rows.problem_bytes()
+        unsure = size > np.where(ascii_, *self._tokens.sure_bytes(self._limit))
+        to_count = (
+            (number, text)
+            for number, row in zip(np.flatnonzero(unsure), data.rows.only(unsure), strict=True)
+            if not self._tokens.surely_within(text := self._rendered(data, row), self._limit)
+        )
+        while batch := list(itertools.islice(to_count, COUNTED_TOGETHER)):
+            numbers, texts = zip(*batch, strict=True)
+            lengths[list(numbers)] = counts = self._tokens.counts_of(texts)
+            if 0 in counts:
+                where = data.where(data.rows[numbers[counts.index(0)]])
+                raise RequestError(f"{where}: the tokenizer makes no token at all of the problem")
         if data.large:
             cache.put(name, lambda file: _save(file, lengths))
         return self._shortened(data, lengths)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from blake3 import blake3
 
 from ..batch import Gold
@@ -105,6 +106,13 @@ class Rows:
         fewer = object.__new__(Rows)
         fewer._batches, fewer._chosen = self._batches, self._chosen[kept]
         return fewer
+
+    def problem_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each problem in UTF-8, [n] int64, of a conversation more than any limit; whether it is ASCII, [n]."""
+        problems = self.column("problem")
+        sizes = pyarrow.compute.binary_length(problems).to_numpy().astype(np.int64)
+        sizes[self.column("form").to_numpy() & CONVERSATION != 0] = np.iinfo(np.int64).max
+        return sizes, pyarrow.compute.string_is_ascii(problems).to_numpy()
 
     def digest(self) -> str:
         """Of which rows these are of their file."""

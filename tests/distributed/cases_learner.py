@@ -97,6 +97,36 @@ def as_hf(learner: Learner, values: dict[tuple[int, str], torch.Tensor]) -> dict
     return whole
 
 
+@dataclasses.dataclass
+class Literal:
+    """One update of a folder's model by plain PyTorch, in float64."""
+
+    loss: float
+    norm: float  # of the gradient
+    logprobs: dict[str, torch.Tensor]  # by rollout
+    gradients: dict[str, torch.Tensor]  # as HF tensors, as are
+    moved: dict[str, torch.Tensor]  # the parameters after a step of SGD
+    second_loss: float  # after a step of AdamW with the gradient clipped to 1
+
+
+def literal_update(folder: Path) -> Literal:
+    collected, model = make_collected(groups=5, size=4), hf_model(folder)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = list(literal_old(whole).split(whole.lengths.tolist()))
+    loss = literal_loss(model, collected, old)
+    loss.backward()
+    gradients = hf_tensors_of({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    with torch.no_grad():
+        logprobs = {r.name: hf_logprobs(model, r.prompt.tokens, r.tokens, TEMPERATURE) for r in whole.rollouts}
+        moved = hf_tensors_of({name: p - LR * p.grad for name, p in model.named_parameters()})
+    norm = torch.sqrt(sum(g.square().sum() for g in gradients.values()))
+    adam = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adam.step()
+    second = literal_loss(model, collected, old)
+    return Literal(float(loss), float(norm), logprobs, gradients, moved, float(second))
+
+
 def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
@@ -105,14 +135,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     family = read_family(folder)
     collected = make_collected(groups=5, size=4)
     mine = share(collected, cluster.coordinates.data, cluster.data)
-    reference = hf_model(folder)
-    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
-    old = list(literal_old(whole).split(whole.lengths.tolist()))
-    loss = literal_loss(reference, collected, old)
-    loss.backward()
-    grads = hf_tensors_of({name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
-    norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
-
+    exact = ranks.once(f"update-{kind}", lambda: literal_update(folder))
     limit = {"micro_batch_tokens": parallel.pop("micro_batch_tokens", 64)}
 
     def learner_with(**optimizer: Any) -> Learner:
@@ -123,31 +146,25 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
     learner = learner_with(name="sgd", distributed=False, clip_grad=0.0)
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
-    with torch.no_grad():
-        exact = torch.cat([hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in scored.rollouts])
-    results["score"] = float((scored.old_logprobs - exact).abs().max())
+    logprobs = torch.cat([exact.logprobs[r.name] for r in scored.rollouts])
+    results["score"] = float((scored.old_logprobs - logprobs).abs().max())
     results["padding"] = padding_moves(learner, batch_of(collected, mine))
     stats = learner.update(batch_of(collected, mine))
-    results["loss"] = abs(stats["learner/loss"] - float(loss))
-    results["norm_sgd"] = abs(stats["policy/grad_norm"] / float(norm) - 1)
+    results["loss"] = abs(stats["learner/loss"] - exact.loss)
+    results["norm_sgd"] = abs(stats["policy/grad_norm"] / exact.norm - 1)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
     results["missing"] = len(hf_tensors(family).keys() ^ ours.keys())
     # An expert that no token chose has a gradient of exactly 0.
     results["gradient"] = max(
-        float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()
+        float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in exact.gradients.items()
     )
     moved = as_hf(learner, learner.parameters())
-    with torch.no_grad():
-        wanted = hf_tensors_of({name: p - LR * p.grad for name, p in reference.named_parameters()})
-    results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in wanted.items())
+    results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in exact.moved.items())
     # The distributed optimizer: clipping and a second step.
     learner = learner_with()
-    results["norm"] = abs(learner.update(batch_of(collected, mine))["policy/grad_norm"] / float(norm) - 1)
+    results["norm"] = abs(learner.update(batch_of(collected, mine))["policy/grad_norm"] / exact.norm - 1)
     second = learner.update(batch_of(collected, mine))["learner/loss"]
-    adam = torch.optim.AdamW(reference.parameters(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-    adam.step()
-    results["second_loss"] = abs(second - float(literal_loss(reference, collected, old)))
+    results["second_loss"] = abs(second - exact.second_loss)
     return results
 
 
@@ -175,32 +192,49 @@ class Watched(Learner):
         return super()._step(number)
 
 
+@dataclasses.dataclass
+class Halves:
+    """Two mini-batches of two groups each, one after the other, by plain PyTorch in float64."""
+
+    logprobs: dict[str, torch.Tensor]  # by rollout, before both
+    losses: list[float]
+    counts: list[int]  # response tokens of each
+    norms: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    moved: dict[str, torch.Tensor]  # the parameters after both
+
+
+def literal_halves(folder: Path) -> Halves:
+    collected, model = make_collected(groups=4, size=4), hf_model(folder)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    old = list(literal_old(whole).split(whole.lengths.tolist()))
+    with torch.no_grad():
+        logprobs = {r.name: hf_logprobs(model, r.prompt.tokens, r.tokens, TEMPERATURE) for r in whole.rollouts}
+    halves = Halves(logprobs, [], [], [], [], {})
+    for half in (slice(0, 2), slice(2, 4)):
+        groups = collected.groups[half]
+        loss = literal_loss(model, Collected(groups, [], [], {}), old[4 * half.start : 4 * half.stop])
+        model.zero_grad()
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p -= LR * grads[name]
+        halves.losses.append(float(loss))
+        halves.counts.append(sum(len(r.tokens) for group in groups for r in group.rollouts))
+        halves.gradients.append(hf_tensors_of(grads))
+        halves.norms.append(float(torch.sqrt(sum(g.square().sum() for g in halves.gradients[-1].values()))))
+    halves.moved = hf_tensors_of({name: p.detach() for name, p in model.named_parameters()})
+    return halves
+
+
 def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Two mini-batches over two replicas of which one has no rollout of the first and the other none of the second,
     or of which one has nothing at all: differences from the literal mini-batches, one after the other."""
     folder = ranks.folder / kind
     cluster, family = ranks.arrange(tensor, data=data, **parallel), read_family(folder)
-    collected, reference = make_collected(groups=4, size=4), hf_model(folder)
-    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
-    old = list(literal_old(whole).split(whole.lengths.tolist()))
-    with torch.no_grad():
-        exact = {r.name: hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE) for r in whole.rollouts}
-    losses, counts, norms, gradients = [], [], [], []
-    for half in (slice(0, 2), slice(2, 4)):
-        groups = collected.groups[half]
-        rollouts = slice(4 * half.start, 4 * half.stop)
-        loss = literal_loss(reference, Collected(groups, [], [], {}), old[rollouts])
-        reference.zero_grad()
-        loss.backward()
-        grads = {name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None}
-        with torch.no_grad():
-            for name, p in reference.named_parameters():
-                p -= LR * grads[name]
-        losses.append(float(loss))
-        counts.append(sum(len(r.tokens) for group in groups for r in group.rollouts))
-        gradients.append(hf_tensors_of(grads))
-        norms.append(float(torch.sqrt(sum(g.square().sum() for g in gradients[-1].values()))))
-    wanted = hf_tensors_of({name: p.detach() for name, p in reference.named_parameters()})
+    collected = make_collected(groups=4, size=4)
+    exact = ranks.once(f"halves-{kind}", lambda: literal_halves(folder))
     optimizer = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
     options = settings(folder, tensor, data, parallel=parallel, optimizer=optimizer)
     results: dict[str, float] = {}
@@ -209,24 +243,36 @@ def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel
         mine = Collected(groups, [], collected.accepted, {})
         learner = Watched(cluster, family, options)
         scored = learner.score(dataclasses.replace(batch_of(collected, mine, 2), old_logprobs=None))
-        mine_exact = torch.cat([torch.zeros(0), *(exact[r.name] for r in scored.rollouts)])
+        logprobs = torch.cat([torch.zeros(0), *(exact.logprobs[r.name] for r in scored.rollouts)])
         batch = batch_of(collected, mine, 2)
         assert len(set(batch.mini_batch.tolist())) < 2 or not shares[1]
         stats = learner.update(batch)
         moved = as_hf(learner, learner.parameters())
+        mean = sum(a * b for a, b in zip(exact.losses, exact.counts, strict=True)) / sum(exact.counts)
         differences = {
-            "score": max((scored.old_logprobs - mine_exact).abs().tolist(), default=0.0),
-            "loss": abs(stats["learner/loss"] - sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)),
-            "norm_sgd": abs(stats["policy/grad_norm"] / (sum(norms) / 2) - 1),
+            "score": max((scored.old_logprobs - logprobs).abs().tolist(), default=0.0),
+            "loss": abs(stats["learner/loss"] - mean),
+            "norm_sgd": abs(stats["policy/grad_norm"] / (sum(exact.norms) / 2) - 1),
             "gradient": max(
                 float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9))
-                for ours, grads in zip(learner.gradients, gradients, strict=True)
+                for ours, grads in zip(learner.gradients, exact.gradients, strict=True)
                 for n, g in grads.items()
             ),
-            "parameter": max(float((moved[n] - w).abs().max()) for n, w in wanted.items()),
+            "parameter": max(float((moved[n] - w).abs().max()) for n, w in exact.moved.items()),
         }
         results = {name: max(value, results.get(name, 0.0)) for name, value in differences.items()}
     return results
+
+
+def literal_step(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a step whose old log-probs are the model's own."""
+    collected, model = make_collected(groups=5, size=4), hf_model(folder)
+    rollouts = [r for group in collected.groups for r in group.rollouts]
+    with torch.no_grad():
+        exact = [hf_logprobs(model, r.prompt.tokens, r.tokens, TEMPERATURE).float() for r in rollouts]
+    loss = literal_loss(model, collected, exact)
+    loss.backward()
+    return float(loss), hf_tensors_of({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def whole_steps(ranks: Ranks) -> dict[str, Any]:
@@ -234,13 +280,7 @@ def whole_steps(ranks: Ranks) -> dict[str, Any]:
     each rollout's tokens were given."""
     folder, found = ranks.folder / "qwen3", {}
     family, collected = read_family(folder), make_collected(groups=5, size=4)
-    reference = hf_model(folder)
-    rollouts = [r for group in collected.groups for r in group.rollouts]
-    with torch.no_grad():
-        exact = [hf_logprobs(reference, r.prompt.tokens, r.tokens, TEMPERATURE).float() for r in rollouts]
-    loss = literal_loss(reference, collected, exact)
-    loss.backward()
-    grads = hf_tensors_of({name: p.grad for name, p in reference.named_parameters() if p.grad is not None})
+    loss, grads = ranks.once("step", lambda: literal_step(folder))
     for tensor, context, pipeline, data in STEPS[ranks.world]:
         cluster = ranks.arrange(tensor, context=context, pipeline=pipeline, data=data)
         parallel = {"context": context, "pipeline": pipeline}
@@ -263,7 +303,7 @@ def whole_steps(ranks: Ranks) -> dict[str, Any]:
             strict=True,
         )
         found[f"tp{tensor} cp{context} pp{pipeline} dp{data}"] = {
-            "loss": abs(stats["learner/loss"] - float(loss)),
+            "loss": abs(stats["learner/loss"] - loss),
             "gradient": max(errors),
             "tokens": {r.name: [old.tolist(), weights.tolist()] for r, old, weights in pieces},
         }
@@ -450,6 +490,12 @@ def _case(of: Any, name: str, kind: str, tensor: int, data: int, parallel: dict[
     return case
 
 
+# Of four ranks, those that cross the most dimensions; `make soak` runs all of them.
+CROSSING = (
+    *("qwen3_cp4", "qwen3_tp2_cp2_sp", "qwen3_cp2_pp2_vp2", "moe_tp2_cp2_ep2_sp", "qwen3_tp2_pp2_vp2_sp"),
+    *("qwen3_pp2_vp2_dp2", "qwen3_pp2_uneven_dp2", "qwen2_tp2_pp2_sp", "moe_ep2_pp2_vp2", "moe_tp2_dp2_ep4_etp1_sp"),
+    *("split_dp4_80", "share_pp2_vp2_dp2"),
+)
 CASES = {
     world: [
         *(_case(one_update, name, *cell) for name, cell in GRID[world].items()),

@@ -117,6 +117,34 @@ def loaded(learner: Learner) -> bool:
     return any(replay.experts is not None or replay.rerouted is not None or replay.counting for replay in replays)
 
 
+@dataclasses.dataclass
+class Literal:
+    """A folder's model along `routes_of`, by transformers in float64."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]  # as HF tensors
+    logprobs: dict[str, torch.Tensor]  # by rollout
+    rerouted: dict[str, int]  # by rollout: tokens that a gate would have sent elsewhere
+    alone: torch.Tensor  # log-probs of `ALONE`, where the gates choose
+
+
+def literal_update(folder: Path) -> Literal:
+    collected, sent = with_routes(make_collected(groups=5, size=4)), Sent(folder)
+    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
+    loss = literal_loss(sent.model, collected, list(literal_old(whole).split(whole.lengths.tolist())))
+    loss.backward()
+    grads = hf_tensors_of({name: p.grad for name, p in sent.model.named_parameters() if p.grad is not None})
+    logprobs, counts = {}, {}
+    with torch.no_grad():
+        for rollout in whole.rollouts:
+            logprobs[rollout.name] = hf_logprobs(sent.model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE)
+            own, given = (values[:-1].sort(dim=2).values for values in (torch.stack(sent.chosen, dim=1), sent.given))
+            counts[rollout.name] = int((own != given).any(dim=2).sum())
+        sent.replay = False
+        alone = [hf_logprobs(sent.model, prompt, np.array(response), 1.0) for prompt, response in ALONE]
+    return Literal(float(loss), grads, logprobs, counts, torch.cat(alone))
+
+
 def replayed(
     ranks: Ranks, kind: str, tensor: int, data: int, extra: dict[str, Any] | None = None, **parallel: Any
 ) -> dict[str, float]:
@@ -125,35 +153,25 @@ def replayed(
     cluster = ranks.arrange(tensor, data=data, **parallel)
     collected = with_routes(make_collected(groups=5, size=4))
     mine = share(collected, cluster.coordinates.data, cluster.data)
-    sent = Sent(folder)
-    whole = assemble(collected, Config.model_fields["advantage"].default, 1)
-    old = list(literal_old(whole).split(whole.lengths.tolist()))
-    loss = literal_loss(sent.model, collected, old)
-    loss.backward()
-    grads = hf_tensors_of({name: p.grad for name, p in sent.model.named_parameters() if p.grad is not None})
+    exact = ranks.once(f"replay-{kind}", lambda: literal_update(folder))
 
     learner = Learner(cluster, read_family(folder), config_of(folder, tensor, data, extra or {}, **parallel))
     before = learner.logprobs(ALONE)
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
     after = learner.logprobs(ALONE)
-    exact, counts = [], []
-    with torch.no_grad():
-        for rollout in scored.rollouts:
-            exact.append(hf_logprobs(sent.model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE))
-            own, given = (values[:-1].sort(dim=2).values for values in (torch.stack(sent.chosen, dim=1), sent.given))
-            counts.append(int((own != given).any(dim=2).sum()))
-        sent.replay = False
-        alone = [hf_logprobs(sent.model, prompt, np.array(response), 1.0) for prompt, response in ALONE]
     stats = learner.update(batch_of(collected, mine))
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
+    names = [rollout.name for rollout in scored.rollouts]
+    counts = torch.tensor([exact.rerouted[name] for name in names])
+    grads = exact.gradients
     return {
         "micro_batches": len(learner._micro_batches(scored, range(len(scored.rollouts)))),
-        "score": float((scored.old_logprobs - torch.cat(exact)).abs().max()),
-        "rerouted": float((scored.rerouted - torch.tensor(counts)).abs().max()),
-        "loss": abs(stats["learner/loss"] - float(loss)),
+        "score": float((scored.old_logprobs - torch.cat([exact.logprobs[name] for name in names])).abs().max()),
+        "rerouted": float((scored.rerouted - counts).abs().max()),
+        "loss": abs(stats["learner/loss"] - exact.loss),
         "gradient": max(float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()),
         "gate": min(float(ours[n].abs().max()) for n in grads if n.endswith("mlp.gate.weight")),
-        "alone": float((torch.cat(before) - torch.cat(alone)).abs().max()),
+        "alone": float((torch.cat(before) - exact.alone).abs().max()),
         "moved": max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)),
         "left": float(loaded(learner)),
     }
@@ -413,6 +431,10 @@ FURTHER = {
 CASES = {
     world: [_case(replayed, f"replayed_{name}", *cell) for name, cell in cells.items()] for world, cells in GRID.items()
 }
+# What others imply, with recomputation or another dimension beside: `make soak` runs them.
+IMPLIED = tuple(
+    f"replayed_{name}" for name in ("tp2_sp", "pp2", "pp2_vp2", "ep2", "cp2", "tp2_pp2_sp_full", "cp2_pp2_full")
+)
 for _made in CASES.values():
     for _one in _made:
         _one.__module__ = __name__

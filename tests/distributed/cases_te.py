@@ -105,12 +105,12 @@ def one_update(
     import transformer_engine_torch as tex
 
     folder = ranks.folder / kind
-    cluster, family, collected = ranks.arrange(tensor, data=data, **parallel), read_family(folder), rollouts_of(folder)
-    exact = literal_gradients(folder, collected, torch.float64)
+    cluster, family = ranks.arrange(tensor, data=data, **parallel), read_family(folder)
+    collected = ranks.once(f"rollouts-{kind}", lambda: rollouts_of(folder))
+    exact = ranks.once(f"exact-{kind}", lambda: literal_gradients(folder, collected, torch.float64))
     # The noise that is allowed: plain PyTorch's in bf16, or that of FP8 operands in float64.
-    plain = literal_gradients(
-        folder, collected, *((torch.bfloat16,) if precision == "bf16" else (torch.float64, precision))
-    )
+    noisy = (torch.bfloat16,) if precision == "bf16" else (torch.float64, precision)
+    plain = ranks.once(f"plain-{kind}-{precision}", lambda: literal_gradients(folder, collected, *noisy))
     optimizer = {"distributed": False, "clip_grad": 0.0}
     learner = Watched(
         cluster, family, options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer)

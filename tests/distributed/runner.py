@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 from a3po_megatron.launch.environment import die_with_parent
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HARNESS = [str(ROOT / "tests/te_harness")]
 PRELOADED = ["tests.distributed", "a3po_megatron.run", "a3po_megatron.rollout.vllm_engine", "tests.tiny"]
 Case = Callable[["Ranks"], Any]
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,6 +59,21 @@ class Ranks:
         return arrange(backend, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
 
 
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, made by one rank for all of them, and for whatever asks later in this folder.
+
+        Collective. `name` must say all that the result follows from.
+        """
+        import torch
+        import torch.distributed as dist
+
+        path = self.folder / f"once-{name.replace('/', '-')}.pt"
+        if self.rank == 0 and not path.exists():
+            torch.save(make(), path)
+        dist.barrier()
+        return torch.load(path, weights_only=False)
+
+
 def run_ranks(
     world: int, *cases: Case, folder: Path | None = None, timeout: float = 300, te: bool = False
 ) -> dict[str, list[Any]]:
@@ -67,6 +83,8 @@ def run_ranks(
     """
     meeting = rendezvous(None)
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
+    for stale in folder.glob("rank-*.json"):  # of other ranks that ran in this folder
+        stale.unlink()
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
     # Transformer Engine must be found before anything imports Megatron-Core: such ranks start afresh.
     context = multiprocessing.get_context("spawn" if te else "forkserver")
