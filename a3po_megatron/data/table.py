@@ -108,7 +108,7 @@ class Rows:
         return fewer
 
     def problem_bytes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes of each problem in UTF-8, [n] int64, of a conversation more than any limit; whether it is ASCII, [n]."""
+        """[n] bytes of each problem in UTF-8, of a conversation more than any limit; [n] whether it is ASCII."""
         problems = self.column("problem")
         sizes = pyarrow.compute.binary_length(problems).to_numpy().astype(np.int64)
         sizes[self.column("form").to_numpy() & CONVERSATION != 0] = np.iinfo(np.int64).max

@@ -126,8 +126,8 @@ class Tokens:
         return factor is not None and factor * len(text.encode()) <= limit and not self._known.isdisjoint(text)
 
     def sure_bytes(self, limit: int) -> tuple[int, int]:
-        """Up to so many bytes of a one-turn problem its prompt is surely within `limit`, as `surely_within` has it: of a
-        problem in ASCII, and of any; -1: never."""
+        """Up to so many bytes of a one-turn problem its prompt is surely within `limit`, as `surely_within` has it: of
+        a problem in ASCII, and of any; -1: never."""
         around = "" if self._chat is not None else TEMPLATES[self._template].format(problem="")  # ASCII
         if self._bytes_a_token is None or not self.surely_within(around, limit):
             return -1, -1
