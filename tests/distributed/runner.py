@@ -58,7 +58,6 @@ class Ranks:
         backend = dataclasses.replace(CPU, spec=os.environ.get("A3PO_TEST_SPEC", "local"))
         return arrange(backend, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
 
-
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returns, made by one rank for all of them, and for whatever asks later in this folder.
 
