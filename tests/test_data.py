@@ -476,6 +476,28 @@ def test_a_large_data_set_is_kept_by_content_and_comes_back_the_same(
     assert len(loaded(path, cache, duplicates="all").rows) == 6, "what was asked for is part of the name"
 
 
+def test_what_is_kept_of_several_files_is_by_the_content_and_the_source_of_each(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "LARGE_BYTES", 1)
+    folder, more = tmp_path / "shards", tmp_path / "more.jsonl"
+    folder.mkdir()
+    for name, rows in (("0.jsonl", ROWS[:1]), ("1.jsonl", ROWS[1:2])):
+        (folder / name).write_bytes(lines(rows))
+    more.write_bytes(lines(ROWS[2:3]))
+    first = loaded([folder, more], cache)
+    assert [len(first.rows), first.bounds] == [3, [0, 2, 3]]
+    kept = set(cache.folder.iterdir())
+    assert pairs(loaded([folder, more], cache)) == pairs(first) and set(cache.folder.iterdir()) == kept
+    # The same three files, as one source and as three, in another order, and with another content of the last.
+    assert loaded([folder / "0.jsonl", folder / "1.jsonl", more], cache).bounds == [0, 1, 2, 3]
+    assert pairs(loaded([more, folder], cache)) == [*pairs(first)[2:], *pairs(first)[:2]]
+    more.write_bytes(lines([{"problem": "another", "answer": "5"}]))
+    assert pairs(loaded([folder, more], cache)) == [*pairs(first)[:2], ("another", "5")]
+    (folder / "1.jsonl").write_bytes(lines([{"problem": "one more", "answer": "6"}]))
+    assert pairs(loaded([folder, more], cache)) == [pairs(first)[0], ("one more", "6"), ("another", "5")]
+
+
 def test_a_cache_that_cannot_be_written_is_said_and_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""How long and how much memory it takes to load a large data set: the first start, and the second.
+"""How long and how much memory it takes to load a large data set, twice: docs/evidence/data_bench.json.
 
     python tools/bench_data.py FOLDER --data math_train.jsonl dapo_math_17k_first5000.jsonl --tokenizer MODEL
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
@@ -18,6 +19,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+EVIDENCE = Path(__file__).resolve().parents[1] / "docs/evidence/data_bench.json"
 
 
 def main() -> None:
@@ -38,9 +42,14 @@ def main() -> None:
         make(rows, options.data, options.rows)
     print(f"{options.rows} rows, {rows.stat().st_size / 1e6:.0f} MB, template {options.template}")
     shutil.rmtree(options.folder / "cache", ignore_errors=True)
+    found: dict[str, Any] = {"rows": options.rows, "template": options.template, "cpus": len(os.sched_getaffinity(0))}
     for name in ("first", "second"):
         done = subprocess.run([sys.executable, *sys.argv, "--start"], stdout=subprocess.PIPE, text=True, check=True)
-        print(f"{name:<8}{done.stdout}", end="", flush=True)
+        found[name] = json.loads(done.stdout)
+        seconds, imports = found[name]["seconds"], found[name]["of_which_imports_and_tokenizer"]
+        print(f"{name:<8}{seconds} s (of which {imports} s imports and tokenizer), {found[name]['peak_gb']} GB")
+    print(*found["first"]["said"], sep="\n")
+    EVIDENCE.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def make(path: Path, files: list[Path], count: int) -> None:
@@ -73,10 +82,8 @@ def start(options: argparse.Namespace) -> None:
     prompts = Prompts(data, tokens, 0, options.limit, check_golds=True)
     prompts.take(128)
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(
-        f"{seconds:.1f} s (of which {imported:.1f} s imports and tokenizer), {peak:.2f} GB; "
-        f"{'; '.join(prompts.remarks)}"
-    )
+    found = {"seconds": round(seconds, 1), "of_which_imports_and_tokenizer": round(imported, 1)}
+    print(json.dumps(found | {"peak_gb": round(peak, 2), "said": prompts.remarks}))
 
 
 if __name__ == "__main__":
