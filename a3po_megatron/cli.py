@@ -77,6 +77,7 @@ def train(
     from .launch.check import check_machine, check_request
     from .launch.folder import default_folder, prepare_folder
     from .launch.local import rendezvous, run_local
+    from .ranks.topology import topology_of
     from .report.page import write_report
 
     rendezvous(settings.cluster.port).close()  # a port that is taken is named before anything is made
@@ -86,7 +87,7 @@ def train(
         print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
-        ranks = settings.parallel.ranks()
+        ranks = topology_of(settings.parallel, settings.rollout.tensor).world
         print(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started, lock, signals)
         signals.restore()
@@ -119,8 +120,8 @@ def submit(
     if export is not None and (sweep or configs[0].slurm.resume == "chain"):
         raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
     plan = slurm.plan(configs, folder, bool(sweep))
-    from .cluster import backend_of
     from .launch.check import check_request
+    from .ranks.backend import backend_of
 
     found = [remark for each in plan.configs for remark in check_request(each, backend_of(str(each.cluster.device)))]
     for remark in dict.fromkeys(found):

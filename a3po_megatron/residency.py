@@ -19,9 +19,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Literal
 
-from .cluster import Backend
 from .errors import Interrupted
 from .model.arena import Arena
+from .ranks.backend import Backend
 from .rollout.engine import Engine
 from .telemetry.clock import CLOCK
 

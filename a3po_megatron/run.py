@@ -45,7 +45,6 @@ from .checkpoint.side_files import HF, copy_side_files
 from .checkpoint.store import Saving, Share
 from .checkpoint.streams import random_state, restore_random_state
 from .checkpoint.torch_dist import indexes
-from .cluster import Cluster, first, same, sum_lists
 from .config import Config
 from .data.prompts import Prompts
 from .data.tokens import Tokens
@@ -55,6 +54,8 @@ from .model.build import DTYPES
 from .model.family import Family
 from .model.layout import layout_of
 from .model.precision import is_fp8
+from .ranks.agree import first, same, sum_lists
+from .ranks.groups import Cluster
 from .rollout.collect import Collector
 from .rollout.engine import Engine, local_experts
 from .telemetry.clock import CLOCK, phase

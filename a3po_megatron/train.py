@@ -22,7 +22,6 @@ from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
 from a3po_megatron.checkpoint.journal import Journal  # noqa: E402
 from a3po_megatron.checkpoint.manifest import identity  # noqa: E402
-from a3po_megatron.cluster import Cluster, connect  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
@@ -33,6 +32,7 @@ from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
 from a3po_megatron.model.family import read_family  # noqa: E402
 from a3po_megatron.model.precision import check_hardware  # noqa: E402
+from a3po_megatron.ranks.groups import Cluster, connect  # noqa: E402
 from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402
 from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402

@@ -31,9 +31,9 @@ compat.prepare()
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput  # noqa: E402
 
-from a3po_megatron.cluster import CPU  # noqa: E402
 from a3po_megatron.config import RolloutOptions  # noqa: E402
 from a3po_megatron.model.family import read_family  # noqa: E402
+from a3po_megatron.ranks.backend import CPU  # noqa: E402
 from a3po_megatron.rollout import vllm_engine  # noqa: E402
 from a3po_megatron.rollout.engine import Request  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402

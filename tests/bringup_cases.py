@@ -65,7 +65,7 @@ def leaves_silently(report: Report) -> None:
 
 
 def _stand_in() -> Any:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
 
     return dataclasses.replace(CPU, spec="te")
 
@@ -98,7 +98,7 @@ def alignment_on_stand_in(report: Report) -> None:
 def learner_leaves_on_cpu(report: Report) -> None:
     import torch
 
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.arena import whole_learner
     from tools.bringup.rank import alone, make_learner, make_model
 
@@ -107,21 +107,21 @@ def learner_leaves_on_cpu(report: Report) -> None:
 
 
 def engine_cycles_on_cpu(report: Report) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.engine import cycles_on
 
     cycles_on(report, CPU, cycles=3)
 
 
 def mismatch_on_cpu(report: Report) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.engine import mismatch_on
 
     mismatch_on(report, CPU, ["bf16"], None)
 
 
 def standalone_on_cpu(report: Report) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.engine import against_standalone_on
     from tools.bringup.rank import TINY
 
@@ -134,8 +134,8 @@ def standalone_on_cpu(report: Report) -> None:
 def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
     import torch
 
-    from a3po_megatron.cluster import CPU
     from a3po_megatron.model.family import read_family
+    from a3po_megatron.ranks.backend import CPU
     from a3po_megatron.rollout.vllm_engine import VllmEngine
     from tools.bringup.colocated import LENGTHS, requests_of
     from tools.bringup.rank import TINY, alone, config, make_model
@@ -150,14 +150,14 @@ def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
 
 
 def one_rank(report: Report, folder: Path) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.layouts import one_rank_on
 
     one_rank_on(CPU, folder, "bf16", ["dense"])
 
 
 def two_ranks(report: Report, folder: Path) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup import layouts, nodes
 
     nodes.reach_on(report, CPU, (1 << 16,))
@@ -171,7 +171,7 @@ def layouts_on_cpu(report: Report) -> None:
 
 
 def saves_and_dies(report: Report, folder: Path) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup import canary, saving
     from tools.bringup.colocated import colocate
 
@@ -181,7 +181,7 @@ def saves_and_dies(report: Report, folder: Path) -> None:
 
 
 def resumes(report: Report, folder: Path) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.saving import second_on
 
     second_on(report, CPU, folder)
@@ -194,7 +194,7 @@ def saving_on_cpu(report: Report) -> None:
 
 
 def _head(report: Report, folder: Path, head: str) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.logits import arm_on
 
     arm_on(report, CPU, folder, head)
@@ -221,7 +221,7 @@ def heads_on_cpu(report: Report) -> None:
 
 
 def holders_on_cpu(report: Report) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.asleep import holders_on
     from tools.bringup.rank import make_model
 
@@ -231,7 +231,7 @@ def holders_on_cpu(report: Report) -> None:
 
 
 def one_of_two(report: Report, folder: Path) -> None:
-    from a3po_megatron.cluster import CPU
+    from a3po_megatron.ranks.backend import CPU
     from tools.bringup.several import engines_on
 
     engines_on(report, CPU, folder, 2, cycles=1)

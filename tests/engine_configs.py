@@ -74,8 +74,8 @@ for name in ("cutlass_scaled_mm_supports_block_fp8", "cutlass_scaled_mm_supports
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.utils import flashinfer  # noqa: E402
 
-from a3po_megatron.cluster import CUDA  # noqa: E402
 from a3po_megatron.config import RolloutOptions  # noqa: E402
+from a3po_megatron.ranks.backend import CUDA  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import engine_arguments  # noqa: E402
 from tools.bringup.rank import MOE, TINY, make_model  # noqa: E402
 

@@ -72,9 +72,26 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def places(seen: dict[str, list[Any]]) -> dict[int, list[dict[str, Any]]]:
+def of_four() -> dict[str, list[Any]]:
+    return run_ranks(4, cases.layouts, cases.groups_held, cases.coordinates_told)
+
+
+@pytest.fixture(scope="module")
+def places(seen: dict[str, list[Any]], of_four: dict[str, list[Any]]) -> dict[int, list[dict[str, Any]]]:
     """What every rank of two and of four sees of each layout."""
-    return {2: seen["layouts"], 4: run_ranks(4, cases.layouts)["layouts"]}
+    return {2: seen["layouts"], 4: of_four["layouts"]}
+
+
+def test_the_groups_that_ranks_hold_and_their_places_are_those_of_the_topology(of_four: dict[str, list[Any]]) -> None:
+    for rank, by_layout in enumerate(of_four["groups_held"]):
+        for layout, by_kind in zip(cases.HELD, by_layout, strict=True):
+            for kind, (held, named) in by_kind.items():
+                assert sorted(held) == named and rank in held, (layout, kind, rank)
+                if kind in ("batch", "replica"):
+                    assert held == named  # stage after stage
+    for by_layout in of_four["coordinates_told"]:
+        for layout, (told, named) in zip(cases.HELD, by_layout, strict=True):
+            assert told == named, layout
 
 
 @pytest.mark.parametrize(("world", "tensor", "engine_ranks"), LAYOUTS)

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from a3po_megatron.cluster import CUDA
 from a3po_megatron.launch import doctor_child, doctor_gpu, environment
 from a3po_megatron.launch.doctor_gpu import Found, Gpu, check, parse_child, parse_gpus, parse_links, parse_toolkit
+from a3po_megatron.ranks.backend import CUDA
 from tests.distributed.runner import ROOT
 
 SCALES = doctor_gpu.FP32_SCALES

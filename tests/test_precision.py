@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from a3po_megatron.cluster import backend_of, select_backend
 from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, RolloutOptions, load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
@@ -25,6 +24,7 @@ from a3po_megatron.model.precision import (
     megatron_settings,
     token_grain,
 )
+from a3po_megatron.ranks.backend import backend_of, select_backend
 from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple
 from tests.tiny import make_checkpoint

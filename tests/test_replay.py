@@ -14,10 +14,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
-from a3po_megatron.cluster import CPU
 from a3po_megatron.config import AdvantageOptions, RolloutOptions
 from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.model.family import Experts
+from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.metrics import METRICS
 from a3po_megatron.telemetry.rollouts import save_rejected

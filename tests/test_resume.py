@@ -4,7 +4,8 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take about half a minute; three points are always tested, all twenty by `make soak`.
+An interrupted run and its resume take about half a minute; two points are always tested, and one of a start by
+tests/test_start_signals.py; all twenty by `make soak`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ POINTS = [
     point("pp2", "update", 2, "SIGKILL", "rank 0", always=True),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),
     point("dp2", "reward", 2, "SIGKILL", "all"),
-    point("dp2", "score", 4, "SIGTERM", "rank 1", always=True),
+    point("dp2", "score", 4, "SIGTERM", "rank 1"),
     #
     point("tp2", "rollout", 4, "SIGKILL", "rank 0", delay=0.02),  # the save after step 3 may still be going on
     point("tp2", "reward", 1, "SIGTERM", "launcher"),
@@ -128,6 +129,7 @@ def test_a_run_interrupted_time_and_again_ends_bit_for_bit_as_an_undisturbed_one
     tools.assert_same_run(folder, wanted)
 
 
+@pytest.mark.soak  # tests/test_arena.py shows it of a learner by itself
 def test_a_learner_that_leaves_memory_while_the_engine_samples_trains_and_resumes_bit_for_bit_the_same(
     whole: Callable[..., Path], tmp_path: Path
 ) -> None:

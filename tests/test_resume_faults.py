@@ -211,7 +211,14 @@ def test_of_two_runs_on_one_folder_the_second_is_refused_and_the_first_resumes_u
     tools.assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("change", ["trainer.seed=1", "optimizer.lr=1.0e-4", "trainer.rollouts_per_prompt=8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "trainer.seed=1",
+        pytest.param("optimizer.lr=1.0e-4", marks=pytest.mark.soak),
+        pytest.param("trainer.rollouts_per_prompt=8", marks=pytest.mark.soak),
+    ],
+)
 def test_another_configuration_is_refused_with_the_name_of_the_option_and_nothing_changes(
     change: str, stopped: Path, tmp_path: Path
 ) -> None:

@@ -218,7 +218,7 @@ def test_a_run_one_rank_of_which_is_stopped_ends_with_85_and_names_it(
     ended: list[subprocess.Popen[str]],  # noqa: F811
 ) -> None:
     folder = tmp_path / "run"
-    launcher = start(folder, "trainer.steps=500", "telemetry.stall_seconds=15")
+    launcher = start(folder, "trainer.steps=500", "telemetry.stall_seconds=8")
     ended.append(launcher)
     wait_for_phase(folder, 1, ("update",))
     rank_processes(launcher)[1].send_signal(signal.SIGSTOP)

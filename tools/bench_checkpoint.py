@@ -40,10 +40,10 @@ def measure(folder: Path, saves: int) -> None:
     import torch.distributed as dist
 
     from a3po_megatron.checkpoint.store import Saving
-    from a3po_megatron.cluster import connect
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
     from a3po_megatron.model.family import read_family
+    from a3po_megatron.ranks.groups import connect
 
     config = load_resolved(folder / "config.yaml")
     cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)

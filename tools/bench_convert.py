@@ -113,10 +113,10 @@ def peer(source: Path, target: Path) -> None:
     compat.prepare()
     from mbridge import AutoBridge
 
-    from a3po_megatron.cluster import connect
     from a3po_megatron.config import ClusterOptions, MegatronOptions, ModelOptions, ParallelOptions
     from a3po_megatron.launch.local import free_port
     from a3po_megatron.model.build import build_model, transformer_config
+    from a3po_megatron.ranks.groups import connect
 
     os.environ |= {
         "RANK": "0",

@@ -36,12 +36,12 @@ STAGES = ("gather", "send", "receipt", "load", "resume")
 
 def measure(folder: Path, publishes: int) -> None:
     """One rank: publishes again and again, and leaves its numbers in the folder."""
-    from a3po_megatron.cluster import connect
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
     from a3po_megatron.model.build import DTYPES
     from a3po_megatron.model.family import read_family
     from a3po_megatron.model.layout import layout_of
+    from a3po_megatron.ranks.groups import connect
     from a3po_megatron.rollout.engine import local_experts
     from a3po_megatron.rollout.vllm_engine import VllmEngine
     from a3po_megatron.weights.publish import Publisher

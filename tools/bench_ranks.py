@@ -14,6 +14,7 @@ from typing import Any
 from a3po_megatron.config import Config
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.handoff import LOOPBACK
+from a3po_megatron.ranks.topology import topology_of
 
 SIZES = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -67,7 +68,7 @@ def run_bench(
         base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\n{more}")
         config = load_config(base, [*tensor, *options.overrides]).on("cpu")
         save_resolved(config, folder / "config.yaml")
-        ranks = config.parallel.ranks()
+        ranks = topology_of(config.parallel, config.rollout.tensor).world
         start_ranks(script, folder, ranks, *words)
         return config, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 

@@ -1,8 +1,7 @@
-"""Settings of `cluster.py`: how the ranks share the model, and how they find each other."""
+"""Settings of `ranks/`: how the ranks share the model, and how they find each other."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -24,20 +23,6 @@ class ParallelOptions(Section):
     data: Positive | None = option(
         None, "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need"
     )
-
-    def ranks(self) -> int:
-        """The number of processes that this layout needs on one machine."""
-        return self.tensor * self.pipeline * self.context * self.data_ranks()
-
-    def data_ranks(self) -> int:
-        """Data-parallel size on one machine: as given, else the smallest that the experts' ranks fill."""
-        return self.data or max(1, self.stage_ranks() // (self.tensor * self.context))
-
-    def stage_ranks(self) -> int:
-        """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
-        if self.expert == 1 and self.expert_tensor is None:
-            return self.tensor
-        return math.lcm(self.tensor, (self.expert_tensor or self.tensor) * self.expert)
 
 
 class ClusterOptions(Section):

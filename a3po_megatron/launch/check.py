@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 from .. import compat
-from ..cluster import Backend, select_backend
 from ..config import Config
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
@@ -17,6 +16,8 @@ from ..model.family import Family, read_family
 from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
 from ..model.rope import Yarn
+from ..ranks.backend import Backend, select_backend
+from ..ranks.topology import topology_of
 from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from ..weights.load import check_checkpoint
 from . import environment
@@ -41,7 +42,8 @@ def check_machine(config: Config) -> Backend:
     """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
     asked for."""
     if config.cluster.device != "cpu":
-        check_hardware(config.learner.precision, find_hardware(), config.parallel.ranks())
+        ranks = topology_of(config.parallel, config.rollout.tensor).world
+        check_hardware(config.learner.precision, find_hardware(), ranks)
     return select_backend(config.cluster.device)
 
 
@@ -78,19 +80,11 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
 
 
 def _check_options(config: Config) -> None:
-    parallel = config.parallel
-    spread = parallel.stage_ranks() // parallel.tensor
-    if (copies := parallel.context * parallel.data_ranks()) % spread:
+    topology = topology_of(config.parallel, config.rollout.tensor)
+    if config.rollout.data not in (None, topology.engines):
         raise RequestError(
-            f"the experts of this layout spread over {spread} ranks beside tensor parallelism, but parallel.context × "
-            f"parallel.data = {copies} is no multiple of that"
+            f"rollout.data = {config.rollout.data}, but {topology.world} ranks hold {topology.engines} engines"
         )
-    ranks = config.parallel.ranks()
-    if ranks % config.rollout.tensor:
-        raise RequestError(f"rollout.tensor = {config.rollout.tensor} does not divide the {ranks} ranks of the layout")
-    engines = ranks // config.rollout.tensor
-    if config.rollout.data not in (None, engines):
-        raise RequestError(f"rollout.data = {config.rollout.data}, but {ranks} ranks hold {engines} engines")
     if config.optimizer.name == "sgd" and config.optimizer.distributed:
         raise RequestError("optimizer.name sgd needs optimizer.distributed: false: the distributed optimizer is Adam's")
     if config.optimizer.warmup_steps >= config.trainer.steps:

@@ -24,6 +24,7 @@ from typing import IO
 
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..ranks.topology import topology_of
 from ..telemetry.watchdog import position, stalled
 from .blame import Death, Kind, error_of, killed_by, silent
 from .environment import WORDS_BYTES, die_with_parent, of_run, settings
@@ -85,8 +86,9 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
     meeting = rendezvous(config.cluster.port)
     ranks: list[_Rank] = []
     try:
-        for rank in range(config.parallel.ranks()):
-            ranks.append(_start(rank, folder, config, meeting, started, lock))
+        world = topology_of(config.parallel, config.rollout.tensor).world
+        for rank in range(world):
+            ranks.append(_start(rank, world, folder, config, meeting, started, lock))
         _watch(ranks, folder, signals)
     finally:
         meeting.close()
@@ -100,14 +102,16 @@ def run_local(folder: Path, config: Config, started: float, lock: IO[str], signa
             sys.stdout.flush()
 
 
-def _start(rank: int, folder: Path, config: Config, meeting: socket.socket, started: float, lock: IO[str]) -> _Rank:
+def _start(
+    rank: int, world: int, folder: Path, config: Config, meeting: socket.socket, started: float, lock: IO[str]
+) -> _Rank:
     environment = {
         **settings(config.cluster.device),
         **of_run(config),
         **of_one_machine(os.environ),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(config.parallel.ranks()),
+        "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(meeting.getsockname()[1]),
         "A3PO_STARTED": str(started),

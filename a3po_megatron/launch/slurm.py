@@ -25,6 +25,7 @@ from ..config import Config, save_resolved
 from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
+from ..ranks.topology import topology_of
 from .folder import check_same, hold, started_with
 from .site import check_site, sbatch, try_out
 
@@ -62,9 +63,9 @@ def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
     configs = [_filled(config) for config in configs]
     slurm = configs[0].slurm
     for config in configs:
-        if config.parallel.ranks() != slurm.ranks():
+        if (world := topology_of(config.parallel, config.rollout.tensor).world) != slurm.ranks():
             raise RequestError(
-                f"slurm.nodes × ranks per node = {slurm.ranks()}, but the layout has {config.parallel.ranks()} ranks "
+                f"slurm.nodes × ranks per node = {slurm.ranks()}, but the layout has {world} ranks "
                 "(parallel.tensor × context × pipeline × data)"
             )
         if config.slurm != slurm:

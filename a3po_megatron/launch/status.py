@@ -18,6 +18,7 @@ from ..checkpoint.manifest import saved_steps, step_of
 from ..config import Config, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
+from ..ranks.topology import topology_of
 from ..telemetry.watchdog import position, stalled
 from .folder import LOCK
 from .tables import runs
@@ -104,7 +105,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _ranks(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
     logs = folder / "logs"
-    ranks = [rank for rank in range(config.parallel.ranks()) if (logs / f"rank-{rank}.phase").exists()]
+    world = topology_of(config.parallel, config.rollout.tensor).world
+    ranks = [rank for rank in range(world) if (logs / f"rank-{rank}.phase").exists()]
     if not ranks:
         return
     where = {rank: position(logs, rank) for rank in ranks}

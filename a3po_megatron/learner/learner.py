@@ -30,7 +30,6 @@ from torch import Tensor
 from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch, Rollout
 from ..checkpoint.store import SHARDING, load_sharded
-from ..cluster import Cluster, first
 from ..compat.megatron import GATHERED, prime
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
@@ -39,6 +38,8 @@ from ..model.build import build_model, transformer_config
 from ..model.family import Family
 from ..model.layout import layout_of, pieces
 from ..model.precision import token_grain
+from ..ranks.agree import first
+from ..ranks.groups import Cluster
 from ..schedule.packing import pack, token_multiple
 from ..telemetry.clock import phase
 from ..weights.load import load_shards

@@ -11,8 +11,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ..cluster import Cluster
 from ..model.modules import GPT
+from ..ranks.groups import Cluster
 from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch

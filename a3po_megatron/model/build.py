@@ -17,11 +17,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..cluster import CPU, Backend
 from ..compat.megatron import output_layer_without_apex
 from ..config import LearnerOptions, MegatronOptions, ModelOptions, ParallelOptions
 from ..config.passed import check_passed
 from ..errors import RequestError
+from ..ranks.backend import CPU, Backend
 from .family import Family
 from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm

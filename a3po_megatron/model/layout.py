@@ -27,6 +27,7 @@ from typing import Literal
 
 from ..config import ParallelOptions
 from ..errors import RequestError
+from ..ranks.topology import stage_ranks
 from .family import Family
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -52,9 +53,7 @@ class Layout:
     @property
     def stage_ranks(self) -> int:
         """R: the ranks of one pipeline stage of a replica."""
-        return (
-            math.lcm(self.tensor, self.etp * self.expert) if self.expert > 1 or self.etp != self.tensor else self.tensor
-        )
+        return stage_ranks(self.tensor, self.expert, self.etp)
 
     def places(self) -> tuple[Place, ...]:
         """The ranks of one replica, stage after stage."""

@@ -20,13 +20,14 @@ from typing import Any, Protocol
 from ..batch import Answered, Collected, Group, Prompt, Rollout, Verdict
 from ..checkpoint.interrupt import Interrupt
 from ..checkpoint.journal import Journal
-from ..cluster import Cluster, first
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import Interrupted, RunFailed
+from ..ranks.agree import first
+from ..ranks.groups import Cluster
 from ..reward.reward import score
 from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request

@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cluster import Backend
 from ..compat.vllm import (
     ask_for_tiles,
     drop_expert_kernels,
@@ -41,6 +40,7 @@ from ..model.engine_layout import engine_pieces, experts_apart
 from ..model.family import Family
 from ..model.layout import EMBEDDING, HEAD, Piece
 from ..model.rope import vllm_parameters
+from ..ranks.backend import Backend
 from .engine import Completion, Request, in_order, local_experts
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.

@@ -26,12 +26,13 @@ import torch.distributed as dist
 from blake3 import blake3
 from torch import Tensor
 
-from ..cluster import Cluster, first, same
 from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
 from ..model.family import Family
 from ..model.layout import Layout, Piece, hf_tensors, pieces
+from ..ranks.agree import first, same
+from ..ranks.groups import Cluster
 from ..rollout.engine import Engine, Request
 from ..telemetry.clock import phase
 from .export import export_stream

@@ -17,7 +17,6 @@ from torch import Tensor
 from a3po_megatron.batch import Batch, Verdict
 from a3po_megatron.checkpoint.interrupt import Interrupt
 from a3po_megatron.checkpoint.journal import Journal
-from a3po_megatron.cluster import Cluster
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.data.prompts import Prompts
@@ -27,6 +26,7 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model import layout
 from a3po_megatron.model.family import read_family
+from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.collect import Collector
 from a3po_megatron.rollout.engine import Request, in_order

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from a3po_megatron.batch import Prompt
-from a3po_megatron.cluster import CPU, Cluster, arrange, same
 from a3po_megatron.config import ParallelOptions
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.ranks.agree import same
+from a3po_megatron.ranks.backend import CPU
+from a3po_megatron.ranks.groups import Cluster, arrange
 from tests.distributed.runner import Ranks
 
 # By rank. Floats whose decimal forms are long, numbers above 2^53, text, nothing, nested values.
@@ -104,6 +106,62 @@ def _seen(ranks: Ranks, tensor: int, data: int, engine_ranks: int) -> dict[str, 
         "replica": [[prompt.id, array.tolist()] for prompt, array in gathered],
         "groups": [g.size() for g in (cluster.tensor_group, cluster.replica_group, cluster.data_group)],
     }
+
+
+# Of four ranks: every dimension, and experts over neighbours in each way.
+HELD: list[dict[str, int]] = [
+    {"tensor": 2, "pipeline": 2},
+    {"tensor": 2, "context": 2, "engine_ranks": 2},
+    {"context": 2, "pipeline": 2, "expert": 2},
+    {"tensor": 2, "data": 2, "expert": 4, "expert_tensor": 1, "engine_ranks": 4},
+    {"tensor": 2, "data": 2, "expert": 2, "engine_ranks": 2},
+    {"pipeline": 2, "data": 2, "expert": 2},
+    {"context": 4, "expert": 2},
+]
+
+
+def groups_held(ranks: Ranks) -> list[dict[str, list[list[int]]]]:
+    """By layout and kind: who is in the group that this rank holds, and who is by the topology."""
+    found = []
+    for layout in HELD:
+        cluster = ranks.arrange(**layout)
+        held = {
+            "tensor": cluster.tensor_group,
+            "context": cluster.context_group,
+            "data": cluster.data_group,
+            "pipeline": cluster.pipeline_group,
+            "tokens": cluster.tokens_group,
+            "batch": cluster.batch_group,
+            "replica": cluster.replica_group,
+            "experts": cluster.expert_group,
+            "expert_copies": cluster.expert_copies,
+        }
+        if cluster.engine_group is not None:
+            held["engine"] = cluster.engine_group
+        found.append(
+            {
+                kind: [dist.get_process_group_ranks(group), cluster.topology.group(kind, ranks.rank)]
+                for kind, group in held.items()
+            }
+        )
+    return found
+
+
+def coordinates_told(ranks: Ranks) -> list[list[list[int]]]:
+    """By layout: where Megatron says that this rank is, and where the topology does."""
+    from megatron.core import parallel_state as megatron
+
+    found = []
+    for layout in HELD:
+        place = ranks.arrange(**layout).coordinates
+        told = [
+            megatron.get_tensor_model_parallel_rank(),
+            megatron.get_context_parallel_rank(),
+            megatron.get_data_parallel_rank(),
+            megatron.get_pipeline_model_parallel_rank(),
+        ]
+        found.append([told, [place.tensor, place.context, place.data, place.pipeline]])
+    return found
 
 
 def data_follows_from_the_number_of_ranks(ranks: Ranks) -> int:

@@ -45,8 +45,9 @@ class Ranks:
 
         from megatron.core import parallel_state
 
-        from a3po_megatron.cluster import CPU, arrange
         from a3po_megatron.config import ParallelOptions
+        from a3po_megatron.ranks.backend import CPU
+        from a3po_megatron.ranks.groups import arrange
 
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()

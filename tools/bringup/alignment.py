@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.model.precision import token_grain
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .rank import TINY, alone, draw_sequences, make_learner, make_model
 from .report import Report

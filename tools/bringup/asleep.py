@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.model.family import read_family
+from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 
 from .colocated import LENGTHS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from a3po_megatron.cluster import CUDA
+from a3po_megatron.ranks.backend import CUDA
 from a3po_megatron.weights.publish import CANARY_BOUND, MEAN_SHARE
 
 from .colocated import Colocated, colocate, logprobs_of, requests_of

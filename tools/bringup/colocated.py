@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.cluster import CUDA, Backend, Cluster
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import Family, read_family
 from a3po_megatron.model.layout import layout_of
+from a3po_megatron.ranks.backend import CUDA, Backend
+from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Completion, Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.cluster import CUDA, Backend
+from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.rollout.engine import Completion, Request
 
 from .colocated import LENGTHS, Colocated, colocate, in_flight, logprobs_of, requests_of, stopped_share, stops_of

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.config import ParallelOptions
 from a3po_megatron.launch import environment
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative
 from .rank import LENGTHS, MOE, TINY, batch_of, draw_sequences, join, make_learner, make_model

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from a3po_megatron.cluster import CUDA, Backend
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .colocated import colocate, logprobs_of, requests_of
 from .engine import gap

@@ -17,7 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from a3po_megatron.cluster import CUDA, Backend
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import seconds, settle
 from .rank import join

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from a3po_megatron.batch import Batch, Prompt, Rollout
 from a3po_megatron.checkpoint.safetensors import write_file
-from a3po_megatron.cluster import CUDA, Backend, Cluster, arrange
 from a3po_megatron.config import Config, ParallelOptions
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.handoff import LOOPBACK
@@ -30,6 +29,8 @@ from a3po_megatron.launch.local import free_port
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
 from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.ranks.backend import CUDA, Backend
+from a3po_megatron.ranks.groups import Cluster, arrange
 
 # Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
 TINY = {

@@ -5,7 +5,7 @@ Responses end on a stop token: what is in flight when the last one does must not
 
 from __future__ import annotations
 
-from a3po_megatron.cluster import CUDA, Backend
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .colocated import colocate, in_flight, logprobs_of, requests_of, stopped_share, stops_of
 from .engine import BF16_RATIO, gap

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.checkpoint.store import Saving, Share
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .colocated import Colocated, colocate, requests_of
 from .rank import LENGTHS, alone, batch_of, config, draw_sequences, make_model

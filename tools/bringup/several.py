@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.config import ParallelOptions
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .colocated import colocate, in_flight, logprobs_of, requests_of, stops_of
 from .engine import BF16_RATIO, gap

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.cluster import CUDA, Backend, Cluster
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.family import read_family
+from a3po_megatron.ranks.backend import CUDA, Backend
+from a3po_megatron.ranks.groups import Cluster
 
 from . import oracle
 from .measure import largest, relative

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from a3po_megatron.cluster import CUDA, Backend
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import MicroBatch
+from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative, seconds, settle
 from .rank import HALF_BILLION, LENGTHS, TINY, alone, batch_of, draw_sequences, make_learner, make_model

@@ -1,0 +1,198 @@
+"""Who is where: coordinates, groups, replicas and engines of all ranks, from the layout alone.
+
+Pure: no torch, no process; a planner may ask for thousands of ranks. Ranks that learn come first, laid out as Megatron
+lays them out ("tp-cp-ep-dp-pp"), tensor parallel fastest:
+
+    rank = tensor + TP * (context + CP * (data + DP * pipeline))
+
+Within a pipeline stage the same ranks share the experts, expert tensor parallel fastest, then the experts:
+
+    rank within the stage = expert_tensor + ETP * (expert + EP * copy)
+
+An *engine* is a run of neighbouring ranks: of those that learn, where they take turns with it (colocated), or of ranks
+of its own behind them.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import ParallelOptions
+from ..errors import RequestError
+
+# Which ranks a group holds, in ascending order:
+Kind = Literal[
+    "tensor",  # share every layer
+    "context",  # hold parts of the same sequences
+    "data",  # hold the same weights and other rollouts
+    "pipeline",  # the stages of one model
+    "tokens",  # hold the same dense weights and different tokens: data × context
+    "batch",  # train on the same rollouts: tensor × context × pipeline
+    "replica",  # the smallest set that holds every weight, stage after stage
+    "experts",  # hold one copy of a stage's experts together
+    "expert_copies",  # hold the very same shard of experts
+    "engine",  # sample together
+]
+
+
+class Role(enum.Enum):
+    LEARNER = "learner"
+    ENGINE = "engine"
+    BOTH = "both"
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    tensor: int = 0
+    pipeline: int = 0
+    data: int = 0
+    context: int = 0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`engine_ranks`: of one engine; `apart`: ranks that only sample, behind those that learn."""
+
+    tensor: int = 1
+    context: int = 1
+    data: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    engine_ranks: int = 1
+    apart: int = 0
+
+    @property
+    def learning(self) -> int:
+        """How many ranks learn: the first ones."""
+        return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def sampling(self) -> int:
+        """How many ranks sample."""
+        return self.apart or self.learning
+
+    @property
+    def world(self) -> int:
+        return self.learning + self.apart
+
+    @property
+    def spread(self) -> int:
+        """Context- and data-parallel neighbours of one replica: more than one only where experts spread over them."""
+        return stage_ranks(self.tensor, self.expert, self.expert_tensor) // self.tensor
+
+    @property
+    def engines(self) -> int:
+        return self.sampling // self.engine_ranks
+
+    def role(self, rank: int) -> Role:
+        if not self.apart:
+            return Role.BOTH
+        return Role.LEARNER if rank < self.learning else Role.ENGINE
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Of a rank that learns."""
+        rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinates(tensor, pipeline, data, context)
+
+    def within(self, rank: int) -> int:
+        """A rank's place among those of its stage that hold one copy of the stage's weights (model/layout.py's j)."""
+        return rank % (self.tensor * self.spread)
+
+    def engine(self, rank: int) -> tuple[int, int]:
+        """Which engine a rank that samples belongs to, and which of its ranks it is."""
+        return divmod(rank - (self.learning if self.apart else 0), self.engine_ranks)
+
+    def leaders(self, engine: int) -> list[int]:
+        """The ranks that answer for what an engine sampled.
+
+        Of a colocated one the first of every data-parallel rank that it spans: all its ranks hold all its completions,
+        so that each replica takes its share without sending any. Of one by itself its first rank.
+        """
+        ranks = self.groups("engine")[engine]
+        if self.apart:
+            return [ranks[0]]
+        first: dict[int, int] = {}
+        for rank in ranks:
+            first.setdefault(self.coordinates(rank).data, rank)
+        return sorted(first.values())
+
+    def group(self, kind: Kind, rank: int) -> list[int]:
+        """The group of a kind that a rank is in."""
+        return next(ranks for ranks in self.groups(kind) if rank in ranks)
+
+    def groups(self, kind: Kind) -> list[list[int]]:
+        """All groups of a kind, by their first ranks."""
+        if kind == "engine":
+            first = self.learning if self.apart else 0
+            return [list(range(n, n + self.engine_ranks)) for n in range(first, self.world, self.engine_ranks)]
+        found: dict[Hashable, list[int]] = {}
+        of = self._of(kind)
+        for rank in range(self.learning):
+            found.setdefault(of(rank), []).append(rank)
+        return list(found.values())
+
+    def _of(self, kind: Kind) -> Callable[[int], Hashable]:
+        """What the ranks of one group have in common."""
+        stage, size = self.learning // self.pipeline, self.expert_tensor * self.expert
+        replica = self.tensor * self.spread
+        by_place: dict[Kind, Callable[[int], Hashable]] = {
+            "replica": lambda rank: rank % stage // replica,
+            "experts": lambda rank: rank // size,
+            "expert_copies": lambda rank: (rank // stage, rank % size),
+        }
+        by_coordinates: dict[Kind, Callable[[Coordinates], Hashable]] = {
+            "tensor": lambda at: (at.context, at.data, at.pipeline),
+            "context": lambda at: (at.tensor, at.data, at.pipeline),
+            "data": lambda at: (at.tensor, at.context, at.pipeline),
+            "pipeline": lambda at: (at.tensor, at.context, at.data),
+            "tokens": lambda at: (at.tensor, at.pipeline),
+            "batch": lambda at: at.data,
+        }
+        if kind in by_place:
+            return by_place[kind]
+        return lambda rank: by_coordinates[kind](self.coordinates(rank))
+
+
+def stage_ranks(tensor: int, expert: int, expert_tensor: int) -> int:
+    """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
+    return math.lcm(tensor, expert_tensor * expert) if expert > 1 or expert_tensor != tensor else tensor
+
+
+def topology_of(parallel: ParallelOptions, engine_ranks: int = 1, learning: int | None = None) -> Topology:
+    """The topology of a layout. `parallel.data` follows from the number of ranks that learn, or, where that is not
+    known (one machine), is as small as the experts allow.
+
+    Raises RequestError, naming the options, where the ranks do not divide by the layout.
+    """
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    spread = stage_ranks(parallel.tensor, parallel.expert, expert_tensor) // parallel.tensor
+    model = parallel.tensor * parallel.context * parallel.pipeline
+    data = parallel.data or (learning or 0) // model or max(1, spread // parallel.context)
+    if learning not in (None, model * data):
+        raise RequestError(
+            f"{learning} ranks, but parallel.tensor × context × pipeline = {model}"
+            + (f" and parallel.data = {data}" if parallel.data else " does not divide them")
+        )
+    if (copies := parallel.context * data) % spread:
+        raise RequestError(
+            f"the experts of this layout spread over {spread} ranks beside tensor parallelism, but parallel.context × "
+            f"parallel.data = {copies} is no multiple of that"
+        )
+    if model * data % engine_ranks:
+        raise RequestError(f"rollout.tensor = {engine_ranks} does not divide the {model * data} ranks of the layout")
+    return Topology(
+        tensor=parallel.tensor,
+        context=parallel.context,
+        data=data,
+        pipeline=parallel.pipeline,
+        expert=parallel.expert,
+        expert_tensor=expert_tensor,
+        engine_ranks=engine_ranks,
+    )
