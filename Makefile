@@ -23,7 +23,7 @@ test: setup
 
 # As root, with slurm-wlm and munge: a throw-away Slurm of two nodes on this machine.
 test-slurm: setup
-	python -m pytest -m slurm tests/slurm
+	python -m pytest -m "slurm and not soak" tests/slurm
 
 # Python 3.12 and a newer Megatron-Core, in an environment of its own: what holds there.
 test-next:
