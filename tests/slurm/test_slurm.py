@@ -223,7 +223,7 @@ def test_a_run_that_is_signalled_then_preempted_then_stands_still_is_requeued_an
     whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    job = submit(folder, *TWO_NODES, "slurm.partition=batch", "telemetry.stall_seconds=15")
+    job = submit(folder, *TWO_NODES, "slurm.partition=batch", "telemetry.stall_seconds=8")
     wait_for(folder, 1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_for_start(folder, 2, step=2)
@@ -282,18 +282,22 @@ def test_a_rank_that_dies_is_replaced_by_a_spare_node_within_the_allocation(whol
     tools.assert_same_run(folder, whole)
 
 
-def test_a_sweep_is_an_array_of_runs_and_an_array_of_jobs_is_one_run(whole: Path, tmp_path: Path) -> None:
-    top, single = tmp_path / "sweep", tmp_path / "single"
-    jobs = [submit(top, *ONE_NODE, "trainer.steps=1", words=("--sweep", "trainer.seed=0,1"))]
-    jobs.append(submit(single, *ONE_NODE, "slurm.resume=array", "slurm.attempts=2"))
-    wait_done(*jobs)
+def test_a_sweep_is_an_array_of_runs(tmp_path: Path) -> None:
+    top = tmp_path / "sweep"
+    wait_done(submit(top, *ONE_NODE, "trainer.steps=1", words=("--sweep", "trainer.seed=0,1")))
     assert json.loads((top / "sweep.json").read_text()) == {"000": ["trainer.seed=0"], "001": ["trainer.seed=1"]}
     rows = [(top / name / "metrics.jsonl").read_text().splitlines() for name in ("000", "001")]
     assert [len(lines) for lines in rows] == [1, 1]
     assert json.loads(rows[0][0])["learner/loss"] != json.loads(rows[1][0])["learner/loss"]
-    tools.assert_same_run(single, whole)
-    assert attempts(single) == 1  # the job after the first found nothing to do
-    assert len(list((single / "logs").glob("slurm-*.out"))) == 2
+
+
+@pytest.mark.soak
+def test_an_array_of_jobs_is_one_run(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    wait_done(submit(folder, *ONE_NODE, "slurm.resume=array", "slurm.attempts=3"))
+    tools.assert_same_run(folder, whole)
+    assert attempts(folder) == 1  # the jobs after the first found nothing to do
+    assert len(list((folder / "logs").glob("slurm-*.out"))) == 3
 
 
 @pytest.mark.soak
