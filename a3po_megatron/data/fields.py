@@ -94,6 +94,12 @@ def fields_of(row: dict[str, Any], problem: str | None, answer: str | None, id: 
     return Fields(problem or one, answer or LAYOUTS[0][1], id)
 
 
+def plain(row: dict[str, Any], field: str) -> str | None:
+    """A field's text, where nothing about it needs a closer look, as in nearly every row; None: it does."""
+    value = row.get(field)
+    return value if isinstance(value, str) and value and value.isascii() and not value.isspace() else None
+
+
 def problem_of(row: dict[str, Any], field: str) -> Problem:
     """Raises RequestError with the field, and without the row's place, which who reads rows knows."""
     value = _present(row, "problem", field)

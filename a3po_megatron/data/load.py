@@ -223,7 +223,8 @@ class _Reader:
             self.counts.read += 1
             try:
                 named = names or fields.fields_of(row, options.problem_field, options.answer_field, options.id_field)
-                problem, gold = fields.problem_of(row, named.problem), fields.answer_of(row, named.answer)
+                problem = fields.plain(row, named.problem) or fields.problem_of(row, named.problem)
+                gold = fields.plain(row, named.answer) or fields.answer_of(row, named.answer)
             except RequestError as error:
                 missing = names is None and fields.value_at(row, named.problem) is fields.MISSING
                 kind = what_else(path) if missing else None
