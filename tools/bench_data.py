@@ -54,7 +54,7 @@ def main() -> None:
 
 def make(path: Path, files: list[Path], count: int) -> None:
     draw = random.Random(0)
-    pools = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    pools = [[json.loads(line) for line in file.open()] for file in files]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as out:
         for number in range(count):

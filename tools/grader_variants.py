@@ -118,8 +118,9 @@ def mutated(gold: str, draw: random.Random) -> str | None:
 
 def golds(files: list[Path]) -> Iterator[str]:
     for file in files:
-        for line in file.read_text().splitlines():
-            yield gold_text(str(json.loads(line)["answer"]))
+        with file.open() as lines:  # not splitlines, which ends them at signs within a string, too
+            for line in lines:
+                yield gold_text(str(json.loads(line)["answer"]))
 
 
 def main() -> None:
