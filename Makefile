@@ -18,7 +18,8 @@ setup:
 
 # Two at once; then those that have the machine to themselves, also where some of the first have failed.
 test: setup
-	@python -m pytest -n 2 --dist loadfile -m "not alone and not soak and not slurm"; first=$$?; [ $$first -le 1 ] || exit $$first; \
+	@python -m pytest -n 2 --dist loadfile -m "not alone and not soak and not slurm"; first=$$?; \
+	[ $$first -le 1 ] || exit $$first; \
 	python -m pytest -m "alone and not soak and not slurm" && exit $$first
 
 # As root, with slurm-wlm and munge: a throw-away Slurm of two nodes on this machine.

@@ -51,7 +51,8 @@ def test_verdicts_survive_the_death_of_the_actor_that_was_asked_for_them(graders
     def pid_of_actor() -> int:
         import psutil
 
-        (found,) = [p.pid for p in psutil.process_iter() if "_Node" in " ".join(p.cmdline())]
+        named = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}  # also of zombies
+        (found,) = [pid for pid, words in named.items() if "_Node" in words]
         return int(found)
 
     victim: Any = ray.get(pid_of_actor.remote())

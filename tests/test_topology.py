@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,18 +15,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.ranks.topology import Coordinates, Kind, Role, Topology, topology_of
 from tests.distributed.runner import ROOT
 
-KINDS: tuple[Kind, ...] = (
-    "tensor",
-    "context",
-    "data",
-    "pipeline",
-    "tokens",
-    "batch",
-    "replica",
-    "experts",
-    "expert_copies",
-    "engine",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def topologies() -> Iterator[Topology]:

@@ -54,7 +54,9 @@ def main() -> None:
 
 def make(path: Path, files: list[Path], count: int) -> None:
     draw = random.Random(0)
-    pools = [[json.loads(line) for line in file.open()] for file in files]
+    from a3po_megatron.data.read import rows_of
+
+    pools = [[row for _, row in rows_of(file)] for file in files]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as out:
         for number in range(count):

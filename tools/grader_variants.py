@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from a3po_megatron.data.read import rows_of  # noqa: E402
 from a3po_megatron.reward.math import gold_text, grade, prepare  # noqa: E402
 
 EVIDENCE = ROOT / "docs/evidence/grader.json"
@@ -118,9 +119,8 @@ def mutated(gold: str, draw: random.Random) -> str | None:
 
 def golds(files: list[Path]) -> Iterator[str]:
     for file in files:
-        with file.open() as lines:  # not splitlines, which ends them at signs within a string, too
-            for line in lines:
-                yield gold_text(str(json.loads(line)["answer"]))
+        for _, row in rows_of(file):
+            yield gold_text(str(row["answer"]))
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def fields_of(row: dict[str, Any], problem: str | None, answer: str | None, id: 
     return Fields(problem or one, answer or LAYOUTS[0][1], id)
 
 
-def plain(row: dict[str, Any], field: str) -> str | None:
+def _plain(row: dict[str, Any], field: str) -> str | None:
     """A field's text, where nothing about it needs a closer look, as in nearly every row; None: it does."""
     value = row.get(field)
     return value if isinstance(value, str) and value and value.isascii() and not value.isspace() else None
@@ -102,6 +102,8 @@ def plain(row: dict[str, Any], field: str) -> str | None:
 
 def problem_of(row: dict[str, Any], field: str) -> Problem:
     """Raises RequestError with the field, and without the row's place, which who reads rows knows."""
+    if (text := _plain(row, field)) is not None:
+        return text
     value = _present(row, "problem", field)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         turns = tuple(_turn(each, field, number) for number, each in enumerate(value))
@@ -131,6 +133,8 @@ def _turn(value: Any, field: str, number: int) -> Turn:
 
 def answer_of(row: dict[str, Any], field: str) -> Gold:
     """Raises as problem_of does."""
+    if (text := _plain(row, field)) is not None:
+        return text
     value = _present(row, "answer", field)
     if isinstance(value, list) and value:
         golds = tuple(dict.fromkeys(_text(each, field) for each in value))

@@ -79,7 +79,7 @@ class Loaded:
     large: bool  # what is found out about the rows is kept in the cache
 
     def where(self, row: Row) -> str:
-        return _place(self.files[row.file], row.place, self.lined[row.file])
+        return place_name(self.files[row.file], row.place, self.lined[row.file])
 
     def conflicts(self) -> list[str]:
         """What there is to say of the first conflicts."""
@@ -223,8 +223,7 @@ class _Reader:
             self.counts.read += 1
             try:
                 named = names or fields.fields_of(row, options.problem_field, options.answer_field, options.id_field)
-                problem = fields.plain(row, named.problem) or fields.problem_of(row, named.problem)
-                gold = fields.plain(row, named.answer) or fields.answer_of(row, named.answer)
+                problem, gold = fields.problem_of(row, named.problem), fields.answer_of(row, named.answer)
             except RequestError as error:
                 missing = names is None and fields.value_at(row, named.problem) is fields.MISSING
                 kind = what_else(path) if missing else None
@@ -306,7 +305,7 @@ class _Reader:
         return [path for each in self.files for path in each][file]
 
     def _where(self, file: int, place: int) -> str:
-        return _place(self._path(file), place, self._lined[file])
+        return place_name(self._path(file), place, self._lined[file])
 
     def _earlier(self, first: int, row: Row) -> str:
         return f"in {self._at(self._file[first], self._place[first], row.file)}"
@@ -318,19 +317,19 @@ class _Reader:
         return _at(self._path(file), place, self._lined[file], file == here)
 
 
-def _place(path: Path, place: int, lined: bool) -> str:
+def place_name(path: Path, place: int, lined: bool) -> str:
     """How a message names a row."""
     return f"{path}:{place}" if lined else f"{path}: row {place}"
 
 
 def _at(path: Path, place: int, lined: bool, same: bool) -> str:
     """How a message names an earlier row, of the same file or of another."""
-    return f"{'line' if lined else 'row'} {place}" if same else _place(path, place, lined)
+    return f"{'line' if lined else 'row'} {place}" if same else place_name(path, place, lined)
 
 
 def _conflict(each: Conflict, files: list[Path], lined: list[bool]) -> str:
     first = _at(files[each.first_file], each.first_place, lined[each.first_file], each.first_file == each.file)
-    where = _place(files[each.file], each.place, lined[each.file])
+    where = place_name(files[each.file], each.place, lined[each.file])
     return f"{where}: the problem stands in {first} with another gold answer, here {each.gold}: {each.problem}"
 
 

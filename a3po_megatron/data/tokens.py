@@ -128,8 +128,10 @@ class Tokens:
     def sure_bytes(self, limit: int) -> tuple[int, int]:
         """Up to so many bytes of a one-turn problem its prompt is surely within `limit`, as `surely_within` has it: of
         a problem in ASCII, and of any; -1: never."""
-        around = "" if self._chat is not None else TEMPLATES[self._template].format(problem="")  # ASCII
-        if self._bytes_a_token is None or not self.surely_within(around, limit):
+        if self._chat is not None or self._bytes_a_token is None:
+            return -1, -1
+        around = TEMPLATES[self._template].format(problem="")  # ASCII
+        if not self.surely_within(around, limit):
             return -1, -1
         return limit // self._bytes_a_token - len(around), limit // (3 * self._bytes_a_token) - len(around)
 

@@ -12,7 +12,7 @@ from ..config import DataOptions
 from ..data import fields, read
 from ..data.fields import Problem
 from ..data.golds import unreadable
-from ..data.load import Loaded, load
+from ..data.load import Loaded, load, place_name
 from ..data.order import named_order
 from ..data.tokens import Tokens
 from ..errors import RequestError
@@ -127,7 +127,7 @@ def _problems(source: Path) -> Iterator[tuple[str, Problem]]:
         names, lined = None, read.has_lines(path)
         for place, row in read.rows_of(path):
             names = names or fields.fields_of(row, None, None, "id")
-            where = f"{path}:{place}" if lined else f"{path}: row {place}"
+            where = place_name(path, place, lined)
             try:
                 problem = fields.problem_of(row, names.problem)
             except RequestError as error:

@@ -25,6 +25,7 @@ def sum_lists(values: list[list[Any]]) -> list[Any]:
 
 
 def decide(tag: str, given: list[tuple[str, Any]], op: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    """What rank 0 answers to all, from every rank's tag and value: {"value": …}, or {"error": why there is none}."""
     for rank, (other, _) in enumerate(given):
         if other != tag:
             return {"error": f"the ranks have lost step: rank 0 is at '{tag}', rank {rank} at '{other}'"}

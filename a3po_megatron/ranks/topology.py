@@ -81,9 +81,18 @@ class Topology:
         return self.learning + self.apart
 
     @property
+    def stage_ranks(self) -> int:
+        """The ranks of one pipeline stage that hold one copy of all its weights."""
+        return stage_ranks(self.tensor, self.expert, self.expert_tensor)
+
+    @property
     def spread(self) -> int:
         """Context- and data-parallel neighbours of one replica: more than one only where experts spread over them."""
-        return stage_ranks(self.tensor, self.expert, self.expert_tensor) // self.tensor
+        return self.stage_ranks // self.tensor
+
+    @property
+    def _first_sampling(self) -> int:
+        return self.world - self.sampling
 
     @property
     def engines(self) -> int:
@@ -103,11 +112,11 @@ class Topology:
 
     def within(self, rank: int) -> int:
         """A rank's place among those of its stage that hold one copy of the stage's weights (model/layout.py's j)."""
-        return rank % (self.tensor * self.spread)
+        return rank % self.stage_ranks
 
     def engine(self, rank: int) -> tuple[int, int]:
         """Which engine a rank that samples belongs to, and which of its ranks it is."""
-        return divmod(rank - (self.learning if self.apart else 0), self.engine_ranks)
+        return divmod(rank - self._first_sampling, self.engine_ranks)
 
     def leaders(self, engine: int) -> list[int]:
         """The ranks that answer for what an engine sampled.
@@ -130,8 +139,8 @@ class Topology:
     def groups(self, kind: Kind) -> list[list[int]]:
         """All groups of a kind, by their first ranks."""
         if kind == "engine":
-            first = self.learning if self.apart else 0
-            return [list(range(n, n + self.engine_ranks)) for n in range(first, self.world, self.engine_ranks)]
+            firsts = range(self._first_sampling, self.world, self.engine_ranks)
+            return [list(range(first, first + self.engine_ranks)) for first in firsts]
         found: dict[Hashable, list[int]] = {}
         of = self._of(kind)
         for rank in range(self.learning):
@@ -141,9 +150,8 @@ class Topology:
     def _of(self, kind: Kind) -> Callable[[int], Hashable]:
         """What the ranks of one group have in common."""
         stage, size = self.learning // self.pipeline, self.expert_tensor * self.expert
-        replica = self.tensor * self.spread
         by_place: dict[Kind, Callable[[int], Hashable]] = {
-            "replica": lambda rank: rank % stage // replica,
+            "replica": lambda rank: rank % stage // self.stage_ranks,
             "experts": lambda rank: rank // size,
             "expert_copies": lambda rank: (rank // stage, rank % size),
         }
@@ -162,7 +170,7 @@ class Topology:
 
 def stage_ranks(tensor: int, expert: int, expert_tensor: int) -> int:
     """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
-    return math.lcm(tensor, expert_tensor * expert) if expert > 1 or expert_tensor != tensor else tensor
+    return math.lcm(tensor, expert_tensor * expert)
 
 
 def topology_of(parallel: ParallelOptions, engine_ranks: int = 1, learning: int | None = None) -> Topology:

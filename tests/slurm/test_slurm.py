@@ -252,8 +252,7 @@ def test_a_run_that_is_signalled_then_preempted_then_stands_still_is_requeued_an
 
 
 def ranks_of(folder: Path) -> list[psutil.Process]:
-    found = [p for p in psutil.process_iter() if "a3po_megatron.train" in p.cmdline() and str(folder) in p.cmdline()]
-    return [process for process in found if process.name().startswith("python")]
+    return [process for process in tools.ranks_of(folder) if process.name().startswith("python")]  # not srun
 
 
 @pytest.mark.soak
