@@ -18,7 +18,7 @@ import typer
 from .errors import A3POError, RequestError
 
 if TYPE_CHECKING:
-    from .weights.convert import Converted
+    from .convert.convert import Converted
 
 app = typer.Typer(
     add_completion=False,
@@ -229,7 +229,7 @@ def import_(
     bucket_bytes: BucketBytes = 16 << 20,
 ) -> None:
     """HF → a Megatron checkpoint that loads at any layout."""
-    from .weights.convert import import_checkpoint
+    from .convert.convert import import_checkpoint
 
     with _progress("import") as progress:
         start = time.perf_counter()
@@ -252,7 +252,7 @@ def export(
     """A Megatron checkpoint (of a run: its newest) → HF: safetensors, index, configuration, tokenizer."""
     import torch
 
-    from .weights.convert import ExportOptions, export_checkpoint, newest_checkpoint
+    from .convert.convert import ExportOptions, export_checkpoint, newest_checkpoint
 
     dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in dtypes:
@@ -283,9 +283,9 @@ def verify(
     """
     from rich.console import Console
 
+    from .convert.verify import verify_layout
     from .launch.tables import layout_tables
     from .model.layout import Layout
-    from .weights.verify import verify_layout
 
     if scheme not in ("local", "te"):
         raise RequestError(f"--scheme {scheme}: expected local or te")

@@ -6,7 +6,7 @@ from a3po_megatron.launch import environment
 
 environment.prepare()  # must precede every import of torch, Megatron and vLLM
 
-from a3po_megatron.checkpoint.interrupt import INTERRUPT  # noqa: E402
+from a3po_megatron.run.stop import INTERRUPT  # noqa: E402
 
 if __name__ == "__main__":
     INTERRUPT.install()  # a signal that comes while the rest is imported must not be lost
@@ -20,8 +20,6 @@ compat.prepare()  # before Megatron and vLLM are imported
 
 from a3po_megatron.algorithm.advantage import assemble  # noqa: E402
 from a3po_megatron.algorithm.shaping import shape  # noqa: E402
-from a3po_megatron.checkpoint.journal import Journal  # noqa: E402
-from a3po_megatron.checkpoint.manifest import identity  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
@@ -30,37 +28,39 @@ from a3po_megatron.launch.handoff import check_interfaces  # noqa: E402
 from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
-from a3po_megatron.model.family import read_family  # noqa: E402
+from a3po_megatron.model.facts import read_facts  # noqa: E402
 from a3po_megatron.model.precision import check_hardware  # noqa: E402
 from a3po_megatron.ranks.groups import Cluster, connect  # noqa: E402
 from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402
-from a3po_megatron.rollout.collect import Collector, Graders  # noqa: E402
+from a3po_megatron.rollout.intake import Collector, Graders  # noqa: E402
 from a3po_megatron.rollout.vllm_engine import VllmEngine  # noqa: E402
-from a3po_megatron.run import Run, leave_if_told, resumed_from  # noqa: E402
+from a3po_megatron.run.checkpoints import Run, leave_if_told, resumed_from  # noqa: E402
+from a3po_megatron.run.journal import Journal  # noqa: E402
+from a3po_megatron.run.manifest import identity  # noqa: E402
 from a3po_megatron.telemetry.clock import CLOCK, phase  # noqa: E402
 from a3po_megatron.telemetry.watchdog import Watchdog  # noqa: E402
 
 
 def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> None:
     """Trains the run in `folder` to its last step. Collective over all ranks."""
-    family = read_family(config.model.path)
-    tokens = Tokens.of(config.data, Path(config.model.path), family.vocab, family.eos)
+    facts = read_facts(config.model.path)
+    tokens = Tokens.of(config.data, Path(config.model.path), facts.vocab, facts.eos)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     dtype = DTYPES[config.model.known_dtype()]
     with phase("engine"):
-        engine = VllmEngine(Path(config.model.path), family, tokens.stops, config.rollout, dtype, cluster.backend)
+        engine = VllmEngine(Path(config.model.path), facts, tokens.stops, config.rollout, dtype, cluster.backend)
     leave_if_told(folder, cluster, INTERRUPT)
     checkpoint = resumed_from(folder, cluster)
     with phase("model"):
-        learner = Learner(cluster, family, config, checkpoint)
+        learner = Learner(cluster, facts, config, checkpoint)
     leave_if_told(folder, cluster, INTERRUPT)
     any_weights = config.checkpoint.replay == "all"
     journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
     residency = Residency(engine, learner.arena, cluster.backend, config.learner.offload)
-    run = Run(folder, config, cluster, family, tokens, prompts, collect, learner, checkpoint)
+    run = Run(folder, config, cluster, facts, tokens, prompts, collect, learner, checkpoint)
 
     with residency.publishing():
         run.publish(learner, engine)  # also after a resume: never sample from weights that were not proven

@@ -32,7 +32,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput  # noqa: E402
 
 from a3po_megatron.config import RolloutOptions  # noqa: E402
-from a3po_megatron.model.family import read_family  # noqa: E402
+from a3po_megatron.model.facts import read_facts  # noqa: E402
 from a3po_megatron.ranks.backend import CPU  # noqa: E402
 from a3po_megatron.rollout import vllm_engine  # noqa: E402
 from a3po_megatron.rollout.engine import Request  # noqa: E402
@@ -78,7 +78,7 @@ class Executor:
 def main(folder: Path, drained: bool) -> None:
     alone(CPU)
     options = RolloutOptions(max_prompt_tokens=16, max_tokens=16, kv_cache_bytes=1 << 22)
-    engine = VllmEngine(folder, read_family(folder), [STOP], options, torch.float32, CPU)
+    engine = VllmEngine(folder, read_facts(folder), [STOP], options, torch.float32, CPU)
     core = engine._llm.llm_engine.engine_core.engine_core
     given = core.scheduler
     core.scheduler = AsyncScheduler(

@@ -134,7 +134,7 @@ def standalone_on_cpu(report: Report) -> None:
 def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
     import torch
 
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.ranks.backend import CPU
     from a3po_megatron.rollout.vllm_engine import VllmEngine
     from tools.bringup.colocated import LENGTHS, requests_of
@@ -143,7 +143,7 @@ def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
     alone(CPU)
     folder = make_model()
     options = config(folder, rollout=LENGTHS).rollout
-    engine = VllmEngine(folder, read_family(folder), (), options, torch.bfloat16, CPU)
+    engine = VllmEngine(folder, read_facts(folder), (), options, torch.bfloat16, CPU)
     # One short prompt: with more tokens at once oneDNN asks for AMX just before the attention needs it.
     found = engine.probe(requests_of(TINY["vocab_size"], 1), max_tokens=4)
     report.holds("four tokens each", all(len(completion.tokens) == 4 for completion in found))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.precision import FP32_SCALES
 from tests.distributed.runner import ROOT
 from tests.tiny import hf_logprobs, hf_model, make_checkpoint
@@ -248,9 +248,9 @@ def test_what_is_lacking_is_named_with_its_reason() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_oracle_equals_transformers_in_float64(tied: bool, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "qwen3", "qwen3", tie_word_embeddings=tied)
-    family, weights, model = read_family(folder), oracle.read_weights(folder), hf_model(folder)
+    facts, weights, model = read_facts(folder), oracle.read_weights(folder), hf_model(folder)
     prompt, response = (5, 9, 2, 40), torch.tensor([7, 1, 66, 3, 3])
-    mine = oracle.logprobs(weights, family, prompt, response.tolist(), 0.7)
+    mine = oracle.logprobs(weights, facts, prompt, response.tolist(), 0.7)
     theirs = hf_logprobs(model, prompt, response.numpy(), 0.7)
     # transformers takes its rotary angles in float32.
     assert float((mine - theirs).detach().abs().max()) < 1e-5

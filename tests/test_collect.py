@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from a3po_megatron.batch import Answered, Collected, Group, Prompt, Verdict
-from a3po_megatron.checkpoint.interrupt import Interrupt
-from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.math import grade
-from a3po_megatron.rollout import collect
-from a3po_megatron.rollout.collect import Collector
+from a3po_megatron.rollout import intake as collect
 from a3po_megatron.rollout.engine import Completion, Request
+from a3po_megatron.rollout.intake import Collector
+from a3po_megatron.run.journal import Journal
+from a3po_megatron.run.stop import Interrupt
 
 MAX_TOKENS = 20
 OUTCOMES = {"c": "correct", "w": "wrong", "i": "invalid"}

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a3po_megatron import cli
 from a3po_megatron.model import layout as layout_module
-from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.facts import ModelFacts, read_facts
 from a3po_megatron.model.layout import Piece
 from tests.distributed.runner import Ranks, run_ranks
 from tests.tiny import KINDS, hf_model, hf_tensors_of, make_checkpoint
@@ -224,7 +224,7 @@ def test_the_config_keeps_the_form_of_its_rope_and_all_its_fields(
     converted("export", tmp_path / "megatron", tmp_path / "bf16", "--dtype", "bfloat16")
     field = "torch_dtype" if older else "dtype"
     assert json.loads((tmp_path / "bf16" / "config.json").read_text()) == config | {field: "bfloat16"}
-    assert read_family(back) == read_family(tmp_path / "bf16") == read_family(source)
+    assert read_facts(back) == read_facts(tmp_path / "bf16") == read_facts(source)
 
 
 @pytest.mark.parametrize("stored", DTYPES)
@@ -353,19 +353,19 @@ def stored(folder: Path) -> Tensors:
     return found
 
 
-def literal(family: Family, hf: Tensors) -> Tensors:
+def literal(facts: ModelFacts, hf: Tensors) -> Tensors:
     """What Megatron-Core 0.16.1 stores by default, said literally: one tensor per kind, layers stacked first."""
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([hf[f"model.layers.{layer}.{name}"] for layer in range(family.layers)])
+        return torch.stack([hf[f"model.layers.{layer}.{name}"] for layer in range(facts.layers)])
 
     def qkv(kind: str) -> Tensor:
         layers = []
-        for layer in range(family.layers):
+        for layer in range(facts.layers):
             q, k, v = (hf[f"model.layers.{layer}.self_attn.{name}_proj.{kind}"] for name in "qkv")
             rows = []
-            for group in range(family.kv_heads):
-                heads, size = family.heads // family.kv_heads, family.head_dim
+            for group in range(facts.kv_heads):
+                heads, size = facts.heads // facts.kv_heads, facts.head_dim
                 rows += [q[(group * heads + head) * size :][:size] for head in range(heads)]
                 rows += [k[group * size :][:size], v[group * size :][:size]]
             layers.append(torch.cat(rows))
@@ -382,19 +382,19 @@ def literal(family: Family, hf: Tensors) -> Tensors:
         f"{attention}linear_proj.weight": stacked("self_attn.o_proj.weight"),
         "decoder.final_layernorm.weight": hf["model.norm.weight"],
     }
-    if family.qkv_bias:
+    if facts.qkv_bias:
         found[f"{attention}linear_qkv.bias"] = qkv("bias")
-    if family.qk_norm:
+    if facts.qk_norm:
         found[f"{attention}q_layernorm.weight"] = stacked("self_attn.q_norm.weight")
         found[f"{attention}k_layernorm.weight"] = stacked("self_attn.k_norm.weight")
-    if not family.tied:
+    if not facts.tied:
         found["output_layer.weight"] = hf["lm_head.weight"]
     # The local spec writes this name for experts too, the Transformer Engine spec only for dense models.
     found[f"{mlp}linear_fc1.layer_norm_weight"] = stacked("post_attention_layernorm.weight")
-    if family.experts is None:
+    if facts.experts is None:
         found |= {f"{mlp}linear_fc1.weight": fc1("mlp"), f"{mlp}linear_fc2.weight": stacked("mlp.down_proj.weight")}
     else:
-        names = [f"mlp.experts.{expert}" for expert in range(family.experts.count)]
+        names = [f"mlp.experts.{expert}" for expert in range(facts.experts.count)]
         found[f"{mlp}router.weight"] = stacked("mlp.gate.weight")
         found[f"{mlp}experts.experts.linear_fc1.weight"] = torch.stack([fc1(name) for name in names], dim=1)
         down = torch.stack([stacked(f"{name}.down_proj.weight") for name in names], dim=1)
@@ -409,13 +409,13 @@ def test_the_checkpoint_holds_megatrons_layout_said_literally(
 ) -> None:
     source = sources[kind, dtype]
     converted("import", source, tmp_path / "megatron")
-    found, family = stored(tmp_path / "megatron"), read_family(source)
+    found, facts = stored(tmp_path / "megatron"), read_facts(source)
     # Megatron's two specs name the norm before experts differently; a checkpoint may hold either name, or both.
     ours, te = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
-    if family.experts is not None and te in found:
+    if facts.experts is not None and te in found:
         norm = found.pop(te)
         assert torch.equal(found.setdefault(ours, norm), norm)
-    assert_same_bits(found, literal(family, read_tensors(source)))
+    assert_same_bits(found, literal(facts, read_tensors(source)))
     assert json.loads((tmp_path / "megatron" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
 
 
@@ -437,10 +437,10 @@ def megatron_reads(ranks: Ranks) -> list[str]:
     wrong = []
     for kind, parallel in MEGATRON_READS:
         options, hf = ParallelOptions(**parallel), ranks.folder / kind
-        cluster, family = ranks.arrange(**parallel), read_family(hf)
+        cluster, facts = ranks.arrange(**parallel), read_facts(hf)
         layout = layout_module.layout_of(options)
-        settings = transformer_config(family, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
-        (model,) = build_model(family, layout, settings)
+        settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
+        (model,) = build_model(facts, layout, settings)
         place = layout.place(cluster.coordinates.pipeline, cluster.within)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -448,7 +448,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
         loaded = dist_checkpointing.load(model.sharded_state_dict(), str(ranks.folder / f"{kind}-megatron"))
         model.load_state_dict(loaded)
         wanted = {(0, name): torch.nn.Parameter(torch.zeros_like(value)) for name, value in model.named_parameters()}
-        load_shards(hf, family, layout_module.pieces(family, layout, place), wanted)
+        load_shards(hf, facts, layout_module.pieces(facts, layout, place), wanted)
         for name, value in model.named_parameters():
             if not torch.equal(value, wanted[0, name]):
                 wrong.append(f"{kind} {parallel}: {name}")
@@ -462,12 +462,12 @@ def a_router_with_a_bias(ranks: Ranks) -> str:
     from a3po_megatron.model.build import build_model, transformer_config
 
     options, hf = ParallelOptions(data=2), ranks.folder / "qwen3_moe"
-    family = read_family(hf)
+    facts = read_facts(hf)
     ranks.arrange(data=2)
-    settings = transformer_config(family, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
+    settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
     settings.moe_router_enable_expert_bias, settings.moe_router_score_function = True, "sigmoid"
     try:
-        build_model(family, layout_module.layout_of(options), settings)
+        build_model(facts, layout_module.layout_of(options), settings)
     except RequestError as error:
         return str(error)
     return "built"

@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import hf_tensors
 from tests.test_convert import (
     INDEX,
@@ -431,7 +431,7 @@ def make_large(folder: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    shapes = hf_tensors(read_family(folder))
+    shapes = hf_tensors(read_facts(folder))
     files = [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
     where = {name: files[number * 3 // len(shapes)] for number, name in enumerate(shapes)}
     for file in files:

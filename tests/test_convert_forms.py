@@ -15,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import Layout, pieces
 from a3po_megatron.weights.load import check_checkpoint, load_shards
 from tests.test_convert import (
@@ -79,9 +79,9 @@ def test_fused_experts_are_taken_apart_bit_for_bit_and_exported_as_the_hub_has_t
 
 def test_training_reads_fused_experts_where_they_lie(moe: Path, tmp_path: Path) -> None:
     folder = fused(moe, tmp_path / "fused")
-    family, layout = read_family(folder), Layout(tensor=2, expert=2, expert_tensor=1)
+    facts, layout = read_facts(folder), Layout(tensor=2, expert=2, expert_tensor=1)
     for place in layout.places():
-        mine = pieces(family, layout, place)
+        mine = pieces(facts, layout, place)
         shards = []
         for origin in (moe, folder):
             ends: dict[Any, int] = {}
@@ -93,7 +93,7 @@ def test_training_reads_fused_experts_where_they_lie(moe: Path, tmp_path: Path) 
                 )
                 for piece in mine
             }
-            load_shards(origin, family, mine, parameters)
+            load_shards(origin, facts, mine, parameters)
             shards.append({str(key): value for key, value in parameters.items()})
         assert_same_bits(shards[1], shards[0])
 
@@ -222,7 +222,7 @@ def test_fp8_is_dequantised_as_transformers_does_and_a_block_that_is_cut_short_i
 def test_fp8_is_not_trained_and_where_it_contradicts_itself_it_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     source = with_dtype(source, tmp_path / "bf16", "bfloat16")
     folder, _ = fp8_folder(source, tmp_path / "fp8", (16, 16))
-    for attempt in (lambda: read_family(folder), lambda: check_checkpoint(folder, read_family(folder))):
+    for attempt in (lambda: read_facts(folder), lambda: check_checkpoint(folder, read_facts(folder))):
         with pytest.raises(RequestError, match="quantised \\(fp8\\).*import, export it first"):
             attempt()
     assert_one_message(convert("verify", folder), "import, export it first")

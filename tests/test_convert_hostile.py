@@ -31,7 +31,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from a3po_megatron.weights import convert as convert_module
+from a3po_megatron.convert import convert as convert_module
 from tests.distributed.runner import Ranks, run_ranks
 from tests.distributed.saving import write_whole
 from tests.test_convert import (
@@ -202,8 +202,8 @@ def test_chunks_beside_each_other_that_overlap_are_refused(megatron: Path, tmp_p
 def transposed_shard(ranks: Ranks) -> list[bool]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from a3po_megatron.checkpoint.store import Saving
-    from a3po_megatron.checkpoint.torch_dist import Box, Reader
+    from a3po_megatron.files.torch_dist import Box, Reader
+    from a3po_megatron.run.store import Saving
 
     ranks.arrange()
     wanted = torch.arange(24.0).view(6, 4).t()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.checkpoint.interrupt import CAUTION, LEAD, MARGIN_SECONDS, SIGNALS, Interrupt
+from a3po_megatron.run.stop import CAUTION, LEAD, MARGIN_SECONDS, SIGNALS, Interrupt
 
 pytestmark = pytest.mark.alone
 
@@ -58,7 +58,7 @@ def test_a_signal_is_heard_while_the_main_thread_waits_in_a_call() -> None:
     """So that the time until KILL is counted from TERM, not from when the wait is over."""
     code = (
         "import os, signal, threading, time\n"
-        "from a3po_megatron.checkpoint.interrupt import INTERRUPT\n"
+        "from a3po_megatron.run.stop import INTERRUPT\n"
         "INTERRUPT.install()\n"
         "start = time.monotonic()\n"
         "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
@@ -74,7 +74,7 @@ import multiprocessing, os, signal, subprocess, sys, threading, time
 from multiprocessing import resource_tracker
 if sys.argv[1] == "blocked":
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-from a3po_megatron.checkpoint.interrupt import INTERRUPT, SIGNALS
+from a3po_megatron.run.stop import INTERRUPT, SIGNALS
 INTERRUPT.install()
 from a3po_megatron.compat import python
 python.keep_mask()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Verdict
-from a3po_megatron.checkpoint.journal import Journal, cut_torn_frames, read_frames
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.run.journal import Journal, cut_torn_frames, read_frames
 
 PROMPTS = [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n, n + 1), n) for n in range(6)]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.family import NEUTRAL, Experts, Family, RopeScaling, family_of, read_family
+from a3po_megatron.model.facts import NEUTRAL, Experts, ModelFacts, RopeScaling, facts_of, read_facts
 from a3po_megatron.model.layout import Layout, Piece, check_layout, hf_tensors, padded_vocab, pieces
 from tests.tiny import tensor_pieces
 
@@ -49,12 +49,12 @@ MOE = {
 
 
 @st.composite
-def models(draw: st.DrawFn) -> tuple[Family, int]:
-    """A family and a tensor-parallel size that divides it; the heads of a group, sizes and vocabulary are odd ones."""
+def models(draw: st.DrawFn) -> tuple[ModelFacts, int]:
+    """A model and a tensor-parallel size that divides it; the heads of a group, sizes and vocabulary are odd ones."""
     tensor = draw(st.sampled_from([1, 2, 3, 4, 8]))
     kv_heads = tensor * draw(st.integers(1, 3))
     qwen3 = draw(st.booleans())
-    family = Family(
+    facts = ModelFacts(
         architecture="Qwen3ForCausalLM" if qwen3 else "Qwen2ForCausalLM",
         layers=draw(st.integers(1, 3)),
         hidden=draw(st.integers(1, 9)),
@@ -71,42 +71,44 @@ def models(draw: st.DrawFn) -> tuple[Family, int]:
         max_positions=64,
         eos=(1,),
     )
-    return family, tensor
+    return facts, tensor
 
 
-def numbered(family: Family) -> dict[str, torch.Tensor]:
+def numbered(facts: ModelFacts) -> dict[str, torch.Tensor]:
     """Every HF tensor with elements that are different from those of all others."""
     whole, start = {}, 1
-    for name, shape in hf_tensors(family).items():
+    for name, shape in hf_tensors(facts).items():
         count = torch.Size(shape).numel()
         whole[name] = torch.arange(start, start + count).view(shape)
         start += count
     return whole
 
 
-def megatron_parameters(family: Family, tensor: int, rank: int, hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def megatron_parameters(
+    facts: ModelFacts, tensor: int, rank: int, hf: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """What Megatron keeps on one rank, said literally: whole tensors are chunked, then laid out; padding is 0."""
 
     def vocabulary(weight: torch.Tensor) -> torch.Tensor:
-        rows = -(-family.vocab // tensor) * tensor
-        padding = torch.zeros(rows - family.vocab, family.hidden, dtype=weight.dtype)
+        rows = -(-facts.vocab // tensor) * tensor
+        padding = torch.zeros(rows - facts.vocab, facts.hidden, dtype=weight.dtype)
         return torch.cat([weight, padding]).chunk(tensor)[rank]
 
     def qkv(prefix: str, kind: str) -> torch.Tensor:
         q, k, v = (hf[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
         groups = []
-        for queries, key, value in zip(*(t.chunk(family.kv_heads) for t in (q, k, v)), strict=True):
+        for queries, key, value in zip(*(t.chunk(facts.kv_heads) for t in (q, k, v)), strict=True):
             groups.append(torch.cat([queries, key, value]))
-        return torch.cat(groups[rank * family.kv_heads // tensor : (rank + 1) * family.kv_heads // tensor])
+        return torch.cat(groups[rank * facts.kv_heads // tensor : (rank + 1) * facts.kv_heads // tensor])
 
     found = {"embedding.word_embeddings.weight": vocabulary(hf["model.embed_tokens.weight"])}
-    for layer in range(family.layers):
+    for layer in range(facts.layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
         found[f"{ours}input_layernorm.weight"] = hf[f"{theirs}input_layernorm.weight"]
         found[f"{ours}self_attention.linear_qkv.weight"] = qkv(theirs, "weight")
-        if family.qkv_bias:
+        if facts.qkv_bias:
             found[f"{ours}self_attention.linear_qkv.bias"] = qkv(theirs, "bias")
-        if family.qk_norm:
+        if facts.qk_norm:
             found[f"{ours}self_attention.q_layernorm.weight"] = hf[f"{theirs}self_attn.q_norm.weight"]
             found[f"{ours}self_attention.k_layernorm.weight"] = hf[f"{theirs}self_attn.k_norm.weight"]
         found[f"{ours}self_attention.linear_proj.weight"] = hf[f"{theirs}self_attn.o_proj.weight"].chunk(tensor, 1)[
@@ -117,7 +119,7 @@ def megatron_parameters(family: Family, tensor: int, rank: int, hf: dict[str, to
         found[f"{ours}mlp.linear_fc1.weight"] = torch.cat([gate, up])
         found[f"{ours}mlp.linear_fc2.weight"] = hf[f"{theirs}mlp.down_proj.weight"].chunk(tensor, 1)[rank]
     found["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
-    if not family.tied:
+    if not facts.tied:
         found["output_layer.weight"] = vocabulary(hf["lm_head.weight"])
     return found
 
@@ -130,13 +132,13 @@ def window(piece: Piece, start: int) -> tuple[slice, ...]:
 
 @settings(deadline=None, max_examples=60)
 @given(models())
-def test_the_map_fills_every_parameter_as_megatron_lays_it_out(model: tuple[Family, int]) -> None:
-    family, tensor = model
-    hf = numbered(family)
+def test_the_map_fills_every_parameter_as_megatron_lays_it_out(model: tuple[ModelFacts, int]) -> None:
+    facts, tensor = model
+    hf = numbered(facts)
     for rank in range(tensor):
-        wanted = megatron_parameters(family, tensor, rank, hf)
+        wanted = megatron_parameters(facts, tensor, rank, hf)
         found = {name: torch.zeros_like(value) for name, value in wanted.items()}
-        for piece in tensor_pieces(family, tensor, rank):
+        for piece in tensor_pieces(facts, tensor, rank):
             found[piece.parameter][window(piece, piece.offset)] = hf[piece.tensor][window(piece, piece.start)]
         for name, value in wanted.items():
             assert torch.equal(found[name], value), f"{name} on rank {rank} of {tensor}"
@@ -144,11 +146,11 @@ def test_the_map_fills_every_parameter_as_megatron_lays_it_out(model: tuple[Fami
 
 @settings(deadline=None, max_examples=60)
 @given(models())
-def test_every_hf_element_is_owned_exactly_once_over_the_ranks(model: tuple[Family, int]) -> None:
-    family, tensor = model
-    owned = {name: np.zeros(shape, dtype=np.int64) for name, shape in hf_tensors(family).items()}
+def test_every_hf_element_is_owned_exactly_once_over_the_ranks(model: tuple[ModelFacts, int]) -> None:
+    facts, tensor = model
+    owned = {name: np.zeros(shape, dtype=np.int64) for name, shape in hf_tensors(facts).items()}
     for rank in range(tensor):
-        for piece in tensor_pieces(family, tensor, rank):
+        for piece in tensor_pieces(facts, tensor, rank):
             assert piece.shape == owned[piece.tensor].shape
             part = owned[piece.tensor][window(piece, piece.start)]
             assert part.size == piece.numel > 0
@@ -160,14 +162,14 @@ def test_every_hf_element_is_owned_exactly_once_over_the_ranks(model: tuple[Fami
 @settings(deadline=None, max_examples=60)
 @given(models())
 def test_every_parameter_element_lies_in_one_piece_but_for_the_padding_of_the_vocabulary(
-    model: tuple[Family, int],
+    model: tuple[ModelFacts, int],
 ) -> None:
-    family, tensor = model
-    hf = numbered(family)
+    facts, tensor = model
+    hf = numbered(facts)
     for rank in range(tensor):
-        wanted = megatron_parameters(family, tensor, rank, hf)
+        wanted = megatron_parameters(facts, tensor, rank, hf)
         covered = {name: np.zeros(tuple(value.shape), dtype=np.int64) for name, value in wanted.items()}
-        for piece in tensor_pieces(family, tensor, rank):
+        for piece in tensor_pieces(facts, tensor, rank):
             covered[piece.parameter][window(piece, piece.offset)] += 1
         for name, count in covered.items():
             assert ((count == 1) == (wanted[name].numpy() > 0)).all(), name
@@ -178,18 +180,18 @@ def test_every_parameter_element_lies_in_one_piece_but_for_the_padding_of_the_vo
 @settings(deadline=None, max_examples=60)
 @given(models())
 def test_pieces_follow_the_order_of_the_layers_and_the_vocabulary_is_padded_no_more_than_it_must(
-    model: tuple[Family, int],
+    model: tuple[ModelFacts, int],
 ) -> None:
-    family, tensor = model
-    order = list(hf_tensors(family))
+    facts, tensor = model
+    order = list(hf_tensors(facts))
     for rank in range(tensor):
         layers = [
-            piece.tensor.split(".")[2] for piece in tensor_pieces(family, tensor, rank) if ".layers." in piece.tensor
+            piece.tensor.split(".")[2] for piece in tensor_pieces(facts, tensor, rank) if ".layers." in piece.tensor
         ]
         assert layers == sorted(layers)
-        assert {piece.tensor for piece in tensor_pieces(family, tensor, rank)} <= set(order)
-    assert padded_vocab(family, tensor) % tensor == 0
-    assert family.vocab <= padded_vocab(family, tensor) < family.vocab + tensor
+        assert {piece.tensor for piece in tensor_pieces(facts, tensor, rank)} <= set(order)
+    assert padded_vocab(facts, tensor) % tensor == 0
+    assert facts.vocab <= padded_vocab(facts, tensor) < facts.vocab + tensor
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,8 @@ def test_pieces_follow_the_order_of_the_layers_and_the_vocabulary_is_padded_no_m
     ],
 )
 def test_a_size_that_the_tensor_parallel_size_does_not_divide_is_named(changes: dict[str, int], name: str) -> None:
-    family = family_of(CONFIG | changes, "config.json")
-    for attempt in (lambda: check_layout(family, Layout(tensor=4)), lambda: tensor_pieces(family, 4, 0)):
+    facts = facts_of(CONFIG | changes, "config.json")
+    for attempt in (lambda: check_layout(facts, Layout(tensor=4)), lambda: tensor_pieces(facts, 4, 0)):
         with pytest.raises(RequestError) as caught:
             attempt()
         assert "parallel.tensor = 4" in str(caught.value)
@@ -233,13 +235,13 @@ def hf_configs() -> Iterator[Any]:
 def test_names_shapes_and_facts_are_those_of_the_model_in_transformers(tmp_path: Path, model: Any, config: Any) -> None:
     config.architectures = [model.__name__]
     config.save_pretrained(tmp_path)
-    family = read_family(tmp_path)
+    facts = read_facts(tmp_path)
     with torch.device("meta"):
         built = model(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}  # shared ones once
-    assert hf_tensors(family) == wanted
-    assert family.rope_theta == config.rope_parameters["rope_theta"]
-    assert (family.tied, family.max_positions) == (config.tie_word_embeddings, 64)
+    assert hf_tensors(facts) == wanted
+    assert facts.rope_theta == config.rope_parameters["rope_theta"]
+    assert (facts.tied, facts.max_positions) == (config.tie_word_embeddings, 64)
 
 
 @pytest.mark.skipif(
@@ -254,7 +256,7 @@ def test_names_and_shapes_are_those_of_the_published_checkpoint(model: str) -> N
     for entry in published["tensors"]:
         for layer in range(entry["count"]):
             wanted[entry["name"].replace("{L}", str(layer))] = tuple(entry["shape"])
-    found = hf_tensors(family_of(config, model))
+    found = hf_tensors(facts_of(config, model))
     assert found == wanted
     assert len(found) == published["tensor_count"]
     assert sum(torch.Size(shape).numel() for shape in found.values()) == published["params"]
@@ -268,7 +270,7 @@ def test_every_published_config_is_read() -> None:
     read = {}
     for path in sorted(folder.glob("*.config.json")):
         name = path.name.removesuffix(".config.json")
-        read[name] = family_of(json.loads(path.read_text()), name)
+        read[name] = facts_of(json.loads(path.read_text()), name)
     assert {*REAL, "Meta-Llama-3.1-70B", "Qwen3-235B-A22B"} <= set(read)
     # From the models' cards: layers, query and KV heads, and the base of the rope.
     facts = {name: (f.layers, f.heads, f.kv_heads, f.head_dim, f.rope_theta) for name, f in read.items()}
@@ -293,8 +295,8 @@ def test_both_forms_of_the_rope_parameters_read_equal() -> None:
     older = CONFIG | {"rope_scaling": None}
     newer = without("rope_theta") | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
     both = older | newer
-    assert family_of(older, "a") == family_of(newer, "b") == family_of(both, "c") == family_of(CONFIG, "d")
-    assert family_of(without("rope_theta") | {"rope_parameters": {"rope_theta": 5e5}}, "e").rope_theta == 5e5
+    assert facts_of(older, "a") == facts_of(newer, "b") == facts_of(both, "c") == facts_of(CONFIG, "d")
+    assert facts_of(without("rope_theta") | {"rope_parameters": {"rope_theta": 5e5}}, "e").rope_theta == 5e5
 
 
 # Fields that change what a model computes, each at a value at which it does.
@@ -384,37 +386,37 @@ LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 )
 def test_a_config_that_cannot_be_represented_is_refused_by_name(config: dict[str, Any], named: str) -> None:
     with pytest.raises(RequestError) as caught:
-        family_of(config, "some/config.json")
+        facts_of(config, "some/config.json")
     assert str(caught.value).startswith("some/config.json: ")
     assert named in str(caught.value)
 
 
 def test_every_field_that_changes_what_a_model_computes_is_among_the_cases() -> None:
     assert CHANGING.keys() == NEUTRAL.keys()
-    assert family_of(LLAMA | {"rope_scaling": LLAMA3}, "sound").rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
-    assert family_of(CONFIG | MOE | {"num_experts_per_tok": 8}, "sound").experts == Experts(8, 8, 24, True)
+    assert facts_of(LLAMA | {"rope_scaling": LLAMA3}, "sound").rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert facts_of(CONFIG | MOE | {"num_experts_per_tok": 8}, "sound").experts == Experts(8, 8, 24, True)
 
 
 def test_settings_that_change_nothing_are_not_refused() -> None:
     harmless = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28, "attention_bias": False}
-    assert family_of(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}, "a") == family_of(CONFIG, "b")
+    assert facts_of(CONFIG | harmless | {"layer_types": ["full_attention"] * 3}, "a") == facts_of(CONFIG, "b")
 
 
 def test_several_end_tokens_one_or_none_are_read() -> None:
-    assert family_of(CONFIG | {"eos_token_id": [5, 9]}, "a").eos == (5, 9)
-    assert family_of(CONFIG | {"eos_token_id": 0}, "b").eos == (0,)
-    assert family_of(without("eos_token_id"), "c").eos == ()
+    assert facts_of(CONFIG | {"eos_token_id": [5, 9]}, "a").eos == (5, 9)
+    assert facts_of(CONFIG | {"eos_token_id": 0}, "b").eos == (0,)
+    assert facts_of(without("eos_token_id"), "c").eos == ()
 
 
 def test_the_end_tokens_of_the_generation_config_end_responses_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    assert read_family(tmp_path).eos == (1,)
+    assert read_facts(tmp_path).eos == (1,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
-    assert read_family(tmp_path).eos == (1, 7)
+    assert read_facts(tmp_path).eos == (1, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert read_family(tmp_path).eos == (1, 9)
+    assert read_facts(tmp_path).eos == (1, 9)
     (tmp_path / "generation_config.json").write_text("{}")
-    assert read_family(tmp_path).eos == (1,)
+    assert read_facts(tmp_path).eos == (1,)
 
 
 def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
@@ -426,7 +428,7 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
         if text is not None:
             (tmp_path / "config.json").write_text(text)
         with pytest.raises(RequestError) as caught:
-            read_family(folder)
+            read_facts(folder)
         assert str(folder) in str(caught.value)
         assert named in str(caught.value)
 
@@ -435,8 +437,8 @@ def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[Family, Layout]:
-    """A dense or mixture-of-experts family and a layout of up to 1,024 ranks that fits it, in either naming scheme."""
+def layouts(draw: st.DrawFn) -> tuple[ModelFacts, Layout]:
+    """A dense or mixture-of-experts model and a layout of up to 1,024 ranks that fits it, in either naming scheme."""
     tensor = draw(st.sampled_from([1, 2, 4, 8]))
     pipeline = draw(st.sampled_from([1, 2, 3, 8]))
     virtual = draw(st.sampled_from([1, 2])) if pipeline > 1 else 1
@@ -461,18 +463,18 @@ def layouts(draw: st.DrawFn) -> tuple[Family, Layout]:
     }
     scheme = draw(st.sampled_from(["local", "te"]))
     stages = tuple(counts) if uneven else None
-    return family_of(config, "config.json"), Layout(tensor, pipeline, virtual, expert, expert_tensor, stages, scheme)
+    return facts_of(config, "config.json"), Layout(tensor, pipeline, virtual, expert, expert_tensor, stages, scheme)
 
 
 @settings(deadline=None, max_examples=80)
 @given(layouts())
-def test_every_hf_element_is_owned_exactly_once_per_replica_for_any_layout(case: tuple[Family, Layout]) -> None:
-    family, layout = case
+def test_every_hf_element_is_owned_exactly_once_per_replica_for_any_layout(case: tuple[ModelFacts, Layout]) -> None:
+    facts, layout = case
     assert len(layout.places()) <= 1024
-    owned = {name: np.zeros(shape, dtype=np.int64) for name, shape in hf_tensors(family).items()}
+    owned = {name: np.zeros(shape, dtype=np.int64) for name, shape in hf_tensors(facts).items()}
     for place in layout.places():
         covered: dict[tuple[int, str], list[tuple[int, int]]] = {}
-        for piece in pieces(family, layout, place):
+        for piece in pieces(facts, layout, place):
             owned[piece.tensor][window(piece, piece.start)] += piece.owner
             covered.setdefault(piece.key, []).append((piece.offset, piece.offset + piece.length))
         for key, spans in covered.items():  # a parameter's pieces follow each other without gap or overlap
@@ -497,11 +499,11 @@ def test_every_hf_element_is_owned_exactly_once_per_replica_for_any_layout(case:
 )
 def test_real_shapes_are_owned_exactly_once(name: str, layout: Layout) -> None:
     config = json.loads((Path(os.environ["A3PO_TEST_DATA"]) / "model_configs" / f"{name}.config.json").read_text())
-    family = family_of(config, name)
-    shapes = hf_tensors(family)
+    facts = facts_of(config, name)
+    shapes = hf_tensors(facts)
     spans: dict[str, list[tuple[int, int]]] = {tensor: [] for tensor in shapes}
     for place in layout.places():
-        for piece in pieces(family, layout, place):
+        for piece in pieces(facts, layout, place):
             if piece.owner:
                 spans[piece.tensor].append((piece.start, piece.start + piece.length))
                 assert piece.shape == shapes[piece.tensor]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.facts import ModelFacts, read_facts
 from a3po_megatron.weights.load import check_checkpoint, load_shards
 from tests.test_layout import megatron_parameters
 from tests.tiny import VOCAB, make_checkpoint, tensor_pieces
@@ -44,19 +44,19 @@ def copied(
     return folder
 
 
-def load(folder: Path, family: Family, tensor: int, rank: int, like: Tensors, dtype: torch.dtype) -> Tensors:
+def load(folder: Path, facts: ModelFacts, tensor: int, rank: int, like: Tensors, dtype: torch.dtype) -> Tensors:
     """What load_shards makes of parameters that held something else before."""
     found = {(0, name): torch.nn.Parameter(torch.full(value.shape, 7.0, dtype=dtype)) for name, value in like.items()}
-    load_shards(folder, family, tensor_pieces(family, tensor, rank), found)
+    load_shards(folder, facts, tensor_pieces(facts, tensor, rank), found)
     return {name: value.detach() for (_, name), value in found.items()}
 
 
-def refusal(folder: Path, family: Family) -> str:
+def refusal(folder: Path, facts: ModelFacts) -> str:
     """The message of the check before ranks start; loading must refuse as well."""
     with pytest.raises(RequestError) as caught:
-        check_checkpoint(folder, family)
+        check_checkpoint(folder, facts)
     with pytest.raises(RequestError):
-        load_shards(folder, family, tensor_pieces(family, 1, 0), {})
+        load_shards(folder, facts, tensor_pieces(facts, 1, 0), {})
     return str(caught.value)
 
 
@@ -67,16 +67,16 @@ def test_every_rank_gets_its_slices_and_zeros_where_the_vocabulary_is_padded(
     checkpoints: dict[str, Path], tmp_path: Path, kind: str, tensor: int, shards: int
 ) -> None:
     folder = copied(checkpoints[kind], tmp_path, shards)
-    family, hf = read_family(folder), load_file(checkpoints[kind] / SINGLE)
+    facts, hf = read_facts(folder), load_file(checkpoints[kind] / SINGLE)
     for rank in range(tensor):
-        wanted = megatron_parameters(family, tensor, rank, hf)
-        found = load(folder, family, tensor, rank, wanted, torch.float32)
+        wanted = megatron_parameters(facts, tensor, rank, hf)
+        found = load(folder, facts, tensor, rank, wanted, torch.float32)
         for name, value in wanted.items():
             assert torch.equal(found[name], value), f"{name} on rank {rank} of {tensor}"
     if tensor == 2:
         last = found["embedding.word_embeddings.weight"]
         assert VOCAB % 2 == 1
-        assert torch.equal(last[-1], torch.zeros(family.hidden))
+        assert torch.equal(last[-1], torch.zeros(facts.hidden))
 
 
 @pytest.mark.parametrize(("stored", "kept"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
@@ -84,9 +84,9 @@ def test_tensors_are_cast_to_the_dtype_of_the_parameters(
     checkpoints: dict[str, Path], tmp_path: Path, stored: torch.dtype, kept: torch.dtype
 ) -> None:
     folder = copied(checkpoints["qwen3"], tmp_path, 1, lambda tensors: {n: t.to(stored) for n, t in tensors.items()})
-    family = read_family(folder)
-    wanted = megatron_parameters(family, 1, 0, load_file(checkpoints["qwen3"] / SINGLE))
-    for name, value in load(folder, family, 1, 0, wanted, kept).items():
+    facts = read_facts(folder)
+    wanted = megatron_parameters(facts, 1, 0, load_file(checkpoints["qwen3"] / SINGLE))
+    for name, value in load(folder, facts, 1, 0, wanted, kept).items():
         assert torch.equal(value, wanted[name].to(stored).to(kept)), name
 
 
@@ -98,9 +98,9 @@ def test_a_tied_checkpoint_may_store_the_output_layer_again(
         return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
 
     folder = copied(checkpoints["qwen3"], tmp_path, shards, with_head)
-    family = read_family(folder)
-    wanted = megatron_parameters(family, 1, 0, load_file(checkpoints["qwen3"] / SINGLE))
-    found = load(folder, family, 1, 0, wanted, torch.float32)
+    facts = read_facts(folder)
+    wanted = megatron_parameters(facts, 1, 0, load_file(checkpoints["qwen3"] / SINGLE))
+    found = load(folder, facts, 1, 0, wanted, torch.float32)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert "output_layer.weight" not in found
 
@@ -108,8 +108,8 @@ def test_a_tied_checkpoint_may_store_the_output_layer_again(
 def test_old_rotary_buffers_in_a_checkpoint_are_no_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     folder = copied(checkpoints["qwen3"], tmp_path, 1, lambda tensors: tensors | {name: torch.ones(16)})
-    assert name not in {piece.tensor for piece in tensor_pieces(read_family(folder), 1, 0)}
-    assert NAME in check_checkpoint(folder, read_family(folder))
+    assert name not in {piece.tensor for piece in tensor_pieces(read_facts(folder), 1, 0)}
+    assert NAME in check_checkpoint(folder, read_facts(folder))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,7 +128,7 @@ def test_a_missing_extra_or_misshapen_tensor_is_named(
     checkpoints: dict[str, Path], tmp_path: Path, shards: int, change: Callable[[Tensors], Tensors], named: list[str]
 ) -> None:
     folder = copied(checkpoints["qwen3"], tmp_path, shards, change)
-    message = refusal(folder, read_family(folder))
+    message = refusal(folder, read_facts(folder))
     assert str(folder) in message
     for words in named:
         assert words in message
@@ -138,7 +138,7 @@ def test_an_untied_checkpoint_without_its_output_layer_is_refused(checkpoints: d
     folder = copied(
         checkpoints["qwen2"], tmp_path, 1, lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"}
     )
-    assert "lacks lm_head.weight" in refusal(folder, read_family(folder))
+    assert "lacks lm_head.weight" in refusal(folder, read_facts(folder))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -151,10 +151,10 @@ def test_a_value_that_is_not_finite_is_found_by_the_rank_that_reads_it_and_named
         return tensors
 
     folder = copied(checkpoints["qwen3"], tmp_path, 3, damage)
-    family = read_family(folder)
-    like = megatron_parameters(family, 2, 1, load_file(checkpoints["qwen3"] / SINGLE))
+    facts = read_facts(folder)
+    like = megatron_parameters(facts, 2, 1, load_file(checkpoints["qwen3"] / SINGLE))
     with pytest.raises(RequestError) as caught:
-        load(folder, family, 2, 1, like, torch.float32)  # the last element is the last rank's
+        load(folder, facts, 2, 1, like, torch.float32)  # the last element is the last rank's
     assert name in str(caught.value)
     file = json.loads((folder / INDEX).read_text())["weight_map"][name]
     assert str(folder / file) in str(caught.value)
@@ -165,35 +165,35 @@ def test_a_file_that_was_cut_off_is_named(checkpoints: dict[str, Path], tmp_path
     folder = copied(checkpoints["qwen3"], tmp_path, 3)
     file = folder / "model-2.safetensors"
     file.write_bytes(file.read_bytes()[:left])
-    assert str(file) in refusal(folder, read_family(folder))
+    assert str(file) in refusal(folder, read_facts(folder))
     single = copied(checkpoints["qwen3"], tmp_path) / SINGLE
     (tmp_path / INDEX).unlink()
     single.write_bytes(single.read_bytes()[:left])
-    assert str(single) in refusal(folder, read_family(folder))
+    assert str(single) in refusal(folder, read_facts(folder))
 
 
 def test_an_index_that_names_a_missing_file_or_is_none_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(checkpoints["qwen3"], tmp_path, 3)
-    family = read_family(folder)
+    facts = read_facts(folder)
     (folder / "model-2.safetensors").unlink()
-    message = refusal(folder, family)
+    message = refusal(folder, facts)
     assert "model-2.safetensors" in message
     assert str(folder / INDEX) in message
     for text in ("{", "[]", '{"metadata": {}}'):
         (folder / INDEX).write_text(text)
-        assert str(folder / INDEX) in refusal(folder, family)
+        assert str(folder / INDEX) in refusal(folder, facts)
 
 
 def test_a_folder_without_safetensors_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    message = refusal(tmp_path, read_family(checkpoints["qwen3"]))
+    message = refusal(tmp_path, read_facts(checkpoints["qwen3"]))
     assert str(tmp_path) in message
     assert SINGLE in message
 
 
 def test_a_parameter_that_the_map_does_not_fill_is_an_error(checkpoints: dict[str, Path]) -> None:
     folder = checkpoints["qwen3"]
-    family = read_family(folder)
-    like = megatron_parameters(family, 1, 0, load_file(folder / SINGLE))
+    facts = read_facts(folder)
+    like = megatron_parameters(facts, 1, 0, load_file(folder / SINGLE))
     with pytest.raises(RuntimeError, match="decoder.extra.weight"):
-        load(folder, family, 1, 0, like | {"decoder.extra.weight": torch.zeros(2, 2)}, torch.float32)
+        load(folder, facts, 1, 0, like | {"decoder.extra.weight": torch.zeros(2, 2)}, torch.float32)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.checkpoint import manifest
-from a3po_megatron.checkpoint.folder import Written, digest_of
-from a3po_megatron.checkpoint.manifest import (
+from a3po_megatron.config import Config, unlike
+from a3po_megatron.errors import RequestError
+from a3po_megatron.files.hashed import Written, digest_of
+from a3po_megatron.run import manifest
+from a3po_megatron.run.manifest import (
     MANIFEST,
     Manifest,
     check_whole,
@@ -24,8 +26,6 @@ from a3po_megatron.checkpoint.manifest import (
     read_manifest,
     saved_steps,
 )
-from a3po_megatron.config import Config, unlike
-from a3po_megatron.errors import RequestError
 
 
 def checkpoint(checkpoints: Path, step: int) -> Path:
@@ -77,7 +77,7 @@ def _copy(folder: Path) -> None:
 
 
 def _reformat(folder: Path) -> None:
-    from a3po_megatron.checkpoint.manifest import _digest
+    from a3po_megatron.run.manifest import _digest
 
     body = json.loads((folder / MANIFEST).read_text()) | {"format": 99}
     body.pop("manifest_blake3")

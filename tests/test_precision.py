@@ -15,7 +15,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
 from a3po_megatron.launch import hardware as launch_hardware
 from a3po_megatron.launch.check import _check_device
-from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.facts import ModelFacts, read_facts
 from a3po_megatron.model.precision import (
     FP32_SCALES,
     Hardware,
@@ -34,9 +34,9 @@ BF16 = ModelOptions(path="x", dtype="bfloat16")
 H200 = Hardware(capability=(9, 0), cuda=(13, 0), transformer_engine=(2, 11, 0))
 
 
-def family_of(tmp_path: Any, kind: str = "qwen3", **sizes: int) -> Family:
+def facts_of(tmp_path: Any, kind: str = "qwen3", **sizes: int) -> ModelFacts:
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return read_family(make_checkpoint(tmp_path / kind, kind, **wide | sizes))
+    return read_facts(make_checkpoint(tmp_path / kind, kind, **wide | sizes))
 
 
 def test_without_fp8_megatron_is_asked_for_nothing() -> None:
@@ -100,7 +100,7 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
 ) -> None:
     model, layout = ModelOptions(path="x", dtype=dtype), ParallelOptions(**parallel)
     with pytest.raises(RequestError) as caught:
-        check_precision(LearnerOptions(**learner), model, layout, family_of(tmp_path, **sizes), mini_batches)
+        check_precision(LearnerOptions(**learner), model, layout, facts_of(tmp_path, **sizes), mini_batches)
     assert words in str(caught.value)
 
 
@@ -117,19 +117,19 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
     ],
 )
 def test_what_a_device_cannot_do_is_refused_by_name(tmp_path: Any, device: str, options: list[str], words: str) -> None:
-    family = family_of(tmp_path, head_dim=64)
+    facts = facts_of(tmp_path, head_dim=64)
     config = load_config(EXAMPLE, ["model.dtype=bfloat16", *options])
     with pytest.raises(RequestError) as caught:
-        _check_device(config, family, backend_of(device))
+        _check_device(config, facts, backend_of(device))
     assert words in str(caught.value)
 
 
 def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -> None:
-    family = family_of(tmp_path, head_dim=64)
+    facts = facts_of(tmp_path, head_dim=64)
     asked = ["rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
     asked += ["learner.precision=fp8-blockwise", "rollout.batch_invariant=true"]
     config = load_config(EXAMPLE, ["model.dtype=bfloat16", *asked])
-    _check_device(config, family, backend_of("cuda"))
+    _check_device(config, facts, backend_of("cuda"))
     arguments = engine_arguments(tmp_path, config.rollout, torch.bfloat16, backend_of("cuda"), 4)
     assert arguments["quantization"] == "fp8_per_block"
     assert arguments["quantization_config"]["ignore"] == ["*.mlp.gate", "model.layers.0.*", "model.layers.3.*"]
@@ -166,13 +166,13 @@ def test_every_argument_that_the_record_for_cuda_gives_vllm_is_one_of_vllms() ->
 
 
 def test_what_fits_is_taken(tmp_path: Any) -> None:
-    family, experts = family_of(tmp_path), family_of(tmp_path, "qwen3_moe", moe_intermediate_size=64)
+    facts, experts = facts_of(tmp_path), facts_of(tmp_path, "qwen3_moe", moe_intermediate_size=64)
     for precision, parallel in itertools.product(
         (None, "bf16", "fp8-blockwise", "fp8-tensorwise"), ({}, {"tensor": 2, "sequence": True}, {"pipeline": 2})
     ):
-        for each in (family, experts):
+        for each in (facts, experts):
             check_precision(LearnerOptions(precision=precision), BF16, ParallelOptions(**parallel), each, 1)
-    check_precision(LearnerOptions(precision="fp8-blockwise"), BF16, ParallelOptions(), family, 16)
+    check_precision(LearnerOptions(precision="fp8-blockwise"), BF16, ParallelOptions(), facts, 16)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3po_megatron.model.engine_layout import engine_pieces
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.rollout.engine import local_experts
 from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum, wrap
@@ -60,18 +60,18 @@ def test_an_engine_of_more_ranks_than_kv_heads_has_each_head_on_neighbours_and_a
     tmp_path: Path, kind: str, tensor: int, kv_heads: int
 ) -> None:
     sizes = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "num_hidden_layers": 1, "hidden_size": 64}
-    family, hf = read_family(make_checkpoint(tmp_path, kind, **sizes)), load_file(tmp_path / "model.safetensors")
+    facts, hf = read_facts(make_checkpoint(tmp_path, kind, **sizes)), load_file(tmp_path / "model.safetensors")
     names = [name for name in hf if "k_proj" in name or "v_proj" in name]
     total, held = torch.zeros(len(names), dtype=torch.int64), dict.fromkeys(names, 0)
     for rank in range(tensor):
-        ours = [piece for piece in engine_pieces(family, tensor, rank, (0, 0)) if piece.tensor in names]
+        ours = [piece for piece in engine_pieces(facts, tensor, rank, (0, 0)) if piece.tensor in names]
         # vllm/model_executor/layers/linear.py: QKVParallelLinear, weight_loader
         replicas = max(1, tensor // kv_heads)
-        rows = max(1, kv_heads // tensor) * family.head_dim
+        rows = max(1, kv_heads // tensor) * facts.head_dim
         shards = {}
         for piece in ours:
             assert (piece.start, piece.length) == (rank // replicas * rows, rows)
-            assert piece.offset == 8 // tensor * family.head_dim + ("v_proj" in piece.tensor) * rows
+            assert piece.offset == 8 // tensor * facts.head_dim + ("v_proj" in piece.tensor) * rows
             end = piece.offset + piece.length
             shard = shards.setdefault(piece.key, torch.zeros(end + rows, *piece.shape[1:]))
             shard[piece.offset : end] = hf[piece.tensor][piece.start : piece.start + rows]
@@ -88,13 +88,13 @@ def test_the_ranks_of_an_engine_hold_every_element_whole_or_share_it_out(
     tmp_path: Path, kind: str, tensor: int, expert: int
 ) -> None:
     sizes = {"num_key_value_heads": 4, "vocab_size": 333}
-    family = read_family(make_checkpoint(tmp_path, kind, **sizes))
-    count = family.experts.count if family.experts else 0
+    facts = read_facts(make_checkpoint(tmp_path, kind, **sizes))
+    count = facts.experts.count if facts.experts else 0
     if expert > 1 and not count:
         return
-    covered = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensors(family).items()}
+    covered = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensors(facts).items()}
     for rank in range(tensor):
-        pieces = engine_pieces(family, tensor, rank, local_experts(rank, tensor, expert, count))
+        pieces = engine_pieces(facts, tensor, rank, local_experts(rank, tensor, expert, count))
         for piece in pieces:
             assert covered[piece.tensor].shape == piece.shape
             if piece.numel == math.prod(piece.shape) and expert_of(piece.tensor) is None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from a3po_megatron.model.family import Family
+from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.weights import receipt
 from a3po_megatron.weights.receipt import block_checksum, shard_checksums, tensor_checksum
@@ -19,7 +19,7 @@ from tests.test_layout import megatron_parameters
 from tests.tiny import tensor_pieces
 
 NUMPY_BITS = {torch.float32: (torch.int32, np.uint32), torch.bfloat16: (torch.int16, np.uint16)}
-FAMILY = Family(
+FAMILY = ModelFacts(
     architecture="Qwen2ForCausalLM",
     layers=3,
     hidden=12,
@@ -53,9 +53,9 @@ def literal_checksum(tensor: Tensor) -> int:
     return sum(int(value) * (mixed(index) | 1) for index, value in enumerate(bits)) % 2**64
 
 
-def random_weights(family: Family = FAMILY, seed: int = 0) -> dict[str, Tensor]:
+def random_weights(facts: ModelFacts = FAMILY, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in hf_tensors(family).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in hf_tensors(facts).items()}
 
 
 def wrapped(total: int) -> int:

@@ -19,7 +19,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
 from a3po_megatron.launch.local import rendezvous
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
-from a3po_megatron.model.family import family_of, read_family
+from a3po_megatron.model.facts import facts_of, read_facts
 from a3po_megatron.reward.math import grade
 from a3po_megatron.schedule.packing import pack
 from a3po_megatron.weights.load import check_checkpoint
@@ -45,7 +45,7 @@ def test_an_index_that_names_the_wrong_file_is_refused_by_tensor_and_file(tmp_pa
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     with pytest.raises(RequestError, match=rf"b.safetensors: {names[0]} is said to be in this file"):
-        check_checkpoint(folder, read_family(folder))
+        check_checkpoint(folder, read_facts(folder))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(tmp_path: Path, change
     folder = make_checkpoint(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | change
     with pytest.raises(RequestError, match=said):
-        family_of(config, "config.json")
+        facts_of(config, "config.json")
 
 
 @pytest.mark.parametrize("pull", [2.0, -3.0])

@@ -16,7 +16,7 @@ from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
 from a3po_megatron.config import AdvantageOptions, RolloutOptions
 from a3po_megatron.errors import RequestError, RunFailed
-from a3po_megatron.model.family import Experts
+from a3po_megatron.model.facts import Experts
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.metrics import METRICS
@@ -177,7 +177,7 @@ def test_a_step_that_is_done_again_takes_routes_and_their_rate_from_the_journal_
 # --- what the engine says ------------------------------------------------------------------------------------------
 
 
-def family(count: int = 8) -> Any:
+def facts(count: int = 8) -> Any:
     return SimpleNamespace(layers=3, experts=Experts(count, 2, 24, True))
 
 
@@ -186,11 +186,11 @@ def said(tokens: int = 4) -> np.ndarray:
 
 
 def test_routes_of_the_right_shape_are_taken_as_they_are() -> None:
-    assert np.array_equal(checked_routes(said(), 4, family()), said())
-    assert checked_routes(said(0), 0, family()).shape == (0, 3, 2)
+    assert np.array_equal(checked_routes(said(), 4, facts()), said())
+    assert checked_routes(said(0), 0, facts()).shape == (0, 3, 2)
     highest = said()
     highest[1, 2] = [255, 254]
-    assert np.array_equal(checked_routes(highest, 4, family(256)), highest)
+    assert np.array_equal(checked_routes(highest, 4, facts(256)), highest)
 
 
 def test_routes_of_more_than_256_experts_have_two_bytes_and_reach_the_routers_as_they_are() -> None:
@@ -199,9 +199,9 @@ def test_routes_of_more_than_256_experts_have_two_bytes_and_reach_the_routers_as
 
     wide = said().astype(np.uint16)
     wide[1, 2] = [511, 300]
-    assert np.array_equal(checked_routes(wide, 4, family(512)), wide)
+    assert np.array_equal(checked_routes(wide, 4, facts(512)), wide)
     with pytest.raises(RunFailed, match="uint8, not .* uint16"):
-        checked_routes(said(), 4, family(512))
+        checked_routes(said(), 4, facts(512))
     packed = micro_batch([((3, 4), (5, 6, 7))], [0], routed=[(0, wide)])
     assert packed.routes is not None
     assert packed.routes[:4].tolist() == wide.tolist()
@@ -230,7 +230,7 @@ def _altered(token: int, layer: int, experts: list[int]) -> np.ndarray:
 )
 def test_routes_that_the_engine_cannot_have_chosen_end_the_run_by_name(routes: Any, named: str) -> None:
     with pytest.raises(RunFailed, match="rollout.routing_replay: vLLM returned") as caught:
-        checked_routes(routes, 4, family())
+        checked_routes(routes, 4, facts())
     assert named in str(caught.value)
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from a3po_megatron.model.family import Family, family_of, read_family
+from a3po_megatron.model.facts import ModelFacts, facts_of, read_facts
 from a3po_megatron.model.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, Piece, hf_tensors, padded_vocab, pieces
 from a3po_megatron.rollout.engine import local_experts
 from a3po_megatron.weights import reshard
@@ -44,7 +44,7 @@ property_test = settings(deadline=None, max_examples=25, suppress_health_check=[
 class Case:
     """One of `replicas` replicas of a learner, and engines over `engine` neighbouring ranks that share experts."""
 
-    family: Family
+    facts: ModelFacts
     layout: Layout
     engine: int = 1
     bucket: int = 300
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def count(self) -> int:
-        return self.family.experts.count if self.family.experts else 0
+        return self.facts.experts.count if self.facts.experts else 0
 
     @property
     def ranks(self) -> range:
@@ -72,17 +72,17 @@ class Case:
         return part is None or int(part[1]) // share == self.global_rank(rank) % self.engine
 
     def pieces(self) -> list[tuple[Piece, ...]]:
-        return [pieces(self.family, self.layout, place) for place in self.layout.places()]
+        return [pieces(self.facts, self.layout, place) for place in self.layout.places()]
 
     def plan(self, **changes: Any) -> Plan:
-        case, order = dataclasses.replace(self, **changes), list(hf_tensors(self.family))
+        case, order = dataclasses.replace(self, **changes), list(hf_tensors(self.facts))
         return plan(case.layout, case.pieces(), order, case.bucket, DTYPE.itemsize, case.experts())
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     drawn = layouts().map(lambda drawn: Case(*drawn))
-    case = draw(drawn.filter(lambda c: len(c.ranks) <= 32 and len(c.ranks) * len(hf_tensors(c.family)) <= 4000))
+    case = draw(drawn.filter(lambda c: len(c.ranks) <= 32 and len(c.ranks) * len(hf_tensors(c.facts)) <= 4000))
     case = dataclasses.replace(case, replicas=draw(st.integers(1, 3)))
     world = len(case.ranks) * case.replicas
     engines = [size for size in (1, 2, 4) if size == 1 or (case.count and world % size == case.count % size == 0)]
@@ -109,7 +109,7 @@ def shards(mine: tuple[Piece, ...], hf: dict[str, Tensor]) -> dict[tuple[int, st
 
 def run(case: Case, consume: Callable[[FakeDist, int, Any], Any] | None = None) -> tuple[list[Any], FakeDist]:
     """consume(fake, rank, stream) of every rank, where stream(plan, allocate) is its `gather`; None: a list of that."""
-    fake, hf, the_plan = FakeDist(), numbered(case.family), case.plan()
+    fake, hf, the_plan = FakeDist(), numbered(case.facts), case.plan()
     parameters = [shards(mine, hf) for mine in case.pieces()]
     groups = replica_groups(fake, case.layout, case.global_rank)
     by_global = {case.global_rank(rank): rank for rank in case.ranks}
@@ -126,14 +126,14 @@ def run(case: Case, consume: Callable[[FakeDist, int, Any], Any] | None = None) 
 
 
 def wanted(case: Case) -> list[dict[str, Tensor]]:
-    hf = {name: value.to(DTYPE) for name, value in numbered(case.family).items()}
+    hf = {name: value.to(DTYPE) for name, value in numbered(case.facts).items()}
     return [{name: value for name, value in hf.items() if case.needs(rank, name)} for rank in case.ranks]
 
 
 def fused(case: Case, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     """HF tensors with every layer's experts packed, said literally."""
     found = {name: value for name, value in hf.items() if ".experts." not in name}
-    for layer in range(case.family.layers):
+    for layer in range(case.facts.layers):
         prefix = f"model.layers.{layer}.mlp.experts."
         parts = [[hf[f"{prefix}{e}.{kind}_proj.weight"] for e in range(case.count)] for kind in ("gate", "up", "down")]
         gate_up = [torch.cat(pair) for pair in zip(parts[0], parts[1], strict=True)]
@@ -166,15 +166,15 @@ def test_a_rank_receives_what_it_needs_and_lacks_and_what_it_relays_to_its_exper
     - with engines that share experts: the experts of its column from other stages that another rank of its group needs
     - in a tied model of three or more stages, on the last one: its slice of the embedding, which goes to all others
     """
-    layout, family, the_plan, (_, fake) = case.layout, case.family, case.plan(), run(case)
-    unused = (padded_vocab(family, layout.tensor) - family.vocab) * family.hidden * (1 if family.tied else 2)
-    shapes, places, held = hf_tensors(family), layout.places(), case.pieces()
+    layout, facts, the_plan, (_, fake) = case.layout, case.facts, case.plan(), run(case)
+    unused = (padded_vocab(facts, layout.tensor) - facts.vocab) * facts.hidden * (1 if facts.tied else 2)
+    shapes, places, held = hf_tensors(facts), layout.places(), case.pieces()
     needed = [{name for name in shapes if case.needs(rank, name)} for rank in case.ranks]
     for rank, place in enumerate(places):
         lacked = sum(math.prod(shapes[name]) for name in needed[rank])
         lacked -= sum(piece.numel for piece in held[rank] if piece.tensor in needed[rank])
         relayed = 0
-        if family.tied and layout.pipeline > 2 and place.pipeline == layout.pipeline - 1:
+        if facts.tied and layout.pipeline > 2 and place.pipeline == layout.pipeline - 1:
             relayed += sum(piece.numel for piece in held[rank] if piece.tensor == EMBEDDING)
         for source in range(layout.pipeline):
             for piece in held[source * layout.stage_ranks + rank % layout.stage_ranks]:
@@ -186,10 +186,10 @@ def test_a_rank_receives_what_it_needs_and_lacks_and_what_it_relays_to_its_exper
         assert fake.padding[case.global_rank(rank)] <= unused
 
 
-def small(experts: int = 0, layers: int = 3, tied: bool = False) -> Family:
+def small(experts: int = 0, layers: int = 3, tied: bool = False) -> ModelFacts:
     sizes = {"hidden_size": 6, "intermediate_size": 12, "head_dim": 2, "num_hidden_layers": layers, "vocab_size": 9}
     moe = MOE | {"num_experts": experts, "moe_intermediate_size": 4} if experts else {}
-    return family_of(CONFIG | moe | sizes | {"tie_word_embeddings": tied}, "config.json")
+    return facts_of(CONFIG | moe | sizes | {"tie_word_embeddings": tied}, "config.json")
 
 
 @pytest.mark.parametrize("replica", [0, 2])
@@ -204,13 +204,13 @@ def test_replicated_weights_and_experts_shared_alike_do_not_move(experts: int, e
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layout", [Layout(1, 2), Layout(1, 2, 2, stages=(1, 2, 1, 1)), Layout(1, 4, scheme="te")])
 def test_without_tensor_parallelism_a_rank_receives_the_tensors_of_other_stages(layout: Layout, tied: bool) -> None:
-    family = small(layers=5, tied=tied)
-    _, fake = run(Case(family, layout))
+    facts = small(layers=5, tied=tied)
+    _, fake = run(Case(facts, layout))
     for stage in range(layout.pipeline):
         own = {f"model.layers.{layer}." for chunk in layout.chunk_layers(5, stage) for layer in chunk}
         own |= {FINAL_NORM, HEAD} if stage == layout.pipeline - 1 else set()
         own |= {EMBEDDING} if stage == 0 or (tied and layout.pipeline == 2) else set()
-        others = [shape for name, shape in hf_tensors(family).items() if not name.startswith(tuple(own))]
+        others = [shape for name, shape in hf_tensors(facts).items() if not name.startswith(tuple(own))]
         assert fake.received[stage] == sum(map(math.prod, others))
         assert fake.padding[stage] == 0
 
@@ -247,13 +247,13 @@ def test_a_bucket_takes_one_call_per_group_and_hop_and_all_ranks_of_a_group_make
 def test_buckets_are_bounded_and_hold_neighbours_of_one_stage_in_the_order_of_the_layers(case: Case) -> None:
     layout, the_plan = case.layout, case.plan()
     travelled = [tensor for bucket in the_plan.buckets for tensor in bucket.tensors]
-    shapes = hf_tensors(case.family)
+    shapes = hf_tensors(case.facts)
     assert sorted(travelled) == sorted(shapes.items())
     assert by_layer(name for name, _ in travelled) == by_layer(shapes)
     stage_of = {EMBEDDING: 0, FINAL_NORM: layout.pipeline - 1, HEAD: layout.pipeline - 1}
     for stage in range(layout.pipeline):
-        for layer in (layer for chunk in layout.chunk_layers(case.family.layers, stage) for layer in chunk):
-            stage_of |= {name: stage for name in hf_tensors(case.family) if name.startswith(f"model.layers.{layer}.")}
+        for layer in (layer for chunk in layout.chunk_layers(case.facts.layers, stage) for layer in chunk):
+            stage_of |= {name: stage for name in hf_tensors(case.facts) if name.startswith(f"model.layers.{layer}.")}
     for bucket in the_plan.buckets:
         assert {stage_of[name] for name, _ in bucket.tensors} == {bucket.stage}
         size = DTYPE.itemsize * sum(math.prod(shape) for _, shape in bucket.tensors)
@@ -266,7 +266,7 @@ def test_no_tensor_is_reused_and_experts_are_fused_once_they_are_complete(case: 
     fuses = case.count > 0 and case.engine == 1
 
     def hold(fake: FakeDist, rank: int, stream: Any) -> list[tuple[str, Tensor]]:
-        experts, held = FusedExperts(case.family), []
+        experts, held = FusedExperts(case.facts), []
         for name, value in experts.fuse(stream(allocate=experts.allocate)):
             assert torch.equal(value, want[name]), f"{name} is handed on too early"
             held.append((name, value))
@@ -289,7 +289,7 @@ def test_fused_experts_come_with_their_last_part_in_any_order_and_other_tensors_
     case = Case(small(4, layers=2), Layout())
     (hf,) = wanted(case)
     order = data.draw(st.permutations(list(hf)))
-    experts, given_in, passed = FusedExperts(case.family), [], {}
+    experts, given_in, passed = FusedExperts(case.facts), [], {}
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name in order:
@@ -311,12 +311,12 @@ def test_fused_experts_come_with_their_last_part_in_any_order_and_other_tensors_
 
 def test_fused_experts_are_packed_as_transformers_packs_them(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3_moe")
-    hf, family = load_file(tmp_path / "model.safetensors"), read_family(tmp_path)
+    hf, facts = load_file(tmp_path / "model.safetensors"), read_facts(tmp_path)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
-    experts = FusedExperts(family)
+    experts = FusedExperts(facts)
     stream = ((n, experts.allocate(n, tuple(v.shape), v.dtype, v.device).copy_(v)) for n, v in hf.items())
     found = dict(experts.fuse(stream))
-    assert sum(name.endswith("experts.gate_up_proj") for name in found) == family.layers
+    assert sum(name.endswith("experts.gate_up_proj") for name in found) == facts.layers
     assert all(torch.equal(value, packed[name]) for name, value in found.items())
 
 
@@ -341,8 +341,8 @@ def test_other_layouts_have_other_digests() -> None:
 def test_every_tensor_of_a_published_model_is_in_one_bucket_of_its_plan(shape: tuple[int, int], engine: int) -> None:
     layout = Layout(4, 8, expert=shape[0], expert_tensor=shape[1], scheme="te")
     config = json.loads(Path(str(DATA), "model_configs", "Qwen3-235B-A22B.config.json").read_text())
-    case = Case(family_of(config, "config.json"), layout, engine, bucket=256 << 20)
-    the_plan, shapes = case.plan(), hf_tensors(case.family)
+    case = Case(facts_of(config, "config.json"), layout, engine, bucket=256 << 20)
+    the_plan, shapes = case.plan(), hf_tensors(case.facts)
     travelled = [tensor for bucket in the_plan.buckets for tensor in bucket.tensors]
     assert sorted(travelled) == sorted(shapes.items())
     assert by_layer(name for name, _ in travelled) == by_layer(shapes)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a3po_megatron.checkpoint.journal import journal_files, read_frames, write_frame
-from a3po_megatron.checkpoint.manifest import read_manifest
+from a3po_megatron.run.journal import journal_files, read_frames, write_frame
+from a3po_megatron.run.manifest import read_manifest
 from tests import resume_tools as tools
 from tests.resume_tools import LAYOUTS, STEPS, VOLATILE, Interrupt
 
@@ -148,7 +148,7 @@ def test_two_ranks_of_one_engine_leave_a_rollout_together_and_the_run_ends_as_if
     assert time.monotonic() - began < tools.RUN_SECONDS / 2, "one of them waited for the other"
     assert tools.saved_steps(folder) == 3
     for rank in (0, 1):  # where each was when it left, from its traceback
-        assert "rollout/collect.py" in (folder / "logs" / f"rank-{rank}.log").read_text(), rank
+        assert "rollout/intake.py" in (folder / "logs" / f"rank-{rank}.log").read_text(), rank
     tools.trained(folder, *TP2, *ONE_ENGINE)
     tools.assert_same_run(folder, wanted)
     assert tools.rows_of(folder)[3]["perf/recalled_groups"] < tools.groups_sampled(folder)[3]

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
-from a3po_megatron.model.family import Family
+from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import Layout, Piece, pieces
 
 VOCAB = 67  # odd: every tensor-parallel size pads it
@@ -92,10 +92,10 @@ def save_tokenizer(folder: Path, vocab: int) -> None:
     fast.save_pretrained(folder)
 
 
-def tensor_pieces(family: Family, tensor: int, rank: int) -> tuple[Piece, ...]:
+def tensor_pieces(facts: ModelFacts, tensor: int, rank: int) -> tuple[Piece, ...]:
     """The map of one rank where only tensor parallelism splits the model."""
     layout = Layout(tensor=tensor)
-    return pieces(family, layout, layout.place(0, rank))
+    return pieces(facts, layout, layout.place(0, rank))
 
 
 def make_collected(groups: int, size: int, seed: int = 0, vocab: int = VOCAB) -> Collected:

@@ -39,15 +39,15 @@ def measure(folder: Path, saves: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from a3po_megatron.checkpoint.store import Saving
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.ranks.groups import connect
+    from a3po_megatron.run.store import Saving
 
     config = load_resolved(folder / "config.yaml")
     cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)
-    learner = Learner(cluster, read_family(config.model.path), config)
+    learner = Learner(cluster, read_facts(config.model.path), config)
     rows: list[dict[str, float]] = []
     for number in range(saves + 1):
         target = folder / f"save-{number}"

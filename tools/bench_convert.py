@@ -28,10 +28,10 @@ from pathlib import Path
 
 import torch
 
-from a3po_megatron.checkpoint.safetensors import bytes_of, write_file
-from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.convert.convert import ExportOptions, export_checkpoint, import_checkpoint
+from a3po_megatron.files.safetensors import bytes_of, write_file
+from a3po_megatron.model.facts import ModelFacts, read_facts
 from a3po_megatron.model.layout import Layout, Place, hf_tensors, pieces
-from a3po_megatron.weights.convert import ExportOptions, export_checkpoint, import_checkpoint
 from a3po_megatron.weights.export import export_stream
 from a3po_megatron.weights.load import load_shards
 from a3po_megatron.weights.reshard import Groups, gather, plan
@@ -57,16 +57,16 @@ CONFIG = {
 }
 
 
-def make_model(folder: Path, layers: int) -> Family:
+def make_model(folder: Path, layers: int) -> ModelFacts:
     """Random bf16 weights: every bit pattern of the mantissa, no special values."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-    family = read_family(folder)
-    shapes = hf_tensors(family)
+    facts = read_facts(folder)
+    shapes = hf_tensors(facts)
     generator = torch.Generator().manual_seed(0)
     parts = (torch.randn(shape, generator=generator, dtype=torch.float32).bfloat16() for shape in shapes.values())
     write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.bfloat16), parts)
-    return family
+    return facts
 
 
 def sync(folder: Path) -> None:
@@ -92,18 +92,18 @@ def silent(total: int) -> Callable[[int], None]:
     return lambda amount: None
 
 
-def load_and_save(source: Path, target: Path, family: Family) -> None:
+def load_and_save(source: Path, target: Path, facts: ModelFacts) -> None:
     layout = Layout()
-    mine = pieces(family, layout, Place())
+    mine = pieces(facts, layout, Place())
     shapes: dict[tuple[int, str], list[int]] = {}
     for piece in mine:
         shape = shapes.setdefault(piece.key, list(piece.shape))
         shape[piece.dim] = max(shape[piece.dim] if piece.offset else 0, piece.offset + piece.length)
     parameters = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
-    load_shards(source, family, mine, parameters)
-    whole = plan(layout, [mine], list(hf_tensors(family)), 256 << 20, 2, [(0, 0)])
+    load_shards(source, facts, mine, parameters)
+    whole = plan(layout, [mine], list(hf_tensors(facts)), 256 << 20, 2, [(0, 0)])
     stream = gather(whole, parameters, Groups(0, 0), torch.bfloat16)
-    export_stream(stream, hf_tensors(family), torch.bfloat16, source, target)
+    export_stream(stream, hf_tensors(facts), torch.bfloat16, source, target)
 
 
 def peer(source: Path, target: Path) -> None:
@@ -126,9 +126,9 @@ def peer(source: Path, target: Path) -> None:
         "MASTER_PORT": str(free_port()),
     }
     connect(ParallelOptions(), ClusterOptions(), 1, 0)
-    family = read_family(source)
+    facts = read_facts(source)
     options = ModelOptions(path=str(source), dtype="bfloat16")
-    model = build_model(family, Layout(), transformer_config(family, ParallelOptions(), options, MegatronOptions()))
+    model = build_model(facts, Layout(), transformer_config(facts, ParallelOptions(), options, MegatronOptions()))
     # mbridge knows Transformer Engine's names: the model's own, seen through them.
     bridge = AutoBridge.from_pretrained(str(source))
     names = {
@@ -189,7 +189,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-convert-") as place:
         folder = Path(place)
         source = folder / "hf"
-        family = make_model(source, options.layers)
+        facts = make_model(source, options.layers)
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         import_checkpoint(source, folder / "checkpoint", 1, 64 << 20, silent)
         target, workers, bucket = folder / "out", options.workers, options.bucket_bytes
@@ -199,7 +199,7 @@ def main() -> None:
             "export": lambda: timed(
                 lambda: void(export_checkpoint(folder / "checkpoint", target, ExportOptions(workers, bucket), silent))
             ),
-            "load + save": lambda: timed(lambda: load_and_save(source, target, family)),
+            "load + save": lambda: timed(lambda: load_and_save(source, target, facts)),
         }
         if options.mbridge:
             arms["mbridge load + save"] = lambda: run_peer(source, target, options.mbridge)

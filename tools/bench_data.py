@@ -69,7 +69,7 @@ def start(options: argparse.Namespace) -> None:
     from a3po_megatron.config import DataOptions
     from a3po_megatron.data.prompts import Prompts
     from a3po_megatron.data.tokens import Tokens
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.facts import read_facts
 
     data = DataOptions(
         path=str(options.folder / "rows.jsonl"),
@@ -78,8 +78,8 @@ def start(options: argparse.Namespace) -> None:
         unreadable_golds="drop",
         cache=str(options.folder / "cache"),
     )
-    family = read_family(str(options.tokenizer))
-    tokens = Tokens.of(data, options.tokenizer, family.vocab, family.eos)
+    facts = read_facts(str(options.tokenizer))
+    tokens = Tokens.of(data, options.tokenizer, facts.vocab, facts.eos)
     imported = time.perf_counter() - begin
     prompts = Prompts(data, tokens, 0, options.limit, check_golds=True)
     prompts.take(128)

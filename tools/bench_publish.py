@@ -39,7 +39,7 @@ def measure(folder: Path, publishes: int) -> None:
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
     from a3po_megatron.model.build import DTYPES
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.model.layout import layout_of
     from a3po_megatron.ranks.groups import connect
     from a3po_megatron.rollout.engine import local_experts
@@ -49,14 +49,14 @@ def measure(folder: Path, publishes: int) -> None:
     config = load_resolved(folder / "config.yaml")
     cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)
     path = Path(config.model.path)
-    family = read_family(path)
-    engine = VllmEngine(path, family, family.eos, config.rollout, DTYPES[config.model.known_dtype()], cluster.backend)
-    learner = Learner(cluster, family, config)
-    count, rollout = family.experts.count if family.experts else 0, config.rollout
+    facts = read_facts(path)
+    engine = VllmEngine(path, facts, facts.eos, config.rollout, DTYPES[config.model.known_dtype()], cluster.backend)
+    learner = Learner(cluster, facts, config)
+    count, rollout = facts.experts.count if facts.experts else 0, config.rollout
     canary = [tuple(range(2 + n, 12 + n)) for n in range(config.publish.canary_prompts)]
     publisher = Publisher(
         cluster,
-        family,
+        facts,
         layout_of(config.parallel, cluster.backend.spec),
         config.publish,
         canary,

@@ -39,13 +39,13 @@ def make_model(folder: Path) -> None:
     """Random weights of a size at which bytes count, with a configuration and nothing else."""
     import torch
 
-    from a3po_megatron.checkpoint.safetensors import write_file
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.files.safetensors import write_file
+    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.model.layout import hf_tensors
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SIZES))
-    shapes = hf_tensors(read_family(folder))
+    shapes = hf_tensors(read_facts(folder))
     generator = torch.Generator().manual_seed(0)
     parts = (0.02 * torch.randn(shape, generator=generator) for shape in shapes.values())
     write_file(folder, "model.safetensors", shapes, dict.fromkeys(shapes, torch.float32), parts)

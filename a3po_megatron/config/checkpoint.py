@@ -1,4 +1,4 @@
-"""Settings of `checkpoint/`: when a run saves, what it keeps, and when it must end."""
+"""Settings of `run/`: when a run saves, what it keeps, and when it must end."""
 
 from __future__ import annotations
 

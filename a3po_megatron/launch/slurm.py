@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.interrupt import LEAD
-from ..checkpoint.manifest import Torn, read_manifest, saved_steps
 from ..config import Config, save_resolved
 from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
 from ..ranks.topology import topology_of
+from ..run.manifest import Torn, read_manifest, saved_steps
+from ..run.stop import LEAD
 from .folder import check_same, hold, started_with
 from .site import check_site, sbatch, try_out
 

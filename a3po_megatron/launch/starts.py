@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..checkpoint.journal import journal_files
-from ..checkpoint.manifest import saved_steps, step_of
+from ..run.journal import journal_files
+from ..run.manifest import saved_steps, step_of
 
 RECORD = "starts.json"  # in logs/
 

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from ..checkpoint.manifest import saved_steps, step_of
 from ..config import Config, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..ranks.topology import topology_of
+from ..run.manifest import saved_steps, step_of
 from ..telemetry.watchdog import position, stalled
 from .folder import LOCK
 from .tables import runs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..weights.verify import Verified
+    from ..convert.verify import Verified
 
 
 def layout_tables(found: Verified) -> Iterator[Table]:

@@ -29,17 +29,17 @@ from torch import Tensor
 
 from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
 from ..batch import Batch, Rollout
-from ..checkpoint.store import SHARDING, load_sharded
 from ..compat.megatron import GATHERED, prime
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
 from ..model.build import build_model, transformer_config
-from ..model.family import Family
+from ..model.facts import ModelFacts
 from ..model.layout import layout_of, pieces
 from ..model.precision import token_grain
 from ..ranks.agree import first
 from ..ranks.groups import Cluster
+from ..run.store import SHARDING, load_sharded
 from ..schedule.packing import pack, token_multiple
 from ..telemetry.clock import phase
 from ..weights.load import load_shards
@@ -53,17 +53,17 @@ _SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
 
 
 class Learner:
-    def __init__(self, cluster: Cluster, family: Family, config: Config, checkpoint: Path | None = None) -> None:
+    def __init__(self, cluster: Cluster, facts: ModelFacts, config: Config, checkpoint: Path | None = None) -> None:
         """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
-        self.cluster, self.family = cluster, family
+        self.cluster, self.facts = cluster, facts
         self.objective, self.correction = config.objective, config.correction
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
         self.layout = layout_of(config.parallel, cluster.backend.spec)
-        self.pieces = pieces(family, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
+        self.pieces = pieces(facts, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
         settings = transformer_config(
-            family, config.parallel, config.model, config.megatron, config.learner, cluster.backend
+            facts, config.parallel, config.model, config.megatron, config.learner, cluster.backend
         )
-        chunks = build_model(family, self.layout, settings, cluster.backend)
+        chunks = build_model(facts, self.layout, settings, cluster.backend)
         if checkpoint is None:
             self._read(Path(config.model.path), _named(chunks))
         self.chunks = [
@@ -83,7 +83,7 @@ class Learner:
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.replay = config.rollout.routing_replay
-        self.pipeline = Pipeline(cluster, self.chunks, family.vocab, self.replay)
+        self.pipeline = Pipeline(cluster, self.chunks, facts.vocab, self.replay)
         self.arena = Arena(self.chunks, self.optimizer, cluster.backend.local())
         if checkpoint is not None:
             self._load(checkpoint)
@@ -97,7 +97,7 @@ class Learner:
         mine = {key: parameters[key] for key, group in copies.items() if group.rank() == 0}
         failure = None
         try:
-            load_shards(folder, self.family, [piece for piece in self.pieces if piece.key in mine], mine)
+            load_shards(folder, self.facts, [piece for piece in self.pieces if piece.key in mine], mine)
         except RequestError as error:
             failure = str(error)
         if wrong := self.cluster.agree("weights read", failure, first):

@@ -22,7 +22,7 @@ from ..config import LearnerOptions, MegatronOptions, ModelOptions, ParallelOpti
 from ..config.passed import check_passed
 from ..errors import RequestError
 from ..ranks.backend import CPU, Backend
-from .family import Family
+from .facts import ModelFacts
 from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm
 from .precision import megatron_settings
@@ -48,7 +48,7 @@ OWNED = {
 
 
 def transformer_config(
-    family: Family,
+    facts: ModelFacts,
     parallel: ParallelOptions,
     options: ModelOptions,
     megatron: MegatronOptions,
@@ -57,25 +57,25 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
     layout = layout_of(parallel)
-    check_layout(family, layout)
+    check_layout(facts, layout)
     dtype = DTYPES[options.known_dtype()]
     ours: dict[str, Any] = {
-        "num_layers": family.layers,
-        "hidden_size": family.hidden,
-        "ffn_hidden_size": family.ffn,
-        "num_attention_heads": family.heads,
-        "num_query_groups": family.kv_heads,
-        "kv_channels": family.head_dim,
+        "num_layers": facts.layers,
+        "hidden_size": facts.hidden,
+        "ffn_hidden_size": facts.ffn,
+        "num_attention_heads": facts.heads,
+        "num_query_groups": facts.kv_heads,
+        "kv_channels": facts.head_dim,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": family.norm_eps,
-        "qk_layernorm": family.qk_norm,
-        "add_qkv_bias": family.qkv_bias,
+        "layernorm_epsilon": facts.norm_eps,
+        "qk_layernorm": facts.qk_norm,
+        "add_qkv_bias": facts.qkv_bias,
         "add_bias_linear": False,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "softmax_scale": softmax_scale(family),
+        "softmax_scale": softmax_scale(facts),
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "context_parallel_size": parallel.context,
@@ -108,23 +108,23 @@ def transformer_config(
         "batch_p2p_sync": False,
     }
     if parallel.pipeline > 1:
-        ours["pipeline_model_parallel_layout"] = _stages(family, layout)
-    if family.experts is not None:
+        ours["pipeline_model_parallel_layout"] = _stages(facts, layout)
+    if facts.experts is not None:
         ours |= {
-            "num_moe_experts": family.experts.count,
-            "moe_router_topk": family.experts.per_token,
-            "moe_ffn_hidden_size": family.experts.ffn,
+            "num_moe_experts": facts.experts.count,
+            "moe_router_topk": facts.experts.per_token,
+            "moe_ffn_hidden_size": facts.experts.ffn,
             "moe_router_score_function": "softmax",
             # HF takes the softmax over all experts and then, if norm_topk_prob, makes the chosen ones sum to 1:
             # the same as a softmax over the chosen logits.
-            "moe_router_pre_softmax": not family.experts.norm_topk,
+            "moe_router_pre_softmax": not facts.experts.norm_topk,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": layout.etp,
             "moe_grouped_gemm": backend.spec == "te",
         }
-    ours |= megatron_settings(learner, family.experts is not None)
+    ours |= megatron_settings(learner, facts.experts is not None)
     fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
     check_passed("megatron.extra", megatron.extra, fields, OWNED | ours.keys(), "Megatron's TransformerConfig")
     try:
@@ -133,27 +133,27 @@ def transformer_config(
         raise RequestError(f"megatron.extra: Megatron refuses this configuration: {error}") from error
 
 
-def build_model(family: Family, layout: Layout, config: TransformerConfig, backend: Backend = CPU) -> list[GPT]:
+def build_model(facts: ModelFacts, layout: Layout, config: TransformerConfig, backend: Backend = CPU) -> list[GPT]:
     """This rank's model chunks (one, without virtual stages), with weights that are still to be loaded."""
     spec = _te_spec if backend.spec == "te" else _local_spec
     chunks = []
     rank = parallel_state.get_pipeline_model_parallel_rank()
-    for chunk, layers in enumerate(layout.chunk_layers(family.layers, rank)):
+    for chunk, layers in enumerate(layout.chunk_layers(facts.layers, rank)):
         with output_layer_without_apex():
             model = GPT(
                 config,
                 spec(config, len(layers)),
-                vocab_size=padded_vocab(family, layout.tensor),
-                max_sequence_length=family.max_positions,
+                vocab_size=padded_vocab(facts, layout.tensor),
+                max_sequence_length=facts.max_positions,
                 pre_process=rank == 0 and chunk == 0,
                 post_process=rank == layout.pipeline - 1 and chunk == layout.virtual - 1,
-                share_embeddings_and_output_weights=family.tied,
+                share_embeddings_and_output_weights=facts.tied,
                 position_embedding_type="rope",
-                rotary_base=int(family.rope_theta),
+                rotary_base=int(facts.rope_theta),
                 vp_stage=chunk if layout.virtual > 1 else None,
             )
         # Megatron takes an integer base and hard-codes the scaled variant; the frequencies themselves are the truth.
-        model.rotary_pos_emb.inv_freq = rope_frequencies(family).to(backend.local())
+        model.rotary_pos_emb.inv_freq = rope_frequencies(facts).to(backend.local())
         refuse_buffers(model)
         chunks.append((model.bfloat16() if config.bf16 else model).to(backend.local()))
     return chunks
@@ -171,16 +171,16 @@ def refuse_buffers(model: torch.nn.Module) -> None:
                 )
 
 
-def rope_frequencies(family: Family) -> torch.Tensor:
+def rope_frequencies(facts: ModelFacts) -> torch.Tensor:
     """Inverse frequencies [head_dim / 2] float32, scaled as the HF config says (Llama 3.1, arXiv 2407.21783; YaRN)."""
-    exponent = torch.arange(0, family.head_dim, 2, dtype=torch.float32) / family.head_dim
-    periods = family.rope_theta**exponent
+    exponent = torch.arange(0, facts.head_dim, 2, dtype=torch.float32) / facts.head_dim
+    periods = facts.rope_theta**exponent
     plain = 1.0 / periods
-    scaling = family.rope_scaling
+    scaling = facts.rope_scaling
     if scaling is None:
         return plain
     if isinstance(scaling, Yarn):
-        kept = 1 - _yarn_blend(family, scaling)
+        kept = 1 - _yarn_blend(facts, scaling)
         return 1.0 / (scaling.factor * periods) * (1 - kept) + plain * kept
     wavelength = 2 * math.pi / plain
     turns = scaling.original_max_positions / wavelength  # within the original context
@@ -189,36 +189,36 @@ def rope_frequencies(family: Family) -> torch.Tensor:
     return (1 - blend) * plain / scaling.factor + blend * plain
 
 
-def _yarn_blend(family: Family, yarn: Yarn) -> torch.Tensor:
+def _yarn_blend(facts: ModelFacts, yarn: Yarn) -> torch.Tensor:
     """How far each frequency [head_dim / 2] is scaled, 0 to 1 (transformers' modeling_rope_utils.py; YaRN's gamma)."""
 
     def dimension(turns: float) -> float:
         """The dimension whose frequency turns so often within the original context."""
-        share = math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(family.rope_theta))
-        return family.head_dim * share
+        share = math.log(yarn.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(facts.rope_theta))
+        return facts.head_dim * share
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, family.head_dim - 1)
+    low, high = max(low, 0), min(high, facts.head_dim - 1)
     if low == high:
         high += 0.001
-    return ((torch.arange(family.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return ((torch.arange(facts.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
-def softmax_scale(family: Family) -> float:
+def softmax_scale(facts: ModelFacts) -> float:
     """By what attention multiplies products of queries and keys.
 
     YaRN lets cosines and sines grow by its attention factor, that is, queries and keys each. Megatron-Core 0.16.1 has
     a YaRN of its own, which knows no attention factor but that of the formula, nor another base than a whole number.
     """
-    grown = family.rope_scaling.attention_factor if isinstance(family.rope_scaling, Yarn) else 1.0
-    return grown**2 / math.sqrt(family.head_dim)
+    grown = facts.rope_scaling.attention_factor if isinstance(facts.rope_scaling, Yarn) else 1.0
+    return grown**2 / math.sqrt(facts.head_dim)
 
 
-def _stages(family: Family, layout: Layout) -> list[list[str]]:
+def _stages(facts: ModelFacts, layout: Layout) -> list[list[str]]:
     """Megatron's own form of a pipeline layout: what each chunk holds, in the order of the model."""
-    by_rank = [layout.chunk_layers(family.layers, rank) for rank in range(layout.pipeline)]
+    by_rank = [layout.chunk_layers(facts.layers, rank) for rank in range(layout.pipeline)]
     chunks = [["decoder"] * len(by_rank[rank][v]) for v in range(layout.virtual) for rank in range(layout.pipeline)]
     chunks[0].insert(0, "embedding")
     chunks[-1].append("loss")

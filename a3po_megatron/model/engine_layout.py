@@ -15,16 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from .family import Family
+from .facts import ModelFacts
 from .layout import EMBEDDING, FINAL_NORM, HEAD, Piece
 
 VOCAB_MULTIPLE = 64
 _EXPERTS = ".mlp.experts.routed_experts."
 
 
-def engine_pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) -> tuple[Piece, ...]:
+def engine_pieces(facts: ModelFacts, tensor: int, rank: int, experts: tuple[int, int]) -> tuple[Piece, ...]:
     """The map of one rank of an engine of `tensor` ranks; `experts`: first and last + 1 of those it holds."""
-    return tuple(_pieces(family, tensor, rank, experts))
+    return tuple(_pieces(facts, tensor, rank, experts))
 
 
 def kv_heads_of_rank(kv_heads: int, tensor: int) -> int:
@@ -37,9 +37,9 @@ def kv_heads_of_rank(kv_heads: int, tensor: int) -> int:
     return max(1, kv_heads // tensor)
 
 
-def kv_head_share(family: Family, tensor: int, rank: int) -> tuple[int, int]:
+def kv_head_share(facts: ModelFacts, tensor: int, rank: int) -> tuple[int, int]:
     """Into how many shares keys and values are cut, and which of them a rank has (vLLM's QKVParallelLinear)."""
-    shares = family.kv_heads // kv_heads_of_rank(family.kv_heads, tensor)
+    shares = facts.kv_heads // kv_heads_of_rank(facts.kv_heads, tensor)
     return shares, rank * shares // tensor
 
 
@@ -54,9 +54,9 @@ def experts_apart(parameters: Mapping[str, Tensor]) -> dict[tuple[int, str], Ten
     return found
 
 
-def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) -> Iterator[Piece]:
-    hidden, head_dim = family.hidden, family.head_dim
-    q, kv = family.heads * head_dim, family.kv_heads * head_dim
+def _pieces(facts: ModelFacts, tensor: int, rank: int, experts: tuple[int, int]) -> Iterator[Piece]:
+    hidden, head_dim = facts.hidden, facts.head_dim
+    q, kv = facts.heads * head_dim, facts.kv_heads * head_dim
 
     def whole(name: str, parameter: str, *shape: int) -> Piece:
         return Piece(name, shape, 0, parameter, 0, 0, 0, shape[0], True)
@@ -74,18 +74,18 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
         return Piece(name, (rows, total), 0, parameter, 1, part * share, 0, share, True)
 
     def vocabulary(name: str) -> Iterator[Piece]:
-        share = -(-family.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // tensor
-        length = min(share, family.vocab - rank * share)
+        share = -(-facts.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // tensor
+        length = min(share, facts.vocab - rank * share)
         if length > 0:
-            yield Piece(name, (family.vocab, hidden), 0, name, 0, rank * share, 0, length, True)
+            yield Piece(name, (facts.vocab, hidden), 0, name, 0, rank * share, 0, length, True)
 
-    mine, kv_share = (tensor, rank), kv_head_share(family, tensor, rank)
+    mine, kv_share = (tensor, rank), kv_head_share(facts, tensor, rank)
     yield from vocabulary(EMBEDDING)
-    for layer in range(family.layers):
+    for layer in range(facts.layers):
         prefix = f"model.layers.{layer}."
         attention = f"{prefix}self_attn."
         yield whole(f"{prefix}input_layernorm.weight", f"{prefix}input_layernorm.weight", hidden)
-        for kind in ("weight", "bias") if family.qkv_bias else ("weight",):
+        for kind in ("weight", "bias") if facts.qkv_bias else ("weight",):
             yield from stacked(
                 f"{attention}qkv_proj.{kind}",
                 [
@@ -93,26 +93,26 @@ def _pieces(family: Family, tensor: int, rank: int, experts: tuple[int, int]) ->
                     for name, rows, share in (("q", q, mine), ("k", kv, kv_share), ("v", kv, kv_share))
                 ],
             )
-        if family.qk_norm:
+        if facts.qk_norm:
             for name in ("q_norm", "k_norm"):
                 yield whole(f"{attention}{name}.weight", f"{attention}{name}.weight", head_dim)
         yield columns(f"{attention}o_proj.weight", f"{attention}o_proj.weight", hidden, q)
         norm = f"{prefix}post_attention_layernorm.weight"
         yield whole(norm, norm, hidden)
-        if family.experts is None:
-            parts = [(f"{prefix}mlp.{half}_proj.weight", (family.ffn, hidden), mine) for half in ("gate", "up")]
+        if facts.experts is None:
+            parts = [(f"{prefix}mlp.{half}_proj.weight", (facts.ffn, hidden), mine) for half in ("gate", "up")]
             yield from stacked(f"{prefix}mlp.gate_up_proj.weight", parts)
-            yield columns(f"{prefix}mlp.down_proj.weight", f"{prefix}mlp.down_proj.weight", hidden, family.ffn)
+            yield columns(f"{prefix}mlp.down_proj.weight", f"{prefix}mlp.down_proj.weight", hidden, facts.ffn)
             continue
-        yield whole(f"{prefix}mlp.gate.weight", f"{prefix}mlp.gate.weight", family.experts.count, hidden)
+        yield whole(f"{prefix}mlp.gate.weight", f"{prefix}mlp.gate.weight", facts.experts.count, hidden)
         first, end = experts
         # An expert-parallel engine keeps its experts whole.
-        cut = (1, 0) if end - first < family.experts.count else (tensor, rank)
+        cut = (1, 0) if end - first < facts.experts.count else (tensor, rank)
         for local, number in enumerate(range(first, end)):
-            expert, ffn = f"{prefix}mlp.experts.{number}.", family.experts.ffn
+            expert, ffn = f"{prefix}mlp.experts.{number}.", facts.experts.ffn
             parts = [(f"{expert}{half}_proj.weight", (ffn, hidden), cut) for half in ("gate", "up")]
             yield from stacked(f"{prefix[:-1]}{_EXPERTS}w13_weight.{local}", parts)
             yield columns(f"{expert}down_proj.weight", f"{prefix[:-1]}{_EXPERTS}w2_weight.{local}", hidden, ffn, *cut)
     yield whole(FINAL_NORM, FINAL_NORM, hidden)
-    if not family.tied:
+    if not facts.tied:
         yield from vocabulary(HEAD)

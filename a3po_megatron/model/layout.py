@@ -28,7 +28,7 @@ from typing import Literal
 from ..config import ParallelOptions
 from ..errors import RequestError
 from ..ranks.topology import stage_ranks
-from .family import Family
+from .facts import ModelFacts
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Scheme = Literal["local", "te"]
@@ -125,139 +125,139 @@ def layout_of(parallel: ParallelOptions, scheme: Scheme = "local") -> Layout:
     )
 
 
-def layer_tensors(family: Family, layer: int) -> dict[str, tuple[int, ...]]:
+def layer_tensors(facts: ModelFacts, layer: int) -> dict[str, tuple[int, ...]]:
     """Name → shape of one layer's HF tensors."""
-    hidden, q, kv = family.hidden, family.heads * family.head_dim, family.kv_heads * family.head_dim
+    hidden, q, kv = facts.hidden, facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     prefix = f"model.layers.{layer}."
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}input_layernorm.weight": (hidden,)}
     for name, rows in (("q", q), ("k", kv), ("v", kv)):
         shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
-        if family.qkv_bias:
+        if facts.qkv_bias:
             shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
-    if family.qk_norm:
-        shapes[f"{prefix}self_attn.q_norm.weight"] = (family.head_dim,)
-        shapes[f"{prefix}self_attn.k_norm.weight"] = (family.head_dim,)
+    if facts.qk_norm:
+        shapes[f"{prefix}self_attn.q_norm.weight"] = (facts.head_dim,)
+        shapes[f"{prefix}self_attn.k_norm.weight"] = (facts.head_dim,)
     shapes[f"{prefix}self_attn.o_proj.weight"] = (hidden, q)
     shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-    if family.experts is None:
-        mlps = {f"{prefix}mlp.": family.ffn}
+    if facts.experts is None:
+        mlps = {f"{prefix}mlp.": facts.ffn}
     else:
-        shapes[f"{prefix}mlp.gate.weight"] = (family.experts.count, hidden)
-        mlps = {f"{prefix}mlp.experts.{e}.": family.experts.ffn for e in range(family.experts.count)}
+        shapes[f"{prefix}mlp.gate.weight"] = (facts.experts.count, hidden)
+        mlps = {f"{prefix}mlp.experts.{e}.": facts.experts.ffn for e in range(facts.experts.count)}
     for name, ffn in mlps.items():
         shapes[f"{name}gate_proj.weight"] = shapes[f"{name}up_proj.weight"] = (ffn, hidden)
         shapes[f"{name}down_proj.weight"] = (hidden, ffn)
     return shapes
 
 
-def hf_tensors(family: Family) -> dict[str, tuple[int, ...]]:
+def hf_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
     """Name → shape of every HF tensor, in the order of the layers."""
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (family.vocab, family.hidden)}
-    for layer in range(family.layers):
-        shapes |= layer_tensors(family, layer)
-    shapes[FINAL_NORM] = (family.hidden,)
-    if not family.tied:
-        shapes[HEAD] = (family.vocab, family.hidden)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (facts.vocab, facts.hidden)}
+    for layer in range(facts.layers):
+        shapes |= layer_tensors(facts, layer)
+    shapes[FINAL_NORM] = (facts.hidden,)
+    if not facts.tied:
+        shapes[HEAD] = (facts.vocab, facts.hidden)
     return shapes
 
 
-def padded_vocab(family: Family, tensor: int) -> int:
+def padded_vocab(facts: ModelFacts, tensor: int) -> int:
     """Rows of embedding and output layer over all tensor-parallel ranks: padded no further than they must be."""
-    return -(-family.vocab // tensor) * tensor
+    return -(-facts.vocab // tensor) * tensor
 
 
-def check_layout(family: Family, layout: Layout) -> None:
+def check_layout(facts: ModelFacts, layout: Layout) -> None:
     """Raises RequestError, naming option and field, where the model does not divide by the layout."""
 
     def divide(option: str, by: int, name: str, size: int) -> None:
         if size % by:
             raise RequestError(f"{option} = {by} does not divide the model's {name} = {size}")
 
-    divide("parallel.tensor", layout.tensor, "num_attention_heads", family.heads)
-    divide("parallel.tensor", layout.tensor, "num_key_value_heads", family.kv_heads)
-    if family.experts is None:
-        divide("parallel.tensor", layout.tensor, "intermediate_size", family.ffn)
+    divide("parallel.tensor", layout.tensor, "num_attention_heads", facts.heads)
+    divide("parallel.tensor", layout.tensor, "num_key_value_heads", facts.kv_heads)
+    if facts.experts is None:
+        divide("parallel.tensor", layout.tensor, "intermediate_size", facts.ffn)
         if layout.expert > 1:
             raise RequestError(f"parallel.expert = {layout.expert}, but the model has no experts")
         if layout.expert_tensor is not None:
             raise RequestError("parallel.expert_tensor has no effect: the model has no experts")
     else:
-        divide("parallel.expert_tensor", layout.etp, "moe_intermediate_size", family.experts.ffn)
-        divide("parallel.expert", layout.expert, "num_experts", family.experts.count)
+        divide("parallel.expert_tensor", layout.etp, "moe_intermediate_size", facts.experts.ffn)
+        divide("parallel.expert", layout.expert, "num_experts", facts.experts.count)
     chunks = layout.pipeline * layout.virtual
     if layout.virtual > 1 and layout.pipeline == 1:
         raise RequestError(f"parallel.virtual = {layout.virtual} needs parallel.pipeline > 1")
-    if chunks > family.layers:
+    if chunks > facts.layers:
         raise RequestError(
-            f"parallel.pipeline × parallel.virtual = {chunks} chunks are more than the model's {family.layers} layers"
+            f"parallel.pipeline × parallel.virtual = {chunks} chunks are more than the model's {facts.layers} layers"
         )
     if layout.stages is not None and (
-        len(layout.stages) != chunks or sum(layout.stages) != family.layers or min(layout.stages) < 1
+        len(layout.stages) != chunks or sum(layout.stages) != facts.layers or min(layout.stages) < 1
     ):
         raise RequestError(
             f"parallel.stages = {list(layout.stages)} must give each of the {chunks} chunks at least one layer, "
-            f"{family.layers} in all"
+            f"{facts.layers} in all"
         )
 
 
-def pieces(family: Family, layout: Layout, place: Place) -> tuple[Piece, ...]:
+def pieces(facts: ModelFacts, layout: Layout, place: Place) -> tuple[Piece, ...]:
     """The map of one rank, in the order of the layers."""
-    check_layout(family, layout)
-    return tuple(_pieces(family, layout, place))
+    check_layout(facts, layout)
+    return tuple(_pieces(facts, layout, place))
 
 
-def _pieces(family: Family, layout: Layout, place: Place) -> Iterator[Piece]:
+def _pieces(facts: ModelFacts, layout: Layout, place: Place) -> Iterator[Piece]:
     tp, rank = layout.tensor, place.tensor
     first_copy = place.data == 0
     last = layout.pipeline - 1
 
     def vocabulary(name: str, chunk: int, parameter: str, owner: bool) -> Iterator[Piece]:
-        share = padded_vocab(family, tp) // tp
-        length = min(share, family.vocab - rank * share)
+        share = padded_vocab(facts, tp) // tp
+        length = min(share, facts.vocab - rank * share)
         if length > 0:
-            shape = (family.vocab, family.hidden)
+            shape = (facts.vocab, facts.hidden)
             yield Piece(name, shape, chunk, parameter, 0, rank * share, 0, length, owner)
 
     if place.pipeline == 0:
         yield from vocabulary(EMBEDDING, 0, "embedding.word_embeddings.weight", first_copy)
-    for chunk, layers in enumerate(layout.chunk_layers(family.layers, place.pipeline)):
+    for chunk, layers in enumerate(layout.chunk_layers(facts.layers, place.pipeline)):
         for local, layer in enumerate(layers):
-            yield from _layer(family, layout, place, chunk, local, layer)
+            yield from _layer(facts, layout, place, chunk, local, layer)
     if place.pipeline == last:
         chunk = layout.virtual - 1
         owner = first_copy and rank == 0
-        shape = (family.hidden,)
-        yield Piece(FINAL_NORM, shape, chunk, "decoder.final_layernorm.weight", 0, 0, 0, family.hidden, owner)
-        if not family.tied:
+        shape = (facts.hidden,)
+        yield Piece(FINAL_NORM, shape, chunk, "decoder.final_layernorm.weight", 0, 0, 0, facts.hidden, owner)
+        if not facts.tied:
             yield from vocabulary(HEAD, chunk, "output_layer.weight", first_copy)
         elif layout.pipeline > 1:
             yield from vocabulary(EMBEDDING, chunk, "output_layer.weight", False)
 
 
-def _layer(family: Family, layout: Layout, place: Place, chunk: int, local: int, layer: int) -> Iterator[Piece]:
+def _layer(facts: ModelFacts, layout: Layout, place: Place, chunk: int, local: int, layer: int) -> Iterator[Piece]:
     """One layer's pieces; `local` is its number within the model chunk."""
     tp, rank = layout.tensor, place.tensor
     first_copy = place.data == 0
     hf, megatron = f"model.layers.{layer}.", f"decoder.layers.{local}."
     te = layout.scheme == "te"
-    hidden, head_dim = family.hidden, family.head_dim
-    per_group = family.heads // family.kv_heads * head_dim  # query rows of one KV group
-    q, kv = family.heads * head_dim, family.kv_heads * head_dim
+    hidden, head_dim = facts.hidden, facts.head_dim
+    per_group = facts.heads // facts.kv_heads * head_dim  # query rows of one KV group
+    q, kv = facts.heads * head_dim, facts.kv_heads * head_dim
 
     def whole(name: str, parameter: str, *shape: int) -> Piece:
         return Piece(f"{hf}{name}", shape, chunk, f"{megatron}{parameter}", 0, 0, 0, shape[0], first_copy and rank == 0)
 
     norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
     yield whole("input_layernorm.weight", norm, hidden)
-    for kind in ("weight", "bias") if family.qkv_bias else ("weight",):
+    for kind in ("weight", "bias") if facts.qkv_bias else ("weight",):
         parameter, row = f"{megatron}self_attention.linear_qkv.{kind}", 0
-        for group in range(rank * family.kv_heads // tp, (rank + 1) * family.kv_heads // tp):
+        for group in range(rank * facts.kv_heads // tp, (rank + 1) * facts.kv_heads // tp):
             for name, rows, total in (("q", per_group, q), ("k", head_dim, kv), ("v", head_dim, kv)):
                 shape = (total, hidden) if kind == "weight" else (total,)
                 tensor = f"{hf}self_attn.{name}_proj.{kind}"
                 yield Piece(tensor, shape, chunk, parameter, 0, group * rows, row, rows, first_copy)
                 row += rows
-    if family.qk_norm:
+    if facts.qk_norm:
         yield whole("self_attn.q_norm.weight", "self_attention.q_layernorm.weight", head_dim)
         yield whole("self_attn.k_norm.weight", "self_attention.k_layernorm.weight", head_dim)
     share = q // tp
@@ -268,7 +268,7 @@ def _layer(family: Family, layout: Layout, place: Place, chunk: int, local: int,
         f"{megatron}self_attention.linear_proj.weight",
         *(1, rank * share, 0, share, first_copy),
     )
-    fused = te and family.experts is None  # before experts the norm stands alone: the router reads its output too
+    fused = te and facts.experts is None  # before experts the norm stands alone: the router reads its output too
     norm = "mlp.linear_fc1.layer_norm_weight" if fused else "pre_mlp_layernorm.weight"
     yield whole("post_attention_layernorm.weight", norm, hidden)
 
@@ -279,19 +279,19 @@ def _layer(family: Family, layout: Layout, place: Place, chunk: int, local: int,
             yield Piece(tensor, (ffn, hidden), chunk, fc1, 0, part * share, half * share, share, owner)
         yield Piece(f"{hf}{name}down_proj.weight", (hidden, ffn), chunk, fc2, 1, part * share, 0, share, owner)
 
-    if family.experts is None:
+    if facts.experts is None:
         fc1, fc2 = f"{megatron}mlp.linear_fc1.weight", f"{megatron}mlp.linear_fc2.weight"
-        yield from mlp("mlp.", fc1, fc2, family.ffn, tp, rank, first_copy)
+        yield from mlp("mlp.", fc1, fc2, facts.ffn, tp, rank, first_copy)
         return
-    yield whole("mlp.gate.weight", "mlp.router.weight", family.experts.count, hidden)
-    count = family.experts.count // layout.expert
+    yield whole("mlp.gate.weight", "mlp.router.weight", facts.experts.count, hidden)
+    count = facts.experts.count // layout.expert
     for number in range(count):
         if te:
             fc1, fc2 = (f"{megatron}mlp.experts.linear_{fc}.weight{number}" for fc in ("fc1", "fc2"))
         else:
             inside = f"{megatron}mlp.experts.local_experts.{number}."
             fc1, fc2 = f"{inside}linear_fc1.weight", f"{inside}linear_fc2.weight"
-        name, ffn = f"mlp.experts.{place.expert * count + number}.", family.experts.ffn
+        name, ffn = f"mlp.experts.{place.expert * count + number}.", facts.experts.ffn
         yield from mlp(name, fc1, fc2, ffn, layout.etp, place.expert_tensor, place.copy == 0)
 
 

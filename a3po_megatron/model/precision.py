@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config import LearnerOptions, ModelOptions, ParallelOptions
 from ..errors import RequestError
-from .family import Family
+from .facts import ModelFacts
 
 FP32_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 RECIPES = {"fp8-blockwise": "blockwise", "fp8-tensorwise": "tensorwise"}
@@ -75,7 +75,7 @@ def token_grain(precision: str | None) -> int:
 
 
 def check_precision(
-    options: LearnerOptions, model: ModelOptions, parallel: ParallelOptions, family: Family, mini_batches: int
+    options: LearnerOptions, model: ModelOptions, parallel: ParallelOptions, facts: ModelFacts, mini_batches: int
 ) -> None:
     """Raises RequestError for a precision that this model, layout or training recipe cannot have."""
     precision = options.precision
@@ -91,13 +91,13 @@ def check_precision(
             f"{mini_batches} a rollout is scored in another pack than it is trained in: its ratio would not be 1 "
             "before anything was learnt; use fp8-blockwise, which scales every token by itself, or one mini-batch"
         )
-    ffn = family.ffn if family.experts is None else family.experts.ffn
-    cut = parallel.tensor if family.experts is None else parallel.expert_tensor or parallel.tensor
+    ffn = facts.ffn if facts.experts is None else facts.experts.ffn
+    cut = parallel.tensor if facts.experts is None else parallel.expert_tensor or parallel.tensor
     sizes = {
-        "hidden_size": (family.hidden, 1),
-        "num_attention_heads × head_dim": (family.heads * family.head_dim, parallel.tensor),
-        "num_key_value_heads × head_dim": (family.kv_heads * family.head_dim, parallel.tensor),
-        "intermediate_size" if family.experts is None else "moe_intermediate_size": (ffn, cut),
+        "hidden_size": (facts.hidden, 1),
+        "num_attention_heads × head_dim": (facts.heads * facts.head_dim, parallel.tensor),
+        "num_key_value_heads × head_dim": (facts.kv_heads * facts.head_dim, parallel.tensor),
+        "intermediate_size" if facts.experts is None else "moe_intermediate_size": (ffn, cut),
     }
     for name, (size, by) in sizes.items():
         # A blockwise column-parallel layer under sequence parallelism gathers whole blocks of the hidden size as well.
@@ -111,9 +111,9 @@ def check_precision(
             )
     stages = parallel.pipeline * parallel.virtual
     for end, count in zip(("first", "last"), options.bf16_layers, strict=True):
-        if count > family.layers // stages:
+        if count > facts.layers // stages:
             raise RequestError(
-                f"learner.bf16_layers: the {end} stage holds {family.layers // stages} layers, fewer than {count}"
+                f"learner.bf16_layers: the {end} stage holds {facts.layers // stages} layers, fewer than {count}"
             )
 
 

@@ -34,7 +34,7 @@ class _Node:
 
 
 class RayGraders:
-    """A `Graders` (rollout/collect.py) over the nodes of a Ray cluster. Use it as a context manager.
+    """A `Graders` (rollout/intake.py) over the nodes of a Ray cluster. Use it as a context manager.
 
     Raises RequestError where Ray is not installed, and RunFailed where no cluster answers at `address`.
     """

@@ -37,7 +37,7 @@ from ..config import RolloutOptions
 from ..config.passed import check_passed
 from ..errors import RequestError, RunFailed
 from ..model.engine_layout import engine_pieces, experts_apart
-from ..model.family import Family
+from ..model.facts import ModelFacts
 from ..model.layout import EMBEDDING, HEAD, Piece
 from ..model.rope import vllm_parameters
 from ..ranks.backend import Backend
@@ -60,7 +60,7 @@ class VllmEngine:
     def __init__(
         self,
         folder: Path,
-        family: Family,
+        facts: ModelFacts,
         stops: Sequence[int],  # token ids that end a response
         options: RolloutOptions,
         dtype: torch.dtype,
@@ -73,13 +73,13 @@ class VllmEngine:
             )
         self.dtype, self.weight_version = dtype, 0
         self.receipt_strength = "requantised" if options.quantization else backend.receipt_strength
-        self._family, self._stops, self._options, self._backend = family, list(stops), options, backend
-        count = family.experts.count if family.experts else 0
+        self._family, self._stops, self._options, self._backend = facts, list(stops), options, backend
+        count = facts.experts.count if facts.experts else 0
         experts = local_experts(dist.get_rank(), options.tensor, options.expert, count)
-        self._pieces = engine_pieces(family, options.tensor, dist.get_rank() % options.tensor, experts)
-        self._unquantised = [f"model.layers.{layer}." for layer in _left_out(options, family.layers)]
+        self._pieces = engine_pieces(facts, options.tensor, dist.get_rank() % options.tensor, experts)
+        self._unquantised = [f"model.layers.{layer}." for layer in _left_out(options, facts.layers)]
         # An expert-parallel engine is sent its own experts only, which vLLM takes one by one.
-        self.fused_experts = family.experts is not None and options.expert == 1
+        self.fused_experts = facts.experts is not None and options.expert == 1
         with process_state_kept():  # importing vLLM changes it too
             from vllm import LLM
 
@@ -89,8 +89,8 @@ class VllmEngine:
                 ask_for_tiles()
                 if options.expert > 1:
                     map_experts()
-            rope = vllm_parameters(family.rope_theta, family.rope_scaling)
-            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, family.layers, rope))
+            rope = vllm_parameters(facts.rope_theta, facts.rope_scaling)
+            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, facts.layers, rope))
         self._state = "awake"
         self.sleep()
 
@@ -251,22 +251,22 @@ def engine_arguments(
     return {**defaults, **ours, **options.engine_args}
 
 
-def checked_routes(routes: Any, tokens: int, family: Family) -> np.ndarray:
+def checked_routes(routes: Any, tokens: int, facts: ModelFacts) -> np.ndarray:
     """What vLLM says of one response's experts [T, L, k], uint8, of more than 256 experts uint16 (vLLM's
     routed_experts_capturer.py); RunFailed if that cannot be what it chose."""
-    assert family.experts is not None
-    option, wanted = "rollout.routing_replay", (tokens, family.layers, family.experts.per_token)
+    assert facts.experts is not None
+    option, wanted = "rollout.routing_replay", (tokens, facts.layers, facts.experts.per_token)
     if not isinstance(routes, np.ndarray):
         raise RunFailed(f"{option}: vLLM returned no experts for a response: {routes!r}")
-    kind = np.dtype(np.uint8 if family.experts.count <= 256 else np.uint16)
+    kind = np.dtype(np.uint8 if facts.experts.count <= 256 else np.uint16)
     if routes.shape != wanted or routes.dtype != kind:
         raise RunFailed(
             f"{option}: vLLM returned experts of shape {routes.shape} {routes.dtype}, not {wanted} {kind} (tokens but "
             "the last, layers, experts per token)"
         )
     ordered = np.sort(routes, axis=2)
-    if routes.size and int(ordered[..., -1].max()) >= family.experts.count:
-        raise RunFailed(f"{option}: vLLM returned expert {ordered.max()}, of a model with {family.experts.count}")
+    if routes.size and int(ordered[..., -1].max()) >= facts.experts.count:
+        raise RunFailed(f"{option}: vLLM returned expert {ordered.max()}, of a model with {facts.experts.count}")
     # vLLM's buffer begins as zeros: that is how a layer looks that it did not watch.
     if len(twice := np.argwhere((ordered[..., 1:] == ordered[..., :-1]).any(axis=2))):
         token, layer = twice[0].tolist()

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import save_digests, whole_folder
-from ..checkpoint.safetensors import INDEX, file_names, save_index, split_files, write_file
-from ..checkpoint.side_files import copy_side_files
 from ..errors import RunFailed
+from ..files.hashed import save_digests, whole_folder
+from ..files.safetensors import INDEX, file_names, save_index, split_files, write_file
+from ..files.side_files import copy_side_files
 from ..telemetry.clock import CLOCK
 from .load import all_finite
 

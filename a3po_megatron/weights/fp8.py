@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.safetensors import CODES, OpenFiles, Stored
 from ..errors import RequestError
+from ..files.safetensors import CODES, OpenFiles, Stored
 from ..model.quantised import Fp8
 
 CODE = "F8_E4M3"

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..checkpoint.safetensors import Stored
 from ..errors import RequestError
-from ..model.family import Family
+from ..files.safetensors import Stored
+from ..model.facts import ModelFacts
 from .reshard import fresh
 
 _PART = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
@@ -30,15 +30,15 @@ def is_fused(names: Iterable[str]) -> bool:
     return any(_WHOLE.fullmatch(name) for name in names)
 
 
-def experts_apart(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+def experts_apart(found: Mapping[str, Stored], facts: ModelFacts) -> dict[str, Stored]:
     """The tensors of a folder, those of fused experts as one of each expert: the place of its rows.
 
     Raises RequestError for fused tensors of another shape. Some programs keep them transposed, [E, H, 2I] and
     [E, I, H]; no model has sizes at which both tensors look the same either way.
     """
-    if family.experts is None:
+    if facts.experts is None:
         return dict(found)
-    count, ffn, hidden = family.experts.count, family.experts.ffn, family.hidden
+    count, ffn, hidden = facts.experts.count, facts.experts.ffn, facts.hidden
     shapes = {"gate_up": (count, 2 * ffn, hidden), "down": (count, hidden, ffn)}
     whole = {name: match for name in found if (match := _WHOLE.fullmatch(name))}
     parts: dict[str, Stored] = {}
@@ -64,9 +64,9 @@ def experts_apart(found: Mapping[str, Stored], family: Family) -> dict[str, Stor
 
 
 class FusedExperts:
-    def __init__(self, family: Family) -> None:
-        assert family.experts is not None
-        self._experts, self._hidden = family.experts, family.hidden
+    def __init__(self, facts: ModelFacts) -> None:
+        assert facts.experts is not None
+        self._experts, self._hidden = facts.experts, facts.hidden
         self._whole: dict[str, Tensor] = {}
         self._missing: dict[str, int] = {}
 

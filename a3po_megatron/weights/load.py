@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.hf_folder import other_names
-from ..checkpoint.safetensors import DTYPES, OpenFiles, Stored, locate
 from ..errors import RequestError
-from ..model.family import Family
+from ..files.hf_folder import other_names
+from ..files.safetensors import DTYPES, OpenFiles, Stored, locate
+from ..model.facts import ModelFacts
 from ..model.layout import EMBEDDING, HEAD, Piece, hf_tensors
 from ..model.quantised import Fp8
 from ..telemetry.clock import CLOCK
@@ -24,18 +24,18 @@ ROTARY = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which
 
 
 def check_checkpoint(
-    folder: Path, family: Family, fp8: Fp8 | None = None, dtype: torch.dtype = torch.bfloat16
+    folder: Path, facts: ModelFacts, fp8: Fp8 | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Stored]:
     """Compares names and shapes in the files with what config.json implies; returns where each tensor is.
 
     Experts that are fused (weights/fuse.py) are said to be where each one's rows lie. With `fp8`, tensors that are
     stored so are tensors of `dtype` (weights/fp8.py).
     """
-    found, expected = locate(folder), hf_tensors(family)
+    found, expected = locate(folder), hf_tensors(facts)
     if fp8 is not None:
         found = pair_scales(found, fp8, dtype, folder)
-    found = experts_apart(found, family)
-    tolerated = {HEAD} if family.tied else set()  # some tied checkpoints store the output layer again
+    found = experts_apart(found, facts)
+    tolerated = {HEAD} if facts.tied else set()  # some tied checkpoints store the output layer again
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(ROTARY))
     if (missing or extra) and (refusal := other_names(folder, {*expected, *tolerated}, found)):
@@ -50,7 +50,7 @@ def check_checkpoint(
             raise RequestError(f"{stored.path}: {name} has shape {stored.shape}, config.json implies {shape}")
         if stored.code not in DTYPES:
             raise RequestError(f"{stored.path}: {name} is stored as {stored.code}: expected {', '.join(DTYPES)}")
-    if family.tied and HEAD in found:
+    if facts.tied and HEAD in found:
         _check_tied(found[EMBEDDING], found[HEAD])
     return found
 
@@ -73,14 +73,14 @@ def _check_tied(embedding: Stored, head: Stored) -> None:
 
 @torch.no_grad()
 def load_shards(
-    folder: Path, family: Family, pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor]
+    folder: Path, facts: ModelFacts, pieces: Iterable[Piece], parameters: Mapping[tuple[int, str], Tensor]
 ) -> None:
     """Fills `parameters` from the checkpoint; rows that pad the vocabulary become 0.
 
     Raises RequestError for tensors that are missing, misshapen or not finite, and RuntimeError if a parameter of the
     model is not covered by the map.
     """
-    places = check_checkpoint(folder, family)
+    places = check_checkpoint(folder, facts)
     filled = dict.fromkeys(parameters, 0)
     with OpenFiles() as files:
         for piece in pieces:

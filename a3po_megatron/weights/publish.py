@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
-from ..model.family import Family
+from ..model.facts import ModelFacts
 from ..model.layout import Layout, Piece, hf_tensors, pieces
 from ..ranks.agree import first, same
 from ..ranks.groups import Cluster
@@ -59,29 +59,29 @@ class Publisher:
     def __init__(
         self,
         cluster: Cluster,
-        family: Family,
+        facts: ModelFacts,
         layout: Layout,
         options: PublishOptions,
         canary: Sequence[Sequence[int]],
         engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
         fp8: bool = False,  # whether the learner computes in it
     ) -> None:
-        self.cluster, self.family, self.options, self.fp8 = cluster, family, options, fp8
+        self.cluster, self.facts, self.options, self.fp8 = cluster, facts, options, fp8
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
         self.scored: Scored = {}  # the last canary, as the learner scored it
         self._strength: str | None = None
-        by_rank = [pieces(family, layout, place) for place in layout.places()]
+        by_rank = [pieces(facts, layout, place) for place in layout.places()]
         self.rank = cluster.replica_group.rank()
         self.pieces = by_rank[self.rank]
-        every = (0, family.experts.count if family.experts else 0)
+        every = (0, facts.experts.count if facts.experts else 0)
         self.ranks = dist.get_process_group_ranks(cluster.replica_group)
         experts = [engine_experts(rank) if engine_experts else every for rank in self.ranks]
-        self.plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, experts)
+        self.plan = plan(layout, by_rank, list(hf_tensors(facts)), options.bucket_bytes, 4, experts)
         self.export_plan = self.plan  # whole models, for who writes them down
         if any(needed != every for needed in experts):
             whole = [every] * len(by_rank)
-            self.export_plan = plan(layout, by_rank, list(hf_tensors(family)), options.bucket_bytes, 4, whole)
+            self.export_plan = plan(layout, by_rank, list(hf_tensors(facts)), options.bucket_bytes, 4, whole)
         # Both follow from the plan alone, and take a second where it is a large one.
         self.digest, self.received = self.plan.digest(), self.plan.received(self.rank, itemsize=1)
         self.groups = Groups(
@@ -103,14 +103,14 @@ class Publisher:
             start, timings = time.perf_counter(), Timings()
             self.cluster.agree("publish plan", [self.ranks, self.digest], one_plan_a_replica)
             shapes = self.plan.shapes(self.rank)
-            if self.export_plan.shapes(self.rank) != hf_tensors(self.family):
+            if self.export_plan.shapes(self.rank) != hf_tensors(self.facts):
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
             expected = self._expected(parameters, engine.dtype)
             timings.receipt += time.perf_counter() - start
             got: dict[str, int] = {}
             inside: dict[str, int] = {}  # what the engine's own tensors should then amount to
             quantised = engine.quantised if engine.receipt_strength == "requantised" else None
-            fused = FusedExperts(self.family) if engine.fused_experts else None
+            fused = FusedExperts(self.facts) if engine.fused_experts else None
             allocate = fused.allocate if fused else fresh
             stream = checked(
                 gather(self.plan, parameters, self.groups, engine.dtype, allocate, timings),
@@ -167,7 +167,7 @@ class Publisher:
 
     def lacks_room_for_witness(self, dtype: torch.dtype) -> str | None:
         """Why the witness cannot be asked, the same on all ranks; None: it can."""
-        lacking = lacks_room(self.family, dtype) if self.cluster.rank == 0 else None
+        lacking = lacks_room(self.facts, dtype) if self.cluster.rank == 0 else None
         return self.cluster.agree("room for the witness", lacking, first)
 
     def witness(self, parameters: Parameters, dtype: torch.dtype, source: Path, scratch: Path) -> float:
@@ -197,7 +197,7 @@ class Publisher:
         return self.options.canary_bound or (QUANTISED_BOUND if rounded else CANARY_BOUND[dtype])
 
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
-        names = list(hf_tensors(self.family))
+        names = list(hf_tensors(self.facts))
         sums = shard_checksums(self.pieces, parameters, dtype, names)
         if self.cluster.replica_group.size() > 1:
             dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should

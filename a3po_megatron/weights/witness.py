@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from ..model.family import Family
+from ..model.facts import ModelFacts
 from ..model.layout import hf_tensors
 from ..telemetry.clock import CLOCK
 from ..telemetry.host import available_bytes
@@ -29,9 +29,9 @@ WORKSPACE = 1.1  # of what a model takes: activations and logits of a canary
 Scored = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]  # (prompt, response) → the learner's log-probs
 
 
-def lacks_room(family: Family, dtype: torch.dtype) -> str | None:
+def lacks_room(facts: ModelFacts, dtype: torch.dtype) -> str | None:
     """Why this host cannot hold the model once more for transformers; None: it can."""
-    needed = sum(math.prod(shape) for shape in hf_tensors(family).values()) * dtype.itemsize
+    needed = sum(math.prod(shape) for shape in hf_tensors(facts).values()) * dtype.itemsize
     if (left := available_bytes()) >= needed * WORKSPACE:
         return None
     return (

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from a3po_megatron.checkpoint.interrupt import Interrupt
-from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import Config
+from a3po_megatron.convert.convert import ExportOptions, export_checkpoint
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
-from a3po_megatron.rollout.collect import Collector
-from a3po_megatron.run import Run
-from a3po_megatron.weights.convert import ExportOptions, export_checkpoint
+from a3po_megatron.model.facts import read_facts
+from a3po_megatron.rollout.intake import Collector
+from a3po_megatron.run.checkpoints import Run
+from a3po_megatron.run.journal import Journal
+from a3po_megatron.run.stop import Interrupt
 from tests.distributed.runner import Ranks
 from tests.tiny import hf_model
 
@@ -69,19 +69,19 @@ def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
     wrong: dict[str, list[str]] = {}
     for name, (kind, dtype, parallel) in SAVED[ranks.world].items():
         config = _settings(ranks.folder / kind, dtype, parallel)
-        family = read_family(config.model.path)
+        facts = read_facts(config.model.path)
         cluster = ranks.arrange(**config.parallel.model_dump())
-        tokens = Tokens(Path(config.model.path), family.vocab, family.eos, "raw")
+        tokens = Tokens(Path(config.model.path), facts.vocab, facts.eos, "raw")
         folder = ranks.folder / name
         os.makedirs(folder, exist_ok=True)
         prompts = Prompts(config.data, tokens, 0, 64)
-        learner = Learner(cluster, family, config)
+        learner = Learner(cluster, facts, config)
         journal = Journal(folder / "journal", cluster.rank, "run")
         collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
-        Run(folder, config, cluster, family, tokens, prompts, collect, learner).checkpoint(0, learner)
+        Run(folder, config, cluster, facts, tokens, prompts, collect, learner).checkpoint(0, learner)
 
         config = _settings(ranks.folder / kind, dtype, READ[name])
-        learner = Learner(ranks.arrange(**config.parallel.model_dump()), family, config)
+        learner = Learner(ranks.arrange(**config.parallel.model_dump()), facts, config)
         wanted = {key: value.detach().clone() for key, value in learner.parameters().items()}
         with torch.no_grad():
             for value in learner.parameters().values():

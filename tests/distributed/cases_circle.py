@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.batch import Batch, Verdict
-from a3po_megatron.checkpoint.interrupt import Interrupt
-from a3po_megatron.checkpoint.journal import Journal
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.data.prompts import Prompts
@@ -25,13 +23,15 @@ from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model import layout
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.reward.math import grade
-from a3po_megatron.rollout.collect import Collector
 from a3po_megatron.rollout.engine import Request, in_order
+from a3po_megatron.rollout.intake import Collector
 from a3po_megatron.rollout.vllm_engine import VllmEngine
-from a3po_megatron.run import Run
+from a3po_megatron.run.checkpoints import Run
+from a3po_megatron.run.journal import Journal
+from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.weights import publish, witness
 from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
@@ -118,16 +118,16 @@ def parts(
     config = load_config(EXAMPLE, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]).on("cpu")
     cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
     cluster.backend = dataclasses.replace(cluster.backend, **backend)
-    family = read_family(config.model.path)
-    tokens = Tokens(Path(config.model.path), family.vocab, family.eos, config.data.template)
+    facts = read_facts(config.model.path)
+    tokens = Tokens(Path(config.model.path), facts.vocab, facts.eos, config.data.template)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
-    engine = Forgetful(Path(config.model.path), family, tokens.stops, config.rollout, torch.float32, cluster.backend)
-    learner = Learner(cluster, family, config)
+    engine = Forgetful(Path(config.model.path), facts, tokens.stops, config.rollout, torch.float32, cluster.backend)
+    learner = Learner(cluster, facts, config)
     folder = ranks.folder / f"run-{tensor}-{data}"
     os.makedirs(folder / "rollouts", exist_ok=True)
     journal = Journal(folder / "journal", cluster.rank, "run")
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
-    return Run(folder, config, cluster, family, tokens, prompts, collect, learner), cluster, engine, learner, prompts
+    return Run(folder, config, cluster, facts, tokens, prompts, collect, learner), cluster, engine, learner, prompts
 
 
 def publish_faults(ranks: Ranks) -> dict[str, Any]:

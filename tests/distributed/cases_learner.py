@@ -15,7 +15,7 @@ from a3po_megatron.batch import Batch, Collected
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import hf_tensors
 from tests.distributed.runner import Case, Ranks
 from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
@@ -132,7 +132,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     folder = ranks.folder / kind
     layout = {name: value for name, value in parallel.items() if name != "micro_batch_tokens"}
     cluster = ranks.arrange(tensor, data=data, **layout)
-    family = read_family(folder)
+    facts = read_facts(folder)
     collected = make_collected(groups=5, size=4)
     mine = share(collected, cluster.coordinates.data, cluster.data)
     exact = ranks.once(f"update-{kind}", lambda: literal_update(folder))
@@ -140,7 +140,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
 
     def learner_with(**optimizer: Any) -> Learner:
         options = settings(folder, tensor, data, optimizer=optimizer, parallel=parallel, learner=limit)
-        return Learner(cluster, family, options)
+        return Learner(cluster, facts, options)
 
     results: dict[str, float] = {}
     # Gradients and parameters: SGD, where an error is not normalised away, without the distributed optimizer.
@@ -153,7 +153,7 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     results["loss"] = abs(stats["learner/loss"] - exact.loss)
     results["norm_sgd"] = abs(stats["policy/grad_norm"] / exact.norm - 1)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
-    results["missing"] = len(hf_tensors(family).keys() ^ ours.keys())
+    results["missing"] = len(hf_tensors(facts).keys() ^ ours.keys())
     # An expert that no token chose has a gradient of exactly 0.
     results["gradient"] = max(
         float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in exact.gradients.items()
@@ -232,7 +232,7 @@ def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel
     """Two mini-batches over two replicas of which one has no rollout of the first and the other none of the second,
     or of which one has nothing at all: differences from the literal mini-batches, one after the other."""
     folder = ranks.folder / kind
-    cluster, family = ranks.arrange(tensor, data=data, **parallel), read_family(folder)
+    cluster, facts = ranks.arrange(tensor, data=data, **parallel), read_facts(folder)
     collected = make_collected(groups=4, size=4)
     exact = ranks.once(f"halves-{kind}", lambda: literal_halves(folder))
     optimizer = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
@@ -241,7 +241,7 @@ def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel
     for shares in (([0, 1], [2, 3]), ([0, 1, 2, 3], [])):
         groups = [collected.groups[index] for index in shares[cluster.coordinates.data]]
         mine = Collected(groups, [], collected.accepted, {})
-        learner = Watched(cluster, family, options)
+        learner = Watched(cluster, facts, options)
         scored = learner.score(dataclasses.replace(batch_of(collected, mine, 2), old_logprobs=None))
         logprobs = torch.cat([torch.zeros(0), *(exact.logprobs[r.name] for r in scored.rollouts)])
         batch = batch_of(collected, mine, 2)
@@ -279,13 +279,13 @@ def whole_steps(ranks: Ranks) -> dict[str, Any]:
     """Score, shape and update in one go, for layouts of this many ranks: errors against the literal step, and what
     each rollout's tokens were given."""
     folder, found = ranks.folder / "qwen3", {}
-    family, collected = read_family(folder), make_collected(groups=5, size=4)
+    facts, collected = read_facts(folder), make_collected(groups=5, size=4)
     loss, grads = ranks.once("step", lambda: literal_step(folder))
     for tensor, context, pipeline, data in STEPS[ranks.world]:
         cluster = ranks.arrange(tensor, context=context, pipeline=pipeline, data=data)
         parallel = {"context": context, "pipeline": pipeline}
         options = settings(folder, tensor, data, parallel=parallel, optimizer={"name": "sgd", "distributed": False})
-        learner = Learner(cluster, family, options)
+        learner = Learner(cluster, facts, options)
         batch = learner.score(
             assemble(
                 share(collected, cluster.coordinates.data, cluster.data), Config.model_fields["advantage"].default, 1
@@ -329,7 +329,7 @@ class Broken(Learner):
         named = {name: p.main_grad for (_, name), p in self.parameters().items()}
         if self.cluster.rank == 1 and len(self.finite) == self.breaks:
             # The last of all, or of an expert: in the last chunk, or in the buffer that experts have to themselves.
-            [g for name, g in named.items() if ".experts." in name or not self.family.experts][-1].view(-1)[3] = NAN
+            [g for name, g in named.items() if ".experts." in name or not self.facts.experts][-1].view(-1)[3] = NAN
         self.finite += (all(bool(torch.isfinite(g).all()) for g in named.values()),)
         return found
 
@@ -371,7 +371,7 @@ def rejected_updates(ranks: Ranks) -> dict[str, Any]:
     collected = make_collected(groups=6, size=4)
     for at, (layout, (kind, tensor, data, changes)) in enumerate(REJECTING.items()):
         folder = ranks.folder / kind
-        cluster, family = ranks.arrange(tensor, data=data, **changes.get("parallel", {})), read_family(folder)
+        cluster, facts = ranks.arrange(tensor, data=data, **changes.get("parallel", {})), read_facts(folder)
         options = settings(folder, tensor, data, **changes)
         mine = share(collected, cluster.coordinates.data, cluster.data)
 
@@ -382,7 +382,7 @@ def rejected_updates(ranks: Ranks) -> dict[str, Any]:
 
         for number, fault in enumerate(FAULTS):
             broken = (at + number) % 3
-            sound, learner = Learner(cluster, family, options), Broken(cluster, family, options)
+            sound, learner = Learner(cluster, facts, options), Broken(cluster, facts, options)
             before = [p.detach().clone() for p in learner.parameters().values()]
             one, two = batch(), batch()
             chosen = torch.nonzero(two.mini_batch == broken)[:, 0].tolist()

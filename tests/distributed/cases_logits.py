@@ -8,7 +8,7 @@ from torch import Tensor
 from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.build import build_model, transformer_config
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import layout_of, pieces
 from a3po_megatron.weights.load import load_shards
 from tests.distributed.runner import Ranks
@@ -26,11 +26,11 @@ def sequences() -> list[list[int]]:
 def our_logits(ranks: Ranks, kind: str, dtype: str) -> Tensor:
     """[T, V] float32, all sequences in one packed micro-batch."""
     folder, parallel, megatron = ranks.folder / kind, ParallelOptions(), MegatronOptions()
-    family, layout = read_family(folder), layout_of(parallel)
+    facts, layout = read_facts(folder), layout_of(parallel)
     options = ModelOptions(path=str(folder), dtype=dtype)
-    chunks = build_model(family, layout, transformer_config(family, parallel, options, megatron))
-    here = pieces(family, layout, layout.place(0, 0))
-    load_shards(folder, family, here, {(0, name): p for name, p in chunks[0].named_parameters()})
+    chunks = build_model(facts, layout, transformer_config(facts, parallel, options, megatron))
+    here = pieces(facts, layout, layout.place(0, 0))
+    load_shards(folder, facts, here, {(0, name): p for name, p in chunks[0].named_parameters()})
     packed = micro_batch([(tokens, [0]) for tokens in sequences()], [0] * len(LENGTHS))
     logits = chunks[0].eval()(packed.tokens, packed.positions, None, packed_seq_params=packed.packing)
     return logits[0].float()

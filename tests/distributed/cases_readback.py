@@ -24,12 +24,12 @@ from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.errors import PublishError
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model import engine_layout
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import Piece
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
-from a3po_megatron.run import Run
+from a3po_megatron.run.checkpoints import Run
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
 from tests.distributed.runner import Ranks
@@ -224,10 +224,10 @@ def keeps_the_process(ranks: Ranks) -> list[str]:
     os.environ["NCCL_ASYNC_ERROR_HANDLING"] = "1"
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
     config = load_config(circle.EXAMPLE, []).on("cpu")
-    cluster, family = ranks.arrange(), read_family(config.model.path)
+    cluster, facts = ranks.arrange(), read_facts(config.model.path)
     random.random()
     before = state()
-    VllmEngine(Path(config.model.path), family, [1], config.rollout, torch.float32, cluster.backend)
+    VllmEngine(Path(config.model.path), facts, [1], config.rollout, torch.float32, cluster.backend)
     after = state()
     return [name for name in before if before[name] != after[name]]
 
@@ -236,16 +236,16 @@ def checks_quantised(ranks: Ranks) -> dict[str, Any]:
     """vLLM's own quantiser: what it makes of whole HF tensors and of an engine rank's stacked shards of them."""
     from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
-    from a3po_megatron.model.family import read_family
+    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.model.layout import hf_tensors
     from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum
 
     folder = ranks.folder / "quantised"
     sizes = {"hidden_size": 160, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8}
     make_checkpoint(folder, "qwen3", **sizes, head_dim=32)
-    family = read_family(folder)
+    facts = read_facts(folder)
     generator = torch.Generator().manual_seed(7)
-    whole = {n: torch.randn(s, generator=generator).bfloat16() for n, s in hf_tensors(family).items()}
+    whole = {n: torch.randn(s, generator=generator).bfloat16() for n, s in hf_tensors(facts).items()}
     names = [name for name in whole if name.endswith("_proj.weight")]
     worst = max(_quantiser_error(whole[name], per_block_cast_to_fp8) for name in names)
     unequal, altered = [], []
@@ -253,7 +253,7 @@ def checks_quantised(ranks: Ranks) -> dict[str, Any]:
         total = torch.zeros(len(names), dtype=torch.int64)
         changed = total.clone()
         for rank in range(tensor):
-            pieces = [p for p in engine_layout.engine_pieces(family, tensor, rank, (0, 0)) if p.tensor in names]
+            pieces = [p for p in engine_layout.engine_pieces(facts, tensor, rank, (0, 0)) if p.tensor in names]
             shards: dict[tuple[int, str], Tensor] = {}
             for piece in pieces:
                 part = whole[piece.tensor].narrow(piece.dim, piece.start, piece.length)

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.batch import Collected
-from a3po_megatron.checkpoint.journal import journal_files, read_frames
 from a3po_megatron.config import Config, PublishOptions, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.rollout.engine import Completion
 from a3po_megatron.rollout.vllm_engine import VllmEngine, checked_routes
+from a3po_megatron.run.journal import journal_files, read_frames
 from a3po_megatron.weights.publish import Publisher
 from tests.distributed.cases_circle import EXAMPLE, SHORT, InProcess, coin, rows_of
 from tests.distributed.cases_learner import (
@@ -155,7 +155,7 @@ def replayed(
     mine = share(collected, cluster.coordinates.data, cluster.data)
     exact = ranks.once(f"replay-{kind}", lambda: literal_update(folder))
 
-    learner = Learner(cluster, read_family(folder), config_of(folder, tensor, data, extra or {}, **parallel))
+    learner = Learner(cluster, read_facts(folder), config_of(folder, tensor, data, extra or {}, **parallel))
     before = learner.logprobs(ALONE)
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
     after = learner.logprobs(ALONE)
@@ -196,7 +196,7 @@ def own_routes_change_nothing(ranks: Ranks) -> dict[str, Any]:
             step = -1 if backwards else 1
             collected = with_routes(make_collected(groups=5, size=4), lambda t: sent.own_routes(t)[:, :, ::step].copy())  # noqa: B023
             config = config_of(folder, 1, data, extra, replay, **parallel)
-            learner = Learner(cluster, read_family(folder), config)
+            learner = Learner(cluster, read_facts(folder), config)
             results.append(bits(learner, collected, share(collected, cluster.coordinates.data, cluster.data)))
         plain, *others = results
         found[name] = [all(torch.equal(a, b) for a, b in zip(plain, other, strict=True)) for other in others]
@@ -207,7 +207,7 @@ def each_micro_batch_has_its_own(ranks: Ranks) -> dict[str, Any]:
     """One rank: which experts count for what."""
     folder = ranks.folder / "moe"
     cluster, sent = ranks.arrange(1), Sent(folder)
-    learner = Learner(cluster, read_family(folder), config_of(folder, 1, 1, {}, limit=40))
+    learner = Learner(cluster, read_facts(folder), config_of(folder, 1, 1, {}, limit=40))
     collected = make_collected(groups=3, size=4)
 
     def score(routes: Any) -> Any:
@@ -254,7 +254,7 @@ def each_micro_batch_has_its_own(ranks: Ranks) -> dict[str, Any]:
 def an_exception_leaves_nothing(ranks: Ranks) -> bool:
     folder = ranks.folder / "moe"
     cluster = ranks.arrange(1)
-    learner = Learner(cluster, read_family(folder), config_of(folder, 1, 1, {}))
+    learner = Learner(cluster, read_facts(folder), config_of(folder, 1, 1, {}))
     batch = assemble(with_routes(make_collected(groups=2, size=4)), Config.model_fields["advantage"].default, 1)
     batch.rollouts[0].routes = batch.rollouts[0].routes[:, :, :1]
     with contextlib.suppress(ValueError, RuntimeError):
@@ -285,11 +285,11 @@ class Probed:
 def canary(ranks: Ranks) -> dict[str, Any]:
     """The canary of an engine that chose as it says, of one that did not, and of one that says nothing."""
     folder = ranks.folder / "moe"
-    cluster, family, sent = ranks.arrange(1, data=2, expert=2), read_family(folder), Sent(folder)
+    cluster, facts, sent = ranks.arrange(1, data=2, expert=2), read_facts(folder), Sent(folder)
     config = config_of(folder, 1, 2, {}, expert=2)
-    learner = Learner(cluster, family, config)
+    learner = Learner(cluster, facts, config)
     options = PublishOptions(canary_tokens=6)
-    publisher = Publisher(cluster, family, layout_of(config.parallel), options, [(3, 4, 5), (6,), (7, 8)])
+    publisher = Publisher(cluster, facts, layout_of(config.parallel), options, [(3, 4, 5), (6,), (7, 8)])
     found: dict[str, Any] = {}
     for name, told in (
         ("as it says", routes_of),
@@ -321,8 +321,8 @@ class Watched(VllmEngine):
 
     mute = False
 
-    def __init__(self, folder: Path, family: Any, stops: Any, options: Any, *more: Any) -> None:
-        super().__init__(folder, family, stops, options.model_copy(update={"routing_replay": False}), *more)
+    def __init__(self, folder: Path, facts: Any, stops: Any, options: Any, *more: Any) -> None:
+        super().__init__(folder, facts, stops, options.model_copy(update={"routing_replay": False}), *more)
         self.rows: dict[int, list[np.ndarray]] = {}
         self._llm.apply_model(self._watch)
 

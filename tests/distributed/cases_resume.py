@@ -15,19 +15,19 @@ import torch
 import torch.distributed as dist
 
 from a3po_megatron.batch import Collected
-from a3po_megatron.checkpoint.background import Background
-from a3po_megatron.checkpoint.folder import HashedFile
-from a3po_megatron.checkpoint.interrupt import Interrupt
-from a3po_megatron.checkpoint.journal import Journal
-from a3po_megatron.checkpoint.manifest import check_whole
-from a3po_megatron.checkpoint.store import Saving
-from a3po_megatron.checkpoint.streams import random_state
 from a3po_megatron.compat.megatron import GATHERED
 from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.files.hashed import HashedFile
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
-from a3po_megatron.run import Run, _Boundary
+from a3po_megatron.model.facts import read_facts
+from a3po_megatron.run.background import Background
+from a3po_megatron.run.checkpoints import Run, _Boundary
+from a3po_megatron.run.journal import Journal
+from a3po_megatron.run.manifest import check_whole
+from a3po_megatron.run.stop import Interrupt
+from a3po_megatron.run.store import Saving
+from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
 from tests.distributed.runner import Ranks
 from tests.distributed.saving import write_whole
@@ -59,7 +59,7 @@ def _config(ranks: Ranks, name: str, layout: dict[str, Any]) -> Config:
 
 def _learner(ranks: Ranks, name: str, layout: dict[str, Any], checkpoint: Path | None = None) -> Learner:
     config, cluster = _config(ranks, name, layout), ranks.arrange(**layout)
-    return Learner(cluster, read_family(ranks.folder / SAVED[name][0]), config, checkpoint)
+    return Learner(cluster, read_facts(ranks.folder / SAVED[name][0]), config, checkpoint)
 
 
 def _update(learner: Learner, collected: Collected) -> dict[str, float | None]:

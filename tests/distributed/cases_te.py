@@ -15,10 +15,10 @@ from torch import Tensor
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.batch import Collected
-from a3po_megatron.checkpoint.store import Saving
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
+from a3po_megatron.run.store import Saving
 from tests.distributed.cases_learner import (
     LR,
     TEMPERATURE,
@@ -105,7 +105,7 @@ def one_update(
     import transformer_engine_torch as tex
 
     folder = ranks.folder / kind
-    cluster, family = ranks.arrange(tensor, data=data, **parallel), read_family(folder)
+    cluster, facts = ranks.arrange(tensor, data=data, **parallel), read_facts(folder)
     collected = ranks.once(f"rollouts-{kind}", lambda: rollouts_of(folder))
     exact = ranks.once(f"exact-{kind}", lambda: literal_gradients(folder, collected, torch.float64))
     # The noise that is allowed: plain PyTorch's in bf16, or that of FP8 operands in float64.
@@ -113,7 +113,7 @@ def one_update(
     plain = ranks.once(f"plain-{kind}-{precision}", lambda: literal_gradients(folder, collected, *noisy))
     optimizer = {"distributed": False, "clip_grad": 0.0}
     learner = Watched(
-        cluster, family, options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer)
+        cluster, facts, options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer)
     )
     mine = share(collected, cluster.coordinates.data, cluster.data)
     before = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}
@@ -172,7 +172,7 @@ def named(ranks: Ranks) -> list[str]:
         data = 2 // tensor // pipeline
         cluster, folder = ranks.arrange(tensor, data=data, **parallel), ranks.folder / kind
         # Loading refuses what the map does not cover, element for element; the shapes are the model's own.
-        learner = Learner(cluster, read_family(folder), options_for(folder, tensor, data, parallel=parallel))
+        learner = Learner(cluster, read_facts(folder), options_for(folder, tensor, data, parallel=parallel))
         mine, theirs = {piece.key for piece in learner.pieces}, learner.parameters().keys()
         wrong += [f"{kind} {parallel}: {key}" for key in mine ^ theirs]
     return wrong
@@ -184,7 +184,7 @@ def packed(ranks: Ranks) -> dict[str, list[int]]:
     folder = ranks.folder / "dense"
     cluster = ranks.arrange(2, data=1, sequence=True)
     for precision in ("bf16", "fp8-blockwise", "fp8-tensorwise"):
-        learner = Learner(cluster, read_family(folder), options_for(folder, 2, 1, precision))
+        learner = Learner(cluster, read_facts(folder), options_for(folder, 2, 1, precision))
         batch = batch_of(collected, share(collected, 0, 1))
         parts = learner._micro_batches(batch, range(len(batch.rollouts)))
         found[precision] = [part.tokens.shape[1] for part in parts]
@@ -194,16 +194,16 @@ def packed(ranks: Ranks) -> dict[str, list[int]]:
 def saved(ranks: Ranks) -> dict[str, bool]:
     """A checkpoint with Transformer Engine's extra states comes back as it was, and trains on as it would have."""
     folder, target = ranks.folder / "dense", ranks.folder / "saved"
-    cluster, family = ranks.arrange(1, data=2), read_family(folder)
+    cluster, facts = ranks.arrange(1, data=2), read_facts(folder)
     collected = make_collected(groups=GROUPS, size=SIZE)
     batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
-    learner = Learner(cluster, family, options_for(folder, 1, 2))
+    learner = Learner(cluster, facts, options_for(folder, 1, 2))
     learner.update(batch())
     if ranks.rank == 0:
         target.mkdir()
     dist.barrier()
     write_whole(Saving(learner.sharded_state(), target))
-    again = Learner(cluster, family, options_for(folder, 1, 2), target)
+    again = Learner(cluster, facts, options_for(folder, 1, 2), target)
     equal = {"weights": _equal(learner, again)}
     for each in (learner, again):
         each.update(batch())

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from a3po_megatron.checkpoint.store import Saving, Share
+from a3po_megatron.run.store import Saving, Share
 
 
 def write_whole(saving: Saving) -> Share:

@@ -209,7 +209,7 @@ def update(learner: Any) -> None:
     """A real one, forward and backward, on rollouts of its own scores."""
     from .rank import LENGTHS, batch_of, draw_sequences
 
-    sequences = draw_sequences(learner.family.vocab, LENGTHS)
+    sequences = draw_sequences(learner.facts.vocab, LENGTHS)
     old = torch.cat(learner.logprobs(sequences))
     learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))))
 

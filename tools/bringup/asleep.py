@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 
@@ -44,7 +44,7 @@ def holders_on(report: Report, backend: Backend, folder: Path, name: str, **roll
     dist.all_reduce(ones)
     rows["communicators"] = used()
     options = config(folder / "model", rollout=LENGTHS | rollout).rollout
-    engine = VllmEngine(folder / "model", read_family(folder / "model"), (), options, torch.bfloat16, cluster.backend)
+    engine = VllmEngine(folder / "model", read_facts(folder / "model"), (), options, torch.bfloat16, cluster.backend)
     rows["engine asleep"] = used()
     engine.wake()
     engine.forget()

@@ -29,7 +29,7 @@ SHARES = (0.5, 0.9, 0.99, 0.999, 1.0)
 
 
 def distribution_on(report: Report, both: Colocated, publishes: int = PUBLISHES, count: int = 64) -> None:
-    requests, largest, means, apart, names = requests_of(both.family.vocab, count), [], [], [], set()
+    requests, largest, means, apart, names = requests_of(both.facts.vocab, count), [], [], [], set()
     for _ in range(publishes):
         with both.residency.publishing():
             receipt = both.publish()

@@ -1,6 +1,6 @@
 """A learner and an engine in one process, as train.py has them: the engine first, on the empty device.
 
-The only place of the experiments that calls the engine; what it needs of it: VllmEngine(folder, family, stops, options,
+The only place of the experiments that calls the engine; what it needs of it: VllmEngine(folder, facts, stops, options,
 dtype, backend) with sample, probe, load, forget, sleep, wake.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import Family, read_family
+from a3po_megatron.model.facts import ModelFacts, read_facts
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster
@@ -34,7 +34,7 @@ CANARY = [tuple(range(2 + n, 12 + n)) for n in range(4)]
 @dataclass
 class Colocated:
     cluster: Cluster
-    family: Family
+    facts: ModelFacts
     folder: Path
     engine: VllmEngine
     learner: Learner
@@ -69,14 +69,14 @@ def colocate(
     sections: dict[str, dict[str, Any]] | None = None,  # of the configuration: parallel, optimizer, publish
     **rollout: Any,
 ) -> Colocated:
-    cluster, family = cluster or alone(backend), read_family(folder)
+    cluster, facts = cluster or alone(backend), read_facts(folder)
     settings = config(folder, learner=learner or {}, rollout=LENGTHS | rollout, **(sections or {}))
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
-    engine = VllmEngine(folder, family, stops, settings.rollout, dtype, backend)
-    made = Learner(cluster, family, settings)
+    engine = VllmEngine(folder, facts, stops, settings.rollout, dtype, backend)
+    made = Learner(cluster, facts, settings)
     layout = layout_of(settings.parallel, backend.spec)
-    publisher = Publisher(cluster, family, layout, settings.publish, CANARY)
-    return Colocated(cluster, family, folder, engine, made, publisher, Residency(engine, made.arena, backend))
+    publisher = Publisher(cluster, facts, layout, settings.publish, CANARY)
+    return Colocated(cluster, facts, folder, engine, made, publisher, Residency(engine, made.arena, backend))
 
 
 def requests_of(vocab: int, count: int, tokens: int = 24) -> list[Request]:

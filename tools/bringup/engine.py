@@ -47,7 +47,7 @@ BF16_RATIO, FP8_RATIO = 1.05, 1.35
 def cycles_on(report: Report, backend: Backend, cycles: int = CYCLES, **rollout: Any) -> None:
     cuda = backend.device == "cuda"
     both = colocate(make_model(), backend, stops=stops_of(TINY["vocab_size"]), **rollout)
-    requests = requests_of(both.family.vocab, 16)
+    requests = requests_of(both.facts.vocab, 16)
     rows: list[dict[str, Any]] = []
     sampled: list[list[Completion]] = []
     receipts = []
@@ -114,7 +114,7 @@ def seeds_on(report: Report, backend: Backend, exactly: bool) -> None:
     both = colocate(make_model(), backend, batch_invariant=exactly)
     with both.residency.publishing():
         both.publish()
-    requests = requests_of(both.family.vocab, 48)
+    requests = requests_of(both.facts.vocab, 48)
     with both.residency.rollout():
         first = both.sample(requests)
         again = both.sample(requests)
@@ -177,7 +177,7 @@ def mismatch_on(report: Report, backend: Backend, precisions: Sequence[str], qua
     both = colocate(make_model(), backend, {"precision": precisions[0]}, **rollout)
     with both.residency.publishing():
         receipt = both.publish()
-    requests = requests_of(both.family.vocab, 64)
+    requests = requests_of(both.facts.vocab, 64)
     with both.residency.rollout():
         completions = both.sample(requests)
     engine, table = logprobs_of(completions), {}

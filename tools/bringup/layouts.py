@@ -18,7 +18,7 @@ from torch import Tensor
 from a3po_megatron.config import ParallelOptions
 from a3po_megatron.launch import environment
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative
@@ -64,7 +64,7 @@ def measured(backend: Backend, folder: Path, model: str, precision: str, layout:
         learner={"precision": precision},
         optimizer={"name": "sgd", "distributed": False},
     )
-    sequences = draw_sequences(read_family(folder / model).vocab, LENGTHS)
+    sequences = draw_sequences(read_facts(folder / model).vocab, LENGTHS)
     old = torch.cat(learner.logprobs(sequences))
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(2))
     learner.update(batch_of(sequences, old, advantages))

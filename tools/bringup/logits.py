@@ -31,7 +31,7 @@ def arm_on(report: Report, backend: Backend, folder: Path, head: str) -> None:
     if head == "float32":
         arguments["hf_overrides"] = {"head_dtype": "float32"}
     both = colocate(folder / "model", dataclasses.replace(backend, engine_args=arguments))
-    requests = requests_of(both.family.vocab, 64)
+    requests = requests_of(both.facts.vocab, 64)
     with both.residency.publishing():
         both.publish()
     with both.residency.rollout():

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a3po_megatron.batch import Batch, Prompt, Rollout
-from a3po_megatron.checkpoint.safetensors import write_file
 from a3po_megatron.config import Config, ParallelOptions
+from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import free_port
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster, arrange
@@ -116,7 +116,7 @@ def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None 
     folder = folder or Path(tempfile.mkdtemp(prefix="model-"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(sizes))
-    shapes = hf_tensors(read_family(folder))
+    shapes = hf_tensors(read_facts(folder))
     generator = torch.Generator().manual_seed(seed)
 
     def values(name: str, shape: Sequence[int]) -> Tensor:
@@ -146,7 +146,7 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
 
 
 def make_learner(cluster: Cluster, folder: Path, **sections: dict[str, Any]) -> Learner:
-    return Learner(cluster, read_family(folder), config(folder, **sections))
+    return Learner(cluster, read_facts(folder), config(folder, **sections))
 
 
 def draw_sequences(

@@ -17,7 +17,7 @@ CYCLES = 2
 
 def routes_on(report: Report, backend: Backend) -> None:
     both = colocate(make_model(MOE), backend, stops=stops_of(MOE["vocab_size"]), routing_replay=True)
-    requests = requests_of(both.family.vocab, 64)
+    requests = requests_of(both.facts.vocab, 64)
     for number in range(CYCLES):
         with both.residency.publishing():
             receipt = both.publish()

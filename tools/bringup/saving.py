@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from a3po_megatron.checkpoint.store import Saving, Share
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
+from a3po_megatron.run.store import Saving, Share
 
 from .colocated import Colocated, colocate, requests_of
 from .rank import LENGTHS, alone, batch_of, config, draw_sequences, make_model
@@ -38,14 +38,14 @@ def tensors(learner: Learner) -> list[Tensor]:
 
 def update(learner: Learner, seed: int) -> None:
     """On rollouts that follow from the seed; their old log-probs are this learner's."""
-    sequences = draw_sequences(learner.family.vocab, LENGTHS, seed)
+    sequences = draw_sequences(learner.facts.vocab, LENGTHS, seed)
     old = torch.cat(learner.logprobs(sequences))
     learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))))
 
 
 def first_on(report: Report, folder: Path, both: Colocated) -> None:
     """Ends with this process killed."""
-    learner, requests = both.learner, requests_of(both.family.vocab, 32)
+    learner, requests = both.learner, requests_of(both.facts.vocab, 32)
     with both.residency.publishing():
         both.publish()
     with both.residency.rollout():
@@ -83,7 +83,7 @@ def first_on(report: Report, folder: Path, both: Colocated) -> None:
 
 def second_on(report: Report, backend: Backend, folder: Path) -> None:
     cluster, model = alone(backend), folder / "model"
-    learner = Learner(cluster, read_family(model), config(model, **SECTIONS), folder / "checkpoint")
+    learner = Learner(cluster, read_facts(model), config(model, **SECTIONS), folder / "checkpoint")
     learner.restore(torch.load(folder / "state.pt"))
     before = tensors(learner)
     update(learner, 2)

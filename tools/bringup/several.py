@@ -33,7 +33,7 @@ def engines_on(report: Report, backend: Backend, folder: Path, tensor: int, cycl
     )
     settings: Any = both.engine._llm.llm_engine.vllm_config.parallel_config
     report.number("disable_custom_all_reduce", bool(settings.disable_custom_all_reduce))
-    requests, digests = requests_of(both.family.vocab, 16), []
+    requests, digests = requests_of(both.facts.vocab, 16), []
     for _ in range(cycles):
         with both.residency.publishing():
             receipt = both.publish()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.family import read_family
+from a3po_megatron.model.facts import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster
 
@@ -56,18 +56,18 @@ def whole(values: dict[str, Tensor]) -> Tensor:
 
 
 def against_oracle(report: Report, cluster: Cluster, folder: Path) -> None:
-    family = read_family(folder)
-    sequences = draw_sequences(family.vocab, LENGTHS)
+    facts = read_facts(folder)
+    sequences = draw_sequences(facts.vocab, LENGTHS)
     lengths = [len(response) for _, response in sequences]
     generator = torch.Generator().manual_seed(2)
     advantages = torch.randn(len(sequences), generator=generator)
     exact, plain = oracle.read_weights(folder), oracle.read_weights(folder, torch.bfloat16)
-    wanted = oracle.all_logprobs(exact, family, sequences)
+    wanted = oracle.all_logprobs(exact, facts, sequences)
     # Old log-probs a little off, so that ratios are no ones, and never by as much as the clip.
     old = [each.detach().float() + 0.1 * (2 * torch.rand(len(each), generator=generator) - 1) for each in wanted]
     loss = oracle.loss(wanted, old, advantages)
     loss.backward()
-    in_bf16 = oracle.all_logprobs(plain, family, sequences)
+    in_bf16 = oracle.all_logprobs(plain, facts, sequences)
     oracle.loss(in_bf16, old, advantages).backward()
 
     learner = make_learner(cluster, folder)
@@ -123,8 +123,8 @@ def bf16_against_oracle(report: Report) -> None:
 
 def fp8_step(report: Report, cluster: Cluster, folder: Path, precisions: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Every precision's step against that in bf16. Returns each one's errors."""
-    family = read_family(folder)
-    sequences = draw_sequences(family.vocab, LENGTHS)
+    facts = read_facts(folder)
+    sequences = draw_sequences(facts.vocab, LENGTHS)
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(2))
     plain = make_learner(cluster, folder, learner={"precision": "bf16", "micro_batch_tokens": 512})
     reference = step(plain, sequences, None, advantages)

@@ -3,7 +3,7 @@
     checkpoints/step-000012/manifest.json   everything else in the folder, with size and digest, and the run's state
                             *.distcp …       Megatron's sharded state: weights and optimizer
                             rank-R.json      the random streams of a rank
-                            surplus.rank-R   groups carried over into the step (frames, checkpoint/journal.py)
+                            surplus.rank-R   groups carried over into the step (frames, run/journal.py)
                             hf/              what makes the weights a model: configuration, tokenizer
     checkpoints/latest                      the name of the newest, written last
 
@@ -25,9 +25,9 @@ from blake3 import blake3
 
 from ..config import ARITHMETIC, Config, lasting
 from ..errors import RequestError
+from ..files.hashed import Written, digest_of, sync
+from ..files.side_files import side_files
 from ..files.sources import files_of, paths_of
-from .folder import Written, digest_of, sync
-from .side_files import side_files
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

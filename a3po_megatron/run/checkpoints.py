@@ -24,13 +24,34 @@ from typing import Any
 
 import torch
 
-from .algorithm.statistics import batch_metrics, batch_sums
-from .batch import Batch, Collected, Group
-from .checkpoint.background import Background
-from .checkpoint.folder import HashedFile, Written, digest_of, partial_of, sync, whole_folder
-from .checkpoint.interrupt import Interrupt
-from .checkpoint.journal import read_frames, read_group, write_group, write_verdicts
-from .checkpoint.manifest import (
+from ..algorithm.statistics import batch_metrics, batch_sums
+from ..batch import Batch, Collected, Group
+from ..config import Config
+from ..data.prompts import Prompts
+from ..data.tokens import Tokens
+from ..errors import Interrupted, RequestError, RunFailed
+from ..files.hashed import HashedFile, Written, digest_of, partial_of, sync, whole_folder
+from ..files.side_files import HF, copy_side_files
+from ..files.torch_dist import indexes
+from ..learner.learner import Learner
+from ..model.build import DTYPES
+from ..model.facts import ModelFacts
+from ..model.layout import layout_of
+from ..model.precision import is_fp8
+from ..ranks.agree import first, same, sum_lists
+from ..ranks.groups import Cluster
+from ..rollout.engine import Engine, local_experts
+from ..rollout.intake import Collector
+from ..telemetry.clock import CLOCK, phase
+from ..telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
+from ..telemetry.progress import ProgressLine, open_console
+from ..telemetry.rollouts import save_rejected, save_rollouts
+from ..weights.load import all_finite
+from ..weights.publish import Publisher
+from ..weights.receipt import Receipt
+from .background import Background
+from .journal import read_frames, read_group, write_group, write_verdicts
+from .manifest import (
     MANIFEST,
     Manifest,
     Stateful,
@@ -41,30 +62,9 @@ from .checkpoint.manifest import (
     saved_steps,
     step_of,
 )
-from .checkpoint.side_files import HF, copy_side_files
-from .checkpoint.store import Saving, Share
-from .checkpoint.streams import random_state, restore_random_state
-from .checkpoint.torch_dist import indexes
-from .config import Config
-from .data.prompts import Prompts
-from .data.tokens import Tokens
-from .errors import Interrupted, RequestError, RunFailed
-from .learner.learner import Learner
-from .model.build import DTYPES
-from .model.family import Family
-from .model.layout import layout_of
-from .model.precision import is_fp8
-from .ranks.agree import first, same, sum_lists
-from .ranks.groups import Cluster
-from .rollout.collect import Collector
-from .rollout.engine import Engine, local_experts
-from .telemetry.clock import CLOCK, phase
-from .telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
-from .telemetry.progress import ProgressLine, open_console
-from .telemetry.rollouts import save_rejected, save_rollouts
-from .weights.load import all_finite
-from .weights.publish import Publisher
-from .weights.receipt import Receipt
+from .stop import Interrupt
+from .store import Saving, Share
+from .streams import random_state, restore_random_state
 
 INERT_WARNING = 0.95
 BYTES_PER_PARAMETER, ASSUMED_BYTES_PER_SECOND = 12, 100e6  # of a save: float32 weights and both moments of Adam
@@ -119,7 +119,7 @@ class Run:
         folder: Path,
         config: Config,
         cluster: Cluster,
-        family: Family,
+        facts: ModelFacts,
         tokens: Tokens,
         prompts: Prompts,
         collect: Collector,
@@ -137,13 +137,13 @@ class Run:
         }
         layout = layout_of(config.parallel, cluster.backend.spec)
         canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
-        rollout, experts = config.rollout, family.experts.count if family.experts else 0
+        rollout, experts = config.rollout, facts.experts.count if facts.experts else 0
 
         def engine_experts(rank: int) -> tuple[int, int]:
             return local_experts(rank, rollout.tensor, rollout.expert, experts)
 
         fp8 = is_fp8(config.learner.precision)
-        self.publisher = Publisher(cluster, family, layout, config.publish, canary, engine_experts, fp8)
+        self.publisher = Publisher(cluster, facts, layout, config.publish, canary, engine_experts, fp8)
         self._started = float(os.environ.get("A3PO_STARTED", time.time()))
         self._startup: float | None = None
         self._stages: dict[str, float] = {}

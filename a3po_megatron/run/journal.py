@@ -152,7 +152,7 @@ class Journal:
     """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
 
     def __init__(self, folder: Path, rank: int, run: str, any_weights: bool = False) -> None:
-        """`run`: a digest of what makes the run the one that it is (checkpoint/manifest.py: identity)."""
+        """`run`: a digest of what makes the run the one that it is (run/manifest.py: identity)."""
         self.weights = ""  # a digest of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None

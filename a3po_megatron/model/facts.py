@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.hf_folder import check_pointer, explain
 from ..errors import RequestError
+from ..files.hf_folder import check_pointer, explain
 from .quantised import FIELDS, Fp8, read_fp8
 from .rope import RopeScaling, Yarn, is_positive, read_rope
 
@@ -36,7 +36,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFacts:
     """The facts of one model. Sizes are those of the whole model."""
 
     architecture: str
@@ -58,32 +58,32 @@ class Family:
     experts: Experts | None = None
 
 
-def read_family(folder: Path | str) -> Family:
+def read_facts(folder: Path | str) -> ModelFacts:
     """The facts of the HF checkpoint in `folder`.
 
     Raises RequestError for a missing or unreadable config.json, an unknown architecture, quantised weights, and every
     field that changes the mathematics in a way that is not implemented.
     """
-    family, fp8 = read_source(folder)
+    facts, fp8 = read_source(folder)
     if fp8 is not None:
         raise RequestError(
             f"{Path(folder) / 'config.json'}: quantization_config: the weights are quantised (fp8), which cannot be "
             f"trained: import, export it first (a3po convert import {folder} CKPT; a3po convert export CKPT NEW)"
         )
-    return family
+    return facts
 
 
-def read_source(folder: Path | str) -> tuple[Family, Fp8 | None]:
+def read_source(folder: Path | str) -> tuple[ModelFacts, Fp8 | None]:
     """The same of a checkpoint whose weights may be in FP8."""
     if not Path(folder).is_dir():
         raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     config = _read_json(path)
     fp8 = read_fp8(config, str(path))
-    family = family_of({name: value for name, value in config.items() if name not in FIELDS}, str(path))
+    facts = facts_of({name: value for name, value in config.items() if name not in FIELDS}, str(path))
     # Chat models name further tokens that end a turn there.
     more = _eos(_read_json(generation), str(generation)) if generation.exists() else ()
-    return dataclasses.replace(family, eos=tuple(sorted({*family.eos, *more}))), fp8
+    return dataclasses.replace(facts, eos=tuple(sorted({*facts.eos, *more}))), fp8
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _Fields:
         return bool(value)
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
+def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
     """The facts of a parsed config.json; `where` names it in errors."""
     fields = _Fields(config, where)
     architecture, kind = _architecture(config, where)
@@ -227,7 +227,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     rope = read_rope(config, where, max_positions)
     if isinstance(rope.scaling, Yarn):
         max_positions = min(max_positions, rope.scaling.context)
-    return Family(
+    return ModelFacts(
         architecture=architecture,
         layers=layers,
         hidden=hidden,

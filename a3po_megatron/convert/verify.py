@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.safetensors import Stored, read_rows
 from ..errors import RequestError, RunFailed
-from ..model.family import Family, read_family
+from ..files.safetensors import Stored, read_rows
+from ..model.facts import ModelFacts, read_facts
 from ..model.layout import EMBEDDING, HEAD, Layout, Piece, Place, hf_tensors, padded_vocab, pieces
-from ..model.stored import stored_parameters
+from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count
-from .load import all_finite, check_checkpoint
+from .stored import stored_parameters
 
 
 @dataclass
@@ -46,16 +46,16 @@ class Verified:
 
 def verify_layout(folder: Path, layout: Layout, progress: Callable[[int], Count], show: str | None = None) -> Verified:
     """Raises RequestError for a checkpoint or layout that cannot be, RunFailed if a byte would not come back."""
-    family = read_family(folder)
-    places = check_checkpoint(folder, family)
-    shapes = hf_tensors(family)
+    facts = read_facts(folder)
+    places = check_checkpoint(folder, facts)
+    shapes = hf_tensors(facts)
     if show is not None and show not in shapes:
         raise RequestError(f"--show {show}: the checkpoint has no such tensor")
     by_tensor: dict[str, list[tuple[int, Piece]]] = {name: [] for name in shapes}
     shares = []
     for rank, place in enumerate(layout.places()):
-        mine = pieces(family, layout, place)
-        shares.append(_share(family, layout, place, mine, places))
+        mine = pieces(facts, layout, place)
+        shares.append(_share(facts, layout, place, mine, places))
         _check_parameters(rank, mine)
         for piece in mine:
             by_tensor[piece.tensor].append((rank, piece))
@@ -63,7 +63,7 @@ def verify_layout(folder: Path, layout: Layout, progress: Callable[[int], Count]
     count = progress(total)
     for name, found in by_tensor.items():
         _check_owners(name, shapes[name], found)
-    for parameter in stored_parameters(family):
+    for parameter in stored_parameters(facts):
         names = list(dict.fromkeys(span.tensor for span in parameter.spans))
         _check_bytes({name: places[name] for name in names}, {name: by_tensor[name] for name in names})
         count(sum(places[name].bytes for name in names))
@@ -71,7 +71,7 @@ def verify_layout(folder: Path, layout: Layout, progress: Callable[[int], Count]
 
 
 def _share(
-    family: Family, layout: Layout, place: Place, mine: tuple[Piece, ...], places: dict[str, Stored]
+    facts: ModelFacts, layout: Layout, place: Place, mine: tuple[Piece, ...], places: dict[str, Stored]
 ) -> RankShare:
     share = RankShare(place)
     layers = {int(piece.tensor.split(".")[2]) for piece in mine if piece.tensor.startswith("model.layers.")}
@@ -80,8 +80,8 @@ def _share(
         size = piece.numel * places[piece.tensor].dtype.itemsize
         share.held += size
         share.owned += size if piece.owner else 0
-        if piece.shape[0] == family.vocab and piece.tensor in (EMBEDDING, HEAD):
-            rows = padded_vocab(family, layout.tensor) // layout.tensor - piece.length
+        if piece.shape[0] == facts.vocab and piece.tensor in (EMBEDDING, HEAD):
+            rows = padded_vocab(facts, layout.tensor) // layout.tensor - piece.length
             share.padding += rows * size // piece.length
     return share
 

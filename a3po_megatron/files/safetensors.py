@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .folder import HashedFile, Written
+from .hashed import HashedFile, Written
 from .hf_folder import check_pointer, explain
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -4,7 +4,7 @@
     write       every rank, in a thread: hash and write its share
     complete    rank 0, in a thread, when all have: write what says where everything lies
 
-What a save costs the run is the copy: bounded by bytes, not by the disk. The threads are checkpoint/background.py's.
+What a save costs the run is the copy: bounded by bytes, not by the disk. The threads are run/background.py's.
 Megatron's own writer starts processes for every save, 8–11 s the first time on a CPU; this one puts the same bytes into
 the same files from a thread.
 """
@@ -40,7 +40,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..compat.megatron import GATHERED
 from ..errors import RunFailed
-from .folder import HashedFile, Written
+from ..files.hashed import HashedFile, Written
 
 
 class _HashedFiles(FileSystem):

@@ -3,8 +3,8 @@
     import    HF folder → folder with every parameter of the undivided model, readable by Megatron at any layout
     export    such a folder, or one that a run saved at any layout → HF folder
 
-Both follow one map (model/stored.py). Bytes are moved, never computed with, in parts of at most `bucket_bytes`: what a
-process holds is one part. Work is planned first and dealt to processes; each writes files of its own. A value that is
+Both follow one map (convert/stored.py). Bytes are moved, never computed with, in parts of at most `bucket_bytes`: what
+a process holds is one part. Work is planned first and dealt to processes; each writes files of its own. A value that is
 not finite, or a byte that is not what was written, ends the conversion, and nothing is left of it.
 """
 
@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.folder import Written, check_digest, check_free, read_digests, save_digests, whole_folder
-from ..checkpoint.safetensors import (
+from ..errors import RequestError
+from ..files.hashed import Written, check_digest, check_free, read_digests, save_digests, whole_folder
+from ..files.safetensors import (
     CODES,
     INDEX,
     OpenFiles,
@@ -31,17 +32,16 @@ from ..checkpoint.safetensors import (
     split_files,
     write_file,
 )
-from ..checkpoint.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
-from ..checkpoint.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
-from ..errors import RequestError
-from ..model.family import Family, read_family, read_source
+from ..files.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
+from ..files.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
+from ..model.facts import ModelFacts, read_facts, read_source
 from ..model.layout import hf_tensors
 from ..model.quantised import FIELDS
-from ..model.stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
-from .fp8 import name_of, read_values, rounded_to
+from ..weights.fp8 import name_of, read_values, rounded_to
+from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count, deal, run_jobs
-from .load import all_finite, check_checkpoint
 from .remarks import no_tokenizer, of_import
+from .stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
 
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
 
@@ -78,11 +78,11 @@ def import_checkpoint(
     Raises RequestError, naming file and tensor, for a source that is not whole and finite; then nothing is written.
     """
     check_free(target)
-    (family, fp8), named = read_source(source), dtype_of(source)
+    (facts, fp8), named = read_source(source), dtype_of(source)
     whole = rounded_to(source, named) if fp8 else None
-    places = check_checkpoint(source, family, fp8, whole or torch.bfloat16)
+    places = check_checkpoint(source, facts, fp8, whole or torch.bfloat16)
     side_files(source)  # before anything is written: one that cannot be copied
-    parameters = stored_parameters(family)
+    parameters = stored_parameters(facts)
     records = [record for p in parameters for record in _records(p, places, bucket_bytes)]
     _check_dtypes(records)
     total = sum(record.bytes for record in records)
@@ -98,13 +98,13 @@ def import_checkpoint(
         ]
         results: list[tuple[list[Kept], Written]] = run_jobs(jobs, count)
         kept = [item for part, _ in results for item in part]
-        objects = write_metadata(folder, stored_shapes(family, parameters), kept, stored_objects(family, parameters))
+        objects = write_metadata(folder, stored_shapes(facts, parameters), kept, stored_objects(facts, parameters))
         if whole is None:
             copy_side_files(source, folder / HF)
         else:
             copy_side_files(source, folder / HF, name_of(whole), without=FIELDS)
         save_digests(folder, [*(written for _, written in results), objects], INDEXES)
-    stored = {name: places[name] for name in hf_tensors(family)}
+    stored = {name: places[name] for name in hf_tensors(facts)}
     remarks = of_import(source, named if whole is None else name_of(whole), stored)
     return Converted(len(stored), total, len(results), tuple(remarks))
 
@@ -223,11 +223,11 @@ def export_checkpoint(
     hf, dtype, workers = source / HF, options.dtype, options.workers
     if not (hf / CONFIG).is_file():
         raise RequestError(f"{hf / CONFIG}: the file is missing: it says what model the checkpoint holds")
-    family = read_family(hf)
+    facts = read_facts(hf)
     side_files(hf)
     with Reader(source) as reader:
         chunked = [source / name for name in reader.check_folder()]
-        wanted = _wanted(family, reader, options)
+        wanted = _wanted(facts, reader, options)
     files = _files(wanted, options.shard_bytes, dtype)
     total = sum(_bytes(tensor, None) for tensor in wanted)
     check_free(target, sum(_bytes(tensor, dtype) for tensor in wanted))
@@ -261,10 +261,10 @@ def newest_checkpoint(folder: Path) -> Path:
     return whole[-1].parent
 
 
-def _wanted(family: Family, reader: Reader, options: ExportOptions) -> list[_Wanted]:
+def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_Wanted]:
     """Every HF tensor, after the checkpoint's keys and shapes were held against the configuration's."""
-    parameters = stored_parameters(family)
-    expected = stored_shapes(family, parameters)
+    parameters = stored_parameters(facts)
+    expected = stored_shapes(facts, parameters)
     for key, shape in expected.items():
         found = reader.shapes.get(key)
         if found is None:
@@ -287,7 +287,7 @@ def _wanted(family: Family, reader: Reader, options: ExportOptions) -> list[_Wan
             parts.setdefault(span.tensor, []).append((parameter.key, parameter.lead, span))
     return [
         _Wanted(name, shape, reader.dtypes[parts[name][0][0]], tuple(sorted(parts[name], key=lambda p: p[2].start)))
-        for name, shape in hf_tensors(family).items()
+        for name, shape in hf_tensors(facts).items()
     ]
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.family import ARCHITECTURES, Family, family_of
+from a3po_megatron.model.facts import ARCHITECTURES, ModelFacts, facts_of
 from a3po_megatron.model.rope import Yarn, vllm_parameters
 
 # Sizes at which transformers' defaults of 32 and of 4 KV heads, and of 128 a head, would be sound ones.
@@ -65,7 +65,7 @@ def oracle(config: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(**json.loads(json.dumps(config)))
 
 
-def facts(config: PretrainedConfig) -> dict[str, Any]:
+def expected(config: PretrainedConfig) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     assert rope.pop("rope_theta") is not None, "transformers' model fails on it"
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
@@ -90,10 +90,10 @@ def facts(config: PretrainedConfig) -> dict[str, Any]:
     return found
 
 
-def ours(family: Family, names: Any) -> dict[str, Any]:
-    found = {name: getattr(family, name) for name in names}
-    if family.experts is not None:
-        e = family.experts
+def ours(facts: ModelFacts, names: Any) -> dict[str, Any]:
+    found = {name: getattr(facts, name) for name in names}
+    if facts.experts is not None:
+        e = facts.experts
         found["experts"] = (e.count, e.per_token, e.ffn, e.norm_topk)
     return found
 
@@ -101,13 +101,13 @@ def ours(family: Family, names: Any) -> dict[str, Any]:
 def agrees(config: dict[str, Any], changed: set[str]) -> bool:
     """True: taken as transformers takes it; False: refused, by the name of what was changed."""
     try:
-        family = family_of(config, "config.json")
+        facts = facts_of(config, "config.json")
     except RequestError as error:
         if not any(name in str(error) for name in changed):
             raise
         return False
-    wanted = facts(oracle(config))
-    assert ours(family, [name for name in wanted if name != "experts"]) == wanted
+    wanted = expected(oracle(config))
+    assert ours(facts, [name for name in wanted if name != "experts"]) == wanted
     return True
 
 
@@ -141,10 +141,10 @@ def test_a_head_that_the_hidden_size_does_not_divide_into_or_that_vllm_reads_oth
     odd = {"llama": "is no whole number", "qwen2": "is no whole number"}
     for changes, named in ({"hidden_size": 100}, odd.get(kind)), ({"head_dim": 6}, {"qwen2": "head_dim = 6"}.get(kind)):
         if named is None:
-            assert family_of(config_of(kind, **changes), "c").hidden == changes.get("hidden_size", 128)
+            assert facts_of(config_of(kind, **changes), "c").hidden == changes.get("hidden_size", 128)
             continue
         with pytest.raises(RequestError, match=named):
-            family_of(config_of(kind, **changes), "c")
+            facts_of(config_of(kind, **changes), "c")
 
 
 @pytest.mark.skipif(
@@ -165,17 +165,17 @@ def test_published_configs_say_the_same_to_transformers_and_to_us_whatever_defau
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def same_rope(config: dict[str, Any]) -> Family:
+def same_rope(config: dict[str, Any]) -> ModelFacts:
     """Our frequencies and attention factor against those of transformers' own module, bit for bit."""
     from a3po_megatron import compat
 
     compat.prepare()  # before Megatron is imported
     from a3po_megatron.model.build import rope_frequencies, softmax_scale
 
-    family, rotary = family_of(config, "config.json"), LlamaRotaryEmbedding(oracle(config))
-    assert torch.equal(rope_frequencies(family), rotary.inv_freq)
-    assert softmax_scale(family) == pytest.approx(rotary.attention_scaling**2 * family.head_dim**-0.5, rel=1e-15)
-    return family
+    facts, rotary = facts_of(config, "config.json"), LlamaRotaryEmbedding(oracle(config))
+    assert torch.equal(rope_frequencies(facts), rotary.inv_freq)
+    assert softmax_scale(facts) == pytest.approx(rotary.attention_scaling**2 * facts.head_dim**-0.5, rel=1e-15)
+    return facts
 
 
 @pytest.mark.parametrize("kind", OWN)
@@ -204,13 +204,13 @@ def test_yarn_turns_and_grows_as_transformers_has_it_in_either_form(kind: str, m
     old = dict(YARN | members)
     old["type"] = old.pop("rope_type")
     new = YARN | members | {"rope_theta": 5000.0}
-    family = same_rope(config_of(kind, rope_scaling=old))
-    assert family == same_rope(config_of(kind, drop={"rope_theta"}, rope_parameters=new))
-    assert isinstance(family.rope_scaling, Yarn)
+    facts = same_rope(config_of(kind, rope_scaling=old))
+    assert facts == same_rope(config_of(kind, drop={"rope_theta"}, rope_parameters=new))
+    assert isinstance(facts.rope_scaling, Yarn)
     # What the engine is told holds no null, and means the same to transformers.
-    told = vllm_parameters(family.rope_theta, family.rope_scaling)
+    told = vllm_parameters(facts.rope_theta, facts.rope_scaling)
     assert told is not None and None not in told.values()
-    assert same_rope(config_of(kind, rope_parameters=told)) == family
+    assert same_rope(config_of(kind, rope_parameters=told)) == facts
 
 
 def test_yarn_without_an_original_context_has_the_models_own_and_reaches_no_further_than_vllm_prepares() -> None:
@@ -241,7 +241,7 @@ def test_yarn_without_an_original_context_has_the_models_own_and_reaches_no_furt
 def test_members_of_the_rope_that_are_null_mean_nothing(form: str, rope: dict[str, Any]) -> None:
     told = {name: value for name, value in rope.items() if value is not None}
     theta = {"rope_theta": 5000.0} if form == "rope_parameters" else {}
-    assert same_rope(config_of("llama", **{form: rope | theta})) == family_of(
+    assert same_rope(config_of("llama", **{form: rope | theta})) == facts_of(
         config_of("llama", **{form: told | theta}), "c"
     )
 
@@ -282,7 +282,7 @@ def test_a_rope_that_transformers_or_vllm_could_not_have_is_refused_by_name(
     changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        family_of(config_of("qwen3", **changes), "some/config.json")
+        facts_of(config_of("qwen3", **changes), "some/config.json")
     assert str(caught.value).startswith("some/config.json: ") and named in str(caught.value)
 
 
@@ -292,5 +292,5 @@ def test_the_base_is_that_of_the_form_which_transformers_reads() -> None:
     without = config_of("llama", drop={"rope_theta"}, **both)
     assert oracle(without).rope_parameters["rope_theta"] == 10000.0
     with pytest.raises(RequestError, match="contradictory: 10000 with rope_scaling, 7000 with rope_parameters"):
-        family_of(without, "c")
+        facts_of(without, "c")
     assert same_rope(config_of("llama", drop={"rope_theta"}, rope_scaling=YARN)).rope_theta == 10000.0

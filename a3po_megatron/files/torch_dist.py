@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from ..errors import RequestError
-from .folder import HashedFile, Written, check_digest, read_digests
+from .hashed import HashedFile, Written, check_digest, read_digests
 from .safetensors import read_into
 
 OBJECTS = "__objects.distcp"

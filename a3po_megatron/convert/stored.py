@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .family import Family
-from .layout import Layout, Place, pieces
+from ..model.facts import ModelFacts
+from ..model.layout import Layout, Place, pieces
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
@@ -43,11 +43,11 @@ class Parameter:
     spans: tuple[Span, ...]  # in the order of its rows; together all of them
 
 
-def stored_parameters(family: Family) -> list[Parameter]:
+def stored_parameters(facts: ModelFacts) -> list[Parameter]:
     """Every parameter of the model, in the order of the layers."""
     found: dict[str, list[Span]] = {}
     columns: dict[str, tuple[int, ...]] = {}
-    for piece in pieces(family, Layout(scheme="te"), Place()):
+    for piece in pieces(facts, Layout(scheme="te"), Place()):
         # Without parallelism every piece is whole along all but its first dimension.
         row, start, rows = (piece.offset, piece.start, piece.length) if piece.dim == 0 else (0, 0, piece.shape[0])
         found.setdefault(piece.parameter, []).append(Span(piece.tensor, start, row, rows))
@@ -58,18 +58,18 @@ def stored_parameters(family: Family) -> list[Parameter]:
     ]
 
 
-def stored_shapes(family: Family, parameters: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
+def stored_shapes(facts: ModelFacts, parameters: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
     """Key → shape of the checkpoint's tensor, stacked dimensions included."""
-    counts = (family.layers, family.experts.count if family.experts else 0)
+    counts = (facts.layers, facts.experts.count if facts.experts else 0)
     return {p.key: (*counts[: len(p.lead)], *p.shape) for p in parameters}
 
 
-def stored_objects(family: Family, parameters: Iterable[Parameter]) -> list[str]:
+def stored_objects(facts: ModelFacts, parameters: Iterable[Parameter]) -> list[str]:
     """The keys of the objects, all of them empty, without which Megatron's loader refuses a checkpoint.
 
     Every linear layer of Megatron has an `_extra_state`, whether or not there is any FP8 state to keep in it.
     """
-    counts = (family.layers, family.experts.count if family.experts else 0)
+    counts = (facts.layers, facts.experts.count if facts.experts else 0)
     found = []
     for parameter in parameters:
         layer, _, kind = parameter.key.rpartition(".")

@@ -18,8 +18,6 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from ..batch import Answered, Collected, Group, Prompt, Rollout, Verdict
-from ..checkpoint.interrupt import Interrupt
-from ..checkpoint.journal import Journal
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
@@ -29,6 +27,8 @@ from ..errors import Interrupted, RunFailed
 from ..ranks.agree import first
 from ..ranks.groups import Cluster
 from ..reward.reward import score
+from ..run.journal import Journal
+from ..run.stop import Interrupt
 from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request
 

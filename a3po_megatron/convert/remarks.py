@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.safetensors import Stored, locate
-from ..checkpoint.side_files import CONFIG, has_tokenizer, side_files
-from .fp8 import Quantised, name_of
-from .fuse import is_fused
+from ..files.safetensors import Stored, locate
+from ..files.side_files import CONFIG, has_tokenizer, side_files
+from ..weights.fp8 import Quantised, name_of
+from ..weights.fuse import is_fused
 
 
 def no_tokenizer(folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""Offline conversion: HF folder ↔ Megatron checkpoint, and the proof that a layout loses nothing. No ranks."""
