@@ -28,8 +28,8 @@ from a3po_megatron.launch.handoff import check_interfaces  # noqa: E402
 from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
-from a3po_megatron.model.facts import read_facts  # noqa: E402
 from a3po_megatron.model.precision import check_hardware  # noqa: E402
+from a3po_megatron.model.read import read_facts  # noqa: E402
 from a3po_megatron.ranks.groups import Cluster, connect  # noqa: E402
 from a3po_megatron.residency import Residency  # noqa: E402
 from a3po_megatron.reward.graders import math_graders  # noqa: E402

@@ -32,7 +32,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, LogprobsLists, ModelRunnerOutput  # noqa: E402
 
 from a3po_megatron.config import RolloutOptions  # noqa: E402
-from a3po_megatron.model.facts import read_facts  # noqa: E402
+from a3po_megatron.model.read import read_facts  # noqa: E402
 from a3po_megatron.ranks.backend import CPU  # noqa: E402
 from a3po_megatron.rollout import vllm_engine  # noqa: E402
 from a3po_megatron.rollout.engine import Request  # noqa: E402

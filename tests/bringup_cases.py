@@ -134,7 +134,7 @@ def standalone_on_cpu(report: Report) -> None:
 def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
     import torch
 
-    from a3po_megatron.model.facts import read_facts
+    from a3po_megatron.model.read import read_facts
     from a3po_megatron.ranks.backend import CPU
     from a3po_megatron.rollout.vllm_engine import VllmEngine
     from tools.bringup.colocated import LENGTHS, requests_of

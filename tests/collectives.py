@@ -1,4 +1,4 @@
-"""A fake of the torch.distributed collectives that weights/reshard.py uses, between the threads of one process.
+"""A fake of the torch.distributed collectives that weights/transfer.py uses, between the threads of one process.
 
 Real ranks are processes, and a test machine has room for about four of them, while the replicas of interest have up to
 32 ranks. Here every rank is a thread, a group is a barrier, and a collective copies from the other threads' buffers
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.model.layout import Layout
-from a3po_megatron.weights.reshard import Groups
+from a3po_megatron.weights.transfer import Groups
 
 Result = TypeVar("Result")
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.precision import FP32_SCALES
+from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import ROOT
 from tests.tiny import hf_logprobs, hf_model, make_checkpoint
 from tools import gpu_bringup

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a3po_megatron import cli
 from a3po_megatron.model import layout as layout_module
-from a3po_megatron.model.facts import ModelFacts, read_facts
-from a3po_megatron.model.layout import Piece
+from a3po_megatron.model.cut import Piece
+from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import Ranks, run_ranks
 from tests.tiny import KINDS, hf_model, hf_tensors_of, make_checkpoint
 

@@ -24,8 +24,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.model.cut import hf_tensors
+from a3po_megatron.model.read import read_facts
 from tests.test_convert import (
     INDEX,
     ROOT,

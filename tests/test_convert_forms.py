@@ -15,8 +15,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import Layout, pieces
+from a3po_megatron.model.cut import pieces
+from a3po_megatron.model.layout import Layout
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import check_checkpoint, load_shards
 from tests.test_convert import (
     INDEX,

@@ -15,7 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.facts import ARCHITECTURES, ModelFacts, facts_of
+from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.families.registry import FAMILIES
+from a3po_megatron.model.read import facts_of
 from a3po_megatron.model.rope import Yarn, vllm_parameters
 
 # Sizes at which transformers' defaults of 32 and of 4 KV heads, and of 128 a head, would be sound ones.
@@ -55,7 +57,7 @@ TAKEN = {
 
 
 def config_of(kind: str, drop: set[str] = frozenset(), null: set[str] = frozenset(), **more: Any) -> dict[str, Any]:  # type: ignore[assignment]
-    (architecture,) = (name for name, other in ARCHITECTURES.items() if other == kind)
+    (architecture,) = (name for name, family in FAMILIES.items() if family.model_type == kind)
     config = {"architectures": [architecture], "model_type": kind} | COMMON | OWN[kind] | more
     return {name: None if name in null else value for name, value in config.items() if name not in drop}
 

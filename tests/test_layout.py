@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.facts import NEUTRAL, Experts, ModelFacts, RopeScaling, facts_of, read_facts
-from a3po_megatron.model.layout import Layout, Piece, check_layout, hf_tensors, padded_vocab, pieces
+from a3po_megatron.model.cut import Piece, hf_tensors, pieces
+from a3po_megatron.model.facts import Experts, ModelFacts
+from a3po_megatron.model.layout import Layout, check_layout, padded_vocab
+from a3po_megatron.model.read import NEUTRAL, facts_of, read_facts
+from a3po_megatron.model.rope import RopeScaling
 from tests.tiny import tensor_pieces
 
 VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}
@@ -190,8 +193,8 @@ def test_pieces_follow_the_order_of_the_layers_and_the_vocabulary_is_padded_no_m
         ]
         assert layers == sorted(layers)
         assert {piece.tensor for piece in tensor_pieces(facts, tensor, rank)} <= set(order)
-    assert padded_vocab(facts, tensor) % tensor == 0
-    assert facts.vocab <= padded_vocab(facts, tensor) < facts.vocab + tensor
+    assert padded_vocab(facts.vocab, tensor) % tensor == 0
+    assert facts.vocab <= padded_vocab(facts.vocab, tensor) < facts.vocab + tensor
 
 
 @pytest.mark.parametrize(

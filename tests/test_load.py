@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from a3po_megatron.errors import RequestError
-from a3po_megatron.model.facts import ModelFacts, read_facts
+from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import check_checkpoint, load_shards
 from tests.test_layout import megatron_parameters
 from tests.tiny import VOCAB, make_checkpoint, tensor_pieces

@@ -15,7 +15,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
 from a3po_megatron.launch import hardware as launch_hardware
 from a3po_megatron.launch.check import _check_device
-from a3po_megatron.model.facts import ModelFacts, read_facts
+from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.precision import (
     FP32_SCALES,
     Hardware,
@@ -24,6 +24,7 @@ from a3po_megatron.model.precision import (
     megatron_settings,
     token_grain,
 )
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import backend_of, select_backend
 from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple

@@ -11,12 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from a3po_megatron.model.engine_layout import engine_pieces
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.model.cut import EngineRank, cut, hf_tensors
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout.engine import local_experts
 from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum, wrap
-from a3po_megatron.weights.reshard import expert_of
 from tests.distributed import cases_readback as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
@@ -64,7 +62,7 @@ def test_an_engine_of_more_ranks_than_kv_heads_has_each_head_on_neighbours_and_a
     names = [name for name in hf if "k_proj" in name or "v_proj" in name]
     total, held = torch.zeros(len(names), dtype=torch.int64), dict.fromkeys(names, 0)
     for rank in range(tensor):
-        ours = [piece for piece in engine_pieces(facts, tensor, rank, (0, 0)) if piece.tensor in names]
+        ours = [piece for piece in cut(facts, EngineRank(tensor, rank, (0, 0))) if piece.tensor in names]
         # vllm/model_executor/layers/linear.py: QKVParallelLinear, weight_loader
         replicas = max(1, tensor // kv_heads)
         rows = max(1, kv_heads // tensor) * facts.head_dim
@@ -94,10 +92,10 @@ def test_the_ranks_of_an_engine_hold_every_element_whole_or_share_it_out(
         return
     covered = {name: np.zeros(shape, dtype=int) for name, shape in hf_tensors(facts).items()}
     for rank in range(tensor):
-        pieces = engine_pieces(facts, tensor, rank, local_experts(rank, tensor, expert, count))
+        pieces = cut(facts, EngineRank(tensor, rank, local_experts(rank, tensor, expert, count)))
         for piece in pieces:
             assert covered[piece.tensor].shape == piece.shape
-            if piece.numel == math.prod(piece.shape) and expert_of(piece.tensor) is None:
+            if piece.numel == math.prod(piece.shape) and piece.hf.expert is None:
                 covered[piece.tensor] += rank == 0  # on every rank; counted once
                 continue
             span = (slice(None),) * piece.dim + (slice(piece.start, piece.start + piece.length),)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.facts import ModelFacts
-from a3po_megatron.model.layout import hf_tensors
 from a3po_megatron.weights import receipt
 from a3po_megatron.weights.receipt import block_checksum, shard_checksums, tensor_checksum
 from tests.test_layout import megatron_parameters

@@ -19,7 +19,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
 from a3po_megatron.launch.local import rendezvous
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
-from a3po_megatron.model.facts import facts_of, read_facts
+from a3po_megatron.model.read import facts_of, read_facts
 from a3po_megatron.reward.math import grade
 from a3po_megatron.schedule.packing import pack
 from a3po_megatron.weights.load import check_checkpoint

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
+from a3po_megatron.model.cut import Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
-from a3po_megatron.model.layout import Layout, Piece, pieces
+from a3po_megatron.model.layout import Layout
 
 VOCAB = 67  # odd: every tensor-parallel size pads it
 

@@ -41,7 +41,7 @@ def measure(folder: Path, saves: int) -> None:
 
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
-    from a3po_megatron.model.facts import read_facts
+    from a3po_megatron.model.read import read_facts
     from a3po_megatron.ranks.groups import connect
     from a3po_megatron.run.store import Saving
 

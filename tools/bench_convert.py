@@ -30,11 +30,14 @@ import torch
 
 from a3po_megatron.convert.convert import ExportOptions, export_checkpoint, import_checkpoint
 from a3po_megatron.files.safetensors import bytes_of, write_file
-from a3po_megatron.model.facts import ModelFacts, read_facts
-from a3po_megatron.model.layout import Layout, Place, hf_tensors, pieces
+from a3po_megatron.model.cut import hf_tensors, pieces
+from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.layout import Layout, Place
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.export import export_stream
 from a3po_megatron.weights.load import load_shards
-from a3po_megatron.weights.reshard import Groups, gather, plan
+from a3po_megatron.weights.route import plan
+from a3po_megatron.weights.transfer import Groups, gather
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -103,7 +106,7 @@ def load_and_save(source: Path, target: Path, facts: ModelFacts) -> None:
     load_shards(source, facts, mine, parameters)
     whole = plan(layout, [mine], list(hf_tensors(facts)), 256 << 20, 2, [(0, 0)])
     stream = gather(whole, parameters, Groups(0, 0), torch.bfloat16)
-    export_stream(stream, hf_tensors(facts), torch.bfloat16, source, target)
+    export_stream(stream, whole.tensors(0), torch.bfloat16, source, target)
 
 
 def peer(source: Path, target: Path) -> None:

@@ -69,7 +69,7 @@ def start(options: argparse.Namespace) -> None:
     from a3po_megatron.config import DataOptions
     from a3po_megatron.data.prompts import Prompts
     from a3po_megatron.data.tokens import Tokens
-    from a3po_megatron.model.facts import read_facts
+    from a3po_megatron.model.read import read_facts
 
     data = DataOptions(
         path=str(options.folder / "rows.jsonl"),

@@ -39,8 +39,8 @@ def measure(folder: Path, publishes: int) -> None:
     from a3po_megatron.config import load_resolved
     from a3po_megatron.learner.learner import Learner
     from a3po_megatron.model.build import DTYPES
-    from a3po_megatron.model.facts import read_facts
     from a3po_megatron.model.layout import layout_of
+    from a3po_megatron.model.read import read_facts
     from a3po_megatron.ranks.groups import connect
     from a3po_megatron.rollout.engine import local_experts
     from a3po_megatron.rollout.vllm_engine import VllmEngine

@@ -40,8 +40,8 @@ def make_model(folder: Path) -> None:
     import torch
 
     from a3po_megatron.files.safetensors import write_file
-    from a3po_megatron.model.facts import read_facts
-    from a3po_megatron.model.layout import hf_tensors
+    from a3po_megatron.model.cut import hf_tensors
+    from a3po_megatron.model.read import read_facts
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(SIZES))

@@ -34,16 +34,16 @@ from ..files.safetensors import (
 )
 from ..files.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
 from ..files.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
-from ..model.facts import ModelFacts, read_facts, read_source
-from ..model.layout import hf_tensors
+from ..model.cut import hf_tensors, padded_parameters, tensors
+from ..model.facts import ModelFacts
+from ..model.families.dense import MEGATRON_LAYER
 from ..model.quantised import FIELDS
+from ..model.read import read_facts, read_source
 from ..weights.fp8 import name_of, read_values, rounded_to
 from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count, deal, run_jobs
 from .remarks import no_tokenizer, of_import
 from .stored import Parameter, Span, stored_objects, stored_parameters, stored_shapes
-
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")  # their rows are padded by a layout
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def import_checkpoint(
             copy_side_files(source, folder / HF, name_of(whole), without=FIELDS)
         save_digests(folder, [*(written for _, written in results), objects], INDEXES)
     stored = {name: places[name] for name in hf_tensors(facts)}
-    remarks = of_import(source, named if whole is None else name_of(whole), stored)
+    remarks = of_import(source, facts, named if whole is None else name_of(whole), stored)
     return Converted(len(stored), total, len(results), tuple(remarks))
 
 
@@ -194,6 +194,11 @@ class _Wanted:
     shape: tuple[int, ...]
     dtype: torch.dtype  # as it is stored
     parts: tuple[tuple[str, tuple[int, ...], Span], ...]  # key, leading indices, span
+    fixed: bool  # it is kept in its dtype, whatever the model's is
+
+    def written(self, dtype: torch.dtype | None) -> torch.dtype:
+        """Returns its dtype in a folder of weights in `dtype`; None: as they are stored."""
+        return self.dtype if self.fixed or dtype is None else dtype
 
 
 @dataclass(frozen=True)
@@ -268,10 +273,10 @@ def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_
     for key, shape in expected.items():
         found = reader.shapes.get(key)
         if found is None:
-            apart = any(re.match(r"decoder\.layers\.\d+\.", other) for other in reader.shapes)
+            apart = any(other.startswith(MEGATRON_LAYER.format(0)) for other in reader.shapes)
             hint = ": its layers are saved apart (singleton_local_shards), which is not read" if apart else ""
             raise RequestError(f"{reader.folder}: the checkpoint lacks {key}{hint}")
-        padded = key in PADDED and len(found) == 2 and found[0] > shape[0] and found[1] == shape[1]
+        padded = key in padded_parameters(facts) and len(found) == 2 and found[0] > shape[0] and found[1] == shape[1]
         if found != shape and not padded:
             raise RequestError(f"{reader.folder}: {key} has shape {found}, {HF}/{CONFIG} implies {shape}")
         if reader.dtypes[key] not in CODES:
@@ -286,8 +291,14 @@ def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_
         for span in parameter.spans:
             parts.setdefault(span.tensor, []).append((parameter.key, parameter.lead, span))
     return [
-        _Wanted(name, shape, reader.dtypes[parts[name][0][0]], tuple(sorted(parts[name], key=lambda p: p[2].start)))
-        for name, shape in hf_tensors(facts).items()
+        _Wanted(
+            name,
+            tensor.shape,
+            reader.dtypes[parts[name][0][0]],
+            tuple(sorted(parts[name], key=lambda p: p[2].start)),
+            tensor.dtype is not None,
+        )
+        for name, tensor in tensors(facts).items()
     ]
 
 
@@ -307,7 +318,7 @@ def _check_padding(reader: Reader, key: str, vocab: int, bucket_bytes: int) -> N
 
 
 def _bytes(tensor: _Wanted, dtype: torch.dtype | None) -> int:
-    return math.prod(tensor.shape) * (dtype or tensor.dtype).itemsize
+    return math.prod(tensor.shape) * tensor.written(dtype).itemsize
 
 
 def _files(wanted: Sequence[_Wanted], shard_bytes: int, dtype: torch.dtype | None) -> list[_File]:
@@ -326,7 +337,7 @@ def _write_files(
         def parts(file: _File) -> Iterator[Tensor]:
             for tensor in file.tensors:
                 for values in _read_tensor(reader, tensor, buffer):
-                    cast = values if options.dtype is None else values.to(options.dtype)
+                    cast = values.to(tensor.written(options.dtype))
                     if not all_finite(cast):
                         raise RequestError(f"{source}: {tensor.name} holds a value that is not finite as {cast.dtype}")
                     yield cast
@@ -337,7 +348,7 @@ def _write_files(
                 folder,
                 file.name,
                 {tensor.name: tensor.shape for tensor in file.tensors},
-                {tensor.name: options.dtype or tensor.dtype for tensor in file.tensors},
+                {tensor.name: tensor.written(options.dtype) for tensor in file.tensors},
                 parts(file),
             )
             for file in files

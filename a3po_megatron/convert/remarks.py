@@ -6,8 +6,9 @@ from pathlib import Path
 
 from ..files.safetensors import Stored, locate
 from ..files.side_files import CONFIG, has_tokenizer, side_files
+from ..model.facts import ModelFacts
 from ..weights.fp8 import Quantised, name_of
-from ..weights.fuse import is_fused
+from ..weights.fuse import names_of_fused
 
 
 def no_tokenizer(folder: Path) -> list[str]:
@@ -16,7 +17,7 @@ def no_tokenizer(folder: Path) -> list[str]:
     return [f"{folder} holds no tokenizer files: the converted folder has none either"]
 
 
-def of_import(source: Path, named: str | None, stored: dict[str, Stored]) -> list[str]:
+def of_import(source: Path, facts: ModelFacts, named: str | None, stored: dict[str, Stored]) -> list[str]:
     """`named`: the dtype that config.json has for the weights; `stored`: where they were read."""
     found = no_tokenizer(source)
     if codes := [place for place in stored.values() if isinstance(place, Quantised)]:
@@ -24,8 +25,8 @@ def of_import(source: Path, named: str | None, stored: dict[str, Stored]) -> lis
         found.append(
             f"dequantised {len(codes)} of {len(stored)} tensors: they were in FP8, and are {kind} from here on"
         )
-    if is_fused(locate(source)):
-        found.append(f"{source} has its experts fused (gate_up_proj): an export has them one by one, as the hub has")
+    if fused := names_of_fused(locate(source), facts):
+        found.append(f"{source} has its experts fused ({fused[0]}): an export has them one by one, as the hub has")
     return found + _other_dtypes(source, named, stored)
 
 

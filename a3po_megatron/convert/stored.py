@@ -2,25 +2,21 @@
 
 Megatron-Core writes a model under names that no layout changes: a parameter of layer l is row l of a tensor that stacks
 all layers, an expert's is [l, e] of one that stacks layers and experts, and tensor-parallel shards are slices of the
-whole. That whole is what a model without any parallelism holds, so the map follows from `layout.pieces`:
+whole. That whole is what model/cut.py says of `Stored`:
 
     checkpoint[key][lead][row : row + rows]  ==  hf_tensor[start : start + rows]
 
-The names are those that Megatron's own specs agree on (`sharded_state_dict_keys_map`): norms as Transformer Engine
-fuses them. Rows that pad the vocabulary are no part of it; Megatron allows for their absence when it loads.
+Rows that pad the vocabulary are no part of it; Megatron allows for their absence when it loads.
 """
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..model.cut import Stored, cut
 from ..model.facts import ModelFacts
-from ..model.layout import Layout, Place, pieces
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 
 
 @dataclass(frozen=True)
@@ -41,21 +37,24 @@ class Parameter:
     lead: tuple[int, ...]  # its indices in the stacked dimensions
     shape: tuple[int, ...]  # without them
     spans: tuple[Span, ...]  # in the order of its rows; together all of them
+    linear: bool  # a linear layer's weight
+    dtype: str | None  # what it is kept in, whatever the model's dtype; None: as the model
 
 
 def stored_parameters(facts: ModelFacts) -> list[Parameter]:
-    """Every parameter of the model, in the order of the layers."""
-    found: dict[str, list[Span]] = {}
-    columns: dict[str, tuple[int, ...]] = {}
-    for piece in pieces(facts, Layout(scheme="te"), Place()):
-        # Without parallelism every piece is whole along all but its first dimension.
-        row, start, rows = (piece.offset, piece.start, piece.length) if piece.dim == 0 else (0, 0, piece.shape[0])
-        found.setdefault(piece.parameter, []).append(Span(piece.tensor, start, row, rows))
-        columns[piece.parameter] = piece.shape[1:]
-    return [
-        Parameter(*_address(name), (sum(span.rows for span in spans), *columns[name]), tuple(spans))
-        for name, spans in found.items()
-    ]
+    """Returns every parameter of the model, in the order of the layers."""
+    found = []
+    by_parameter = itertools.groupby(cut(facts, Stored()), key=lambda p: (p.parameter, p.hf.layer, p.hf.expert))
+    for (key, layer, expert), group in by_parameter:
+        pieces, spans = list(group), []
+        for piece in pieces:
+            # Without parallelism every piece is whole along all but its first dimension.
+            row, start, rows = (piece.offset, piece.start, piece.length) if piece.dim == 0 else (0, 0, piece.shape[0])
+            spans.append(Span(piece.tensor, start, row, rows))
+        lead = tuple(number for number in (layer, expert) if number is not None)
+        shape = (sum(span.rows for span in spans), *pieces[0].shape[1:])
+        found.append(Parameter(key, lead, shape, tuple(spans), pieces[0].hf.linear, pieces[0].hf.dtype))
+    return found
 
 
 def stored_shapes(facts: ModelFacts, parameters: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
@@ -71,21 +70,8 @@ def stored_objects(facts: ModelFacts, parameters: Iterable[Parameter]) -> list[s
     """
     counts = (facts.layers, facts.experts.count if facts.experts else 0)
     found = []
-    for parameter in parameters:
-        layer, _, kind = parameter.key.rpartition(".")
-        if kind == "weight" and layer.rpartition(".")[2].startswith("linear_"):
-            index, size = (".".join(map(str, numbers)) for numbers in (parameter.lead, counts[: len(parameter.lead)]))
-            found.append(f"{layer}._extra_state/shard_{index}_{size}")
+    for parameter in (parameter for parameter in parameters if parameter.linear):
+        layer = parameter.key.removesuffix(".weight")
+        index, size = (".".join(map(str, numbers)) for numbers in (parameter.lead, counts[: len(parameter.lead)]))
+        found.append(f"{layer}._extra_state/shard_{index}_{size}")
     return found
-
-
-def _address(name: str) -> tuple[str, tuple[int, ...]]:
-    """Key and leading indices of a parameter of the undivided model."""
-    layer = _LAYER.fullmatch(name)
-    if layer is None:
-        return name, ()
-    number, rest = int(layer[1]), layer[2]
-    expert = _EXPERT.fullmatch(rest)
-    if expert is None:
-        return f"decoder.layers.{rest}", (number,)
-    return f"decoder.layers.mlp.experts.experts.{expert[1]}.weight", (number, int(expert[2]))

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..errors import RequestError, RunFailed
 from ..files.safetensors import Stored, read_rows
-from ..model.facts import ModelFacts, read_facts
-from ..model.layout import EMBEDDING, HEAD, Layout, Piece, Place, hf_tensors, padded_vocab, pieces
+from ..model.cut import Piece, hf_tensors, pieces
+from ..model.facts import ModelFacts
+from ..model.layout import Layout, Place, padded_vocab
+from ..model.read import read_facts
 from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count
 from .stored import stored_parameters
@@ -74,14 +76,13 @@ def _share(
     facts: ModelFacts, layout: Layout, place: Place, mine: tuple[Piece, ...], places: dict[str, Stored]
 ) -> RankShare:
     share = RankShare(place)
-    layers = {int(piece.tensor.split(".")[2]) for piece in mine if piece.tensor.startswith("model.layers.")}
-    share.layers = sorted(layers)
+    share.layers = sorted({piece.hf.layer for piece in mine if piece.hf.layer is not None})
     for piece in mine:
         size = piece.numel * places[piece.tensor].dtype.itemsize
         share.held += size
         share.owned += size if piece.owner else 0
-        if piece.shape[0] == facts.vocab and piece.tensor in (EMBEDDING, HEAD):
-            rows = padded_vocab(facts, layout.tensor) // layout.tensor - piece.length
+        if piece.hf.cut == "vocabulary":
+            rows = padded_vocab(facts.vocab, layout.tensor) // layout.tensor - piece.length
             share.padding += rows * size // piece.length
     return share
 
@@ -93,7 +94,7 @@ def _check_parameters(rank: int, mine: tuple[Piece, ...]) -> None:
         if piece.offset != ends.get(piece.key, 0):
             raise RunFailed(
                 f"rank {rank}: {piece.parameter} is covered up to {ends.get(piece.key, 0)}, then from {piece.offset}: "
-                "the map in model/layout.py is wrong"
+                "the table in model/families is wrong"
             )
         ends[piece.key] = piece.offset + piece.length
 
@@ -104,11 +105,11 @@ def _check_owners(name: str, shape: tuple[int, ...], found: list[tuple[int, Piec
     owned = sorted((piece.start, piece.length, piece.dim) for _, piece in found if piece.owner)
     for start, length, dim in owned:
         if start != end:
-            raise RunFailed(f"{name}: owned up to {end}, then from {start}, of {shape}: model/layout.py is wrong")
+            raise RunFailed(f"{name}: owned up to {end}, then from {start}, of {shape}: model/families is wrong")
         end = start + length
         last = shape[dim]
     if not owned or end != last:
-        raise RunFailed(f"{name}: owned up to {end} of {shape}: model/layout.py is wrong")
+        raise RunFailed(f"{name}: owned up to {end} of {shape}: model/families is wrong")
 
 
 def _check_bytes(places: dict[str, Stored], found: dict[str, list[tuple[int, Piece]]]) -> None:
@@ -132,7 +133,7 @@ def _check_bytes(places: dict[str, Stored], found: dict[str, list[tuple[int, Pie
                 _in_tensor(joined[piece.tensor], piece).copy_(_in_shard(shard, piece))
     for name, values in whole.items():
         if not torch.equal(_bits(joined[name]), _bits(values)):
-            raise RunFailed(f"{name}: what the owners hold together is not the tensor: model/layout.py is wrong")
+            raise RunFailed(f"{name}: what the owners hold together is not the tensor: model/families is wrong")
 
 
 def _read(name: str, stored: Stored) -> Tensor:

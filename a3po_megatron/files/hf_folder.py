@@ -88,7 +88,8 @@ def _instead(path: Path) -> str:
 def other_names(folder: Path, expected: Iterable[str], found: Iterable[str]) -> RequestError | None:
     """The refusal of tensors whose names are the right ones in a wrapping, or those of quantised weights."""
     wanted = set(expected)
-    strange = sorted(set(found) - wanted, key=lambda name: ("embed_tokens" not in name, name))
+    module = next(iter(expected)).rpartition(".")[0].rpartition(".")[2]  # the first tensor is the best example
+    strange = sorted(set(found) - wanted, key=lambda name: (module not in name, name))
     for endings, method in QUANTISED.items():
         if name := next((name for name in strange if name.endswith(endings)), None):
             return RequestError(

@@ -11,10 +11,11 @@ from ..config import Config
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import RequestError
-from ..model.engine_layout import kv_heads_of_rank
-from ..model.facts import ModelFacts, read_facts
+from ..model.cut import kv_heads_of_rank
+from ..model.facts import ModelFacts
 from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
+from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of

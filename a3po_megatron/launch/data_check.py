@@ -18,7 +18,7 @@ from ..data.tokens import Tokens
 from ..errors import RequestError
 from ..files.cache import Cache
 from ..files.sources import files_of
-from ..model.facts import read_facts
+from ..model.read import read_facts
 
 SHOWN = 10
 COUNTED = 20_000  # prompts whose tokens are counted, evenly spaced

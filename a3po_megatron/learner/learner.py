@@ -33,9 +33,10 @@ from ..compat.megatron import GATHERED, prime
 from ..config import Config, OptimizerOptions
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
-from ..model.build import build_model, transformer_config
+from ..model.build import build_model, persistent_buffers, transformer_config
+from ..model.cut import pieces
 from ..model.facts import ModelFacts
-from ..model.layout import layout_of, pieces
+from ..model.layout import layout_of
 from ..model.precision import token_grain
 from ..ranks.agree import first
 from ..ranks.groups import Cluster
@@ -90,7 +91,7 @@ class Learner:
         grain = token_grain(config.learner.precision)
         self.multiple = token_multiple(grain, cluster.tensor, settings.sequence_parallel)
 
-    def _read(self, folder: Path, parameters: dict[tuple[int, str], torch.nn.Parameter]) -> None:
+    def _read(self, folder: Path, parameters: dict[tuple[int, str], Tensor]) -> None:
         """Weights from an HF folder: the first rank that holds a shard reads it, and sends it to the others."""
         expert, shared = self.cluster.expert_copies, self.cluster.tokens_group
         copies = {key: shared if getattr(p, "allreduce", True) else expert for key, p in parameters.items()}
@@ -106,8 +107,8 @@ class Learner:
             if group.size() > 1:
                 dist.broadcast(parameters[key].data, dist.get_global_rank(group, 0), group=group)
 
-    def parameters(self) -> dict[tuple[int, str], torch.nn.Parameter]:
-        """This rank's shard: (model chunk, Megatron name) → parameter."""
+    def parameters(self) -> dict[tuple[int, str], Tensor]:
+        """This rank's shard: (model chunk, Megatron name) → parameter or buffer."""
         return _named([chunk.module for chunk in self.chunks])
 
     def sharded_state(self, loading: bool = False) -> dict[str, Any]:
@@ -316,8 +317,13 @@ def _largest(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).max())
 
 
-def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], torch.nn.Parameter]:
-    return {(number, name): p for number, chunk in enumerate(chunks) for name, p in chunk.named_parameters()}
+def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:
+    """What is loaded and published: (model chunk, Megatron name) → parameter, or buffer that the maps name."""
+    found: dict[tuple[int, str], Tensor] = {}
+    for number, chunk in enumerate(chunks):
+        state = dict(chunk.named_parameters()) | persistent_buffers(chunk)
+        found |= {(number, name): tensor for name, tensor in state.items()}
+    return found
 
 
 def _optimizer(

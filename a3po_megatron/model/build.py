@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..config import LearnerOptions, MegatronOptions, ModelOptions, ParallelOpti
 from ..config.passed import check_passed
 from ..errors import RequestError
 from ..ranks.backend import CPU, Backend
+from .cut import LearnerRank, Piece, cut, family_of
 from .facts import ModelFacts
 from .layout import Layout, check_layout, layout_of, padded_vocab
 from .modules import GPT, PackedAttention, RMSNorm
@@ -114,17 +116,13 @@ def transformer_config(
             "num_moe_experts": facts.experts.count,
             "moe_router_topk": facts.experts.per_token,
             "moe_ffn_hidden_size": facts.experts.ffn,
-            "moe_router_score_function": "softmax",
-            # HF takes the softmax over all experts and then, if norm_topk_prob, makes the chosen ones sum to 1:
-            # the same as a softmax over the chosen logits.
-            "moe_router_pre_softmax": not facts.experts.norm_topk,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "none",
             "expert_model_parallel_size": parallel.expert,
             "expert_tensor_parallel_size": layout.etp,
             "moe_grouped_gemm": backend.spec == "te",
         }
-    ours |= megatron_settings(learner, facts.experts is not None)
+    ours |= family_of(facts).megatron(facts) | megatron_settings(learner, facts.experts is not None)
     fields = [field.name for field in dataclasses.fields(TransformerConfig) if field.init]
     check_passed("megatron.extra", megatron.extra, fields, OWNED | ours.keys(), "Megatron's TransformerConfig")
     try:
@@ -138,12 +136,14 @@ def build_model(facts: ModelFacts, layout: Layout, config: TransformerConfig, ba
     spec = _te_spec if backend.spec == "te" else _local_spec
     chunks = []
     rank = parallel_state.get_pipeline_model_parallel_rank()
+    # Names and dtypes are the same on all ranks of a stage, but for the experts that they hold.
+    mine = cut(facts, LearnerRank(layout, layout.place(rank, 0)))
     for chunk, layers in enumerate(layout.chunk_layers(facts.layers, rank)):
         with output_layer_without_apex():
             model = GPT(
                 config,
                 spec(config, len(layers)),
-                vocab_size=padded_vocab(facts, layout.tensor),
+                vocab_size=padded_vocab(facts.vocab, layout.tensor),
                 max_sequence_length=facts.max_positions,
                 pre_process=rank == 0 and chunk == 0,
                 post_process=rank == layout.pipeline - 1 and chunk == layout.virtual - 1,
@@ -154,21 +154,40 @@ def build_model(facts: ModelFacts, layout: Layout, config: TransformerConfig, ba
             )
         # Megatron takes an integer base and hard-codes the scaled variant; the frequencies themselves are the truth.
         model.rotary_pos_emb.inv_freq = rope_frequencies(facts).to(backend.local())
-        refuse_buffers(model)
+        here = [piece for piece in mine if piece.chunk == chunk]
+        refuse_buffers(model, {piece.parameter for piece in here if piece.hf.buffer})
         chunks.append((model.bfloat16() if config.bf16 else model).to(backend.local()))
+        _keep_dtypes(chunks[-1], here)
     return chunks
 
 
-def refuse_buffers(model: torch.nn.Module) -> None:
-    """Raises RequestError for state that is no parameter, such as a router's bias: neither load nor publish, export or
-    receipt would see it, and the engine would go on without it."""
-    for place, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                raise RequestError(
-                    f"the model has the buffer {place}.{name} {tuple(buffer.shape)}, which no map of tensors names: it "
-                    "would be lost on its way to the engine; models with it are not supported"
-                )
+def _keep_dtypes(model: torch.nn.Module, pieces: Iterable[Piece]) -> None:
+    """Gives what is kept in a dtype of its own that dtype: `bfloat16()` has cast everything."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for piece in pieces:
+        if piece.hf.dtype is not None:
+            state[piece.parameter].data = state[piece.parameter].data.to(getattr(torch, piece.hf.dtype))
+
+
+def refuse_buffers(model: torch.nn.Module, known: Container[str]) -> None:
+    """Raises RequestError for state that is no parameter, such as a router's bias, and that the family's table does not
+    name: neither load nor publish, export or receipt would see it, and the engine would go on without it."""
+    for name, buffer in persistent_buffers(model).items():
+        if name not in known:
+            raise RequestError(
+                f"the model has the buffer {name} {tuple(buffer.shape)}, which no map of tensors names: it would be "
+                "lost on its way to the engine; models with it are not supported"
+            )
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the state of a model that is no parameter, by name."""
+    return {
+        f"{place}.{name}": buffer
+        for place, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def rope_frequencies(facts: ModelFacts) -> torch.Tensor:

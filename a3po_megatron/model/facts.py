@@ -1,28 +1,54 @@
-"""HF config → the facts that the rest of the package needs, and a refusal by name of everything it cannot represent.
+"""What a model is: its facts, and what a family of models has in common. Plain records, no torch.
 
-This and rope.py are the only readers of `config.json`. What a config leaves out has the value that transformers' own
-class gives it (5.19), which vLLM shares; a null where transformers takes none is refused, as it would be later.
+A family (model/families/) is one record and one table: a `Param` for every parameter of a layer, with its name for
+Megatron, for vLLM and in an HF checkpoint, what it is made of and how it is cut. Everything that asks which tensor lies
+where reads that table through model/cut.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from ..errors import RequestError
-from ..files.hf_folder import check_pointer, explain
-from .quantised import FIELDS, Fp8, read_fp8
-from .rope import RopeScaling, Yarn, is_positive, read_rope
+from .rope import RopeScaling, Yarn
 
-ARCHITECTURES = {
-    "Qwen2ForCausalLM": "qwen2",  # Qwen2, Qwen2.5, R1-Distill-Qwen
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "LlamaForCausalLM": "llama",  # Llama 3 and 3.1, R1-Distill-Llama
-}
+Cut = Literal[
+    "whole",  # every rank of a tensor-parallel group holds all of it
+    "rows",  # each holds its rows
+    "columns",  # each holds its columns
+    "vocabulary",  # rows, padded to a multiple of the ranks
+]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the HF tensors that a parameter stacks."""
+
+    name: str  # within the layer; {} stands for the expert's number
+    rows: int
+    heads: int | None = None  # the rows are so many heads, of which an engine's rank has one at least
+
+
+@dataclass(frozen=True)
+class Param:
+    """One parameter, or one of every expert's. Names are within the layer; {} stands for the expert's number among
+    those that a rank holds."""
+
+    learner: str  # Megatron's name, as its local layers have it
+    engine: str  # vLLM's
+    parts: tuple[Part, ...]  # one below the other
+    width: int | None  # columns; None: vectors
+    cut: Cut = "whole"
+    te: str | None = None  # Megatron's name with Transformer Engine's layers, where that is another
+    stored: str | None = None  # in a Megatron checkpoint, where that is not Transformer Engine's
+    groups: int | None = None  # Megatron interleaves the parts' rows by so many groups
+    experts: int | None = None  # how many there are of it
+    fused: str | None = None  # the HF tensor [experts, rows, columns] in which transformers 5 has all of them
+    linear: bool = False  # a linear layer's weight: what computing in FP8 quantises
+    buffer: bool = False  # no gradient: Megatron keeps it as a buffer
+    dtype: str | None = None  # what it is kept in everywhere, whatever the model's dtype; None: as the model
+    copy: bool = False  # of a tensor that has its place elsewhere: a tied output layer on another stage
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,7 @@ class Experts:
 class ModelFacts:
     """The facts of one model. Sizes are those of the whole model."""
 
-    architecture: str
+    architecture: str  # HF's class, by which its family is known
     layers: int
     hidden: int
     ffn: int
@@ -58,231 +84,18 @@ class ModelFacts:
     experts: Experts | None = None
 
 
-def read_facts(folder: Path | str) -> ModelFacts:
-    """The facts of the HF checkpoint in `folder`.
+@dataclass(frozen=True)
+class Family:
+    """What the models of one HF architecture have in common, beside what their config.json says."""
 
-    Raises RequestError for a missing or unreadable config.json, an unknown architecture, quantised weights, and every
-    field that changes the mathematics in a way that is not implemented.
-    """
-    facts, fp8 = read_source(folder)
-    if fp8 is not None:
-        raise RequestError(
-            f"{Path(folder) / 'config.json'}: quantization_config: the weights are quantised (fp8), which cannot be "
-            f"trained: import, export it first (a3po convert import {folder} CKPT; a3po convert export CKPT NEW)"
-        )
-    return facts
-
-
-def read_source(folder: Path | str) -> tuple[ModelFacts, Fp8 | None]:
-    """The same of a checkpoint whose weights may be in FP8."""
-    if not Path(folder).is_dir():
-        raise RequestError(f"model.path: {folder} is not a folder with an HF checkpoint")
-    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    config = _read_json(path)
-    fp8 = read_fp8(config, str(path))
-    facts = facts_of({name: value for name, value in config.items() if name not in FIELDS}, str(path))
-    # Chat models name further tokens that end a turn there.
-    more = _eos(_read_json(generation), str(generation)) if generation.exists() else ()
-    return dataclasses.replace(facts, eos=tuple(sorted({*facts.eos, *more}))), fp8
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        check_pointer(path)
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise explain(path) from error
-    except OSError as error:
-        raise RequestError(
-            f"{path}: cannot read it: {error.strerror}; model.path must hold an HF checkpoint"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise RequestError(f"{path}: expected an object of settings")
-    return config
-
-
-def _eos(config: dict[str, Any], where: str) -> tuple[int, ...]:
-    given = config.get("eos_token_id")
-    tokens = given if isinstance(given, list) else [] if given is None else [given]
-    if any(type(token) is not int or token < 0 for token in tokens):
-        raise RequestError(f"{where}: eos_token_id = {given!r} is no token id, nor a list of them")
-    return tuple(tokens)
-
-
-# Fields that would change what the model computes, and the values at which they do not. The first ones are read by
-# transformers 5.19 or vllm 0.32 for these architectures; the rest belong to others, where they would be misplaced.
-NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu",), "only silu"),
-    "attention_bias": ((False,), "biased projections"),
-    "mlp_bias": ((False,), "biased projections"),
-    "bias": ((False,), "biased projections"),
-    "qkv_bias": ((False,), "biased projections"),
-    "qk_norm": ((False,), "normed queries and keys"),
-    "is_causal": ((True,), "attention to later tokens"),
-    "use_sliding_window": ((False,), "attention over a window"),
-    "use_mrope": ((False,), "multimodal rope"),
-    "pretraining_tp": ((1,), "only 1"),
-    "partial_rotary_factor": ((1, 1.0), "rope on a part of each head"),
-    "original_max_position_embeddings": ((), "it belongs into the rope's own settings"),
-    "attention_dropout": ((0, 0.0), "dropout"),
-    "dual_chunk_attention_config": ((), "attention in chunks"),
-    "per_layer_config": (({},), "layers that differ"),
-    "quantization_config": (({},), "quantised weights cannot be trained"),
-    "compression_config": (({},), "quantised weights cannot be trained"),
-    "decoder_sparse_step": ((1,), "every layer must be a mixture of experts"),
-    "mlp_only_layers": (([],), "every layer must be a mixture of experts"),
-    "shared_expert_intermediate_size": ((0,), "shared experts"),
-    "n_shared_experts": ((0,), "shared experts"),
-    "logit_scale": ((1, 1.0), "scaled logits"),
-    "logits_scaling": ((1, 1.0), "scaled logits"),
-    "embedding_multiplier": ((1, 1.0), "scaled embeddings"),
-    "residual_multiplier": ((1, 1.0), "scaled residuals"),
-    "attention_multiplier": ((), "scaled attention"),
-    "query_pre_attn_scalar": ((), "scaled attention"),
-    "attn_logit_softcapping": ((), "capped attention"),
-    "final_logit_softcapping": ((), "capped logits"),
-    "attn_temperature_tuning": ((False,), "scaled attention"),
-    "no_rope_layers": (([],), "layers without rope"),
-}
-
-
-# What transformers' classes take for a field that config.json leaves out; sizes beside these must be there.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "num_key_value_heads": 4},
-}
-# Fields that may be absent, but not null: transformers' classes or vLLM fail on it.
-_NEVER_NULL = ("hidden_act", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings")
-_QWEN = (*_NEVER_NULL, "use_sliding_window", "attention_dropout", "head_dim")
-NOT_NULL = {
-    "llama": (*_NEVER_NULL, "attention_bias", "mlp_bias"),
-    "qwen2": _QWEN,
-    "qwen3": (*_QWEN, "attention_bias"),
-    "qwen3_moe": (*_QWEN, "attention_bias", "decoder_sparse_step", "norm_topk_prob", "num_key_value_heads"),
-}
-
-
-class _Fields:
-    """A config's fields, each with the type that it must have; `where` names the file in errors."""
-
-    def __init__(self, config: dict[str, Any], where: str) -> None:
-        self.config, self.where = config, where
-
-    def refuse(self, name: str, what: str) -> RequestError:
-        return RequestError(f"{self.where}: {name} = {self.config.get(name)!r} {what}")
-
-    def need(self, name: str) -> Any:
-        if self.config.get(name) is None:
-            raise RequestError(f"{self.where}: the field {name} is missing")
-        return self.config[name]
-
-    def size(self, name: str) -> int:
-        value = self.need(name)
-        if type(value) is not int or value < 1:
-            raise self.refuse(name, "is no size")
-        return value
-
-    def positive(self, name: str) -> float:
-        if not is_positive(self.need(name)):
-            raise self.refuse(name, "is no positive number")
-        return float(self.config[name])
-
-    def flag(self, name: str) -> bool:
-        value = self.config.get(name)
-        if value is not None and type(value) is not bool:
-            raise self.refuse(name, "is neither true nor false")
-        return bool(value)
-
-
-def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
-    """The facts of a parsed config.json; `where` names it in errors."""
-    fields = _Fields(config, where)
-    architecture, kind = _architecture(config, where)
-    for name, (neutral, meaning) in NEUTRAL.items():
-        value = config.get(name)
-        if value is not None and not any(type(value) is type(other) and value == other for other in neutral):
-            raise fields.refuse(name, f"is not supported ({meaning})")
-    for name in NOT_NULL[kind]:
-        if name in config and config[name] is None:
-            raise fields.refuse(name, "is no value: transformers and vLLM fail on it; leave it out for their default")
-    fields.config = DEFAULTS[kind] | config
-    layers, max_positions = fields.size("num_hidden_layers"), fields.size("max_position_embeddings")
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(layer != "full_attention" for layer in layer_types):
-        raise fields.refuse("layer_types", "is not supported (only full_attention)")
-    if layer_types and len(layer_types) != layers:
-        raise RequestError(f"{where}: layer_types has {len(layer_types)} entries, num_hidden_layers is {layers}")
-    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
-    # Without grouped attention: as transformers' classes do.
-    kv_heads = heads if fields.config.get("num_key_value_heads") is None else fields.size("num_key_value_heads")
-    if heads % kv_heads:
-        default = "" if "num_key_value_heads" in config else " (transformers' default: config.json names none)"
-        raise RequestError(
-            f"{where}: num_key_value_heads = {kv_heads}{default} does not divide num_attention_heads = {heads}"
-        )
-    rope = read_rope(config, where, max_positions)
-    if isinstance(rope.scaling, Yarn):
-        max_positions = min(max_positions, rope.scaling.context)
-    return ModelFacts(
-        architecture=architecture,
-        layers=layers,
-        hidden=hidden,
-        ffn=fields.size("intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_head_dim(fields, kind, heads, hidden),
-        vocab=fields.size("vocab_size"),
-        tied=fields.flag("tie_word_embeddings"),
-        qk_norm=kind.startswith("qwen3"),
-        qkv_bias=kind == "qwen2",
-        norm_eps=fields.positive("rms_norm_eps"),
-        rope_theta=rope.theta,
-        rope_scaling=rope.scaling,
-        max_positions=max_positions,
-        experts=_experts(fields) if kind == "qwen3_moe" else None,
-        eos=_eos(config, where),
-    )
-
-
-def _head_dim(fields: _Fields, kind: str, heads: int, hidden: int) -> int:
-    """Its own, or the share of the hidden size; Qwen3 alone has a default."""
-    given, share = fields.config.get("head_dim"), f"hidden_size / num_attention_heads = {hidden} / {heads}"
-    # transformers' Llama wants it whatever head_dim says.
-    if hidden % heads and (given is None or kind in ("llama", "qwen2")):
-        raise RequestError(f"{fields.where}: {share} is no whole number")
-    head_dim = hidden // heads if given is None else fields.size("head_dim")
-    if kind == "qwen2" and head_dim != hidden // heads:
-        raise fields.refuse("head_dim", f"is not supported: vLLM's Qwen2 takes {share}")
-    if head_dim % 2:
-        raise RequestError(f"{fields.where}: head_dim = {head_dim} is odd: rope turns pairs of dimensions")
-    return head_dim
-
-
-def _architecture(config: dict[str, Any], where: str) -> tuple[str, str]:
-    """The architecture and its family; transformers goes by `model_type`, vLLM by `architectures`: they must agree."""
-    given = config.get("architectures")
-    supported = ", ".join(ARCHITECTURES)
-    if not isinstance(given, list) or len(given) != 1 or given[0] not in list(ARCHITECTURES):
-        raise RequestError(f"{where}: architecture {given or 'not given'} is not supported; supported: {supported}")
-    kind = ARCHITECTURES[given[0]]
-    if config.get("model_type", kind) != kind:
-        raise RequestError(f"{where}: model_type = {config['model_type']!r} contradicts architecture {given[0]}")
-    return given[0], kind
-
-
-def _experts(fields: _Fields) -> Experts:
-    """transformers 5 writes num_local_experts, the checkpoints of the hub have num_experts."""
-    names = [name for name in ("num_experts", "num_local_experts") if fields.config.get(name) is not None]
-    if not names:
-        raise RequestError(f"{fields.where}: num_experts is missing")
-    counts = sorted({fields.size(name) for name in names})
-    if len(counts) > 1:
-        raise RequestError(f"{fields.where}: num_experts is contradictory: {counts}")
-    per_token = fields.size("num_experts_per_tok")
-    if per_token > counts[0]:
-        raise RequestError(f"{fields.where}: num_experts_per_tok = {per_token} is more than num_experts = {counts[0]}")
-    return Experts(counts[0], per_token, fields.size("moe_intermediate_size"), fields.flag("norm_topk_prob"))
+    architecture: str
+    model_type: str
+    layer: Callable[[ModelFacts], tuple[Param, ...]]  # every parameter of a layer, in the order of a checkpoint
+    defaults: Mapping[str, Any]  # what transformers' class takes for a field that config.json leaves out
+    not_null: tuple[str, ...]  # fields that may be absent, but not null: transformers or vLLM fail on it
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    experts: bool = False
+    # config.json's head_dim: free, free where the heads divide the hidden size, or that share and nothing else.
+    head_dim: Literal["free", "divides", "share"] = "free"
+    megatron: Callable[[ModelFacts], dict[str, Any]] = field(default=lambda facts: {})  # fields of TransformerConfig

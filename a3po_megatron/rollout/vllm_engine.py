@@ -36,9 +36,10 @@ from ..compat.vllm import (
 from ..config import RolloutOptions
 from ..config.passed import check_passed
 from ..errors import RequestError, RunFailed
-from ..model.engine_layout import engine_pieces, experts_apart
+from ..model.cut import EngineRank, Piece, cut, engine_tensors, tensors
 from ..model.facts import ModelFacts
-from ..model.layout import EMBEDDING, HEAD, Piece
+from ..model.families.dense import EMBEDDING, HEAD, HF_LAYER
+from ..model.families.moe import ROUTER
 from ..model.rope import vllm_parameters
 from ..ranks.backend import Backend
 from .engine import Completion, Request, in_order, local_experts
@@ -51,7 +52,6 @@ OWNED = {
     *("enable_return_routed_experts", "aux_output_config"),
     *("compilation_config", "kernel_config", "disable_custom_all_reduce"),
 }
-QUANTISED = ("_proj.weight",)  # what ends so is a linear layer's or an expert's
 
 
 class VllmEngine:
@@ -73,11 +73,12 @@ class VllmEngine:
             )
         self.dtype, self.weight_version = dtype, 0
         self.receipt_strength = "requantised" if options.quantization else backend.receipt_strength
-        self._family, self._stops, self._options, self._backend = facts, list(stops), options, backend
+        self._facts, self._stops, self._options, self._backend = facts, list(stops), options, backend
         count = facts.experts.count if facts.experts else 0
         experts = local_experts(dist.get_rank(), options.tensor, options.expert, count)
-        self._pieces = engine_pieces(facts, options.tensor, dist.get_rank() % options.tensor, experts)
-        self._unquantised = [f"model.layers.{layer}." for layer in _left_out(options, facts.layers)]
+        self._pieces = cut(facts, EngineRank(options.tensor, dist.get_rank() % options.tensor, experts))
+        left_out = _left_out(options, facts.layers)
+        self._quantised = {t.name for t in tensors(facts).values() if t.linear and t.layer not in left_out}
         # An expert-parallel engine is sent its own experts only, which vLLM takes one by one.
         self.fused_experts = facts.experts is not None and options.expert == 1
         with process_state_kept():  # importing vLLM changes it too
@@ -103,19 +104,17 @@ class VllmEngine:
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         assert self._state in ("weights", "awake"), f"an engine that is {self._state} has no memory to load into"
-        if self._family.experts is not None and self._backend.device == "cpu":
+        if self._facts.experts is not None and self._backend.device == "cpu":
             self._llm.apply_model(drop_expert_kernels)
         # `reload_weights` is vLLM's layer-wise reload; a raw `load_weights` corrupts weights that were post-processed.
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._with_head(stream)})
 
     def holdings(self) -> tuple[Sequence[Piece], Mapping[tuple[int, str], Tensor]]:
         (parameters,) = self._llm.apply_model(lambda model: dict(model.named_parameters()))
-        return self._pieces, experts_apart(parameters)
+        return self._pieces, engine_tensors(self._facts, parameters)
 
     def quantised(self, name: str, tensor: Tensor) -> Tensor:
-        if self._options.quantization is None or not name.endswith(QUANTISED):
-            return tensor
-        if any(name.startswith(layer) for layer in self._unquantised):
+        if self._options.quantization is None or name not in self._quantised:
             return tensor
         from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
@@ -145,7 +144,7 @@ class VllmEngine:
         """A tied output layer that is a packed copy would stay as it was, silently, without its own tensor."""
         for name, tensor in stream:
             yield name, tensor
-            if self._family.tied and self._backend.packs_head and name == EMBEDDING:
+            if self._facts.tied and self._backend.packs_head and name == EMBEDDING:
                 yield HEAD, tensor
 
     def _complete(
@@ -189,9 +188,7 @@ class VllmEngine:
         tokens, routes = np.array(output.token_ids, dtype=np.int64), None
         logprobs = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
         if self._options.routing_replay:
-            routes = checked_routes(
-                output.routed_experts, len(request.prompt_token_ids) + len(tokens) - 1, self._family
-            )
+            routes = checked_routes(output.routed_experts, len(request.prompt_token_ids) + len(tokens) - 1, self._facts)
         return Completion(tokens, np.array(logprobs, dtype=np.float32), output.finish_reason, routes)
 
 
@@ -235,7 +232,7 @@ def engine_arguments(
     if options.quantization is not None:
         ours["quantization"] = options.quantization
         ours["quantization_config"] = {
-            "ignore": ["*.mlp.gate", *(f"model.layers.{n}.*" for n in _left_out(options, layers))]
+            "ignore": [f"*.{ROUTER}", *(f"{HF_LAYER.format(n)}*" for n in _left_out(options, layers))]
         }
     if rope is not None:
         ours["hf_overrides"] = {"rope_parameters": rope}

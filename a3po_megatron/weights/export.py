@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,31 +12,41 @@ from ..errors import RunFailed
 from ..files.hashed import save_digests, whole_folder
 from ..files.safetensors import INDEX, file_names, save_index, split_files, write_file
 from ..files.side_files import copy_side_files
+from ..model.cut import HfTensor
 from ..telemetry.clock import CLOCK
 from .load import all_finite
+from .transfer import kept_in
 
 SHARD_BYTES = 5_000_000_000
 
 
 def export_stream(
     stream: Iterator[tuple[str, Tensor]],
-    shapes: Mapping[str, tuple[int, ...]],  # in the order of the stream
-    dtype: torch.dtype,
+    tensors: Sequence[HfTensor],  # in the order of the stream
+    dtype: torch.dtype,  # of the model
     source: Path,  # an HF folder with the configuration and tokenizer of the model
     target: Path | None,  # None: this rank takes part in gathering, and writes nothing
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `target`, whole or not at all. Raises RunFailed if the stream is not exactly the tensors of `shapes`."""
+    """Writes `target`, whole or not at all. Raises RunFailed if the stream is not exactly `tensors`."""
     if target is None:
         for _ in stream:
             CLOCK.beat()
         return
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    dtypes = {tensor.name: kept_in(tensor, dtype) for tensor in tensors}
+    sizes = {tensor.name: tensor.numel * dtypes[tensor.name].itemsize for tensor in tensors}
     groups = split_files(sizes, shard_bytes)
     names = file_names(len(groups))
     with whole_folder(target) as folder:
         written = [
-            write_file(folder, file, {n: shapes[n] for n in group}, dict.fromkeys(group, dtype), _next(stream, group))
+            write_file(
+                folder,
+                file,
+                {name: shapes[name] for name in group},
+                {name: dtypes[name] for name in group},
+                _next(stream, group),
+            )
             for file, group in zip(names, groups, strict=True)
         ]
         if more := next(stream, None):

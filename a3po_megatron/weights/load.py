@@ -12,15 +12,15 @@ from torch import Tensor
 from ..errors import RequestError
 from ..files.hf_folder import other_names
 from ..files.safetensors import DTYPES, OpenFiles, Stored, locate
+from ..model.cut import Piece, hf_tensors, padded_parameters
 from ..model.facts import ModelFacts
-from ..model.layout import EMBEDDING, HEAD, Piece, hf_tensors
+from ..model.families.dense import DERIVED, EMBEDDING, HEAD
 from ..model.quantised import Fp8
 from ..telemetry.clock import CLOCK
 from .fp8 import pair_scales, read_values
 from .fuse import experts_apart
 
 PART_BYTES = 16 << 20  # what is read at once
-ROTARY = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which follow from config.json
 
 
 def check_checkpoint(
@@ -37,8 +37,8 @@ def check_checkpoint(
     found = experts_apart(found, facts)
     tolerated = {HEAD} if facts.tied else set()  # some tied checkpoints store the output layer again
     missing = sorted(expected.keys() - found.keys())
-    extra = sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(ROTARY))
-    if (missing or extra) and (refusal := other_names(folder, {*expected, *tolerated}, found)):
+    extra = sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(DERIVED))
+    if (missing or extra) and (refusal := other_names(folder, [*expected, *tolerated], found)):
         raise refusal
     if missing:
         raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
@@ -97,12 +97,13 @@ def load_shards(
                     raise RequestError(f"{stored.path}: {piece.tensor} holds a value that is not finite")
                 target[begin - first : begin - first + rows].copy_(values)
             filled[piece.key] += piece.numel
+    padded = padded_parameters(facts)
     for key, parameter in parameters.items():
         name, padding = key[1], parameter.numel() - filled[key]
-        if padding and name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        if padding and name in padded:
             parameter[filled[key] // parameter.shape[1] :].zero_()
         elif padding:
-            raise RuntimeError(f"model/layout.py leaves {padding} elements of {name} without a source")
+            raise RuntimeError(f"model/families leaves {padding} elements of {name} without a source")
 
 
 def all_finite(values: Tensor) -> bool:

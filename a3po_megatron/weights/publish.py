@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from torch import Tensor
 from ..config import PublishOptions
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
+from ..model.cut import HfTensor, Piece, pieces, tensors
 from ..model.facts import ModelFacts
-from ..model.layout import Layout, Piece, hf_tensors, pieces
+from ..model.layout import Layout
 from ..ranks.agree import first, same
 from ..ranks.groups import Cluster
 from ..rollout.engine import Engine, Request
@@ -39,7 +40,8 @@ from .export import export_stream
 from .fuse import FusedExperts
 from .load import all_finite
 from .receipt import Receipt, shard_checksums, tensor_checksum, wrap
-from .reshard import Groups, Parameters, Timings, fresh, gather, plan
+from .route import plan
+from .transfer import Groups, Parameters, Timings, fresh, gather, kept_in
 from .witness import Scored, lacks_room, largest_difference
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -77,13 +79,14 @@ class Publisher:
         every = (0, facts.experts.count if facts.experts else 0)
         self.ranks = dist.get_process_group_ranks(cluster.replica_group)
         experts = [engine_experts(rank) if engine_experts else every for rank in self.ranks]
-        self.plan = plan(layout, by_rank, list(hf_tensors(facts)), options.bucket_bytes, 4, experts)
+        self.tensors = tensors(facts)
+        self.plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, 4, experts)
         self.export_plan = self.plan  # whole models, for who writes them down
         if any(needed != every for needed in experts):
             whole = [every] * len(by_rank)
-            self.export_plan = plan(layout, by_rank, list(hf_tensors(facts)), options.bucket_bytes, 4, whole)
+            self.export_plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, 4, whole)
         # Both follow from the plan alone, and take a second where it is a large one.
-        self.digest, self.received = self.plan.digest(), self.plan.received(self.rank, itemsize=1)
+        self.digest, self.received = self.plan.digest(), self.plan.received(self.rank)
         self.groups = Groups(
             stage=cluster.coordinates.pipeline,
             within=cluster.within,
@@ -102,8 +105,8 @@ class Publisher:
         with phase("publish"):
             start, timings = time.perf_counter(), Timings()
             self.cluster.agree("publish plan", [self.ranks, self.digest], one_plan_a_replica)
-            shapes = self.plan.shapes(self.rank)
-            if self.export_plan.shapes(self.rank) != hf_tensors(self.facts):
+            coming = {tensor.name: tensor for tensor in self.plan.tensors(self.rank)}
+            if {tensor.name: tensor for tensor in self.export_plan.tensors(self.rank)} != self.tensors:
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
             expected = self._expected(parameters, engine.dtype)
             timings.receipt += time.perf_counter() - start
@@ -114,7 +117,7 @@ class Publisher:
             allocate = fused.allocate if fused else fresh
             stream = checked(
                 gather(self.plan, parameters, self.groups, engine.dtype, allocate, timings),
-                shapes,
+                coming,
                 engine.dtype,
                 got,
                 timings,
@@ -126,7 +129,7 @@ class Publisher:
             engine.load(fused.fuse(stream) if fused else stream)
             spent = timings.gather + timings.send + timings.receipt - spent
             timings.load = time.perf_counter() - loading - spent
-            self._compare({name: expected[name] for name in shapes}, got)
+            self._compare({name: expected[name] for name in coming}, got)
             if engine.receipt_strength != "stream":
                 start_back = time.perf_counter()
                 self._compare_back(engine, expected | inside)
@@ -146,9 +149,12 @@ class Publisher:
                 version=self.version,
                 weights=blake3(json.dumps([str(engine.dtype), expected]).encode()).hexdigest(),
                 strength=strength,
-                tensors=len(shapes),
-                bytes=sum(torch.Size(shape).numel() for shape in shapes.values()) * engine.dtype.itemsize,
-                received_bytes=self.received * engine.dtype.itemsize,
+                tensors=len(coming),
+                bytes=sum(tensor.numel * kept_in(tensor, engine.dtype).itemsize for tensor in coming.values()),
+                received_bytes=sum(
+                    count * (getattr(torch, own) if own else engine.dtype).itemsize
+                    for own, count in self.received.items()
+                ),
                 seconds=seconds,
                 timings=timings,
                 canary=canary[0],
@@ -158,11 +164,9 @@ class Publisher:
     def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
         """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
         if 0 in self.ranks:
-            stream, shapes = (
-                gather(self.export_plan, parameters, self.groups, dtype),
-                self.export_plan.shapes(self.rank),
-            )
-            export_stream(stream, shapes, dtype, source, target if self.cluster.rank == 0 else None)
+            stream = gather(self.export_plan, parameters, self.groups, dtype)
+            order = self.export_plan.tensors(self.rank)
+            export_stream(stream, order, dtype, source, target if self.cluster.rank == 0 else None)
         self.cluster.agree("export", True, all)
 
     def lacks_room_for_witness(self, dtype: torch.dtype) -> str | None:
@@ -197,7 +201,7 @@ class Publisher:
         return self.options.canary_bound or (QUANTISED_BOUND if rounded else CANARY_BOUND[dtype])
 
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
-        names = list(hf_tensors(self.facts))
+        names = list(self.tensors)
         sums = shard_checksums(self.pieces, parameters, dtype, names)
         if self.cluster.replica_group.size() > 1:
             dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should
@@ -292,8 +296,8 @@ def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
 
 def checked(
     stream: Iterable[tuple[str, Tensor]],
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    coming: Mapping[str, HfTensor],
+    dtype: torch.dtype,  # of the model
     sums: dict[str, int],
     timings: Timings,
     quantised: Callable[[str, Tensor], Tensor] | None = None,
@@ -307,11 +311,12 @@ def checked(
     """
     for name, tensor in stream:
         start = time.perf_counter()
-        if name not in shapes or name in sums:
+        if name not in coming or name in sums:
             raise PublishError(f"publish: {name} is {'sent twice' if name in sums else 'no tensor of this model'}")
-        if tuple(tensor.shape) != shapes[name] or tensor.dtype != dtype:
+        shape, kind = coming[name].shape, kept_in(coming[name], dtype)
+        if tuple(tensor.shape) != shape or tensor.dtype != kind:
             raise PublishError(
-                f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shapes[name]} {dtype}"
+                f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shape} {kind}"
             )
         if not all_finite(tensor):
             raise PublishError(f"publish: {name} holds a value that is not finite")
@@ -320,5 +325,5 @@ def checked(
             inside[name] = tensor_checksum(quantised(name, tensor))
         timings.receipt += time.perf_counter() - start
         yield name, tensor
-    if missing := [name for name in shapes if name not in sums]:
+    if missing := [name for name in coming if name not in sums]:
         raise PublishError(f"publish: {missing[0]} was not sent ({len(missing)} tensors missing)")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.layout import Piece
-from .reshard import Timings
+from ..model.cut import Piece
+from .transfer import Timings, kept_in
 
 # Elements hashed at once: on a CPU their int64 work space stays in the processor's cache; on a GPU few launches count.
 CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
@@ -83,13 +83,13 @@ def shard_checksums(
 ) -> Tensor:
     """This rank's share of every tensor's checksum, [len(names)] int64: over the elements that it owns.
 
-    Of their values in `dtype`; None: of what they are.
+    Of their values in `dtype`, or in what a tensor is kept in; None: of what they are.
     """
     totals = dict.fromkeys(names, 0)
     for piece in pieces:
         if piece.owner:
             values = parameters[piece.key].detach().narrow(piece.dim, piece.offset, piece.length)
-            columns, kind = math.prod(piece.shape[1:]), dtype or values.dtype
+            columns, kind = math.prod(piece.shape[1:]), kept_in(piece.hf, dtype) if dtype else values.dtype
             if piece.dim == 0 and values.is_contiguous():  # rows that follow each other in the HF tensor too
                 found = block_checksum(values.view(1, -1), piece.start * columns, 0, kind)
             elif piece.dim == 0:

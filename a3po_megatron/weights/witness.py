@@ -10,7 +10,6 @@ longer than a rank may be silent. Each module that has been computed is a sign o
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from ..model.cut import tensors
 from ..model.facts import ModelFacts
-from ..model.layout import hf_tensors
 from ..telemetry.clock import CLOCK
 from ..telemetry.host import available_bytes
+from .transfer import kept_in
 
 WORKSPACE = 1.1  # of what a model takes: activations and logits of a canary
 
@@ -31,7 +31,7 @@ Scored = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]  # (prompt, re
 
 def lacks_room(facts: ModelFacts, dtype: torch.dtype) -> str | None:
     """Why this host cannot hold the model once more for transformers; None: it can."""
-    needed = sum(math.prod(shape) for shape in hf_tensors(facts).values()) * dtype.itemsize
+    needed = sum(tensor.numel * kept_in(tensor, dtype).itemsize for tensor in tensors(facts).values())
     if (left := available_bytes()) >= needed * WORKSPACE:
         return None
     return (

@@ -15,7 +15,7 @@ from a3po_megatron.convert.convert import ExportOptions, export_checkpoint
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout.intake import Collector
 from a3po_megatron.run.checkpoints import Run
 from a3po_megatron.run.journal import Journal

@@ -23,7 +23,7 @@ from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model import layout
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.engine import Request, in_order

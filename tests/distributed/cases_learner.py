@@ -15,8 +15,8 @@ from a3po_megatron.batch import Batch, Collected
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.model.cut import hf_tensors
+from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import Case, Ranks
 from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
 

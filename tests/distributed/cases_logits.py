@@ -8,8 +8,9 @@ from torch import Tensor
 from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.build import build_model, transformer_config
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import layout_of, pieces
+from a3po_megatron.model.cut import pieces
+from a3po_megatron.model.layout import layout_of
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import load_shards
 from tests.distributed.runner import Ranks
 from tests.tiny import KINDS, VOCAB, YARNS, hf_model

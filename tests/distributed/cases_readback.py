@@ -23,9 +23,8 @@ from a3po_megatron.config import load_config
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.errors import PublishError
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model import engine_layout
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import Piece
+from a3po_megatron.model.cut import EngineRank, Piece, cut, engine_tensors
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
@@ -84,7 +83,7 @@ def _kept(model: torch.nn.Module) -> dict[str, Tensor]:
 class Readable(Forgetful):
     def holdings(self) -> Any:
         (parameters,) = self._llm.apply_model(_kept)
-        return self._pieces, engine_layout.experts_apart(parameters)
+        return self._pieces, engine_tensors(self._facts, parameters)
 
 
 # Two KV heads for the four ranks of an engine; "qwen3" of WIDE has one for its two.
@@ -236,8 +235,8 @@ def checks_quantised(ranks: Ranks) -> dict[str, Any]:
     """vLLM's own quantiser: what it makes of whole HF tensors and of an engine rank's stacked shards of them."""
     from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
-    from a3po_megatron.model.facts import read_facts
-    from a3po_megatron.model.layout import hf_tensors
+    from a3po_megatron.model.cut import hf_tensors
+    from a3po_megatron.model.read import read_facts
     from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum
 
     folder = ranks.folder / "quantised"
@@ -253,7 +252,7 @@ def checks_quantised(ranks: Ranks) -> dict[str, Any]:
         total = torch.zeros(len(names), dtype=torch.int64)
         changed = total.clone()
         for rank in range(tensor):
-            pieces = [p for p in engine_layout.engine_pieces(facts, tensor, rank, (0, 0)) if p.tensor in names]
+            pieces = [p for p in cut(facts, EngineRank(tensor, rank, (0, 0))) if p.tensor in names]
             shards: dict[tuple[int, str], Tensor] = {}
             for piece in pieces:
                 part = whole[piece.tensor].narrow(piece.dim, piece.start, piece.length)

@@ -21,8 +21,8 @@ from a3po_megatron.config import Config, PublishOptions, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
 from a3po_megatron.model.layout import layout_of
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout.engine import Completion
 from a3po_megatron.rollout.vllm_engine import VllmEngine, checked_routes
 from a3po_megatron.run.journal import journal_files, read_frames

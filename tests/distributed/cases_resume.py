@@ -20,7 +20,7 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.files.hashed import HashedFile
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
 from a3po_megatron.run.checkpoints import Run, _Boundary
 from a3po_megatron.run.journal import Journal

@@ -17,7 +17,7 @@ from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.batch import Collected
 from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.store import Saving
 from tests.distributed.cases_learner import (
     LR,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import ModelFacts, read_facts
+from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import layout_of
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.residency import Residency

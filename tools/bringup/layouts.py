@@ -18,7 +18,7 @@ from torch import Tensor
 from a3po_megatron.config import ParallelOptions
 from a3po_megatron.launch import environment
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative

@@ -27,8 +27,8 @@ from a3po_megatron.launch import environment
 from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import free_port
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
-from a3po_megatron.model.layout import hf_tensors
+from a3po_megatron.model.cut import hf_tensors
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster, arrange
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.facts import read_facts
+from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster
 

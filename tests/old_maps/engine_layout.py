@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from .facts import ModelFacts
+from a3po_megatron.model.facts import ModelFacts
+
 from .layout import EMBEDDING, FINAL_NORM, HEAD, Piece
 
 VOCAB_MULTIPLE = 64

@@ -25,12 +25,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from a3po_megatron.model.facts import ModelFacts, facts_of, read_facts
-from a3po_megatron.model.layout import EMBEDDING, FINAL_NORM, HEAD, Layout, Piece, hf_tensors, padded_vocab, pieces
+from a3po_megatron.model.cut import Piece, hf_tensors, pieces
+from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.families.dense import EMBEDDING, FINAL_NORM, HEAD
+from a3po_megatron.model.layout import Layout, padded_vocab
+from a3po_megatron.model.read import facts_of, read_facts
 from a3po_megatron.rollout.engine import local_experts
-from a3po_megatron.weights import reshard
+from a3po_megatron.weights import transfer
 from a3po_megatron.weights.fuse import FusedExperts
-from a3po_megatron.weights.reshard import Allocate, Plan, fresh, gather, plan
+from a3po_megatron.weights.route import Plan, plan
+from a3po_megatron.weights.transfer import Allocate, fresh, gather
 from tests.collectives import Call, FakeDist, replica_groups
 from tests.test_layout import CONFIG, MOE, layouts, numbered, window
 from tests.tiny import make_checkpoint
@@ -121,7 +125,7 @@ def run(case: Case, consume: Callable[[FakeDist, int, Any], Any] | None = None) 
         rank = by_global[global_rank]
         return consume(fake, rank, stream) if consume else list(stream())
 
-    with patch.object(reshard, "dist", fake):
+    with patch.object(transfer, "dist", fake):
         return fake.run(by_global, work), fake
 
 
@@ -153,7 +157,9 @@ def test_every_rank_gets_exactly_the_tensors_that_it_needs_in_the_order_of_the_l
     for rank, (stream, want) in enumerate(zip(found, wanted(case), strict=True)):
         assert by_layer(name for name, _ in stream) == by_layer(want)
         assert len(stream) == len(want)
-        assert the_plan.shapes(rank) == {name: tuple(value.shape) for name, value in want.items()}
+        assert {t.name: t.shape for t in the_plan.tensors(rank)} == {
+            name: tuple(value.shape) for name, value in want.items()
+        }
         for name, value in stream:
             assert value.dtype == DTYPE and torch.equal(value, want[name]), f"{name} on rank {rank}"
 
@@ -167,7 +173,7 @@ def test_a_rank_receives_what_it_needs_and_lacks_and_what_it_relays_to_its_exper
     - in a tied model of three or more stages, on the last one: its slice of the embedding, which goes to all others
     """
     layout, facts, the_plan, (_, fake) = case.layout, case.facts, case.plan(), run(case)
-    unused = (padded_vocab(facts, layout.tensor) - facts.vocab) * facts.hidden * (1 if facts.tied else 2)
+    unused = (padded_vocab(facts.vocab, layout.tensor) - facts.vocab) * facts.hidden * (1 if facts.tied else 2)
     shapes, places, held = hf_tensors(facts), layout.places(), case.pieces()
     needed = [{name for name in shapes if case.needs(rank, name)} for rank in case.ranks]
     for rank, place in enumerate(places):
@@ -182,7 +188,7 @@ def test_a_rank_receives_what_it_needs_and_lacks_and_what_it_relays_to_its_exper
                     group = [r for r in case.ranks if places[r].copy == place.copy and places[r].pipeline != source]
                     relayed += piece.numel * any(piece.tensor in needed[r] for r in group)
         assert fake.received[case.global_rank(rank)] == lacked + relayed
-        assert the_plan.received(rank, 2) == 2 * (lacked + relayed)
+        assert 2 * sum(the_plan.received(rank).values()) == 2 * (lacked + relayed)
         assert fake.padding[case.global_rank(rank)] <= unused
 
 
@@ -198,7 +204,7 @@ def test_replicated_weights_and_experts_shared_alike_do_not_move(experts: int, e
     case = Case(small(experts), Layout(expert=expert), engine=expert, replica=replica, replicas=3)
     _, fake = run(case)
     assert not any(fake.received.values()) and not any(fake.padding.values())
-    assert [case.plan().received(rank, 2) for rank in case.ranks] == [0] * len(case.ranks)
+    assert [sum(case.plan().received(rank).values()) for rank in case.ranks] == [0] * len(case.ranks)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -246,7 +252,7 @@ def test_a_bucket_takes_one_call_per_group_and_hop_and_all_ranks_of_a_group_make
 @given(cases())
 def test_buckets_are_bounded_and_hold_neighbours_of_one_stage_in_the_order_of_the_layers(case: Case) -> None:
     layout, the_plan = case.layout, case.plan()
-    travelled = [tensor for bucket in the_plan.buckets for tensor in bucket.tensors]
+    travelled = [(tensor.name, tensor.shape) for bucket in the_plan.buckets for tensor in bucket.tensors]
     shapes = hf_tensors(case.facts)
     assert sorted(travelled) == sorted(shapes.items())
     assert by_layer(name for name, _ in travelled) == by_layer(shapes)
@@ -255,8 +261,8 @@ def test_buckets_are_bounded_and_hold_neighbours_of_one_stage_in_the_order_of_th
         for layer in (layer for chunk in layout.chunk_layers(case.facts.layers, stage) for layer in chunk):
             stage_of |= {name: stage for name in hf_tensors(case.facts) if name.startswith(f"model.layers.{layer}.")}
     for bucket in the_plan.buckets:
-        assert {stage_of[name] for name, _ in bucket.tensors} == {bucket.stage}
-        size = DTYPE.itemsize * sum(math.prod(shape) for _, shape in bucket.tensors)
+        assert {stage_of[tensor.name] for tensor in bucket.tensors} == {bucket.stage}
+        size = DTYPE.itemsize * sum(tensor.numel for tensor in bucket.tensors)
         assert len(bucket.tensors) == 1 or size <= case.bucket
 
 
@@ -343,11 +349,13 @@ def test_every_tensor_of_a_published_model_is_in_one_bucket_of_its_plan(shape: t
     config = json.loads(Path(str(DATA), "model_configs", "Qwen3-235B-A22B.config.json").read_text())
     case = Case(facts_of(config, "config.json"), layout, engine, bucket=256 << 20)
     the_plan, shapes = case.plan(), hf_tensors(case.facts)
-    travelled = [tensor for bucket in the_plan.buckets for tensor in bucket.tensors]
+    travelled = [(tensor.name, tensor.shape) for bucket in the_plan.buckets for tensor in bucket.tensors]
     assert sorted(travelled) == sorted(shapes.items())
     assert by_layer(name for name, _ in travelled) == by_layer(shapes)
     for rank in (0, 13, len(case.ranks) - 1):
-        assert set(the_plan.shapes(rank)) == {tensor for tensor in shapes if case.needs(rank, tensor)}
+        assert {tensor.name for tensor in the_plan.tensors(rank)} == {
+            tensor for tensor in shapes if case.needs(rank, tensor)
+        }
 
 
 def test_the_fake_names_ranks_that_call_different_collectives_or_none() -> None:
