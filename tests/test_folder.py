@@ -15,7 +15,8 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.hashed import digest_of
 from a3po_megatron.launch.folder import make_folder
-from a3po_megatron.run.manifest import MANIFEST, Manifest, inputs_of, name_latest
+from a3po_megatron.run.folder import name_latest
+from a3po_megatron.run.manifest import MANIFEST, Manifest, inputs_of
 
 ROW = '{"step": 0}\n'
 SAVED = 4  # steps that the newest checkpoint holds
