@@ -35,7 +35,8 @@ from ..files.safetensors import (
     write_file,
 )
 from ..files.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
-from ..files.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
+from ..files.torch_dist import INDEXES, Box, Kept, write_chunks, write_metadata
+from ..files.torch_dist_reader import Reader
 from ..model.facts import ModelFacts, read_facts, read_source
 from ..model.layout import hf_tensors
 from ..model.quantised import FIELDS
