@@ -23,6 +23,7 @@ from a3po_megatron.algorithm.shaping import shape  # noqa: E402
 from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
+from a3po_megatron.files.run_folder import RunFolder, rank_file  # noqa: E402
 from a3po_megatron.launch.folder import prepare_folder  # noqa: E402
 from a3po_megatron.launch.handoff import check_interfaces  # noqa: E402
 from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
@@ -57,7 +58,7 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
         learner = Learner(cluster, facts, config, checkpoint)
     leave_if_told(folder, cluster, INTERRUPT)
     any_weights = config.checkpoint.replay == "all"
-    journal = Journal(folder / "journal", cluster.rank, identity(config), any_weights)
+    journal = Journal(RunFolder(folder).journal, cluster.rank, identity(config), any_weights)
     collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, INTERRUPT)
     residency = Residency(engine, learner.arena, cluster.backend, config.learner.offload)
     run = Run(folder, config, cluster, facts, tokens, prompts, collect, learner, checkpoint)
@@ -83,8 +84,8 @@ def train(folder: Path, config: Config, cluster: Cluster, graders: Graders) -> N
 
 
 def main(folder: Path) -> None:
-    CLOCK.attach(folder / "logs" / f"rank-{environment.rank()}.phase")
-    config = load_resolved(folder / "config.yaml")
+    CLOCK.attach(rank_file(RunFolder(folder).logs, environment.rank(), "phase"))
+    config = load_resolved(RunFolder(folder).config)
     rank, world = environment.rank(), environment.world()
     lock = prepare_folder(folder, config) if rank == 0 and not environment.launched() else None  # noqa: F841  held
     watchdog = Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words)

@@ -26,7 +26,8 @@ import numpy as np
 import psutil
 import torch
 
-from a3po_megatron.report.read import read_rollouts, rollout_files
+from a3po_megatron.files.run_folder import rollout_files
+from a3po_megatron.report.read import read_rollouts
 from tests.distributed.runner import ROOT
 
 STEPS, EVERY = 6, 2  # saves after steps 1, 3 and 5: between them, a kill loses what only a replay brings back

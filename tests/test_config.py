@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from a3po_megatron.config import Config, load_config, load_resolved, save_resolved
+from a3po_megatron.config import Config, load_config, load_resolved
 from a3po_megatron.config.config import WITHOUT_EFFECT
 from a3po_megatron.config.describe import options
 from a3po_megatron.config.load import known_options
 from a3po_megatron.config.nearest import SYNONYMS
 from a3po_megatron.errors import RequestError
+from a3po_megatron.run.folder import save_resolved
 from tests.distributed.runner import ROOT
 
 PAIRS = [[ROOT / f"configs/{name}.yaml", ROOT / f"configs/{name}-dapo.yaml"] for name in ("demo", "arithmetic")]

@@ -202,7 +202,8 @@ def test_chunks_beside_each_other_that_overlap_are_refused(megatron: Path, tmp_p
 def transposed_shard(ranks: Ranks) -> list[bool]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from a3po_megatron.files.torch_dist import Box, Reader
+    from a3po_megatron.files.torch_dist import Box
+    from a3po_megatron.files.torch_dist_reader import Reader
     from a3po_megatron.run.store import Saving
 
     ranks.arrange()

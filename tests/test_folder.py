@@ -15,7 +15,8 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.hashed import digest_of
 from a3po_megatron.launch.folder import make_folder
-from a3po_megatron.run.manifest import MANIFEST, Manifest, inputs_of, name_latest
+from a3po_megatron.run.folder import name_latest
+from a3po_megatron.run.manifest import MANIFEST, Manifest, inputs_of
 
 ROW = '{"step": 0}\n'
 SAVED = 4  # steps that the newest checkpoint holds
@@ -211,3 +212,23 @@ def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before
     assert not (run / "hf" / "step-000004").exists()
     assert (run / "checkpoints" / "latest").read_text() == "step-000002\n"
     assert (run / "checkpoints" / "torn-step-000004").is_dir()
+
+
+def test_of_a_run_the_newest_checkpoint_by_number_is_exported_and_none_in_place_of_a_torn_one(
+    run: Path, config: Config
+) -> None:
+    from a3po_megatron.convert.convert import newest_checkpoint
+
+    goes_on(run, config)
+    for step in (999_999, 1_000_000):
+        save_checkpoint(run, step, config)
+    newest = run / "checkpoints" / "step-1000000"
+    assert newest_checkpoint(run) == newest
+    assert newest_checkpoint(newest) == newest
+    (newest / MANIFEST).write_text("{}")
+    with pytest.raises(RequestError, match=r"step-1000000/manifest\.json: not a readable manifest.* name its folder"):
+        newest_checkpoint(run)
+    for path in (run / "checkpoints").glob("step-*"):
+        path.rename(run / f"old-{path.name}")
+    with pytest.raises(RequestError, match="this run has not saved any weights"):
+        newest_checkpoint(run)

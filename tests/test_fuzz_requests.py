@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from a3po_megatron.config import load_config, load_resolved, save_resolved
+from a3po_megatron.config import load_config, load_resolved
 from a3po_megatron.config.load import known_options
 from a3po_megatron.config.sbatch_options import KNOWN, split
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import site, slurm
+from a3po_megatron.run.folder import save_resolved
 from tests.tiny import VOCAB, save_tokenizer
 
 SIGNS = "abcXYZ019 _-./:=@%+,;|&<>(){}[]#'\"\\$`~*?!^äß日本\u2028\t"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.run.stop import CAUTION, LEAD, MARGIN_SECONDS, SIGNALS, Interrupt
+from a3po_megatron.files.run_folder import LEAD
+from a3po_megatron.run.stop import CAUTION, MARGIN_SECONDS, SIGNALS, Interrupt
 
 pytestmark = pytest.mark.alone
 

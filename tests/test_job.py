@@ -14,12 +14,12 @@ import pytest
 
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
+from a3po_megatron.files.run_folder import LEAD
 from a3po_megatron.launch import job, local, slurm
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.launch.signals import KEPT, Signals
 from a3po_megatron.launch.starts import idle_starts, reached
 from a3po_megatron.run.manifest import Manifest, inputs_of
-from a3po_megatron.run.stop import LEAD
 from tests.distributed.runner import ROOT
 from tests.test_launch import catches
 

@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from a3po_megatron.config import load_config
+from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.launch.folder import make_folder
-from a3po_megatron.report.read import read_rollouts, rollout_files
+from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.telemetry.metrics import METRICS
 from tests.distributed.runner import ROOT
 

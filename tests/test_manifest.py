@@ -14,18 +14,10 @@ import pytest
 from a3po_megatron.config import Config, unlike
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.hashed import Written, digest_of
+from a3po_megatron.files.run_folder import step_folders
 from a3po_megatron.run import manifest
-from a3po_megatron.run.manifest import (
-    MANIFEST,
-    Manifest,
-    check_whole,
-    name_latest,
-    newest_whole,
-    prune,
-    put_aside,
-    read_manifest,
-    saved_steps,
-)
+from a3po_megatron.run.folder import name_latest, newest_whole, prune, put_aside
+from a3po_megatron.run.manifest import MANIFEST, Manifest, check_whole, read_manifest
 
 
 def checkpoint(checkpoints: Path, step: int) -> Path:
@@ -96,9 +88,9 @@ def test_the_newest_whole_checkpoint_is_used_the_newer_ones_are_put_aside_and_sa
     assert folder == tmp_path / "step-000006"
     assert len(wrong) == 1
     assert words in wrong[0]
-    assert len(saved_steps(tmp_path)) == 3  # to look changes nothing
+    assert len(step_folders(tmp_path)) == 3  # to look changes nothing
     put_aside(tmp_path, after=6)
-    assert [path.name for path in saved_steps(tmp_path)] == ["step-000004", "step-000006"]
+    assert [path.name for path in step_folders(tmp_path)] == ["step-000004", "step-000006"]
     assert (tmp_path / "torn-step-000008").is_dir()  # for whoever wants to know what happened
     assert newest_whole(tmp_path) == (folder, [])
 
@@ -137,7 +129,7 @@ def test_if_no_checkpoint_is_whole_the_run_is_refused_and_does_not_begin_anew(tm
         (checkpoint(tmp_path, step) / MANIFEST).unlink()
     with pytest.raises(RequestError, match="no checkpoint is whole"):
         newest_whole(tmp_path)
-    assert len(saved_steps(tmp_path)) == 2
+    assert len(step_folders(tmp_path)) == 2
 
 
 def test_steps_are_numbers_however_many_digits_they_have_and_other_folders_are_none(tmp_path: Path) -> None:
@@ -165,9 +157,9 @@ def test_the_last_n_and_every_m_th_checkpoint_are_kept(tmp_path: Path) -> None:
     for step in range(2, 21, 2):
         checkpoint(tmp_path, step)
     prune(tmp_path, keep_last=2, keep_every=8)
-    assert [int(path.name[5:]) for path in saved_steps(tmp_path)] == [8, 16, 18, 20]
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [8, 16, 18, 20]
     prune(tmp_path, keep_last=1, keep_every=None)
-    assert [int(path.name[5:]) for path in saved_steps(tmp_path)] == [20]
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [20]
     name_latest(tmp_path, "step-000020")
     assert (tmp_path / "latest").read_text() == "step-000020\n"
     shutil.rmtree(tmp_path / "step-000020")

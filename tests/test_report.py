@@ -21,10 +21,11 @@ import yaml
 import zstandard
 
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report import page
 from a3po_megatron.report.charts import CHARTS, moving_mean
 from a3po_megatron.report.page import write_report
-from a3po_megatron.report.read import read_rollouts, read_run, rollout_files
+from a3po_megatron.report.read import read_rollouts, read_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- &amp; {{ 7 * 7 }} \u2028 \"' \ud800"
 

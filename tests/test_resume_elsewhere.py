@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a3po_megatron.run.journal import journal_files, read_frames, write_frame
+from a3po_megatron.files.run_folder import step_files
+from a3po_megatron.run.journal import read_frames, write_frame
 from a3po_megatron.run.manifest import read_manifest
 from tests import resume_tools as tools
 from tests.resume_tools import LAYOUTS, STEPS, VOLATILE, Interrupt
@@ -62,7 +63,7 @@ def test_a_batch_that_was_scored_before_a_kill_is_not_scored_again(whole: Callab
     folder, by = tmp_path / "run", -0.125
     tools.interrupted(folder, Interrupt("update", 3, "SIGKILL", "all"), *TP2)
     assert tools.saved_steps(folder) == 2  # the steps 2 and 3 are done again
-    files = [path for path in journal_files(folder / "journal") if path.name.startswith("step-00003.")]
+    files = [path for path in step_files(folder / "journal") if path.name.startswith("step-00003.")]
     assert sum(shift_scores(path, by) for path in files) == 1  # one replica
     tools.trained(folder, *TP2)
     rows, wanted = tools.rows_of(folder), tools.rows_of(whole())
@@ -87,7 +88,7 @@ def carrying(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     manifest = read_manifest(newest)
     assert manifest.step == 4
     assert manifest.state["collector"]["surplus"], "nothing is carried over: nothing would be tested"
-    kinds = Counter(f.header["kind"] for path in journal_files(folder / "journal") for f in read_frames(path))
+    kinds = Counter(f.header["kind"] for path in step_files(folder / "journal") for f in read_frames(path))
     assert kinds["group"] and kinds["scores"]
     return folder, manifest.step
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.config import Config, save_resolved
+from a3po_megatron.config import Config
 from a3po_megatron.errors import RequestError
-from a3po_megatron.launch.folder import hold
-from a3po_megatron.launch.status import is_live, status
+from a3po_megatron.files.lock import hold, is_live
+from a3po_megatron.launch.status import status
+from a3po_megatron.run.folder import save_resolved
 from a3po_megatron.telemetry.clock import Clock
 from tests.distributed.runner import ROOT
 
@@ -114,7 +115,7 @@ def test_a_finished_run(folder: Path) -> None:
 
 
 def test_a_run_of_another_process_is_live_until_that_is_killed(folder: Path) -> None:
-    code = "import time; from pathlib import Path; from a3po_megatron.launch.folder import hold\n"
+    code = "import time; from pathlib import Path; from a3po_megatron.files.lock import hold\n"
     code += f"lock = hold(Path({str(folder)!r})); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"

@@ -14,9 +14,9 @@ import pytest
 from a3po_megatron.config import load_config
 from a3po_megatron.config.sbatch_options import split
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import LEAD
 from a3po_megatron.launch import slurm
 from a3po_megatron.launch.site import gpus_of
-from a3po_megatron.run.stop import LEAD
 from tests.distributed.runner import ROOT
 
 

@@ -55,7 +55,8 @@ def run_bench(
     name: str, script: str, options: argparse.Namespace, more: str, *words: str
 ) -> tuple[Config, list[dict[str, Any]]]:
     """A bench's ranks, from a configuration with `more` lines in it; returns it, and what each rank left."""
-    from a3po_megatron.config import load_config, save_resolved
+    from a3po_megatron.config import load_config
+    from a3po_megatron.run.folder import save_resolved
 
     with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as place:
         folder = Path(place)

@@ -8,7 +8,7 @@ from .cluster import ClusterOptions, ParallelOptions
 from .config import Config, lasting, unlike
 from .data import ARITHMETIC, DataOptions
 from .learner import LearnerOptions, OptimizerOptions
-from .load import data_options, load_config, load_resolved, save_resolved
+from .load import data_options, load_config, load_resolved, resolved_text
 from .model import MegatronOptions, ModelOptions
 from .reward import RewardOptions
 from .rollout import RolloutOptions
@@ -40,6 +40,6 @@ __all__ = [
     "lasting",
     "load_config",
     "load_resolved",
-    "save_resolved",
+    "resolved_text",
     "unlike",
 ]

@@ -78,15 +78,14 @@ def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
     return _validate({**values, "model.path": ("none", "", Path.cwd())}).data
 
 
-def save_resolved(config: Config, path: Path) -> None:
-    """Writes every option with its value, in the order of the sections."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    temporary.replace(path)
+def resolved_text(config: Config) -> str:
+    """Returns every option with its value as YAML, in the order of the sections."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def load_resolved(path: Path) -> Config:
-    """Reads what `save_resolved` wrote. All options stand in it, so rules about explicitly given ones do not apply."""
+    """Reads a file of what `resolved_text` returned. All options stand in it, so rules about explicitly given ones do
+    not apply."""
     return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 

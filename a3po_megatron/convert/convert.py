@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from ..files.hashed import Written, check_digest, check_free, read_digests, save_digests, whole_folder
+from ..files.hashed import Written, check_digest, read_digests, save_digests
+from ..files.replace import check_free, whole_folder
+from ..files.run_folder import RunFolder
 from ..files.safetensors import (
     CODES,
     INDEX,
@@ -33,12 +35,15 @@ from ..files.safetensors import (
     write_file,
 )
 from ..files.side_files import CONFIG, HF, copy_side_files, dtype_of, side_files
-from ..files.torch_dist import INDEXES, Box, Kept, Reader, write_chunks, write_metadata
+from ..files.torch_dist import INDEXES, Box, Kept, write_chunks, write_metadata
+from ..files.torch_dist_reader import Reader
 from ..model.cut import hf_tensors, padded_parameters, tensors
 from ..model.facts import ModelFacts
 from ..model.families.dense import MEGATRON_LAYER
 from ..model.quantised import FIELDS
 from ..model.read import read_facts, read_source
+from ..run.folder import newest_whole
+from ..run.manifest import read_manifest
 from ..weights.fp8 import name_of, read_values, rounded_to
 from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count, deal, run_jobs
@@ -256,14 +261,17 @@ def export_checkpoint(
 
 def newest_checkpoint(folder: Path) -> Path:
     """A checkpoint's folder itself, or the newest one in a run's folder. Raises RequestError where there is none."""
-    if (folder / "metadata.json").is_file() or not (folder / "config.yaml").is_file():
+    run = RunFolder(folder)
+    if (folder / "metadata.json").is_file() or not run.config.is_file():
         if not folder.is_dir():
             raise RequestError(f"{folder}: there is no such folder")
         return folder
-    whole = sorted((folder / "checkpoints").glob("step-*/manifest.json"))
-    if not whole:
+    checkpoint, wrong = newest_whole(run.checkpoints, judge=read_manifest)  # its bytes are read, and hashed, after this
+    if wrong:  # an older one would be taken for the newest
+        raise RequestError(f"{wrong[0]}; to export an older checkpoint, name its folder")
+    if checkpoint is None:
         raise RequestError(f"{folder}: this run has not saved any weights (checkpoint.every_steps)")
-    return whole[-1].parent
+    return checkpoint
 
 
 def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_Wanted]:

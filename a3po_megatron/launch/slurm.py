@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config, save_resolved
+from ..config import Config
 from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
+from ..files.lock import hold
+from ..files.run_folder import LEAD, RunFolder, step_folders
 from ..ranks.topology import topology_of
-from ..run.manifest import Torn, read_manifest, saved_steps
-from ..run.stop import LEAD
-from .folder import check_same, hold, started_with
+from ..run.folder import save_resolved
+from ..run.manifest import Torn, read_manifest
+from .folder import check_same, started_with
 from .site import check_site, sbatch, try_out
 
 if TYPE_CHECKING:
@@ -207,7 +209,7 @@ def write(plan: Plan, overrides: list[list[str]]) -> None:
 
 def _check_alike(folder: Path, config: Config) -> None:
     """Whether the files of a checkpoint are whole is left to the job: it goes on from one that is."""
-    for checkpoint in reversed(saved_steps(folder / "checkpoints")):
+    for checkpoint in reversed(step_folders(RunFolder(folder).checkpoints)):
         with contextlib.suppress(Torn):
             before = read_manifest(checkpoint)
             check_same(folder, config, before.config, before.inputs)

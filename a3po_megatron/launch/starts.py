@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..run.journal import journal_files
-from ..run.manifest import saved_steps, step_of
-
-RECORD = "starts.json"  # in logs/
+from ..files.replace import write_whole
+from ..files.run_folder import RunFolder, step_files, step_folders, step_of
 
 
 def reached(folder: Path) -> list[int]:
     """How far a run has come: its newest checkpoint's step, the furthest step of its journal, and the bytes of that."""
     sizes: dict[int, int] = {}
-    for path in journal_files(folder / "journal"):
+    for path in step_files(RunFolder(folder).journal):
         if size := path.stat().st_size:
-            step = int(path.name[5:].partition(".")[0])
-            sizes[step] = sizes.get(step, 0) + size
-    return [max(map(step_of, saved_steps(folder / "checkpoints")), default=0), *max(sizes.items(), default=(0, 0))]
+            sizes[step_of(path)] = sizes.get(step_of(path), 0) + size
+    saved = step_folders(RunFolder(folder).checkpoints)
+    return [max(map(step_of, saved), default=0), *max(sizes.items(), default=(0, 0))]
 
 
 def idle_starts(folder: Path, before: list[int], goes_on: bool) -> int:
@@ -27,13 +25,11 @@ def idle_starts(folder: Path, before: list[int], goes_on: bool) -> int:
 
     Not `goes_on`: what was submitted counts from its own first start.
     """
-    record = folder / "logs" / RECORD
+    record = RunFolder(folder).starts
     try:
         earlier = int(json.loads(record.read_text())["idle"]) if goes_on else 0
     except (OSError, ValueError, KeyError, TypeError):  # a start that was killed left no record
         earlier = 0
     idle = 0 if reached(folder) > before else earlier + 1
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps({"idle": idle}) + "\n")
-    partial.replace(record)
+    write_whole(record, json.dumps({"idle": idle}) + "\n")
     return idle

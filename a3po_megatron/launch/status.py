@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ from pydantic import ValidationError
 from ..config import Config, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
+from ..files.lock import is_live
+from ..files.run_folder import RunFolder, rank_file, step_folders, step_of
 from ..ranks.topology import topology_of
-from ..run.manifest import saved_steps, step_of
 from ..telemetry.watchdog import position, stalled
-from .folder import LOCK
 from .tables import runs
 
 ASK_SECONDS = 20
@@ -31,8 +30,8 @@ Row = tuple[str, str]
 
 def status(folder: Path) -> list[Row]:
     """What there is to say of a run, or of every run of a sweep. Raises RequestError for a folder that is neither."""
-    if (folder / "sweep.json").exists():
-        names = sorted(path.name for path in folder.iterdir() if (path / "config.yaml").exists())
+    if RunFolder(folder).sweep.exists():
+        names = sorted(path.name for path in folder.iterdir() if RunFolder(path).config.exists())
         return [(name, "; ".join(text for _, text in status(folder / name)[1:4])) for name in names]
     config = _config(folder)
     live = is_live(folder)
@@ -41,7 +40,7 @@ def status(folder: Path) -> list[Row]:
 
 
 def _config(folder: Path) -> Config:
-    path = folder / "config.yaml"
+    path = RunFolder(folder).config
     if not path.is_file():
         raise RequestError(f"{folder}: this is no run folder: there is no config.yaml in it")
     try:
@@ -51,25 +50,12 @@ def _config(folder: Path) -> Config:
         raise RequestError(f"{path}: this is not the configuration of a run: {words}") from error
 
 
-def is_live(folder: Path) -> bool | None:
-    """Whether a run holds the folder's lock; None: this file system cannot say."""
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-
-
 def _progress(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
-    steps, saved, rows = config.trainer.steps, saved_steps(folder / "checkpoints"), _rows(folder)
+    run = RunFolder(folder)
+    steps, saved, rows = config.trainer.steps, step_folders(run.checkpoints), _rows(run.metrics)
     done = rows[-1]["step"] + 1 if rows else 0
     newest = step_of(saved[-1]) if saved else 0
-    begun = bool(done or saved or list((folder / "logs").glob("rank-*")))
+    begun = bool(done or saved or list(run.logs.glob("rank-*")))
     if live:
         state = "live"
     elif newest >= steps:
@@ -91,10 +77,10 @@ def _progress(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
         yield "checkpoint", "none yet"
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _rows(metrics: Path) -> list[dict[str, Any]]:
     """The steps that are recorded, without a line that is cut off or being written."""
     rows = []
-    for line in (_text(folder / "metrics.jsonl") or "").splitlines():
+    for line in (_text(metrics) or "").splitlines():
         try:
             row = json.loads(line)
             rows += [row] if isinstance(row["step"], int) else []
@@ -104,9 +90,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _ranks(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
-    logs = folder / "logs"
+    logs = RunFolder(folder).logs
     world = topology_of(config.parallel, config.rollout.tensor).world
-    ranks = [rank for rank in range(world) if (logs / f"rank-{rank}.phase").exists()]
+    ranks = [rank for rank in range(world) if rank_file(logs, rank, "phase").exists()]
     if not ranks:
         return
     where = {rank: position(logs, rank) for rank in ranks}
@@ -119,11 +105,11 @@ def _ranks(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
     if live and least < most:
         behind = [rank for rank, (changes, _) in where.items() if changes == least]
         yield "waits for", f"rank{'s' * (len(behind) > 1)} {runs(behind)}, {most - least} changes of phase behind"
-    beats = {rank: text for rank in ranks if (text := _text(logs / f"rank-{rank}.beat"))}
+    beats = {rank: text for rank in ranks if (text := _text(rank_file(logs, rank, "beat")))}
     if beats:
         quietest = max(beats, key=lambda rank: _silence(beats[rank]))
         words = beats[quietest].partition(", beat")[0].strip()
-        yield "beat", f"rank {quietest} is the quietest: {words}, written {_ago(logs / f'rank-{quietest}.beat')}"
+        yield "beat", f"rank {quietest} is the quietest: {words}, written {_ago(rank_file(logs, quietest, 'beat'))}"
 
 
 def _silence(beat: str) -> float:
@@ -136,7 +122,7 @@ def _silence(beat: str) -> float:
 
 def _jobs(folder: Path) -> Iterator[Row]:
     """Of a run that was submitted: its jobs that are not over yet, as squeue has them."""
-    script = folder.resolve() / "job.sbatch"
+    script = RunFolder(folder.resolve()).script
     if not script.exists():
         return
     if shutil.which("squeue") is None:
@@ -171,7 +157,7 @@ def _on(nodes: str) -> str:
 
 def _last_words(folder: Path) -> Iterator[Row]:
     """What ended the run the last time, as far as something said so."""
-    logs = folder / "logs"
+    logs = RunFolder(folder).logs
     if (stall := stalled(logs)) is not None:
         yield "stall", stall.strip()
     attempts = [path for path in logs.glob("attempt-*") if path.name.partition("-")[2].isdecimal()]

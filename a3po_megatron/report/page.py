@@ -20,9 +20,10 @@ import jinja2
 from markupsafe import Markup
 
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import RunFolder, rollout_files
 
 from .charts import CHARTS, PHASE_PREFIX, PHASES, Chart, chart_of, smoothing_window
-from .read import Record, Run, read_rollouts, read_run, rollout_files
+from .read import Record, Run, read_rollouts, read_run
 
 ROLLOUT_BYTES = 7_000_000  # of the page, for the rollouts of all runs together
 METRIC_VALUES = 150_000  # embedded at most, of all runs together; about 10 bytes each
@@ -40,7 +41,7 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     if not run_dirs:
         raise RequestError("No run folder was given to report on.")
     runs = [read_run(Path(folder)) for folder in run_dirs]
-    out = Path(out) if out else runs[0].folder / "report.html"
+    out = Path(out) if out else RunFolder(runs[0].folder).report
     page = render(runs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Reads one run folder back.
+"""Reads one run folder back (files/run_folder.py says where what lies).
 
     config.yaml       the resolved configuration, plain YAML
     provenance.json   versions, git, host, command
     metrics.jsonl     one object a step, flat `group/name` keys; null where a metric is undefined
-    rollouts/step-00012.rank-0.jsonl.zst   one object a rollout; a sample of them also with prompt, answer and pieces
+    rollouts/         one object a rollout; a sample of them also with prompt, answer and pieces
 
 A run may be going on, or may have been killed in the middle of a write: an incomplete *last* line is left out with a
 note. Any other damage is refused with file and line, because a curve with silently missing steps is a wrong curve.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +22,10 @@ import yaml
 import zstandard
 
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import RunFolder
 
 Record = dict[str, Any]
 
-ROLLOUT_FILE = re.compile(r"step-(\d+)\.rank-(\d+)\.jsonl\.zst")
 ROLLOUT_KEYS = ("prompt_id", "sample", "outcome", "reward", "finish", "tokens", "logprobs")
 PER_TOKEN = ("logprobs", "old_logprobs", "entropy", "weights", "pieces")  # where present: as long as `tokens`
 
@@ -61,23 +60,12 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such run folder. Give the folder that `a3po train` wrote.")
     notes: list[str] = []
-    config, provenance = _config(folder / "config.yaml", notes), _provenance(folder / "provenance.json", notes)
-    rows = _rows(folder / "metrics.jsonl", notes)
+    run = RunFolder(folder)
+    config, provenance = _config(run.config, notes), _provenance(run.provenance, notes)
+    rows = _rows(run.metrics, notes)
     names = dict.fromkeys(name for row in rows.values() for name in row)
     metrics = {name: [row.get(name) for row in rows.values()] for name in names}
     return Run(folder, config, provenance, list(rows), metrics, notes)
-
-
-def rollout_files(folder: Path) -> dict[int, list[Path]]:
-    """Per step, ascending, its rollout files in rank order."""
-    found = []
-    for path in (folder / "rollouts").glob("step-*.jsonl.zst"):
-        if match := ROLLOUT_FILE.fullmatch(path.name):
-            found.append((int(match[1]), int(match[2]), path))
-    files: dict[int, list[Path]] = {}
-    for step, _, path in sorted(found):
-        files.setdefault(step, []).append(path)
-    return files
 
 
 def read_rollouts(path: Path, notes: list[str], *, with_pieces: bool = False) -> Iterator[Record]:

@@ -30,7 +30,9 @@ from ..config import Config
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import Interrupted, RequestError, RunFailed
-from ..files.hashed import HashedFile, Written, digest_of, partial_of, sync, whole_folder
+from ..files.hashed import HashedFile, Written, digest_of
+from ..files.replace import partial_of, sync, whole_folder
+from ..files.run_folder import MANIFEST, RunFolder, rank_of, step_files, step_folder, step_folders, step_of
 from ..files.side_files import HF, copy_side_files
 from ..files.torch_dist import indexes
 from ..learner.learner import Learner
@@ -50,18 +52,9 @@ from ..weights.load import all_finite
 from ..weights.publish import Publisher
 from ..weights.receipt import Receipt
 from .background import Background
+from .folder import name_latest, prune
 from .journal import read_frames, read_group, write_group, write_verdicts
-from .manifest import (
-    MANIFEST,
-    Manifest,
-    Stateful,
-    inputs_of,
-    name_latest,
-    prune,
-    read_manifest,
-    saved_steps,
-    step_of,
-)
+from .manifest import Manifest, Stateful, inputs_of, read_manifest
 from .stop import Interrupt
 from .store import Saving, Share
 from .streams import random_state, restore_random_state
@@ -76,11 +69,12 @@ def resumed_from(folder: Path, cluster: Cluster) -> Path | None:
     Rank 0 says which: another node's file system may still show the folder as it was. Raises RunFailed if one does not
     have it as rank 0 does.
     """
-    newest = saved_steps(folder / "checkpoints")[-1:]
+    checkpoints = RunFolder(folder).checkpoints
+    newest = step_folders(checkpoints)[-1:]
     name = cluster.agree("checkpoint", newest[0].name if newest else None, _of_rank_0)
     if name is None:
         return None
-    checkpoint = folder / "checkpoints" / str(name)
+    checkpoint = checkpoints / str(name)
     manifest = checkpoint / MANIFEST
     cluster.agree(f"{name}/{MANIFEST}", digest_of(manifest).blake3 if manifest.exists() else "missing", same)
     return checkpoint
@@ -232,7 +226,7 @@ class Run:
         self.journal.weights = receipt.weights
         start, every = self._startup is None and options.witness_at_start, options.witness_every
         if options.canary_prompts and (start or (every and receipt.version % every == 0)):
-            dtype, scratch = DTYPES[model.known_dtype()], self.folder / "witness"
+            dtype, scratch = DTYPES[model.known_dtype()], RunFolder(self.folder).witness
             if (said := self.publisher.lacks_room_for_witness(dtype)) is None:
                 witness = self.publisher.witness(learner.parameters(), dtype, Path(model.path), scratch)
                 receipt = dataclasses.replace(receipt, witness=witness)
@@ -253,7 +247,7 @@ class Run:
             if last or done % options.every_steps == 0:
                 self._save(self._boundary, learner)
             if options.export_hf_every and (last or done % options.export_hf_every == 0):
-                target = self.folder / "hf" / f"step-{done:06d}"
+                target = step_folder(RunFolder(self.folder).hf, done)
                 self.publisher.export(learner.parameters(), DTYPES[model.known_dtype()], Path(model.path), target)
             if last:
                 self._complete_save(wait=True)
@@ -295,7 +289,7 @@ class Run:
         if found := self.cluster.agree("finite weights", broken, sum_lists):
             raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
         self.cluster.agree(f"state of step {boundary.step}", json.dumps(boundary.state, sort_keys=True), same)
-        target = self.folder / "checkpoints" / f"step-{boundary.step:06d}"
+        target = step_folder(RunFolder(self.folder).checkpoints, boundary.step)
         whole, partial = contextlib.ExitStack(), partial_of(target)
         if self.cluster.rank == 0:
             whole.enter_context(whole_folder(target))
@@ -339,7 +333,7 @@ class Run:
         options = self.config.checkpoint
         name_latest(newest.parent, newest.name)
         prune(newest.parent, options.keep_last, options.keep_every)
-        self.journal.forget(step_of(saved_steps(newest.parent)[-options.keep_last :][0]))
+        self.journal.forget(step_of(step_folders(newest.parent)[-options.keep_last :][0]))
 
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
         """What this rank alone holds; returns the files. On the disk then, and with them what steps since the last save
@@ -357,11 +351,12 @@ class Run:
 
     def _left_by(self, steps: range) -> Iterator[Path]:
         """Files that this rank wrote in some steps, all done, and their folders."""
-        for part in ("rollouts", "rejected"):
-            found = (self.folder / part).glob(f"step-*.rank-{self.cluster.rank}.*")
-            yield from (path for path in found if int(path.name[5:].partition(".")[0]) in steps)
-            yield from (path for path in [self.folder / part] if path.exists())
-        yield from (path for path in [self.folder / "metrics.jsonl"] if self.cluster.rank == 0 and path.exists())
+        run = RunFolder(self.folder)
+        for part in (run.rollouts, run.rejected):
+            mine = (path for path in step_files(part) if rank_of(path) == self.cluster.rank)
+            yield from (path for path in mine if step_of(path) in steps)
+            yield from (path for path in [part] if path.exists())
+        yield from (path for path in [run.metrics] if self.cluster.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
         copy_side_files(Path(self.config.model.path), folder / HF, self.config.model.known_dtype())
@@ -419,8 +414,8 @@ class Run:
             self.cluster.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
             raise RunFailed(
                 f"step {step}: {self.config.trainer.max_rejected_updates} updates in a row were not finite "
-                f"(trainer.max_rejected_updates); none was applied, and {self.folder / 'rejected'} holds what went "
-                "into them"
+                f"(trainer.max_rejected_updates); none was applied, and {RunFolder(self.folder).rejected} holds what "
+                "went into them"
             )
         return row
 
@@ -452,7 +447,7 @@ class Run:
                 self._save_rejected(step, number, batch)
             raise RunFailed(
                 f"step {step}: the learner's log-probs are not finite: its weights cannot be trusted; "
-                f"{self.folder / 'rejected'} holds the batch"
+                f"{RunFolder(self.folder).rejected} holds the batch"
             )
         if self.cluster.batch_group.rank() == 0 and not self._scored_before:
             self.journal.add_scores(step, batch)
@@ -472,7 +467,7 @@ class Run:
 
     def _save_rejected(self, step: int, mini_batch: int, batch: Batch) -> None:
         if self.cluster.batch_group.rank() == 0:
-            save_rejected(self.folder / "rejected", step, mini_batch, self.cluster.rank, batch)
+            save_rejected(RunFolder(self.folder).rejected, step, mini_batch, self.cluster.rank, batch)
         self.cluster.agree("rejected", True, all)  # who raises first must not end another's writing
 
     def close(self) -> None:
@@ -488,7 +483,7 @@ class Run:
         carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
         accepted = set(collected.accepted)
         save_rollouts(
-            self.folder / "rollouts",
+            RunFolder(self.folder).rollouts,
             step,
             self.cluster.rank,
             [*carried, *collected.sampled],

@@ -1,6 +1,6 @@
 """What a run has finished since its last checkpoint, written down as it is finished, so that no finished work is lost.
 
-    journal/step-00012.rank-0      frames, one after the other, only ever appended
+    a file of a step and a rank    frames, one after the other, only ever appended
     frame                          digest, space, header (JSON, one line), newline, payload (arrays, end to end)
 
     group       the G rollouts of a prompt: tokens, log-probs and routes, as soon as the last of them is sampled
@@ -33,6 +33,7 @@ from blake3 import blake3
 
 from ..batch import Batch, Group, Prompt, Rollout, Verdict
 from ..errors import RunFailed
+from ..files.run_folder import journal_file, step_files, step_of
 
 Decode = Callable[[Any], str]  # token ids → text
 
@@ -84,13 +85,9 @@ def read_frames(path: Path) -> Iterator[Frame]:
             yield frame
 
 
-def journal_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*.rank-*") if path.name[5:].partition(".")[0].isdecimal())
-
-
 def cut_torn_frames(folder: Path) -> None:
     """Cuts every file of a journal behind its last whole frame: what is appended must be found again."""
-    for path in journal_files(folder):
+    for path in step_files(folder):
         whole = max((frame.offset + frame.header["bytes"] for frame in read_frames(path)), default=0)
         with path.open("r+b") as file:
             file.truncate(whole)
@@ -158,10 +155,10 @@ class Journal:
         self._file: IO[bytes] | None = None
         self._written: dict[int, str] = {}  # prompt → the digest of its last group's frame
         self._frames: dict[tuple[int, str, Any], list[Frame]] = {}
-        for path in journal_files(folder):
+        for path in step_files(folder):
             for frame in read_frames(path):
                 for name in _names(frame.header):
-                    self._frames.setdefault((_step_of(path), frame.header["kind"], name), []).append(frame)
+                    self._frames.setdefault((step_of(path), frame.header["kind"], name), []).append(frame)
 
     @property
     def _of(self) -> str:
@@ -228,13 +225,13 @@ class Journal:
 
     def forget(self, before: int) -> None:
         """Deletes what belongs to earlier steps, of all ranks: a checkpoint has what came of it."""
-        for path in journal_files(self._folder):
-            if _step_of(path) < before:
+        for path in step_files(self._folder):
+            if step_of(path) < before:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _appending(self, step: int) -> Iterator[IO[bytes]]:
-        path = self._folder / f"step-{step:05d}.rank-{self._rank}"
+        path = journal_file(self._folder, step, self._rank)
         try:
             if self._file is None or self._file.name != str(path):
                 if self._file is not None:
@@ -270,7 +267,3 @@ def _scores_of(frame: Frame) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     values = np.frombuffer(data, "<f4").reshape(2, sum(lengths))
     parts = np.split(values, np.cumsum(lengths)[:-1], axis=1)
     return dict(zip(names, parts, strict=True)), dict(zip(names, frame.header["rerouted"] or [], strict=False))
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.partition(".")[0].removeprefix("step-"))

@@ -1,11 +1,10 @@
-"""A run's checkpoints: what each one holds, whether it is whole, and which one a run goes on from.
+"""A checkpoint of a run: what it holds, and whether it is whole.
 
-    checkpoints/step-000012/manifest.json   everything else in the folder, with size and digest, and the run's state
-                            *.distcp …       Megatron's sharded state: weights and optimizer
-                            rank-R.json      the random streams of a rank
-                            surplus.rank-R   groups carried over into the step (frames, run/journal.py)
-                            hf/              what makes the weights a model: configuration, tokenizer
-    checkpoints/latest                      the name of the newest, written last
+    manifest.json   everything else in its folder, with size and digest, and the run's state
+    *.distcp …      Megatron's sharded state: weights and optimizer
+    rank-R.json     the random streams of a rank
+    surplus.rank-R  groups carried over into the step (frames, run/journal.py)
+    hf/             what makes the weights a model: configuration, tokenizer
 
 `step` counts steps done, which is the number of the next. The manifest is the last file of a checkpoint to be written,
 and holds a digest of itself. A checkpoint is whole if every file that it names is as it was written, and there is no
@@ -15,8 +14,6 @@ other. Nothing goes by a file's time: clocks jump.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +22,11 @@ from blake3 import blake3
 
 from ..config import ARITHMETIC, Config, lasting
 from ..errors import RequestError
-from ..files.hashed import Written, digest_of, sync
+from ..files.hashed import Written, digest_of
+from ..files.run_folder import MANIFEST, step_of
 from ..files.side_files import side_files
 from ..files.sources import files_of, paths_of
 
-MANIFEST = "manifest.json"
-LATEST = "latest"
-STEP, TORN = "step-", "torn-step-"  # names of checkpoints, and of those that were put aside
 FORMAT = 2
 LEFT_BY_NFS = ".nfs"  # a removed file that some process had open
 
@@ -122,47 +117,6 @@ def check_whole(folder: Path) -> Manifest:
     return manifest
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def saved_steps(checkpoints: Path, kind: str = STEP) -> list[Path]:
-    """The folders of a run's checkpoints, oldest first, whole or not."""
-    found = (path for path in checkpoints.glob(f"{kind}*") if path.is_dir() and path.name[len(kind) :].isdecimal())
-    return sorted(found, key=step_of)
-
-
-def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those that are newer.
-
-    None: there never was one. Raises RequestError if there are checkpoints and none is whole, or one cannot be judged.
-    """
-    wrong: list[str] = []
-    for folder in reversed(saved_steps(checkpoints)):
-        try:
-            check_whole(folder)
-        except Torn as error:
-            wrong.append(str(error))
-            continue
-        return folder, wrong
-    if wrong:
-        raise RequestError(
-            f"{checkpoints}: no checkpoint is whole, there is none to go on from: {'; '.join(wrong)}. Put a copy of "
-            "one in place, or choose another --run-dir"
-        )
-    return None, []
-
-
-def put_aside(checkpoints: Path, after: int) -> None:
-    """Renames what is newer than a step, and hence not whole: the run will come to those steps again (then `prune`)."""
-    for newer in saved_steps(checkpoints):
-        if step_of(newer) > after:
-            aside = newer.with_name(newer.name.replace(STEP, TORN))
-            if aside.exists():
-                shutil.rmtree(aside)
-            newer.rename(aside)
-
-
 def inputs_of(config: Config) -> dict[str, str]:
     """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
     model = Path(config.model.path)
@@ -178,24 +132,3 @@ def inputs_of(config: Config) -> dict[str, str]:
 def identity(config: Config) -> str:
     """A digest of all that makes a run the one that it is: the options that must not change, and its inputs."""
     return _digest({"options": lasting(config.model_dump(mode="json")), "inputs": inputs_of(config)})[:32]
-
-
-def name_latest(checkpoints: Path, name: str) -> None:
-    """Writes `latest`, in place at once."""
-    temporary = checkpoints / f".{LATEST}.partial"
-    temporary.write_text(f"{name}\n")
-    sync(temporary)
-    os.replace(temporary, checkpoints / LATEST)
-
-
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every`; also what was put
-    aside, once its step is saved again or past."""
-    saved = saved_steps(checkpoints)
-    for folder in saved[:-keep_last]:
-        if keep_every is None or step_of(folder) % keep_every:
-            (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
-            shutil.rmtree(folder)
-    for aside in saved_steps(checkpoints, TORN):
-        if step_of(aside) <= step_of(saved[-1]):
-            shutil.rmtree(aside)

@@ -26,12 +26,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..files.replace import write_whole
+from ..files.run_folder import RunFolder
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CAUTION = 1.5  # a phase may take longer than it ever did
 MARGIN_SECONDS = 3.0  # agreeing, ending, and what no phase counts
 REMEMBERED = 5
 TERM_SECONDS = 30.0  # from TERM to KILL, if no more is promised: Slurm's KillWait
-LEAD = "lead_seconds"
 
 
 class Interrupt:
@@ -104,14 +106,12 @@ class Interrupt:
         """Writes down what was measured, for the run's next start, and its next job's signal."""
         lead = max(self.lead("reward", "score"), self.lead("update", "publish"))
         seconds = {phase: round(self.expected(phase), 3) for phase in self._seconds}
-        temporary = folder / f".{LEAD}.partial"
-        temporary.write_text(f"{lead:.0f}\n{json.dumps(seconds)}\n")
-        temporary.replace(folder / LEAD)
+        write_whole(RunFolder(folder).lead_seconds, f"{lead:.0f}\n{json.dumps(seconds)}\n")
 
     def recall(self, folder: Path) -> None:
         """What a start of before measured counts as seen once, if there is anything to be read."""
         try:
-            seconds = json.loads((folder / LEAD).read_text().splitlines()[1])
+            seconds = json.loads(RunFolder(folder).lead_seconds.read_text().splitlines()[1])
             self.observe({phase: float(took) for phase, took in seconds.items()})
         except (OSError, ValueError, IndexError, AttributeError, TypeError):
             return  # nothing measured yet, or a file that was cut off: only times are lost

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunFailed
+from ..files.run_folder import RunFolder
 
 STARTUP = ("imports", "groups", "engine", "model", "publish")  # seconds of each, of a run's start
 RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
@@ -37,19 +38,20 @@ METRICS = (
 
 def read_metric(folder: Path, name: str) -> list[float | None]:
     """A metric in each row that stands there; a run that an older version began may lack it."""
-    path = folder / "metrics.jsonl"
+    path = RunFolder(folder).metrics
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line).get(name) for line in lines]
 
 
 class MetricsWriter:
     def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        run = RunFolder(folder)
+        self._file = run.metrics.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float | None]) -> dict[str, float | None]:
         """Writes one row with every metric, in the fixed order; returns it."""

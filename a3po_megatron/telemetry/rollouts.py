@@ -1,4 +1,4 @@
-"""`rollouts/step-00012.rank-0.jsonl.zst`: every rollout that this rank sampled in a step, one JSON object a line.
+"""A file in `rollouts/`: every rollout that this rank sampled in a step, one JSON object a line.
 
 All carry tokens and log-probs; those of the first few groups also carry their texts, token by token, for a reader.
 What the learner found (old log-probs, entropy, token weights, advantage) is null for rollouts it did not train on.
@@ -14,6 +14,8 @@ from typing import Any
 import zstandard
 
 from ..batch import Batch, Group, Rollout
+from ..files.replace import replacing, write_whole
+from ..files.run_folder import rejected_file, rollout_file
 
 
 def save_rollouts(
@@ -27,7 +29,7 @@ def save_rollouts(
     pieces: Callable[[Any], list[str]],
     way_of: Callable[[str], str] | None = None,  # of a task that names ways of answering
 ) -> Path:
-    """Writes the file of one step and rank under a temporary name and puts it in place."""
+    """Writes the file of one step and rank, whole at once."""
     trained = _trained(batch)
     lines = []
     for number, group in enumerate(groups):
@@ -39,10 +41,8 @@ def save_rollouts(
                 record |= {"prompt": group.prompt.text, "answer": group.prompt.answer, "text": rollout.text}
                 record["pieces"] = pieces(rollout.tokens)
             lines.append(json.dumps(record))
-    path = folder / f"step-{step:05d}.rank-{rank}.jsonl.zst"
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(zstandard.compress("".join(f"{line}\n" for line in lines).encode()))
-    temporary.replace(path)
+    path = rollout_file(folder, step, rank)
+    write_whole(path, zstandard.compress("".join(f"{line}\n" for line in lines).encode()))
     return path
 
 
@@ -70,10 +70,9 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
             }
         )
     folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:05d}.mini-batch-{mini_batch}.rank-{rank}.pt"
-    temporary = path.with_suffix(".partial")
-    torch.save(entries, temporary)
-    temporary.replace(path)
+    path = rejected_file(folder, step, mini_batch, rank)
+    with replacing(path) as partial:
+        torch.save(entries, partial)
     return path
 
 

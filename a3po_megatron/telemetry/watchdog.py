@@ -32,9 +32,10 @@ from typing import IO
 
 from ..config import TelemetryOptions
 from ..errors import Interrupted
+from ..files.replace import write_whole
+from ..files.run_folder import STALL, RunFolder, rank_file
 from .clock import Clock
 
-STALL = "stall"
 UNKNOWN_PHASE = 4  # times the least limit
 OTHERS = 3  # periods that the others get to notice, and to write their stacks; heartbeats that may be missed
 NAMED = re.compile(r"rank (\d+) \(")  # in what logs/stall says
@@ -52,7 +53,8 @@ class Watchdog:
         clock: Clock,
         last_words: Callable[[str, str], object],  # kind, message: to the launcher
     ) -> None:
-        self._logs, self._rank, self._world, self._options, self._clock = folder / "logs", rank, world, options, clock
+        self._logs, self._rank, self._world = RunFolder(folder).logs, rank, world
+        self._options, self._clock = options, clock
         self._last_words = last_words
         self.period = min(5.0, options.stall_seconds / 8)
         self._stacks: IO[str] | None = None
@@ -65,7 +67,7 @@ class Watchdog:
         """Once; later calls do nothing."""
         if self._stacks is not None:
             return
-        self._stacks = (self._logs / f"rank-{self._rank}.stacks").open("a")
+        self._stacks = rank_file(self._logs, self._rank, "stacks").open("a")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         # Whoever makes the folder ready moves an earlier start's away; another node may see it for a while yet.
         if (found := _stall(self._logs)) is not None:
@@ -82,7 +84,7 @@ class Watchdog:
             time.sleep(self.period)
             try:
                 if message := self.look():
-                    self._write(STALL, message)
+                    self._write(self._logs / STALL, message)
             except OSError as error:  # a full disk must not end the watch, which may be what ends the run
                 _say(f"watchdog: {error}")
         try:
@@ -100,23 +102,22 @@ class Watchdog:
         """
         silence, limit = self._clock.silence(), self.limit()
         self._count += 1
-        self._write(f"rank-{self._rank}.beat", f"silent {silence:.1f} s of {limit:.1f} s, beat {self._count}\n")
+        beat = rank_file(self._logs, self._rank, "beat")
+        self._write(beat, f"silent {silence:.1f} s of {limit:.1f} s, beat {self._count}\n")
         if silence <= limit - OTHERS * self.period:
             self._looks = 0
             self._seen.clear()
             return None
         self._looks += 1
         for rank in range(self._world):
-            beat = _text(self._logs / f"rank-{rank}.beat")
-            if rank not in self._seen or self._seen[rank][0] != beat:
-                self._seen[rank] = beat, self._looks
+            words = _text(rank_file(self._logs, rank, "beat"))
+            if rank not in self._seen or self._seen[rank][0] != words:
+                self._seen[rank] = words, self._looks
         return self._blame() if silence > limit and self._looks > OTHERS else None
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, path: Path, text: str) -> None:
         """Whole at once: others read it at any time, or write it too."""
-        temporary = self._logs / f"{name}.rank-{self._rank}.partial"
-        temporary.write_text(text)
-        temporary.replace(self._logs / name)
+        write_whole(path, text, by=f"rank-{self._rank}")
 
     def _blame(self) -> str | None:
         """Who stands still; None: whoever it is that the others wait for is still at work, or only just starting."""
@@ -177,7 +178,7 @@ def _say(words: str) -> None:
 def position(logs: Path, rank: int) -> tuple[int, str]:
     """How many changes of phase a rank has gone through, and where it is: "phase rollout of step 3"."""
     try:
-        first, _, rest = (logs / f"rank-{rank}.phase").read_text().partition("\n")
+        first, _, rest = rank_file(logs, rank, "phase").read_text().partition("\n")
         step, _, phase = first.partition(" ")
         changes = int(rest.split()[1])
     except (OSError, IndexError, ValueError):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RunFailed
-from ..files.hashed import save_digests, whole_folder
+from ..files.hashed import save_digests
+from ..files.replace import whole_folder
 from ..files.safetensors import INDEX, file_names, save_index, split_files, write_file
 from ..files.side_files import copy_side_files
 from ..model.cut import HfTensor

@@ -20,12 +20,13 @@ from a3po_megatron.batch import Collected
 from a3po_megatron.config import Config, PublishOptions, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.errors import PublishError, RunFailed
+from a3po_megatron.files.run_folder import step_files
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout.engine import Completion
 from a3po_megatron.rollout.vllm_engine import VllmEngine, checked_routes
-from a3po_megatron.run.journal import journal_files, read_frames
+from a3po_megatron.run.journal import read_frames
 from a3po_megatron.weights.publish import Publisher
 from tests.distributed.cases_circle import EXAMPLE, SHORT, InProcess, coin, rows_of
 from tests.distributed.cases_learner import (
@@ -377,7 +378,7 @@ def the_loop(ranks: Ranks) -> dict[str, Any]:
     finally:
         loop.VllmEngine = VllmEngine  # type: ignore[misc]
     found["rows"] = rows_of(folder)
-    frames = [frame for path in journal_files(folder / "journal") for frame in read_frames(path)]
+    frames = [frame for path in step_files(folder / "journal") for frame in read_frames(path)]
     found["scores"] = [frame.header["rerouted"] for frame in frames if frame.header["kind"] == "scores"]
     found["shapes"] = [shape for f in frames if f.header["kind"] == "group" for shape in f.header["routes"]]
     return found
