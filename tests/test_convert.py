@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from a3po_megatron import cli
-from a3po_megatron.model import layout as layout_module
-from a3po_megatron.model.cut import Piece
+from a3po_megatron.model import cut
+from a3po_megatron.model.cut import LearnerRank, Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
+from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import Ranks, run_ranks
 from tests.tiny import KINDS, hf_model, hf_tensors_of, make_checkpoint
@@ -439,7 +440,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
     for kind, parallel in MEGATRON_READS:
         options, hf = ParallelOptions(**parallel), ranks.folder / kind
         cluster, facts = ranks.arrange(**parallel), read_facts(hf)
-        layout = layout_module.layout_of(options)
+        layout = layout_of(options)
         settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
         (model,) = build_model(facts, layout, settings)
         place = layout.place(cluster.coordinates.pipeline, cluster.within)
@@ -449,7 +450,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
         loaded = dist_checkpointing.load(model.sharded_state_dict(), str(ranks.folder / f"{kind}-megatron"))
         model.load_state_dict(loaded)
         wanted = {(0, name): torch.nn.Parameter(torch.zeros_like(value)) for name, value in model.named_parameters()}
-        load_shards(hf, facts, layout_module.pieces(facts, layout, place), wanted)
+        load_shards(hf, facts, pieces(facts, layout, place), wanted)
         for name, value in model.named_parameters():
             if not torch.equal(value, wanted[0, name]):
                 wrong.append(f"{kind} {parallel}: {name}")
@@ -468,7 +469,7 @@ def a_router_with_a_bias(ranks: Ranks) -> str:
     settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
     settings.moe_router_enable_expert_bias, settings.moe_router_score_function = True, "sigmoid"
     try:
-        build_model(facts, layout_module.layout_of(options), settings)
+        build_model(facts, layout_of(options), settings)
     except RequestError as error:
         return str(error)
     return "built"
@@ -558,16 +559,20 @@ def twice(piece: Piece) -> list[Piece]:
 def test_verify_does_not_pass_a_map_that_loses_moves_or_doubles_a_slice(
     deep: dict[str, Path], monkeypatch: pytest.MonkeyPatch, fault: Callable[[Piece], list[Piece]]
 ) -> None:
-    sound = layout_module._layer
+    sound = cut._cut_block
 
     def spoiled(*arguments: Any) -> Iterator[Piece]:
         for piece in sound(*arguments):
-            damaged = piece.tensor == "model.layers.5.self_attn.k_proj.weight" and piece.start == 0
+            damaged = (
+                type(arguments[1]) is LearnerRank
+                and piece.tensor == "model.layers.5.self_attn.k_proj.weight"
+                and piece.start == 0
+            )
             yield from fault(piece) if damaged else [piece]
 
     options = ("verify", deep["qwen3"], "--tensor", 2, "--pipeline", 2)
     assert convert(*options).code == 0
-    monkeypatch.setattr(layout_module, "_layer", spoiled)
+    monkeypatch.setattr(cut, "_cut_block", spoiled)
     try:
         ended = convert(*options)
     except Exception:  # a map that is wrong is a bug: a traceback is a fair answer

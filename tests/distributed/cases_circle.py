@@ -22,7 +22,7 @@ from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
-from a3po_megatron.model import layout
+from a3po_megatron.model import cut
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.groups import Cluster
 from a3po_megatron.reward.math import grade
@@ -197,15 +197,16 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
 def witness_faults(ranks: Ranks) -> dict[str, str]:
     """What transformers says of a sound learner, and of one whose map of tensors is wrong in every room alike."""
     found = {}
-    whole = layout._layer
+    whole = cut._cut_block
     for name in ("sound", "gate and up swapped"):
 
-        def swapped(*args: Any) -> Iterator[layout.Piece]:
+        def swapped(*args: Any) -> Iterator[cut.Piece]:
             for piece in whole(*args):
-                half = piece.length if piece.tensor.endswith(("gate_proj.weight", "up_proj.weight")) else 0
+                split = piece.tensor.endswith(("gate_proj.weight", "up_proj.weight"))
+                half = piece.length if split and isinstance(args[1], cut.LearnerRank) else 0
                 yield dataclasses.replace(piece, offset=half - piece.offset) if half else piece
 
-        layout._layer = whole if name == "sound" else swapped
+        cut._cut_block = whole if name == "sound" else swapped
         try:
             run, _, engine, learner, _ = parts(ranks, 2, 1, "publish.canary_bound=1e9")
             run.publish(learner, engine)  # at this bound neither canary nor witness refuses
@@ -221,7 +222,7 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
                 found[name] = str(error)
             assert not scratch.exists()
         finally:
-            layout._layer = whole
+            cut._cut_block = whole
     return found
 
 
