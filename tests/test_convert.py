@@ -563,11 +563,8 @@ def test_verify_does_not_pass_a_map_that_loses_moves_or_doubles_a_slice(
 
     def spoiled(*arguments: Any) -> Iterator[Piece]:
         for piece in sound(*arguments):
-            damaged = (
-                type(arguments[1]) is LearnerRank
-                and piece.tensor == "model.layers.5.self_attn.k_proj.weight"
-                and piece.start == 0
-            )
+            of_learner = type(arguments[1]) is LearnerRank and piece.start == 0
+            damaged = of_learner and piece.tensor == "model.layers.5.self_attn.k_proj.weight"
             yield from fault(piece) if damaged else [piece]
 
     options = ("verify", deep["qwen3"], "--tensor", 2, "--pipeline", 2)

@@ -43,7 +43,7 @@ from ..ranks.groups import Cluster
 from ..run.store import SHARDING, load_sharded
 from ..schedule.packing import pack, token_multiple
 from ..telemetry.clock import phase
-from ..weights.load import load_shards
+from ..weights.load import all_finite, load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .pipeline import Pipeline
 
@@ -110,6 +110,14 @@ class Learner:
     def parameters(self) -> dict[tuple[int, str], Tensor]:
         """This rank's shard: (model chunk, Megatron name) → parameter or buffer."""
         return _named([chunk.module for chunk in self.chunks])
+
+    def elements(self) -> int:
+        """Returns the size of this rank's shard."""
+        return sum(tensor.numel() for tensor in self.parameters().values())
+
+    def broken(self) -> list[str]:
+        """Returns the names of this rank's parameters that are not finite."""
+        return [name for (_, name), tensor in self.parameters().items() if not all_finite(tensor.detach())]
 
     def sharded_state(self, loading: bool = False) -> dict[str, Any]:
         """Weights and optimizer as Megatron's sharded state dict: what a checkpoint stores of this rank."""

@@ -46,8 +46,8 @@ class Graders(Protocol):
 _Grading = tuple[Group, Future[list[Verdict]]]
 
 
-class Collector:
-    """Collects one step after the other; holds the surplus that is carried over."""
+class Intake:
+    """Takes in one step's groups after the other; holds the surplus that is carried over."""
 
     def __init__(
         self,
@@ -58,8 +58,12 @@ class Collector:
         reward: RewardOptions,
         journal: Journal,
         interrupt: Interrupt,
+        engine: Engine,
+        prompts: Prompts,
+        graders: Graders,
     ) -> None:
         self.cluster, self.tokens = cluster, tokens
+        self.engine, self.prompts, self.graders = engine, prompts, graders
         self.trainer, self.rollout, self.reward = trainer, rollout, reward
         self.journal, self.interrupt = journal, interrupt
         self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
@@ -67,7 +71,7 @@ class Collector:
         self._empty_steps = 0
         self._recalled = 0  # groups of this step that a run of before had finished
 
-    def __call__(self, engine: Engine, prompts: Prompts, graders: Graders, step: int) -> Collected:
+    def next(self, step: int) -> Collected:
         """The accepted groups of one step. Collective over all ranks.
 
         Raises RunFailed when grading itself fails too often, and when `trainer.max_empty_steps` steps in a row found no
@@ -85,7 +89,7 @@ class Collector:
             missing = wanted - len(kept)
             # Later rounds allow for the share of prompts that gave spread so far.
             count = missing if not found else min(wanted, math.ceil(missing * tried / found))
-            groups, grading, leave = self._sample(engine, prompts.take(count), graders, step)
+            groups, grading, leave = self._sample(self.prompts.take(count), step)
             if leave is None:
                 self._grade(grading, step)
                 leave = self.interrupt.due("reward", "score")
@@ -93,7 +97,7 @@ class Collector:
                 raise Interrupted(leave)
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
-            outcome = self.cluster.agree("round", _outcome(groups, prompts.way_of), _merge)
+            outcome = self.cluster.agree("round", _outcome(groups, self.prompts.way_of), _merge)
             kept += outcome["spread"]
             totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
             rounds, tried = rounds + 1, tried + count
@@ -105,7 +109,7 @@ class Collector:
             groups=sorted(groups, key=lambda group: group.prompt.index),
             sampled=sampled,
             accepted=accepted,
-            metrics=_metrics(totals, prompts.way_of is not None)
+            metrics=_metrics(totals, self.prompts.way_of is not None)
             | {
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
@@ -114,9 +118,7 @@ class Collector:
             },
         )
 
-    def _sample(
-        self, engine: Engine, prompts: list[Prompt], graders: Graders, step: int
-    ) -> tuple[list[Group], list[_Grading], str | None]:
+    def _sample(self, prompts: list[Prompt], step: int) -> tuple[list[Group], list[_Grading], str | None]:
         """The groups that this rank answers for, the verdicts to come of those that had none yet, and why the rest was
         left, if it was.
 
@@ -137,8 +139,8 @@ class Collector:
             begun = {prompt.index: Group(prompt, []) for prompt in asked}
             leave = None
             ungraded = [group for index, (group, graded) in found.items() if index in led and not graded]
-            grading = {group.prompt.index: _submitted(graders, group) for group in ungraded}
-            with contextlib.closing(engine.sample(requests)) as engine_steps:
+            grading = {group.prompt.index: _submitted(self.graders, group) for group in ungraded}
+            with contextlib.closing(self.engine.sample(requests)) as engine_steps:
                 for finished in engine_steps:
                     CLOCK.beat()
                     for number, completion in finished:
@@ -155,7 +157,7 @@ class Collector:
                                     logprobs=completion.logprobs,
                                     finish=completion.finish,
                                     text=self.tokens.decode(completion.tokens),
-                                    weight_version=engine.weight_version,
+                                    weight_version=self.engine.weight_version,
                                     routes=completion.routes,
                                 )
                             )
@@ -163,7 +165,7 @@ class Collector:
                             group.rollouts.sort(key=lambda rollout: rollout.sample)
                             self.journal.add_group(step, group)
                             found[prompt.index] = group, False
-                            grading[prompt.index] = _submitted(graders, group)
+                            grading[prompt.index] = _submitted(self.graders, group)
                     leave = self._leave_rollout(before, time.monotonic() - start)
                     if leave:
                         break

@@ -16,6 +16,7 @@ What was measured stands in the run's folder, for its next start:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,11 +24,17 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+from ..errors import Interrupted
 from ..files.replace import write_whole
 from ..files.run_folder import RunFolder
+from ..ranks.agree import first
+
+if TYPE_CHECKING:  # this module is imported before torch is
+    from ..ranks.groups import Cluster
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CAUTION = 1.5  # a phase may take longer than it ever did
@@ -118,3 +125,42 @@ class Interrupt:
 
 
 INTERRUPT = Interrupt()
+
+
+class Stoppable(Protocol):
+    """What `Stop.saving` saves: the checkpoints."""
+
+    def leave(self, reason: Interrupted) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stop:
+    """When all ranks stop: any one's reason counts, and all hear of it at the same place."""
+
+    def __init__(self, cluster: Cluster, interrupt: Interrupt) -> None:
+        self.interrupt, self._cluster = interrupt, cluster
+
+    def if_due(self, *ahead: str) -> None:
+        """Raises Interrupted where it is time to stop rather than go through the phases `ahead`. Collective."""
+        tag = f"stop before {' and '.join(ahead) or 'the start'}"
+        if reason := self._cluster.agree(tag, self.interrupt.due(*ahead), first):
+            raise Interrupted(reason)
+
+    def while_starting(self, folder: Path) -> None:
+        """The same between the parts of a start, each of which may take minutes of a signal's lead."""
+        try:
+            self.if_due()
+        except Interrupted as reason:
+            raise Interrupted(
+                f"{folder}: interrupted by {reason} while it started; the same command starts it again"
+            ) from reason
+
+    @contextlib.contextmanager
+    def saving(self, checkpoints: Stoppable) -> Iterator[None]:
+        """Where an agreed stop ends up: what the weights in memory belong to is saved, and the run ends so."""
+        try:
+            yield
+        except Interrupted as reason:
+            checkpoints.leave(reason)
+        checkpoints.close()

@@ -20,6 +20,8 @@ class Clock:
     def __init__(self) -> None:
         self.step = -1
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.before: dict[str, float] = {}  # the seconds of the step before
+        self.begun = time.perf_counter()  # when the step began
         self.bytes: dict[str, int] = {}  # memory in use in each state of residency.py, at its end
         self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
         self.changes = 0
@@ -62,9 +64,10 @@ class Clock:
 
     def begin(self, step: int) -> None:
         """A new step: its seconds start at 0."""
-        self.step = step
+        self.step, self.begun = step, time.perf_counter()
         self.beat()
         self._stack[0] = "between phases"
+        self.before = dict(self.seconds)
         self.seconds.clear()
         self._announce()
 

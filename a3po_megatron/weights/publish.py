@@ -12,13 +12,14 @@ whose layout is the kernel's), else it shows in the canary.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from ..model.layout import Layout
 from ..ranks.agree import first, same
 from ..ranks.groups import Cluster
 from ..rollout.engine import Engine, Request
+from ..run.journal import Journal
 from ..telemetry.clock import phase
 from .export import export_stream
 from .fuse import FusedExperts
@@ -53,6 +55,14 @@ Logprobs = Callable[[Sequences, Sequence[np.ndarray] | None], list[Tensor]]
 CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1.0}
 QUANTISED_BOUND = 4.0  # where learner or engine compute in FP8; a guess until a GPU has measured it
 MEAN_SHARE = 1 / 20
+
+
+class Published(Protocol):
+    """Whose weights are published: the learner."""
+
+    def parameters(self) -> Parameters: ...
+
+    def logprobs(self, sequences: Sequences, routes: Sequence[np.ndarray] | None = None) -> list[Tensor]: ...
 
 
 class Publisher:
@@ -327,3 +337,43 @@ def checked(
         yield name, tensor
     if missing := [name for name in coming if name not in sums]:
         raise PublishError(f"publish: {missing[0]} was not sent ({len(missing)} tensors missing)")
+
+
+class Publish:
+    """The loop's hand-over after every step: publishes, and asks the witness when that is due."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        learner: Published,
+        engine: Engine,
+        journal: Journal,
+        source: Path,  # the HF folder of the model
+        dtype: torch.dtype,
+        scratch: Path,  # where the witness gets the weights
+        say: Callable[[str], None],
+    ) -> None:
+        self.publisher, self._learner, self._engine, self._journal = publisher, learner, engine, journal
+        self._source, self._dtype, self._scratch, self._say = source, dtype, scratch, say
+        self._first = True
+
+    def __call__(self) -> Receipt:
+        """Brings the learner's weights into the engine, with proof. Collective."""
+        publisher, options, first_time = self.publisher, self.publisher.options, self._first
+        receipt = publisher.publish(self._learner.parameters(), self._learner.logprobs, self._engine)
+        self._journal.weights = receipt.weights
+        self._first = False
+        due = options.witness_every and receipt.version % options.witness_every == 0
+        if options.canary_prompts and (due or (first_time and options.witness_at_start)):
+            if (lacking := publisher.lacks_room_for_witness(self._dtype)) is None:
+                witness = publisher.witness(self._learner.parameters(), self._dtype, self._source, self._scratch)
+                receipt = dataclasses.replace(receipt, witness=witness)
+                self._say(f"publish {receipt.version}: learner and transformers agree to {witness:.1e}")
+            else:
+                warning = f"warning: nobody independent has seen these weights: {lacking}"
+                self._say(f"publish {receipt.version}: {warning}")
+        return receipt
+
+    def export(self, target: Path) -> None:
+        """Writes the weights as an HF folder. Collective."""
+        self.publisher.export(self._learner.parameters(), self._dtype, self._source, target)

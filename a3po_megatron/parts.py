@@ -1,0 +1,156 @@
+"""The one assembly of a run: what there is, who gets whom. For the loop, tests and benchmarks."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .algorithm.advantage import assemble
+from .algorithm.shaping import shape
+from .batch import Batch, Collected
+from .config import Config
+from .data.prompts import Prompts
+from .data.tokens import Tokens
+from .files.run_folder import RunFolder, step_of
+from .learner.learner import Learner
+from .model.build import DTYPES
+from .model.facts import ModelFacts
+from .model.precision import is_fp8
+from .model.read import read_facts
+from .ranks.groups import Cluster
+from .residency import Residency
+from .rollout.engine import local_experts
+from .rollout.intake import Graders, Intake
+from .rollout.vllm_engine import VllmEngine
+from .run.checkpoints import Checkpoints, resumed_from
+from .run.journal import Journal
+from .run.manifest import identity
+from .run.recorder import Recorder
+from .run.rejected import Rejected
+from .run.scores import Scores
+from .run.stop import INTERRUPT, Interrupt, Stop
+from .telemetry.clock import phase
+from .weights.publish import Publish, Publisher
+
+
+@dataclass(frozen=True)
+class Parts:
+    config: Config
+    cluster: Cluster
+    facts: ModelFacts
+    tokens: Tokens
+    prompts: Prompts
+    engine: VllmEngine
+    learner: Learner
+    residency: Residency
+    journal: Journal
+    intake: Intake
+    assemble: Callable[[Collected], Batch]
+    scores: Scores
+    shape: Callable[[Batch, int], Batch]
+    publish: Publish
+    recorder: Recorder
+    checkpoints: Checkpoints
+    stop: Stop
+
+
+def build(
+    folder: Path,
+    config: Config,
+    cluster: Cluster,
+    graders: Graders,
+    *,
+    started: float | None = None,  # when the command was given, seconds since the epoch; None: now
+    interrupt: Interrupt = INTERRUPT,
+    engine_of: type[VllmEngine] = VllmEngine,
+    learner_of: type[Learner] = Learner,
+) -> Parts:
+    """Builds the parts of the run in `folder`, resumed from its newest checkpoint if there is one. Collective.
+
+    Raises Interrupted where all ranks agreed to stop meanwhile.
+    """
+    started = time.time() if started is None else started
+    place, model = RunFolder(folder), Path(config.model.path)
+    dtype = DTYPES[config.model.known_dtype()]
+    stop = Stop(cluster, interrupt)
+    facts = read_facts(model)
+    tokens = Tokens.of(config.data, model, facts.vocab, facts.eos)
+    prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    # The engine first: it wants an empty device, and building it disturbs process-wide state.
+    with phase("engine"):
+        engine = engine_of(model, facts, tokens.stops, config.rollout, dtype, cluster.backend)
+    stop.while_starting(folder)
+    checkpoint = resumed_from(folder, cluster)
+    with phase("model"):
+        learner = learner_of(cluster, facts, config, checkpoint)
+    stop.while_starting(folder)
+    journal = Journal(place.journal, cluster.rank, identity(config), config.checkpoint.replay == "all")
+    intake = Intake(
+        cluster,
+        tokens,
+        config.trainer,
+        config.rollout,
+        config.reward,
+        journal,
+        interrupt,
+        engine,
+        prompts,
+        graders,
+    )
+    rejected = Rejected(cluster, place.rejected, config.trainer.max_rejected_updates)
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    recorder = Recorder(folder, config, cluster, tokens, rejected, prompts.way_of, started, first_step)
+    publisher = _publisher(config, cluster, facts, learner, prompts)
+    publish = Publish(publisher, learner, engine, journal, model, dtype, place.witness, recorder.say)
+    checkpoints = Checkpoints(
+        folder,
+        config,
+        cluster,
+        prompts,
+        tokens,
+        learner,
+        intake,
+        publisher,
+        {"rejected": rejected},
+        recorder,
+        journal,
+        stop,
+        publish.export,
+        checkpoint,
+    )
+    interrupt.limit(config.checkpoint.time_limit_seconds, max(0.0, time.time() - started))
+    return Parts(
+        config=config,
+        cluster=cluster,
+        facts=facts,
+        tokens=tokens,
+        prompts=prompts,
+        engine=engine,
+        learner=learner,
+        residency=Residency(engine, learner.arena, cluster.backend, config.learner.offload),
+        journal=journal,
+        intake=intake,
+        assemble=functools.partial(assemble, options=config.advantage, mini_batches=config.trainer.mini_batches),
+        scores=Scores(cluster, journal, rejected),
+        shape=functools.partial(shape, options=config.shaping),
+        publish=publish,
+        recorder=recorder,
+        checkpoints=checkpoints,
+        stop=stop,
+    )
+
+
+def _publisher(
+    config: Config, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts
+) -> Publisher:
+    canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
+    rollout, experts = config.rollout, facts.experts.count if facts.experts else 0
+
+    def engine_experts(rank: int) -> tuple[int, int]:
+        return local_experts(rank, rollout.tensor, rollout.expert, experts)
+
+    fp8 = is_fp8(config.learner.precision)
+    return Publisher(cluster, facts, learner.layout, config.publish, canary, engine_experts, fp8)

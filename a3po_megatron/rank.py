@@ -1,0 +1,57 @@
+"""What a process is started as: its environment, signals and patches, then the loop of its role.
+
+The order is the point, which is why imports stand within: what libraries read when they are imported is set before,
+a signal that comes while they are imported is not lost, and patches are in place before anything imports Megatron or
+vLLM.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .launch import environment
+
+
+def start(folder: Path) -> None:
+    """Runs a rank of the run in `folder`, and ends the process."""
+    environment.prepare()
+    from .run.stop import INTERRUPT
+
+    INTERRUPT.install()
+    from . import compat
+
+    compat.prepare()
+    environment.report_failures(folder, _run)
+
+
+def _run(folder: Path) -> None:
+    from .config import load_resolved
+    from .files.run_folder import RunFolder, rank_file
+    from .launch.folder import prepare_folder
+    from .launch.handoff import check_interfaces
+    from .launch.hardware import find_hardware
+    from .model.precision import check_hardware
+    from .parts import build
+    from .ranks.groups import connect
+    from .reward.graders import math_graders
+    from .telemetry.clock import CLOCK, phase
+    from .telemetry.watchdog import Watchdog
+    from .train import train
+
+    rank, world = environment.rank(), environment.world()
+    CLOCK.attach(rank_file(RunFolder(folder).logs, rank, "phase"))
+    config = load_resolved(RunFolder(folder).config)
+    # Held until the process ends.
+    lock = None if environment.launched() or rank else prepare_folder(folder, config)
+    watchdog = Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words)
+    if environment.launched():
+        watchdog.start()
+    CLOCK.seconds["imports"] = environment.since_start()
+    check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
+    check_interfaces()
+    with math_graders(config.reward) as graders:
+        with phase("groups"):
+            cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+        watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
+        train(build(folder, config, cluster, graders, started=environment.started()))
+    del lock

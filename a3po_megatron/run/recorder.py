@@ -1,0 +1,169 @@
+"""What a step leaves behind for people: its row of metrics, its rollouts, the line of progress, warnings.
+
+Rank 0 writes metrics and shows progress; every engine's leaders write their share of its rollouts.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..algorithm.statistics import batch_metrics, batch_sums
+from ..batch import Batch, Collected
+from ..config import Config
+from ..data.tokens import Tokens
+from ..errors import RunFailed
+from ..files.run_folder import RunFolder
+from ..ranks.groups import Cluster
+from ..telemetry.clock import CLOCK
+from ..telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
+from ..telemetry.progress import ProgressLine, open_console
+from ..telemetry.rollouts import save_rollouts
+from .rejected import Rejected
+
+INERT_WARNING = 0.95
+_PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
+
+
+class Recorder:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        cluster: Cluster,
+        tokens: Tokens,
+        rejected: Rejected,
+        way_of: Callable[[str], str] | None,  # of a task that names ways of answering
+        started: float,  # when the command was given, seconds since the epoch
+        first_step: int = 0,
+    ) -> None:
+        self._folder, self._config, self._cluster = RunFolder(folder), config, cluster
+        self._tokens, self._rejected, self._way_of = tokens, rejected, way_of
+        self._started, self._startup = started, 0.0
+        self._stages: dict[str, float] = {}
+        self._peak = 0  # bytes of the device
+        self._warned = False
+        if cluster.rank == 0:
+            self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
+            self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
+            self._progress.recall(read_metric(folder, "task/stepwise_rate"))
+
+    def say(self, text: str) -> None:
+        """Shows a line that stays, on rank 0."""
+        if self._cluster.rank == 0:
+            self._progress.say(text)
+
+    def started(self, step: int) -> None:
+        """Takes note that everything is in place, before the first step."""
+        self._startup = max(0.0, time.time() - self._started)  # the clock may have been set back
+        self._stages = {f"startup/{stage}": CLOCK.seconds.get(stage, 0.0) for stage in STARTUP}
+        goes_on = f", goes on at step {step}" if step else ""
+        self.say(f"started in {self._startup:.0f} s{goes_on}: {self._config.trainer.steps - step} steps to go")
+
+    def step(
+        self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Any
+    ) -> dict[str, float | None] | None:
+        """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere. Collective.
+
+        `receipt`: of the publish after the update (weights/receipt.py). Raises RunFailed, with the row written, when
+        too many updates in a row were not finite.
+        """
+        self._rejected.keep(step, batch, self.say)
+        # The rollouts were sampled by the weights of the publish *before* this step's receipt.
+        sums = self._cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
+        # A step's row is written before its own checkpoint: what it shows is the time of the one before.
+        seconds = self._cluster.agree(
+            "seconds", CLOCK.seconds | {"checkpoint": CLOCK.before.get("checkpoint", 0.0)}, _slowest
+        )
+        elapsed = self._cluster.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
+        memory = self._cluster.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
+        if self._config.telemetry.rollouts and self._cluster.rank in self._cluster.engine_leaders:
+            self._save_rollouts(step, collected, batch)
+        row = None
+        if self._cluster.rank == 0:
+            sampled = collected.metrics["rollout/tokens"] or 0.0
+            row = self._metrics.write(
+                step,
+                {
+                    **collected.metrics,
+                    **batch_metrics(sums, batch.rho),
+                    **stats,
+                    "refit/seconds": receipt.seconds,
+                    "refit/bytes": receipt.bytes,
+                    "refit/canary": receipt.canary,
+                    "refit/canary_mean": receipt.canary_mean,
+                    "refit/witness": receipt.witness,
+                    "perf/tokens_per_second": sampled / elapsed,
+                    **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
+                    "startup/seconds": self._startup,
+                    **self._stages,
+                    **{f"memory/{name}_bytes": value for name, value in memory.items()},
+                },
+            )
+            self._progress.step(step + 1, row)
+            self._warn(row)
+        if self._rejected.too_many:
+            self._cluster.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
+            raise RunFailed(
+                f"step {step}: {self._config.trainer.max_rejected_updates} updates in a row were not finite "
+                f"(trainer.max_rejected_updates); none was applied, and {self._rejected.folder} holds what went into "
+                "them"
+            )
+        return row
+
+    def bytes(self) -> int:
+        """Returns the size of metrics.jsonl; 0 on ranks that do not write it."""
+        return self._metrics.bytes() if self._cluster.rank == 0 else 0
+
+    def close(self) -> None:
+        if self._cluster.rank == 0:
+            self._progress.close()
+            self._metrics.close()
+
+    def _peak_bytes(self) -> int:
+        """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""
+        if self._cluster.backend.device == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._peak = max(self._peak, *CLOCK.bytes.values(), torch.cuda.max_memory_reserved())
+        return self._peak
+
+    def _save_rollouts(self, step: int, collected: Collected, batch: Batch) -> None:
+        # All ranks of a batch group hold its carried-over groups: the first of them, a leader too, writes them down.
+        writer = self._cluster.batch_group.rank() == 0
+        carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
+        save_rollouts(
+            self._folder.rollouts,
+            step,
+            self._cluster.rank,
+            [*carried, *collected.sampled],
+            set(collected.accepted),
+            batch,
+            self._config.telemetry.texts_per_step,
+            self._tokens.pieces,
+            self._way_of,
+        )
+
+    def _warn(self, row: dict[str, float | None]) -> None:
+        """Says once when shaping scales tokens that have no gradient to scale."""
+        for side in ("positive", "negative"):
+            rate = row[f"shaping/inert_rate_{side}"]
+            if not self._warned and rate is not None and rate > INERT_WARNING:
+                self._warned = True
+                self.say(
+                    f"warning: {rate:.0%} of the shaped tokens of {side} rollouts have 1 - p < 1e-4: weighting them "
+                    "changes next to nothing on this task (metric shaping/inert_rate)"
+                )
+
+
+def _largest(by_rank: list[dict[str, int]]) -> dict[str, int]:
+    return {name: max(values.get(name, 0) for values in by_rank) for name in ("peak", *RESIDENCY)}
+
+
+def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    """A phase lasts as long as its slowest rank."""
+    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in _PHASES}
