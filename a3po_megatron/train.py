@@ -24,8 +24,8 @@ from a3po_megatron.config import Config, load_resolved  # noqa: E402
 from a3po_megatron.data.prompts import Prompts  # noqa: E402
 from a3po_megatron.data.tokens import Tokens  # noqa: E402
 from a3po_megatron.launch.folder import prepare_folder  # noqa: E402
-from a3po_megatron.launch.handoff import check_interfaces  # noqa: E402
 from a3po_megatron.launch.hardware import find_hardware  # noqa: E402
+from a3po_megatron.launch.shell import check_interfaces  # noqa: E402
 from a3po_megatron.learner.learner import Learner  # noqa: E402
 from a3po_megatron.model.build import DTYPES  # noqa: E402
 from a3po_megatron.model.facts import read_facts  # noqa: E402

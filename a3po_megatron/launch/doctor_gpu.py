@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.precision import BLOCKWISE_CUDA, FP32_SCALES, HOPPER, TE_WINDOW
+from ..ranks.handoff import WHEELS
 from . import doctor_child, environment
 from .doctor_child import MARK, compiler, nvcc
 
@@ -36,7 +37,7 @@ DRIVER = 580
 SHM_BYTES = 1 << 30  # what NVIDIA's containers are to be started with
 CHILD_SECONDS = 180  # importing Transformer Engine from a network disk takes a minute
 QUERY = ("index", "name", "driver_version", "compute_cap", "memory.total")
-REBUILD = "remove its folder below $A3PO_WHEELS (~/.cache/a3po-megatron/wheels) and .venv, and run tools/setup_gpu.sh"
+REBUILD = f"remove its folder below ${WHEELS} (~/.cache/a3po-megatron/wheels) and .venv, and run tools/setup_gpu.sh"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..ranks.handoff import Handoff
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -59,17 +60,18 @@ def world() -> int:
 
 def launched() -> bool:
     """Whether a launcher of ours started this rank, made the run folder ready, and listens to last words."""
-    return launched_here() or "A3PO_WORDS_DIR" in os.environ
+    return launched_here() or Handoff.of().words_dir is not None
 
 
 def launched_here() -> bool:
     """Whether that launcher is on this machine."""
-    return "A3PO_WORDS_FD" in os.environ
+    return Handoff.of().words_fd is not None
 
 
 def since_start() -> float:
     """Seconds since the command that started the ranks."""
-    return max(0.0, time.time() - float(os.environ.get("A3PO_STARTED", time.time())))
+    started = Handoff.of().started
+    return 0.0 if started is None else max(0.0, time.time() - started)
 
 
 def adopt_slurm() -> None:
@@ -211,10 +213,11 @@ def last_words(kind: str, message: str) -> str:
 
 
 def _hand_over(words: str) -> None:
-    if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
-        os.write(int(descriptor), words.encode())
-    elif (folder := os.environ.get("A3PO_WORDS_DIR")) is not None:
-        whole = Path(folder, f"rank-{rank()}.words")
+    told = Handoff.of()
+    if told.words_fd is not None:
+        os.write(told.words_fd, words.encode())
+    elif told.words_dir is not None:
+        whole = told.words_dir / f"rank-{rank()}.words"
         partial = whole.with_name(f".{whole.name}.partial")
         partial.write_text(words)
         partial.replace(whole)

@@ -33,11 +33,12 @@ from pathlib import Path
 from ..config import Config, load_resolved
 from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
+from ..ranks.handoff import Handoff
 from ..telemetry.watchdog import NAMED, stalled
 from .blame import Kind, deaths_in_job, error_of, first_bad_node
 from .environment import of_run, settings
 from .folder import prepare_folder
-from .handoff import of_a_job
+from .shell import of_a_job
 from .slurm import SCRIPT, sbatch
 from .starts import idle_starts, reached
 
@@ -88,7 +89,7 @@ def main(folder: Path, signals: Signals) -> None:
 
 def _goes_on(config: Config) -> bool:
     """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
-    numbers = [int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "A3PO_ATTEMPT")]
+    numbers = [int(os.environ.get("SLURM_RESTART_COUNT", "0")), Handoff.of().attempt or 0]
     if config.slurm.resume == "array":
         numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)
     return any(numbers)
@@ -103,11 +104,12 @@ def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
     """The next job of a chain, which waits for this one's end, whatever that is: a killed job could not submit it."""
     if config.slurm.resume != "chain":
         return None
-    attempt = 1 + int(os.environ.get("A3PO_ATTEMPT", "0"))
+    attempt = 1 + (Handoff.of().attempt or 0)
     if attempt >= config.slurm.attempts:
         return None
     script = folder / SCRIPT
-    return sbatch(f"--dependency=afterany:{job}", f"--export=ALL,A3PO_ATTEMPT={attempt}", str(script))
+    told = [f"{name}={value}" for name, value in Handoff(attempt=attempt).environment().items()]
+    return sbatch(f"--dependency=afterany:{job}", f"--export={','.join(['ALL', *told])}", str(script))
 
 
 def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
@@ -161,8 +163,7 @@ def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> E
         **of_a_job(os.environ, slurm.environment, len(nodes)),
         "MASTER_ADDR": nodes[0],
         "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
-        "A3PO_STARTED": str(time.time()),
-        "A3PO_WORDS_DIR": str(attempt),
+        **Handoff(started=time.time(), words_dir=attempt).environment(),
     }
     if (end := _end_of_job()) is not None:
         around.setdefault("SLURM_JOB_END_TIME", end)

@@ -10,6 +10,7 @@ ends them at once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -24,11 +25,12 @@ from typing import IO
 
 from ..config import Config
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..ranks.handoff import Handoff
 from ..ranks.topology import topology_of
 from ..telemetry.watchdog import position, stalled
 from .blame import Death, Kind, error_of, killed_by, silent
 from .environment import WORDS_BYTES, die_with_parent, of_run, settings
-from .handoff import of_one_machine
+from .shell import of_one_machine
 from .signals import Signals, ignore
 
 POLL_SECONDS = 0.1
@@ -114,17 +116,15 @@ def _start(
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(meeting.getsockname()[1]),
-        "A3PO_STARTED": str(started),
     }
     words, said = os.pipe()
     os.set_blocking(words, False)
-    environment["A3PO_WORDS_FD"] = str(said)
+    handoff = Handoff(started=started, words_fd=said)
     inherited = [said, os.dup(lock.fileno())]  # the run is live as long as any of its ranks is
     if rank == 0:
-        inherited.append(os.dup(sys.stdout.fileno()))
-        environment["A3PO_CONSOLE_FD"] = str(inherited[-1])
-        inherited.append(os.dup(meeting.fileno()))
-        environment["A3PO_STORE_FD"] = str(inherited[-1])
+        console, store = os.dup(sys.stdout.fileno()), os.dup(meeting.fileno())
+        handoff = dataclasses.replace(handoff, console_fd=console, store_fd=store)
+        inherited += [console, store]
         # The rank cannot ask the terminal for its width: its own standard streams are files.
         environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
     for descriptor in inherited:
@@ -135,7 +135,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment | handoff.environment(),
             pass_fds=inherited,
             preexec_fn=_begin_rank,
         )

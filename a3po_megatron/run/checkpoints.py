@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -40,6 +39,7 @@ from ..model.layout import layout_of
 from ..model.precision import is_fp8
 from ..ranks.agree import first, same, sum_lists
 from ..ranks.groups import Cluster
+from ..ranks.handoff import Handoff
 from ..rollout.engine import Engine, local_experts
 from ..rollout.intake import Collector
 from ..telemetry.clock import CLOCK, phase
@@ -144,7 +144,7 @@ class Run:
 
         fp8 = is_fp8(config.learner.precision)
         self.publisher = Publisher(cluster, facts, layout, config.publish, canary, engine_experts, fp8)
-        self._started = float(os.environ.get("A3PO_STARTED", time.time()))
+        self._started = Handoff.of().started or time.time()
         self._startup: float | None = None
         self._stages: dict[str, float] = {}
         self._step_start = time.perf_counter()
@@ -162,7 +162,7 @@ class Run:
         self._saved = first_step  # the step of the last checkpoint that is in place
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
-            self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
+            self._progress = ProgressLine(config.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
         self._boundary = self._state(first_step)
         share = sum(p.numel() for p in learner.parameters().values()) * BYTES_PER_PARAMETER
