@@ -41,7 +41,7 @@ def toolkit(found: Found) -> list[int]:
 
 def other_nccl(found: Found) -> bool:
     runs, installed = found.step("nccl").get("version", ""), found.packages.get("nvidia-nccl-cu13", "")
-    return runs != "" != installed and version(runs) != version(installed)
+    return bool(runs and installed) and version(runs) != version(installed)
 
 
 def two_cudnns(found: Found) -> list[str]:
