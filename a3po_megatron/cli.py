@@ -181,7 +181,7 @@ def doctor(
 ) -> None:
     """Print what is installed, what is missing and what this machine can do."""
     from .config import load_config
-    from .launch.doctor import examine
+    from .launch.doctor.examine import examine
 
     quantized = config is not None and load_config(config, set_ or []).rollout.quantization is not None
     if not examine(gpu, quantized):

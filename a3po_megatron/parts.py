@@ -143,9 +143,7 @@ def build(
     )
 
 
-def _publisher(
-    config: Config, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts
-) -> Publisher:
+def _publisher(config: Config, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts) -> Publisher:
     canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
     rollout, experts = config.rollout, facts.experts.count if facts.experts else 0
 

@@ -28,11 +28,12 @@ def _run(folder: Path) -> None:
     from .config import load_resolved
     from .files.run_folder import RunFolder, rank_file
     from .launch.folder import prepare_folder
-    from .launch.handoff import check_interfaces
     from .launch.hardware import find_hardware
+    from .launch.shell import check_interfaces
     from .model.precision import check_hardware
     from .parts import build
     from .ranks.groups import connect
+    from .ranks.handoff import Handoff
     from .reward.graders import math_graders
     from .telemetry.clock import CLOCK, phase
     from .telemetry.watchdog import Watchdog
@@ -53,5 +54,5 @@ def _run(folder: Path) -> None:
         with phase("groups"):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
-        train(build(folder, config, cluster, graders, started=environment.started()))
+        train(build(folder, config, cluster, graders, started=Handoff.of().started))
     del lock

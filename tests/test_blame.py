@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
-from a3po_megatron.launch import job, local
-from a3po_megatron.launch.blame import Death, blamed, deaths_in_job, first_bad_node
+from a3po_megatron.launch import local
+from a3po_megatron.launch.blame import Death, Here, InJob, blamed, deaths_in_job, failure, first_bad_node
 from tests.distributed.runner import ROOT
 
 # How a rank of a kind ends: what its shell does, and what srun 22.05 says of it.
@@ -54,10 +54,10 @@ def dead(kind: str) -> local._Rank:
     return local._Rank(process, words)
 
 
-def in_job(folder: Path, kinds: tuple[str, ...], order: list[int]) -> job.Ended:
+def in_job(folder: Path, kinds: tuple[str, ...], order: list[int]) -> InJob:
     words = {rank: (kind, f"a {kind}") for rank, kind in enumerate(kinds) if kind != "killed"}
     said = "".join(f"srun: error: n{rank}: task {rank}: {ENDS[kinds[rank]][1]}\n" for rank in order)
-    return job.Ended(1, words, f"n{order[0]}", said)
+    return InJob(1, words, f"n{order[0]}", said)
 
 
 def test_every_pair_of_deaths_ends_a_run_as_the_table_says_on_one_machine_and_in_a_job(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_every_pair_of_deaths_ends_a_run_as_the_table_says_on_one_machine_and_in
     wrong = []
     for kinds, first in PAIRS:
         ranks = [dead(kind) for kind in kinds]
-        here = local._failure(ranks, first, {0: "phase a", 1: "phase b"}, tmp_path)
-        there = job._failure(tmp_path, in_job(tmp_path, kinds, sorted({0, 1}, key=lambda r: r not in first)), False)
+        here = failure(Here(ranks, first, {0: "phase a", 1: "phase b"}), tmp_path, False)
+        there = failure(in_job(tmp_path, kinds, sorted({0, 1}, key=lambda r: r not in first)), tmp_path, False)
         if not here.exit_code == there.exit_code == expected(kinds):
             wrong.append((kinds, first, here.exit_code, there.exit_code, expected(kinds)))
         for rank in ranks:
@@ -74,7 +74,7 @@ def test_every_pair_of_deaths_ends_a_run_as_the_table_says_on_one_machine_and_in
     assert not wrong
     (tmp_path / "logs/stall").write_text("rank 1 (phase rollout of step 2) stood still")
     for kinds, _ in PAIRS:
-        assert job._failure(tmp_path, in_job(tmp_path, kinds, [0, 1]), False).exit_code == 85
+        assert failure(in_job(tmp_path, kinds, [0, 1]), tmp_path, False).exit_code == 85
 
 
 def test_the_rank_that_died_first_is_named_and_not_those_that_missed_it_or_were_killed_after_it(
@@ -98,9 +98,9 @@ def test_the_rank_that_died_first_is_named_and_not_those_that_missed_it_or_were_
     assert first_bad_node(said) == "rl1"
     assert first_bad_node(f"srun: error: rl0: task 5: Exited with exit code 85\n{said}") == "rl1"
     assert first_bad_node("srun: error: rl0: tasks 0-1: Exited with exit code 85\n") is None
-    failure = job._failure(tmp_path, job.Ended(1, words, "rl1", said), False)
-    assert isinstance(failure, RunFailed)
-    assert str(failure) == "rank 1 (on rl1) was killed: Segmentation fault (core dumped)"
+    error = failure(InJob(1, words, "rl1", said), tmp_path, False)
+    assert isinstance(error, RunFailed)
+    assert str(error) == "rank 1 (on rl1) was killed: Segmentation fault (core dumped)"
 
 
 @pytest.mark.parametrize("number", ["USR1", "TERM", "INT"])
@@ -114,19 +114,19 @@ def test_a_rank_that_dies_of_a_signal_meant_for_the_run_is_interrupted_unless_sr
     process = subprocess.Popen(["sh", "-c", f"kill -{number} $$"])
     process.wait()
     rank = local._Rank(process, words)
-    assert isinstance(local._failure([rank], {0}, {0: "phase imports"}, tmp_path), Interrupted)
+    assert isinstance(failure(Here([rank], {0}, {0: "phase imports"}), tmp_path, False), Interrupted)
     text = {"USR1": "User defined signal 1", "TERM": "Terminated", "INT": "Interrupt"}[number]
     first = f"srun: error: n0: task 0: {text}\n"
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {}, "n0", first), False), Interrupted)
+    assert isinstance(failure(InJob(1, {}, "n0", first), tmp_path, False), Interrupted)
     after = f"srun: error: n1: task 1: Exited with exit code 1\n{first}"
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {}, "n1", after), False), RunFailed)
+    assert isinstance(failure(InJob(1, {}, "n1", after), tmp_path, False), RunFailed)
 
 
 def test_what_srun_says_is_in_the_message_when_no_rank_could_speak(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     said = "srun: error: Unable to create step for job 7: Memory required by task is not available\n"
-    failure = job._failure(tmp_path, job.Ended(1, {}, None, said), False)
-    assert isinstance(failure, RunFailed)
-    assert "Memory required by task is not available" in str(failure)
-    request = job._failure(tmp_path, job.Ended(1, {0: ("request", "no such model")}, "n0", said), False)
+    error = failure(InJob(1, {}, None, said), tmp_path, False)
+    assert isinstance(error, RunFailed)
+    assert "Memory required by task is not available" in str(error)
+    request = failure(InJob(1, {0: ("request", "no such model")}, "n0", said), tmp_path, False)
     assert isinstance(request, RequestError)

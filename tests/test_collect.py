@@ -22,7 +22,7 @@ from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout import intake as collect
 from a3po_megatron.rollout.engine import Completion, Request
-from a3po_megatron.rollout.intake import Collector
+from a3po_megatron.rollout.intake import Intake
 from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.stop import Interrupt
 
@@ -114,7 +114,7 @@ class BrokenGraders(ScriptedGraders):
 
 
 class Setting:
-    """A collector with its fakes."""
+    """An intake with its fakes."""
 
     def __init__(
         self,
@@ -127,8 +127,12 @@ class Setting:
         journal: Path | None = None,  # a folder; None: a new one
         **reward: Any,
     ) -> None:
-        self.engine, self.graders, self.prompts = ScriptedEngine(script, length), ScriptedGraders(), FakePrompts()
-        self.collector = Collector(
+        self.engine, self.graders, self.prompts = (
+            ScriptedEngine(script, length),
+            ScriptedGraders(),
+            FakePrompts(),
+        )
+        self.intake = Intake(
             FakeCluster(),
             FakeTokens(),
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
@@ -136,11 +140,14 @@ class Setting:
             RewardOptions(**reward),
             Journal(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
+            self.engine,
+            self.prompts,
+            self.graders,
         )
 
     def step(self, number: int) -> Collected:
         self.engine.weight_version = number + 1
-        return self.collector(self.engine, self.prompts, self.graders, number)
+        return self.intake.next(number)
 
 
 def spread_at(*indices: int) -> Script:
@@ -446,7 +453,7 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
 ) -> None:
     script = spread_at(1, 3, 4, 5)  # two rounds
     broken = Setting(script, journal=tmp_path)
-    broken.graders = BrokenGraders()
+    broken.graders = broken.intake.graders = BrokenGraders()
     with pytest.raises(RunFailed, match=r"reward\.max_invalid_rate"):
         broken.step(0)
     assert len(broken.graders.asked) == len(broken.engine.requests) > 0
@@ -460,6 +467,6 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
     assert [r.reward for g in found.groups for r in g.rollouts] == [r.reward for g in wanted.groups for r in g.rollouts]
 
     third = Setting(script, journal=tmp_path)  # the verdicts that followed count, the invalid ones before them do not
-    third.graders = BrokenGraders()
+    third.graders = third.intake.graders = BrokenGraders()
     assert third.step(0).accepted == [1, 3, 4, 5]
     assert third.graders.asked == [] == third.engine.requests

@@ -19,12 +19,24 @@ from typing import Any
 
 import pytest
 
-from a3po_megatron.launch import doctor_child, doctor_gpu, environment
-from a3po_megatron.launch.doctor_gpu import Found, Gpu, check, parse_child, parse_gpus, parse_links, parse_toolkit
+from a3po_megatron.launch import environment
+from a3po_megatron.launch.doctor.child import STEPS, compiler, nvcc
+from a3po_megatron.launch.doctor.examine import rows
+from a3po_megatron.launch.doctor.judge import check
+from a3po_megatron.launch.doctor.probe import (
+    Found,
+    Gpu,
+    parse_child,
+    parse_gpus,
+    parse_links,
+    parse_toolkit,
+    run_child,
+    torch_cuda,
+)
+from a3po_megatron.model.precision import FP32_SCALES as SCALES
 from a3po_megatron.ranks.backend import CUDA
 from tests.distributed.runner import ROOT
 
-SCALES = doctor_gpu.FP32_SCALES
 HEALTHY = Found(
     driver="580.95.05",
     gpus=tuple(Gpu(index, "NVIDIA H200", (9, 0), 143771) for index in range(2)),
@@ -229,7 +241,7 @@ def test_deep_gemm_that_cannot_be_imported_is_fatal_where_rollouts_are_quantised
 @pytest.mark.parametrize(("there", "said"), [({"there": True}, "yes"), ({"there": False}, "no"), ({}, "unknown")])
 def test_flashinfer_is_told_as_vllm_sees_it_and_that_no_run_goes_by_it(there: dict[str, Any], said: str) -> None:
     found = dataclasses.replace(HEALTHY, **child(flashinfer=there))
-    row = dict(doctor_gpu.rows(found))["FlashInfer, as vLLM sees it"]
+    row = dict(rows(found))["FlashInfer, as vLLM sees it"]
     assert row.startswith(f"{said}; no matter") and check(found) == []
     # What the row says, where it is set.
     assert (
@@ -240,10 +252,10 @@ def test_flashinfer_is_told_as_vllm_sees_it_and_that_no_run_goes_by_it(there: di
 
 
 def test_compilers_that_kernels_are_made_with_at_run_time_are_told_or_said_to_be_missing() -> None:
-    table = dict(doctor_gpu.rows(HEALTHY))
+    table = dict(rows(HEALTHY))
     assert (table["nvcc"], table["ninja"]) == ("/venv/nvidia/cu13/bin/nvcc", "none")
     assert table["C compiler"] == "/usr/bin/gcc" and table["DeepGEMM"] == "yes"
-    assert dict(doctor_gpu.rows(dataclasses.replace(HEALTHY, child={})))["nvcc"] == "unknown"
+    assert dict(rows(dataclasses.replace(HEALTHY, child={})))["nvcc"] == "unknown"
 
 
 def test_nvcc_is_looked_for_where_flashinfer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +275,7 @@ def test_nvcc_is_looked_for_where_flashinfer_would(tmp_path: Path, monkeypatch: 
             monkeypatch.delenv(name, raising=False)
         for name, value in given.items():
             monkeypatch.setenv(name, value)
-        assert doctor_child.nvcc(given) == _flashinfer_nvcc_path() == (wanted and f"{wanted}/bin/nvcc")
+        assert nvcc(given) == _flashinfer_nvcc_path() == (wanted and f"{wanted}/bin/nvcc")
 
 
 def test_a_login_node_with_all_packages_only_lacks_the_gpu() -> None:
@@ -275,14 +287,14 @@ def test_a_login_node_with_all_packages_only_lacks_the_gpu() -> None:
 
 def test_the_compiler_is_the_one_that_triton_would_take(tmp_path: Path) -> None:
     empty = {"PATH": str(tmp_path)}
-    assert doctor_gpu.compiler(empty) is None
+    assert compiler(empty) is None
     for name in ("clang", "gcc", "mine"):
         (tmp_path / name).write_text("#!/bin/sh\n")
         (tmp_path / name).chmod(0o755)
         if name != "mine":
-            assert doctor_gpu.compiler(empty) == str(tmp_path / name)
-    assert doctor_gpu.compiler(empty | {"CC": "mine"}) == str(tmp_path / "mine")
-    assert doctor_gpu.compiler(empty | {"CC": "no-such"}) is None
+            assert compiler(empty) == str(tmp_path / name)
+    assert compiler(empty | {"CC": "mine"}) == str(tmp_path / "mine")
+    assert compiler(empty | {"CC": "no-such"}) is None
 
 
 def test_gpus_are_read_from_nvidia_smi() -> None:
@@ -342,13 +354,13 @@ def module(folder: Path, end: str) -> dict[str, str]:
 
 def test_a_driver_that_hangs_does_not_hang_the_doctor_and_its_step_is_named(tmp_path: Path) -> None:
     began = time.monotonic()
-    found = doctor_gpu.run_child(module(tmp_path, "time.sleep(600)"), seconds=2, module="standin")
+    found = run_child(module(tmp_path, "time.sleep(600)"), seconds=2, module="standin")
     assert time.monotonic() - began < 20
     assert found == {"torch": {"version": "2"}, "stuck": {"step": "device", "how": "did not end within 2 s"}}
 
 
 def test_a_library_that_crashes_does_not_crash_the_doctor_and_its_step_is_named(tmp_path: Path) -> None:
-    found = doctor_gpu.run_child(module(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)"), module="standin")
+    found = run_child(module(tmp_path, "os.kill(os.getpid(), signal.SIGSEGV)"), module="standin")
     assert found == {"torch": {"version": "2"}, "stuck": {"step": "device", "how": "ended its process with -11"}}
 
 
@@ -361,10 +373,10 @@ def test_a_line_cut_off_in_the_middle_is_the_step_that_it_began() -> None:
 
 
 def test_the_child_says_of_every_step_what_it_found_on_this_cpu() -> None:
-    found = doctor_gpu.run_child(dict(os.environ))
-    assert list(found) == [name for name, _ in doctor_child.STEPS]
+    found = run_child(dict(os.environ))
+    assert list(found) == [name for name, _ in STEPS]
     assert found["torch"]["version"].startswith("2.")
-    assert set(found["tools"]) == {"nvcc", "ninja", "cc"} and found["tools"]["cc"] == doctor_gpu.compiler(os.environ)
+    assert set(found["tools"]) == {"nvcc", "ninja", "cc"} and found["tools"]["cc"] == compiler(os.environ)
     # vLLM's own answers: its wheel for CPUs brings no DeepGEMM.
     assert {found[step].get("there") for step in ("flashinfer", "deep_gemm")} <= {True, False}
 
@@ -417,7 +429,7 @@ print(major.value)
 """
 
 
-@pytest.mark.skipif(doctor_gpu.compiler(os.environ) is None, reason="there is no C compiler")
+@pytest.mark.skipif(compiler(os.environ) is None, reason="there is no C compiler")
 @pytest.mark.parametrize(("how", "found"), [("preloaded", 13), ("not", 12)])
 def test_the_packages_nvrtc_serves_even_where_a_toolkit_of_another_cuda_is_loaded_after_it(
     how: str, found: int, tmp_path: Path
@@ -428,7 +440,7 @@ def test_the_packages_nvrtc_serves_even_where_a_toolkit_of_another_cuda_is_loade
         path.parent.mkdir(parents=True)
         source = path.with_suffix(".c")
         source.write_text(NVRTC % major)
-        cc = str(doctor_gpu.compiler(os.environ))
+        cc = str(compiler(os.environ))
         subprocess.run([cc, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, source], check=True, timeout=60)
     command = [sys.executable, "-c", ASKED, str(tmp_path), str(theirs), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
@@ -454,7 +466,7 @@ def bare(tmp_path: Path) -> str:
     return ":".join(folder for folder in folders if not Path(folder, "nvidia-smi").exists())
 
 
-FOR_CPUS = doctor_gpu.torch_cuda() is None
+FOR_CPUS = torch_cuda() is None
 CPU_ONLY = pytest.mark.skipif(not FOR_CPUS, reason="this installation is the one for CUDA")
 
 

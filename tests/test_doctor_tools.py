@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.launch import doctor_tools
+from a3po_megatron.launch.doctor import tools
 
 
 @pytest.fixture
@@ -14,9 +14,9 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder in PATH, with nothing in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(doctor_tools, "installed", lambda name: None)
-    monkeypatch.setattr(doctor_tools.sys, "executable", str(tmp_path / "nowhere/bin/python"))
-    monkeypatch.setattr(doctor_tools.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tools, "installed", lambda name: None)
+    monkeypatch.setattr(tools.sys, "executable", str(tmp_path / "nowhere/bin/python"))
+    monkeypatch.setattr(tools.importlib.util, "find_spec", lambda name: None)
     return tmp_path
 
 
@@ -26,7 +26,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 
 def test_what_is_not_there_is_not_installed(bin_folder: Path) -> None:
-    found = dict(doctor_tools.rows())
+    found = dict(tools.rows())
     assert found["GPU"].startswith("none: the CPU path")
     for name in ("Slurm", "Ray", "bubblewrap", "ninja"):
         assert found[name].startswith("not installed"), name
@@ -57,15 +57,15 @@ def test_a_program_that_is_there_is_told_from_one_that_works(
 ) -> None:
     program(bin_folder, name, script)
     row = {"sinfo": "Slurm", "bwrap": "bubblewrap", "ninja": "ninja", "nvidia-smi": "GPU"}[name]
-    assert dict(doctor_tools.rows())[row] == says
+    assert dict(tools.rows())[row] == says
 
 
 def test_ray_and_ninja_as_packages_are_told_from_what_they_need_besides(
     bin_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_tools, "installed", lambda name: "2.60.0")
-    assert doctor_tools.ray().startswith("2.60.0; no cluster is named (RAY_ADDRESS)")
+    monkeypatch.setattr(tools, "installed", lambda name: "2.60.0")
+    assert tools.ray().startswith("2.60.0; no cluster is named (RAY_ADDRESS)")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert doctor_tools.ray() == "2.60.0; RAY_ADDRESS names a cluster: 10.0.0.1:6379"
-    monkeypatch.setattr(doctor_tools.importlib.util, "find_spec", lambda name: object())
-    assert doctor_tools.ninja().startswith("installed as a package, but not in PATH")
+    assert tools.ray() == "2.60.0; RAY_ADDRESS names a cluster: 10.0.0.1:6379"
+    monkeypatch.setattr(tools.importlib.util, "find_spec", lambda name: object())
+    assert tools.ninja().startswith("installed as a package, but not in PATH")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
-from a3po_megatron.launch.handoff import check_interfaces, of_a_job, of_a_submission, of_one_machine
+from a3po_megatron.launch.shell import check_interfaces, of_a_job, of_a_submission, of_one_machine
+from a3po_megatron.ranks.handoff import VARIABLES, WHEELS, Handoff
+from tests.distributed.runner import ROOT
 
 USERS = {
     "PATH": "/usr/bin",
@@ -133,3 +137,19 @@ def test_an_interface_that_a_machine_does_not_have_is_named_with_those_that_it_h
     check_interfaces({"GLOO_SOCKET_IFNAME": "lo"})
     with pytest.raises(RequestError, match=r"GLOO_SOCKET_IFNAME = bond7, but \S+ has lo.*slurm\.environment"):
         check_interfaces({"GLOO_SOCKET_IFNAME": "lo,bond7"})
+
+
+def test_a_launchers_variables_are_named_in_one_file_and_the_shells_are_its_names() -> None:
+    holders = [path for path in (ROOT / "a3po_megatron").rglob("*.py") if "A3PO_" in path.read_text()]
+    assert holders == [ROOT / "a3po_megatron/ranks/handoff.py"]
+    scripts = [path for folder in ("slurm", "tools") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    scripts = [path for path in scripts if path.suffix in (".j2", ".sh", ".conf", "")]
+    named = {name for path in scripts for name in re.findall(r"A3PO_[A-Z_]+", path.read_text())}
+    assert named == {VARIABLES["signalled"], WHEELS}
+
+
+def test_a_process_reads_what_its_launcher_wrote_and_nothing_where_there_is_none() -> None:
+    told = Handoff(1753900000.25, 7, Path("/runs/a b/logs/attempt-1"), 8, 9, "SIGUSR1", 0)
+    assert None not in vars(told).values() and set(told.environment()) == set(VARIABLES.values())
+    assert Handoff.of(USERS | told.environment()) == told
+    assert Handoff.of(USERS) == Handoff() and Handoff().environment() == {}

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from a3po_megatron.launch import doctor_gpu
+from a3po_megatron.model.precision import TE_WINDOW
 from tests.distributed.runner import ROOT
 
 # Where the two differ, and why.
@@ -63,7 +63,7 @@ def test_every_direct_dependency_is_pinned_to_a_version_that_it_allows(lock: dic
 
 def test_transformer_engine_comes_whole_in_one_version_and_for_the_cuda_of_torch() -> None:
     versions = {CUDA[name] for name in CUDA if name.startswith("transformer-engine")}
-    low, high = doctor_gpu.TE_WINDOW
+    low, high = TE_WINDOW
     assert len(versions) == 1
     assert low <= Version(versions.pop()).release[:2] < high
     assert {"transformer-engine", "transformer-engine-torch", "transformer-engine-cu13"} <= CUDA.keys()

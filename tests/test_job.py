@@ -15,7 +15,8 @@ import pytest
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.files.run_folder import LEAD
-from a3po_megatron.launch import job, local, slurm
+from a3po_megatron.launch import job, slurm
+from a3po_megatron.launch.blame import Here, InJob, failure
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.launch.signals import KEPT, Signals
 from a3po_megatron.launch.starts import idle_starts, reached
@@ -63,25 +64,25 @@ def test_the_first_words_of_a_rank_count_and_it_ends_with_their_code_not_with_wh
 def test_a_stall_is_an_interruption_whatever_ranks_died_of_and_costs_only_the_blamed_node(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     nodes, crash = ["n0", "n1", "n2"], ("crash", "RuntimeError: Connection closed by peer")
-    ended = job.Ended(1, {0: crash, 4: ("interrupted", STALL)}, "n0")
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {0: crash}, "n0"), False), RunFailed)
-    assert job._blamed(tmp_path, job.Ended(1, {0: crash}, "n0"), nodes, 2) == {"n0"}
+    ended = InJob(1, {0: crash, 4: ("interrupted", STALL)}, "n0")
+    assert isinstance(failure(InJob(1, {0: crash}, "n0"), tmp_path, False), RunFailed)
+    assert InJob(1, {0: crash}, "n0").bad_nodes(tmp_path, nodes, 2) == {"n0"}
 
     (tmp_path / "logs/stall").write_text(STALL)
-    failure = job._failure(tmp_path, ended, False)
-    assert isinstance(failure, Interrupted)
-    assert str(failure) == STALL
-    assert job._blamed(tmp_path, ended, nodes, 2) == {"n2"}
-    assert str(local._failure([], set(), {}, tmp_path)) == STALL  # on one machine as in a job
+    error = failure(ended, tmp_path, False)
+    assert isinstance(error, Interrupted)
+    assert str(error) == STALL
+    assert ended.bad_nodes(tmp_path, nodes, 2) == {"n2"}
+    assert str(failure(Here([], set(), {}), tmp_path, False)) == STALL  # on one machine as in a job
     (tmp_path / "logs/stall").write_text("all 6 ranks (phase update of step 3; no progress for 99 s, limit 60 s) stood")
-    assert job._blamed(tmp_path, ended, nodes, 2) == set()
+    assert ended.bad_nodes(tmp_path, nodes, 2) == set()
 
 
 def test_srun_that_ends_of_a_signal_before_any_rank_could_speak_is_an_interruption_too(tmp_path: Path) -> None:
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {}, None), told=True), Interrupted)
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {}, None), told=False), RunFailed)
-    assert isinstance(job._failure(tmp_path, job.Ended(1, {}, "n0"), told=True), RunFailed)
-    assert isinstance(job._failure(tmp_path, job.Ended(85, {}, "n0"), told=False), Interrupted)  # a full disk
+    assert isinstance(failure(InJob(1, {}, None), tmp_path, told=True), Interrupted)
+    assert isinstance(failure(InJob(1, {}, None), tmp_path, told=False), RunFailed)
+    assert isinstance(failure(InJob(1, {}, "n0"), tmp_path, told=True), RunFailed)
+    assert isinstance(failure(InJob(85, {}, "n0"), tmp_path, told=False), Interrupted)  # a full disk
 
 
 def test_a_rank_that_cannot_hear_signals_yet_does_not_die_of_them() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from a3po_megatron.config import Config
 from a3po_megatron.launch import environment
-from a3po_megatron.launch.handoff import LOOPBACK
+from a3po_megatron.launch.shell import LOOPBACK
 from a3po_megatron.ranks.topology import topology_of
 
 SIZES = {

@@ -61,8 +61,9 @@ def keep_process_group() -> None:
     core.cleanup_dist_env_and_memory = lambda shutdown_ray=False: None
 
 
-def name_shared_memory() -> None:
-    """Gives the segments of an engine over several ranks this run's name, and unlinks them once all ranks hold them."""
+def name_shared_memory(started: float | None) -> None:
+    """Gives the segments of an engine over several ranks this run's name, which is where its ranks meet and when they
+    were started, and unlinks them once all ranks hold them."""
     try:
         from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     except ImportError:  # vLLM for CUDA has no CPU communicator
@@ -72,7 +73,7 @@ def name_shared_memory() -> None:
     name, init = _CPUSHMDistributed.make_group_name, _CPUSHMDistributed._init_cpu_shm
 
     def make_group_name(communicator: Any) -> str:
-        run = f"{os.environ['MASTER_PORT']}-{os.environ.get('A3PO_STARTED', '0')}"
+        run = f"{os.environ['MASTER_PORT']}-{started or 0}"
         return f"a3po-{run}{name(communicator)}".replace("/", "_")
 
     def init_cpu_shm(self: Any) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
 from ..files.replace import write_whole
 from ..files.run_folder import rank_file
+from ..ranks.handoff import Handoff
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -61,17 +62,18 @@ def world() -> int:
 
 def launched() -> bool:
     """Whether a launcher of ours started this rank, made the run folder ready, and listens to last words."""
-    return launched_here() or "A3PO_WORDS_DIR" in os.environ
+    return launched_here() or Handoff.of().words_dir is not None
 
 
 def launched_here() -> bool:
     """Whether that launcher is on this machine."""
-    return "A3PO_WORDS_FD" in os.environ
+    return Handoff.of().words_fd is not None
 
 
 def since_start() -> float:
     """Seconds since the command that started the ranks."""
-    return max(0.0, time.time() - float(os.environ.get("A3PO_STARTED", time.time())))
+    started = Handoff.of().started
+    return 0.0 if started is None else max(0.0, time.time() - started)
 
 
 def adopt_slurm() -> None:
@@ -213,7 +215,8 @@ def last_words(kind: str, message: str) -> str:
 
 
 def _hand_over(words: str) -> None:
-    if (descriptor := os.environ.get("A3PO_WORDS_FD")) is not None:
-        os.write(int(descriptor), words.encode())
-    elif (folder := os.environ.get("A3PO_WORDS_DIR")) is not None:
-        write_whole(rank_file(Path(folder), rank(), "words"), words)
+    told = Handoff.of()
+    if told.words_fd is not None:
+        os.write(told.words_fd, words.encode())
+    elif told.words_dir is not None:
+        write_whole(rank_file(told.words_dir, rank(), "words"), words)

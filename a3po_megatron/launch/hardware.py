@@ -8,7 +8,7 @@ import re
 from ..errors import RequestError
 from ..model.precision import Hardware
 from . import environment
-from .doctor_gpu import QUERY, installed, output, parse_gpus, torch_cuda
+from .doctor.probe import QUERY, installed, output, parse_gpus, torch_cuda
 
 
 def find_hardware() -> Hardware:

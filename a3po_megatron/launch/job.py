@@ -22,38 +22,26 @@ from .signals import Signals, ignore
 if __name__ == "__main__":
     SIGNALS = Signals()  # before the imports that take seconds
 
-import json
 import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config, load_resolved
 from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
-from ..telemetry.watchdog import NAMED, stalled
-from .blame import Kind, deaths_in_job, error_of, first_bad_node
-from .environment import of_run, settings
+from ..ranks.handoff import Handoff
+from .blame import InJob, first_bad_node, words_of
 from .folder import prepare_folder
-from .handoff import of_a_job
+from .shell import of_a_job
 from .slurm import SCRIPT, sbatch
 from .starts import idle_starts, reached
+from .supervise import PROGRAM, Start, rank_environment, supervise
 
-POLL_SECONDS = 0.5
 IDLE_STARTS = 2
 # Until a rank can hear the signals, which are repeated, it must not die of them.
 RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
-SAID_CHARACTERS = 1000  # of srun's, in a message
-
-
-@dataclass(frozen=True)
-class Ended:
-    code: int
-    words: dict[int, tuple[Kind, str]]  # rank → kind and message of what it failed of
-    bad_node: str | None  # the first whose task failed
-    said: str = ""  # by srun
 
 
 def main(folder: Path, signals: Signals) -> None:
@@ -88,7 +76,7 @@ def main(folder: Path, signals: Signals) -> None:
 
 def _goes_on(config: Config) -> bool:
     """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
-    numbers = [int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "A3PO_ATTEMPT")]
+    numbers = [int(os.environ.get("SLURM_RESTART_COUNT", "0")), Handoff.of().attempt or 0]
     if config.slurm.resume == "array":
         numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)
     return any(numbers)
@@ -103,112 +91,96 @@ def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
     """The next job of a chain, which waits for this one's end, whatever that is: a killed job could not submit it."""
     if config.slurm.resume != "chain":
         return None
-    attempt = 1 + int(os.environ.get("A3PO_ATTEMPT", "0"))
+    attempt = 1 + (Handoff.of().attempt or 0)
     if attempt >= config.slurm.attempts:
         return None
     script = folder / SCRIPT
-    return sbatch(f"--dependency=afterany:{job}", f"--export=ALL,A3PO_ATTEMPT={attempt}", str(script))
+    told = [f"{name}={value}" for name, value in Handoff(attempt=attempt).environment().items()]
+    return sbatch(f"--dependency=afterany:{job}", f"--export={','.join(['ALL', *told])}", str(script))
 
 
 def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
     """Starts the ranks until they end well, or for good; None: the run is done."""
     nodes, bad = hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
     while True:
+        tasks = _Tasks(folder, config, [node for node in nodes if node not in bad][: config.slurm.nodes])
         with prepare_folder(folder, config):
-            use = [node for node in nodes if node not in bad][: config.slurm.nodes]
-            signals.check(folder)
-            ended = _srun(folder, config, use, signals)
-        if ended.code == 0:
+            failure = supervise(tasks, folder, signals)
+        if failure is None:
             from ..report.page import write_report
 
             print(f"run folder: {folder}\nreport:     {write_report([folder], None)}", flush=True)
             return None
-        failure = _failure(folder, ended, signals.number is not None)
-        blamed = _blamed(folder, ended, use, config.slurm.ranks_per_node())
+        blamed = tasks.ended().bad_nodes(folder, tasks.nodes, config.slurm.ranks_per_node())
         bad |= blamed
         if not blamed or len(nodes) - len(bad) < config.slurm.nodes:
             return failure
         print(f"{failure}; once more without {', '.join(sorted(blamed))}", flush=True)
 
 
-def _srun(folder: Path, config: Config, nodes: list[str], signals: Signals) -> Ended:
-    """One start of all ranks, one task each."""
-    slurm = config.slurm
-    attempt = folder / "logs" / f"attempt-{1 + sum(1 for _ in (folder / 'logs').glob('attempt-*'))}"
-    attempt.mkdir()
-    container = []
-    if slurm.container:
-        mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])
-        container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
-    command = [
-        "srun",
-        f"--nodes={len(nodes)}",
-        f"--nodelist={','.join(nodes)}",
-        f"--ntasks={slurm.ranks()}",
-        f"--ntasks-per-node={slurm.ranks_per_node()}",
-        f"--cpus-per-task={slurm.cpus_per_task}",  # since 22.05 srun does not take it over from the job
-        "--kill-on-bad-exit=1",
-        "--export=ALL",  # a site may have told sbatch to export nothing, which srun would take over
-        f"--output={filename(str(attempt))}/rank-%t.log",
-        *container,
-        *RANK,
-        slurm.python or ("python" if slurm.container else sys.executable),
-        *("-m", "a3po_megatron.train", str(folder)),
-    ]
-    around = {
-        **settings(config.cluster.device, slurm.container is not None),
-        **of_run(config),
-        **of_a_job(os.environ, slurm.environment, len(nodes)),
-        "MASTER_ADDR": nodes[0],
-        "MASTER_PORT": str(config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000),
-        "A3PO_STARTED": str(time.time()),
-        "A3PO_WORDS_DIR": str(attempt),
-    }
-    if (end := _end_of_job()) is not None:
-        around.setdefault("SLURM_JOB_END_TIME", end)
-    with (attempt / "srun.err").open("w") as err:
-        process = subprocess.Popen(
-            command, env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err, preexec_fn=ignore
-        )
-        asked = False
-        while process.poll() is None:
-            signals.pass_on([process], always=signal.SIGUSR1)
-            if not asked and stalled(folder / "logs") is not None:
-                asked = True  # a rank that cannot act writes its stacks all the same, even if it is stopped
-                process.send_signal(signal.SIGUSR2)
-                time.sleep(POLL_SECONDS)  # what srun passes on is to be there first; it keeps CONT for itself
-                subprocess.run(["scancel", "--signal=CONT", os.environ["SLURM_JOB_ID"]], check=False)
-            time.sleep(POLL_SECONDS)
-    text = (attempt / "srun.err").read_text()
-    words = {}
-    for path in attempt.glob("rank-*.words"):
-        said = json.loads(path.read_text().partition("\n")[0])
-        words[int(path.stem.removeprefix("rank-"))] = (said["kind"], said["message"])
-    return Ended(process.returncode, words, first_bad_node(text), text)
+class _Tasks(Start):
+    """One task a rank, of one srun."""
 
+    poll_seconds, through_srun = 0.5, True
 
-def _failure(folder: Path, ended: Ended, told: bool) -> A3POError:
-    """What the ranks failed of."""
-    if (error := error_of(deaths_in_job(ended.words, ended.said), folder / "logs")) is not None:
-        return error
-    if ended.code == Interrupted.exit_code or (told and ended.bad_node is None):
-        # No rank could write why, or srun was told to leave before it had started any.
-        return Interrupted(f"{folder}: interrupted; the same command goes on")
-    where = f" on {ended.bad_node}" if ended.bad_node else ""
-    said = "; ".join(line for line in ended.said.splitlines() if line.strip())[-SAID_CHARACTERS:]
-    return RunFailed(
-        f"{folder}: a rank{where} failed and left no message; srun ended with {ended.code} and said: "
-        f"{said or 'nothing'}; see logs/attempt-*"
-    )
+    def __init__(self, folder: Path, config: Config, nodes: list[str]) -> None:
+        super().__init__()
+        self._folder, self._config, self.nodes = folder, config, nodes
+        self._logs = folder / "logs"  # of this start, once it has begun
 
+    def begin(self) -> None:
+        logs = self._folder / "logs"
+        self._logs = logs / f"attempt-{1 + sum(1 for _ in logs.glob('attempt-*'))}"
+        self._logs.mkdir()
+        config, slurm = self._config, self._config.slurm
+        inherited = of_a_job(os.environ, slurm.environment, len(self.nodes))
+        port = config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+        handoff = Handoff(started=time.time(), words_dir=self._logs)
+        meeting = (self.nodes[0], port)
+        around = rank_environment(config, inherited, meeting, handoff, slurm.container is not None)
+        if (end := _end_of_job()) is not None:
+            around.setdefault("SLURM_JOB_END_TIME", end)
+        with (self._logs / "srun.err").open("w") as err:
+            process = subprocess.Popen(
+                self._command(), env=around, stdin=subprocess.DEVNULL, stdout=err, stderr=err, preexec_fn=ignore
+            )
+        self.processes.append(process)
 
-def _blamed(folder: Path, ended: Ended, nodes: list[str], ranks_per_node: int) -> set[str]:
-    """The nodes that the next start should do without."""
-    if (message := stalled(folder / "logs")) is not None:  # ranks on other nodes only waited
-        return {nodes[int(rank) // ranks_per_node] for rank in NAMED.findall(message)}
-    if ended.bad_node is None or any(kind != "crash" for kind, _ in ended.words.values()):
-        return set()  # what a rank says of the run would be the same on any node
-    return {ended.bad_node}
+    def _command(self) -> list[str]:
+        folder, slurm = self._folder, self._config.slurm
+        container = []
+        if slurm.container:
+            mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])
+            container = [f"--container-image={slurm.container}", f"--container-mounts={mounts}"]
+        return [
+            "srun",
+            f"--nodes={len(self.nodes)}",
+            f"--nodelist={','.join(self.nodes)}",
+            f"--ntasks={slurm.ranks()}",
+            f"--ntasks-per-node={slurm.ranks_per_node()}",
+            f"--cpus-per-task={slurm.cpus_per_task}",  # since 22.05 srun does not take it over from the job
+            "--kill-on-bad-exit=1",
+            "--export=ALL",  # a site may have told sbatch to export nothing, which srun would take over
+            f"--output={filename(str(self._logs))}/rank-%t.log",
+            *container,
+            *RANK,
+            slurm.python or ("python" if slurm.container else sys.executable),
+            *PROGRAM,
+            str(folder),
+        ]
+
+    def wake(self) -> None:
+        self.processes[0].send_signal(signal.SIGUSR2)
+        time.sleep(self.poll_seconds)  # what srun passes on is to be there first; it keeps CONT for itself
+        subprocess.run(["scancel", "--signal=CONT", os.environ["SLURM_JOB_ID"]], check=False)
+
+    def ended(self) -> InJob:
+        said = (self._logs / "srun.err").read_text()
+        words = {
+            int(path.stem.removeprefix("rank-")): words_of(path.read_text().partition("\n")[0])
+            for path in self._logs.glob("rank-*.words")
+        }
+        return InJob(self.processes[0].returncode, words, first_bad_node(said), said)
 
 
 def hosts(nodes: str) -> list[str]:

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import Interrupted
+from ..ranks.handoff import VARIABLES
 from ..run.stop import SIGNALS
 
 REPEAT_SECONDS = 1.0  # a rank that is only just starting does not hear a signal yet
-KEPT = "A3PO_SIGNALLED"  # environment: what came to the shell that this process was before (slurm/train.sbatch.j2)
+KEPT = VARIABLES["signalled"]
 
 
 def ignore() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config.slurm import SlurmOptions
 from ..config.slurm_forms import gpu_counts
 from ..errors import RequestError
-from .handoff import of_a_submission
+from .shell import of_a_submission
 
 ASK_SECONDS = 120
 SHOWN = 600  # characters of what a program says

@@ -17,6 +17,7 @@ from ..config import ClusterOptions, ParallelOptions
 from ..errors import RunFailed
 from .agree import decide
 from .backend import Backend, select_backend
+from .handoff import Handoff
 from .topology import Kind, topology_of
 
 
@@ -152,7 +153,7 @@ def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: in
         is_master=rank == 0,
         timeout=timeout,
         # The launcher of this machine listens already: nobody else can have the port.
-        master_listen_fd=int(os.environ["A3PO_STORE_FD"]) if "A3PO_STORE_FD" in os.environ else None,
+        master_listen_fd=Handoff.of().store_fd,
     )
     dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout)
     return arrange(backend, parallel, engine_ranks, seed, store)

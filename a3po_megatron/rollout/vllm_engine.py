@@ -42,6 +42,7 @@ from ..model.families.dense import EMBEDDING, HEAD, HF_LAYER
 from ..model.families.moe import ROUTER
 from ..model.rope import vllm_parameters
 from ..ranks.backend import Backend
+from ..ranks.handoff import Handoff
 from .engine import Completion, Request, in_order, local_experts
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
@@ -85,7 +86,7 @@ class VllmEngine:
             from vllm import LLM
 
             keep_process_group()
-            name_shared_memory()
+            name_shared_memory(Handoff.of().started)
             if backend.device == "cpu":
                 ask_for_tiles()
                 if options.expert > 1:

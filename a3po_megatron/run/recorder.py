@@ -20,6 +20,7 @@ from ..data.tokens import Tokens
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
 from ..ranks.groups import Cluster
+from ..ranks.handoff import Handoff
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
 from ..telemetry.progress import ProgressLine, open_console
@@ -50,7 +51,7 @@ class Recorder:
         self._warned = False
         if cluster.rank == 0:
             self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
-            self._progress = ProgressLine(config.trainer.steps, open_console(), first_step)
+            self._progress = ProgressLine(config.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
 
     def say(self, text: str) -> None:

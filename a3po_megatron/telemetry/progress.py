@@ -21,12 +21,11 @@ class _Patient(Console):
         self.quiet = True
 
 
-def open_console() -> Console:
-    """The launcher's terminal where it handed one down (A3PO_CONSOLE_FD), else this process's standard output."""
-    descriptor = os.environ.get("A3PO_CONSOLE_FD")
+def open_console(descriptor: int | None) -> Console:
+    """The launcher's terminal where it handed one down, else this process's standard output."""
     if descriptor is None:
         return _Patient(highlight=False)
-    stream: TextIO = os.fdopen(int(descriptor), "w", buffering=1, closefd=False)
+    stream: TextIO = os.fdopen(descriptor, "w", buffering=1, closefd=False)
     return _Patient(file=stream, highlight=False, soft_wrap=True)
 
 

@@ -12,14 +12,12 @@ from megatron.core import dist_checkpointing
 
 from a3po_megatron.config import Config
 from a3po_megatron.convert.convert import ExportOptions, export_checkpoint
-from a3po_megatron.data.prompts import Prompts
-from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.read import read_facts
-from a3po_megatron.rollout.intake import Collector
-from a3po_megatron.run.checkpoints import Run
-from a3po_megatron.run.journal import Journal
+from a3po_megatron.parts import build
+from a3po_megatron.reward.math import grade
+from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
+from tests.distributed.cases_circle import InProcess
 from tests.distributed.runner import Ranks
 from tests.tiny import hf_model
 
@@ -64,24 +62,26 @@ def _settings(folder: Path, dtype: str, parallel: dict[str, Any]) -> Config:
     )
 
 
+class NoEngine(VllmEngine):
+    """In the place of an engine that nobody asks for anything."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
 def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
     """Saves as a run does; returns the parameters that another layout's learner then reads otherwise than from HF."""
     wrong: dict[str, list[str]] = {}
     for name, (kind, dtype, parallel) in SAVED[ranks.world].items():
         config = _settings(ranks.folder / kind, dtype, parallel)
-        facts = read_facts(config.model.path)
         cluster = ranks.arrange(**config.parallel.model_dump())
-        tokens = Tokens(Path(config.model.path), facts.vocab, facts.eos, "raw")
         folder = ranks.folder / name
         os.makedirs(folder, exist_ok=True)
-        prompts = Prompts(config.data, tokens, 0, 64)
-        learner = Learner(cluster, facts, config)
-        journal = Journal(folder / "journal", cluster.rank, "run")
-        collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
-        Run(folder, config, cluster, facts, tokens, prompts, collect, learner).checkpoint(0, learner)
+        made = build(folder, config, cluster, InProcess(grade), interrupt=Interrupt(), engine_of=NoEngine)
+        made.checkpoints.step(0)
 
         config = _settings(ranks.folder / kind, dtype, READ[name])
-        learner = Learner(ranks.arrange(**config.parallel.model_dump()), facts, config)
+        learner = Learner(ranks.arrange(**config.parallel.model_dump()), made.facts, config)
         wanted = {key: value.detach().clone() for key, value in learner.parameters().items()}
         with torch.no_grad():
             for value in learner.parameters().values():

@@ -17,21 +17,16 @@ from torch import Tensor
 from a3po_megatron.batch import Batch, Verdict
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.data.order import named_seed
-from a3po_megatron.data.prompts import Prompts
-from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model import cut
-from a3po_megatron.model.read import read_facts
-from a3po_megatron.ranks.groups import Cluster
+from a3po_megatron.parts import Parts, build
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.engine import Request, in_order
-from a3po_megatron.rollout.intake import Collector
 from a3po_megatron.rollout.vllm_engine import VllmEngine
-from a3po_megatron.run.checkpoints import Run
-from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.stop import Interrupt
+from a3po_megatron.train import train
 from a3po_megatron.weights import publish, witness
 from tests.distributed.runner import ROOT, Ranks
 from tests.tiny import make_checkpoint, save_tokenizer
@@ -97,10 +92,11 @@ def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
         wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
         make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
     torch.distributed.barrier()
-    run, _, engine, learner, prompts = parts(ranks, 1, 1, *options, f"model.path={folder}")
+    made = parts(ranks, 1, 1, *options, f"model.path={folder}")
+    engine, learner, prompts = made.engine, made.learner, made.prompts
     found: dict[str, Any] = {"canary": [], "received": 0, "bytes": 0}
     for _ in range(3):
-        receipt = run.publish(learner, engine)
+        receipt = made.publish()
         found["canary"].append(receipt.canary)
         found["received"], found["bytes"] = receipt.received_bytes, receipt.bytes
         with torch.no_grad():
@@ -112,27 +108,39 @@ def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
 
 
 def parts(
-    ranks: Ranks, tensor: int, data: int, *overrides: str, **backend: Any
-) -> tuple[Run, Cluster, Forgetful, Learner, Prompts]:
+    ranks: Ranks,
+    tensor: int,
+    data: int,
+    *overrides: str,
+    engine_of: type[VllmEngine] = Forgetful,
+    **backend: Any,
+) -> Parts:
     """A run's parts; `backend`: where its record is to differ from the CPU's."""
-    config = load_config(EXAMPLE, [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]).on("cpu")
+    options = [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]
+    return built(ranks, f"run-{tensor}-{data}", options, InProcess(grade), engine_of=engine_of, backend=backend)
+
+
+def built(
+    ranks: Ranks,
+    name: str,
+    options: Sequence[str],
+    graders: InProcess,
+    backend: dict[str, Any] | None = None,
+    **of: Any,
+) -> Parts:
+    """The parts of a run in a folder of this name."""
+    config = load_config(EXAMPLE, list(options)).on("cpu")
     cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
-    cluster.backend = dataclasses.replace(cluster.backend, **backend)
-    facts = read_facts(config.model.path)
-    tokens = Tokens(Path(config.model.path), facts.vocab, facts.eos, config.data.template)
-    prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
-    engine = Forgetful(Path(config.model.path), facts, tokens.stops, config.rollout, torch.float32, cluster.backend)
-    learner = Learner(cluster, facts, config)
-    folder = ranks.folder / f"run-{tensor}-{data}"
+    cluster.backend = dataclasses.replace(cluster.backend, **backend or {})
+    folder = ranks.folder / name
     os.makedirs(folder / "rollouts", exist_ok=True)
-    journal = Journal(folder / "journal", cluster.rank, "run")
-    collect = Collector(cluster, tokens, config.trainer, config.rollout, config.reward, journal, Interrupt())
-    return Run(folder, config, cluster, facts, tokens, prompts, collect, learner), cluster, engine, learner, prompts
+    return build(folder, config, cluster, graders, interrupt=Interrupt(), **of)
 
 
 def publish_faults(ranks: Ranks) -> dict[str, Any]:
     """What each fault between learner and engine is reported as; tensor parallel 2."""
-    run, _, engine, learner, _ = parts(ranks, tensor=2, data=1)
+    made = parts(ranks, tensor=2, data=1)
+    engine, learner = made.engine, made.learner
     whole = publish.gather
     found: dict[str, Any] = {}
 
@@ -145,7 +153,7 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
 
         publish.gather = damaged
         try:
-            receipt = run.publish(learner, engine)
+            receipt = made.publish()
             found[name] = f"ok, version {receipt.version}, {receipt.strength}, canary {receipt.canary:.1e}"
             assert receipt.canary is not None
             assert receipt.canary < 1e-4
@@ -155,7 +163,7 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
             publish.gather = whole
 
     attempt("sound", None)
-    before = {name: tensor.clone() for name, tensor in whole(*_gather_arguments(run, learner))}
+    before = {name: tensor.clone() for name, tensor in whole(*_gather_arguments(made))}
 
     def flipped(name: str, tensor: Tensor) -> Tensor:
         if name == STALE:
@@ -208,13 +216,14 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
 
         cut._cut_block = whole if name == "sound" else swapped
         try:
-            run, _, engine, learner, _ = parts(ranks, 2, 1, "publish.canary_bound=1e9")
-            run.publish(learner, engine)  # at this bound neither canary nor witness refuses
+            made = parts(ranks, 2, 1, "publish.canary_bound=1e9")
+            learner = made.learner
+            made.publish()  # at this bound neither canary nor witness refuses
             if name == "sound":
-                found["no room"] = _publish_without_room(run, learner, engine)
-            publisher = run.publisher
+                found["no room"] = _publish_without_room(made)
+            publisher = made.publish.publisher
             publisher.options = publisher.options.model_copy(update={"canary_bound": None})
-            folder, scratch = Path(run.config.model.path), ranks.folder / "witness"
+            folder, scratch = Path(made.config.model.path), ranks.folder / "witness"
             try:
                 worst = publisher.witness(learner.parameters(), torch.float32, folder, scratch)
                 found[name] = f"agree to {worst:.1e}" if worst < 1e-4 else f"differ by {worst}"
@@ -226,28 +235,29 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
     return found
 
 
-def _publish_without_room(run: Run, learner: Learner, engine: VllmEngine) -> str:
+def _publish_without_room(made: Parts) -> str:
     """What a start says on a host that cannot hold the model once more."""
     said: list[str] = []
     with mock.patch.object(witness, "available_bytes", return_value=1000):
-        if run.cluster.rank == 0:
-            with mock.patch.object(run._progress, "say", said.append):
-                receipt = run.publish(learner, engine)
+        if made.cluster.rank == 0:
+            with mock.patch.object(made.recorder._progress, "say", said.append):
+                receipt = made.publish()
         else:
-            receipt = run.publish(learner, engine)
+            receipt = made.publish()
     assert receipt.witness is None
     return "".join(said)
 
 
-def _gather_arguments(run: Run, learner: Learner) -> tuple[Any, ...]:
-    return run.publisher.plan, learner.parameters(), run.publisher.groups, torch.float32
+def _gather_arguments(made: Parts) -> tuple[Any, ...]:
+    return made.publish.publisher.plan, made.learner.parameters(), made.publish.publisher.groups, torch.float32
 
 
 def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
-    run, _, engine, learner, prompts = parts(ranks, tensor=1, data=ranks.world)
-    run.publish(learner, engine)
-    collected = run.collect(engine, prompts, InProcess(grade), 0)
+    made = parts(ranks, tensor=1, data=ranks.world)
+    engine = made.engine
+    made.publish()
+    collected = made.intake.next(0)
     rollouts = [r for group in collected.sampled for r in group.rollouts]
     result = {
         "tokens": {r.name: r.tokens.tolist() for r in rollouts},
@@ -268,8 +278,9 @@ def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
 
 def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
     """Largest difference of kept log-probs from the learner's, at a temperature that is not 1."""
-    run, _, engine, learner, prompts = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
-    run.publish(learner, engine)
+    made = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
+    engine, learner, prompts = made.engine, made.learner, made.prompts
+    made.publish()
     asked = prompts.take(16)
     completions = in_order(engine.sample([Request(prompt.tokens, seed) for seed, prompt in enumerate(asked)]))
     worst = 0.0
@@ -282,17 +293,13 @@ def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
 
 def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     """Two steps of the whole loop for every dense layout of two ranks: what they wrote down."""
-    from a3po_megatron.train import train
-
     rows = {}
     for tensor, data, pipeline, context in ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)):
         layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
         layout.append(f"parallel.context={context}")
-        config = load_config(EXAMPLE, [*layout, "trainer.steps=2"]).on("cpu")
-        folder = ranks.folder / f"loop-{tensor}-{data}-{pipeline}-{context}"
-        os.makedirs(folder / "rollouts", exist_ok=True)
-        train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grade))
-        metrics = folder / "metrics.jsonl"
+        name = f"loop-{tensor}-{data}-{pipeline}-{context}"
+        train(built(ranks, name, [*layout, "trainer.steps=2"], InProcess(grade)))
+        metrics = ranks.folder / name / "metrics.jsonl"
         if ranks.rank == 0:
             rows[f"{tensor}x{data}x{pipeline}x{context}"] = [
                 json.loads(line) for line in metrics.read_text().splitlines()
@@ -302,19 +309,12 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
 
 def run_with(ranks: Ranks, name: str, learner: type[Learner], grader: Any, *options: str) -> tuple[str, Path]:
     """The whole loop with another learner in it: what the run died of, and its folder."""
-    from a3po_megatron import train as loop
-
-    config = load_config(EXAMPLE, list(options)).on("cpu")
     folder = ranks.folder / name
-    os.makedirs(folder / "rollouts", exist_ok=True)
-    loop.Learner = learner  # type: ignore[misc]
     try:
-        loop.train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(grader))
+        train(built(ranks, name, options, InProcess(grader), learner_of=learner))
         return "it ended", folder
     except RunFailed as error:
         return f"{error} (exit {error.exit_code})", folder
-    finally:
-        loop.Learner = Learner  # type: ignore[misc]
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -418,8 +418,6 @@ def score_never_finite(ranks: Ranks) -> dict[str, Any]:
 
 def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
     """Real text, a byte-pair tokenizer and random weights: one step with the real grader, one with spread."""
-    from a3po_megatron.train import train
-
     data = Path(os.environ["A3PO_TEST_DATA"])
     model = ranks.folder / "bpe-model"
     if ranks.rank == 0:
@@ -448,7 +446,7 @@ def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
         folder = ranks.folder / f"gsm8k-{name}"
         os.makedirs(folder / "rollouts", exist_ok=True)
         try:
-            train(folder, config, ranks.arrange(2), InProcess(grader))
+            train(build(folder, config, ranks.arrange(2), InProcess(grader), interrupt=Interrupt()))
             result[name] = (folder / "metrics.jsonl").read_text()
         except RunFailed as error:
             result[name] = str(error)

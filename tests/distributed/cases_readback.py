@@ -20,15 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from a3po_megatron.config import load_config
-from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.errors import PublishError
-from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.cut import EngineRank, Piece, cut, engine_tensors
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.parts import Parts
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
-from a3po_megatron.run.checkpoints import Run
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
 from tests.distributed.runner import Ranks
@@ -122,7 +120,8 @@ def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
     torch.distributed.barrier()
     # The canary is not to find anything first: what it sees is tests/test_circle.py's subject.
     asked = (f"model.path={folder}", "publish.canary_bound=1e9", "publish.witness_at_start=false")
-    run, _, engine, learner, _ = _parts(Readable, ranks, *options, *asked)
+    made: Any = _parts(Readable, ranks, *options, *asked)
+    engine, learner = made.engine, made.learner
     found: dict[str, str] = {}
 
     def attempt(name: str) -> None:
@@ -130,12 +129,12 @@ def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
             for parameter in learner.parameters().values():
                 parameter.mul_(1.05)
         try:
-            receipt = run.publish(learner, engine)
+            receipt = made.publish()
             found[name] = f"ok, {receipt.strength}"
         except PublishError as error:
             found[name] = str(error)
 
-    run.publish(learner, engine)
+    made.publish()
     found["not vLLM's slices"] = ", ".join(_other_slices(folder, engine, ranks.rank % engine._options.tensor))
     found["greedy"] = _greedy(folder, engine)
     attempt("sound")
@@ -188,12 +187,8 @@ def _greedy(folder: Path, engine: Readable) -> str:
     return "equal" if tokens == wanted[0, len(prompt) :].tolist() else f"{tokens}, not {wanted.tolist()}"
 
 
-def _parts(kind: type[Forgetful], ranks: Ranks, *options: str) -> Any:
-    usual, circle.Forgetful = circle.Forgetful, kind  # type: ignore[misc]
-    try:
-        return circle.parts(ranks, 1, 1, *options, receipt_strength="engine")
-    finally:
-        circle.Forgetful = usual  # type: ignore[misc]
+def _parts(kind: type[Forgetful], ranks: Ranks, *options: str) -> Parts:
+    return circle.parts(ranks, 1, 1, *options, engine_of=kind, receipt_strength="engine")
 
 
 def _swapped(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -324,14 +319,15 @@ def sleeps(ranks: Ranks) -> dict[str, Any]:
     """In which order memory changes hands over two steps, for each of what the learner may take away."""
     found: dict[str, Any] = {}
     with weights_kept():
-        run, cluster, engine, learner, prompts = _parts(Sleepy, ranks)
+        made: Any = _parts(Sleepy, ranks)
+        engine = made.engine
         engine.note_sleep()
         for offload in ("none", "optimizer", "all"):
             engine._state = "asleep"  # as its construction leaves it
             engine.calls.clear()
-            arena: Any = NotedArena(learner.arena, engine.calls)
-            residency = Residency(engine, arena, cluster.backend, offload)
-            found[offload] = _two_steps(run, engine, learner, prompts, residency)
+            arena: Any = NotedArena(made.learner.arena, engine.calls)
+            residency = Residency(engine, arena, made.cluster.backend, offload)
+            found[offload] = _two_steps(made, residency)
         engine._state = "asleep"
         try:
             engine.load([])
@@ -340,9 +336,10 @@ def sleeps(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def _two_steps(run: Run, engine: Sleepy, learner: Learner, prompts: Prompts, residency: Residency) -> list[str]:
+def _two_steps(made: Any, residency: Residency) -> list[str]:
+    engine, prompts = made.engine, made.prompts
     with residency.publishing():
-        run.publish(learner, engine)
+        made.publish()
     for _ in range(2):
         with residency.rollout():
             engine.calls.append("sample")
@@ -350,5 +347,5 @@ def _two_steps(run: Run, engine: Sleepy, learner: Learner, prompts: Prompts, res
         with residency.training():
             engine.calls.append("train")
         with residency.publishing():
-            run.publish(learner, engine)
+            made.publish()
     return list(engine.calls)

@@ -24,9 +24,12 @@ from a3po_megatron.files.run_folder import step_files
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.parts import build
 from a3po_megatron.rollout.engine import Completion
 from a3po_megatron.rollout.vllm_engine import VllmEngine, checked_routes
 from a3po_megatron.run.journal import read_frames
+from a3po_megatron.run.stop import Interrupt
+from a3po_megatron.train import train
 from a3po_megatron.weights.publish import Publisher
 from tests.distributed.cases_circle import EXAMPLE, SHORT, InProcess, coin, rows_of
 from tests.distributed.cases_learner import (
@@ -352,14 +355,12 @@ class Watched(VllmEngine):
                 for _, completion in finished:
                     routes = np.stack([np.concatenate(self.rows[layer]) for layer in sorted(self.rows)], axis=1)
                     read = len(request.prompt) + len(completion.tokens) - 1
-                    routes = checked_routes(routes, read, self._family)
+                    routes = checked_routes(routes, read, self._facts)
                     yield [(number, dataclasses.replace(completion, routes=routes))]
 
 
 def the_loop(ranks: Ranks) -> dict[str, Any]:
     """Two steps of the whole loop with routes of the real engine; then the second one again, from the journal alone."""
-    from a3po_megatron import train as loop
-
     folder, found = ranks.folder / "loop", {}
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
@@ -367,16 +368,13 @@ def the_loop(ranks: Ranks) -> dict[str, Any]:
         EXAMPLE, [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
     ).on("cpu")
     os.makedirs(folder / "rollouts", exist_ok=True)
-    loop.VllmEngine = Watched  # type: ignore[misc]
-    try:
-        for again in (False, True):
-            if again and ranks.rank == 0:
-                shutil.rmtree(folder / "checkpoints" / "step-000002")
-            torch.distributed.barrier()
-            Watched.mute = again
-            loop.train(folder, config, ranks.arrange(**config.parallel.model_dump()), InProcess(coin))
-    finally:
-        loop.VllmEngine = VllmEngine  # type: ignore[misc]
+    for again in (False, True):
+        if again and ranks.rank == 0:
+            shutil.rmtree(folder / "checkpoints" / "step-000002")
+        torch.distributed.barrier()
+        Watched.mute = again
+        cluster = ranks.arrange(**config.parallel.model_dump())
+        train(build(folder, config, cluster, InProcess(coin), interrupt=Interrupt(), engine_of=Watched))
     found["rows"] = rows_of(folder)
     frames = [frame for path in step_files(folder / "journal") for frame in read_frames(path)]
     found["scores"] = [frame.header["rerouted"] for frame in frames if frame.header["kind"] == "scores"]

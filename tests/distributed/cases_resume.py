@@ -19,13 +19,14 @@ from a3po_megatron.compat.megatron import GATHERED
 from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.files.hashed import HashedFile
+from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
-from a3po_megatron.run.checkpoints import Run, _Boundary
+from a3po_megatron.run.checkpoints import Checkpoints, _Boundary
 from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.manifest import check_whole
-from a3po_megatron.run.stop import Interrupt
+from a3po_megatron.run.stop import Interrupt, Stop
 from a3po_megatron.run.store import Saving
 from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
@@ -229,19 +230,20 @@ def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
 # --- a run's checkpoints, put in place or not -----------------------------------------------------------------------
 
 
-def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: Any) -> Run:
-    """As much of a run as saves: no engine, no data."""
-    run = Run.__new__(Run)
+def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: Any) -> Checkpoints:
+    """As much of them as saves: no engine, no data."""
+    run = Checkpoints.__new__(Checkpoints)
     config = _config(ranks, name, SAVED[name][2])
-    run.config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
-    run.folder, run.cluster, run.interrupt = folder, learner.cluster, Interrupt()
-    run.journal = Journal(folder / "journal", ranks.rank, "run")
+    run._config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
+    run.folder, run._cluster, run._learner = RunFolder(folder), learner.cluster, learner
+    run._stop = Stop(learner.cluster, Interrupt())
+    run._journal = Journal(folder / "journal", ranks.rank, "run")
     run._pending, run._saved, run._inputs = None, 0, {}
     return run
 
 
-def _save_step(run: Run, learner: Learner, step: int) -> None:
-    run._save(_Boundary(step, step + 1, {}, [], random_state(), 0), learner)
+def _save_step(run: Checkpoints, step: int) -> None:
+    run._save(_Boundary(step, step + 1, {}, [], random_state(), 0))
     run._complete_save(wait=True)
 
 
@@ -293,11 +295,11 @@ def fails_on_one_rank(ranks: Ranks) -> dict[str, Any]:
         for space in (0, 1 << 12):
             with full_disk(space) if ranks.rank == rank else contextlib.nullcontext():
                 run = _run(ranks, learner, folder, "tp2")
-                found[f"rank {rank}, {space} bytes"] = _caught(lambda run=run: _save_step(run, learner, 2))  # type: ignore[misc]
+                found[f"rank {rank}, {space} bytes"] = _caught(lambda run=run: _save_step(run, 2))  # type: ignore[misc]
             dist.barrier()
             found[f"left of rank {rank}, {space} bytes"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
             dist.barrier()
-    _save_step(_run(ranks, learner, folder, "tp2"), learner, 2)
+    _save_step(_run(ranks, learner, folder, "tp2"), 2)
     found["with room"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     return found
 
@@ -315,7 +317,7 @@ def keeps(ranks: Ranks) -> dict[str, Any]:
     for step in range(1, 6):
         (journal / f"step-{step:05d}.rank-{ranks.rank}").touch()  # of the step that begins after this save
         checkpoints = folder / "checkpoints"
-        run._save(_Boundary(step, step + 1, {}, [], random_state(), 0), learner)
+        run._save(_Boundary(step, step + 1, {}, [], random_state(), 0))
         # As in a long rollout: no rank looks at the save, or takes part in a collective.
         deadline, latest = time.monotonic() + 30.0, checkpoints / "latest"
         while time.monotonic() < deadline and not (latest.exists() and latest.read_text() == f"step-{step:06d}\n"):

@@ -25,7 +25,7 @@ from a3po_megatron.launch.local import rendezvous
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = [str(ROOT / "tests/te_harness")]
-PRELOADED = ["tests.distributed", "a3po_megatron.run.checkpoints", "a3po_megatron.rollout.vllm_engine", "tests.tiny"]
+PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.tiny"]
 Case = Callable[["Ranks"], Any]
 T = TypeVar("T")
 

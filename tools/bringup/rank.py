@@ -24,13 +24,14 @@ from a3po_megatron.batch import Batch, Prompt, Rollout
 from a3po_megatron.config import Config, ParallelOptions
 from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
-from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import free_port
+from a3po_megatron.launch.shell import LOOPBACK
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster, arrange
+from a3po_megatron.ranks.handoff import Handoff
 
 # Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
 TINY = {
@@ -77,7 +78,7 @@ MOE = TINY | {
 def alone(backend: Backend = CUDA) -> Cluster:
     """This process as the one rank there is."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    if "A3PO_STORE_FD" not in os.environ:  # ranks.together has set where to meet
+    if Handoff.of().store_fd is None:  # ranks.together has set where to meet
         os.environ.update(LOOPBACK | place | {"MASTER_PORT": str(free_port())})
     return join(backend)
 
@@ -93,10 +94,8 @@ def join(backend: Backend, parallel: ParallelOptions | None = None, engine_ranks
         torch.cuda.set_device(backend.local())
     if not _connected:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        listening = os.environ.pop("A3PO_STORE_FD", None) if rank == 0 else None
-        store = dist.TCPStore(
-            address, port, world, rank == 0, limit, master_listen_fd=None if listening is None else int(listening)
-        )
+        listening = Handoff.of().store_fd if rank == 0 else None
+        store = dist.TCPStore(address, port, world, rank == 0, limit, master_listen_fd=listening)
         dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=limit)
         _connected.append(store)
     else:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from a3po_megatron.launch.environment import die_with_parent
-from a3po_megatron.launch.handoff import LOOPBACK
 from a3po_megatron.launch.local import rendezvous
+from a3po_megatron.launch.shell import LOOPBACK
+from a3po_megatron.ranks.handoff import Handoff
 
 from .report import Report, read_lines
 from .runner import GRACE, ROOT, _load
@@ -49,11 +50,8 @@ def together(
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": 0 if one_device else rank, "WORLD_SIZE": world}
-        place |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": meeting.getsockname()[1],
-            "A3PO_STORE_FD": meeting.fileno(),
-        }
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting.getsockname()[1]}
+        place |= Handoff(store_fd=meeting.fileno()).environment()
         settings = {**os.environ, **LOOPBACK, **(environment or {}), **{k: str(v) for k, v in place.items()}}
         if one_device:
             settings["CUDA_VISIBLE_DEVICES"] = _device(rank)

@@ -1,18 +1,10 @@
-"""What a rank's environment is: what the launcher's shell hands on, what is taken out of it, what is put in.
+"""What of the launcher's shell reaches ranks, and what is taken out of it.
 
 A shell that starts or submits a run may be inside another launcher's task (torchrun, mpirun, srun, salloc), on a login
 node with other network interfaces, or told by its site to export nothing. Of all that nothing may decide who a rank is,
 where ranks meet, or what srun gives them; everything else (PATH, HF_HOME, NCCL_DEBUG …) is the user's and is passed on.
 
-What a launcher of ours puts in, for its ranks alone:
-
-    A3PO_STARTED      when the command began, in seconds since the epoch
-    A3PO_WORDS_FD     a pipe for the last words of a rank on the launcher's machine
-    A3PO_WORDS_DIR    a folder for those of a rank on any node
-    A3PO_STORE_FD     the port where the ranks meet, listening already: rank 0's
-    A3PO_CONSOLE_FD   the launcher's terminal: rank 0's
-
-and for a job's batch process: A3PO_SIGNALLED (launch/signals.py), A3PO_ATTEMPT (its number in a chain).
+What a launcher of ours puts in stands in ranks/handoff.py.
 """
 
 from __future__ import annotations
@@ -23,9 +15,8 @@ import socket
 from collections.abc import Mapping
 
 from ..errors import RequestError
+from ..ranks.handoff import VARIABLES
 
-RANKS_OWN = ("A3PO_STARTED", "A3PO_WORDS_FD", "A3PO_WORDS_DIR", "A3PO_STORE_FD", "A3PO_CONSOLE_FD")
-JOBS_OWN = ("A3PO_SIGNALLED", "A3PO_ATTEMPT")
 # Who a process is in another launcher's eyes, and where its ranks meet.
 OTHER_LAUNCHERS = re.compile(
     r"RANK|(LOCAL|GROUP|NODE|ROLE)_RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)|NNODES|NPROC_PER_NODE"
@@ -73,7 +64,7 @@ def _over_loopback(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _kept(environ: Mapping[str, str]) -> dict[str, str]:
     def stays(name: str) -> bool:
-        if name in RANKS_OWN + JOBS_OWN or OTHER_LAUNCHERS.fullmatch(name) or name.startswith("SRUN_"):
+        if name in VARIABLES.values() or OTHER_LAUNCHERS.fullmatch(name) or name.startswith("SRUN_"):
             return False
         return not name.startswith("SLURM") or OF_THE_JOB.fullmatch(name) is not None
 

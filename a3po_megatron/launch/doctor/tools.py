@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from .doctor_gpu import installed, output
+from .probe import installed, output, run
 
 SECONDS = 10
 SHOWN = 160  # characters of what a program complains of
@@ -73,14 +72,12 @@ def ask(*command: str) -> tuple[int | None, str]:
     if shutil.which(command[0]) is None:
         return None, ""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return 1, f"no answer within {SECONDS} s"
+        ran = run(command, SECONDS)
     except OSError as error:
         return 1, str(error)
-    return done.returncode, done.stdout.strip() or done.stderr.strip()
+    if ran.code is None:
+        return 1, f"no answer within {SECONDS} s"
+    return ran.code, ran.printed.strip() or ran.complained.strip()
 
 
 def short(text: str) -> str:

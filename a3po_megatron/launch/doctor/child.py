@@ -1,5 +1,5 @@
 """What `a3po doctor` asks of libraries and of the driver, step by step, in a process of its own
-(doctor_gpu.run_child).
+(probe.run_child).
 
 Each step says that it begins and what it found; one that raises is a finding, one that does not come back is known by
 name. A step imports what it needs itself: where a package is missing the others still answer.
@@ -65,7 +65,7 @@ def _child_peers() -> dict[str, Any]:
 
 
 def _child_engine() -> dict[str, Any]:
-    from ..compat import cuda
+    from ...compat import cuda
 
     cuda.preload(Path(sysconfig.get_path("purelib")))  # as ranks do
     import transformer_engine.pytorch  # noqa: F401
@@ -92,7 +92,7 @@ def _child_triton() -> dict[str, Any]:
     """Compiles the loss's kernels and runs them on two logits: log-prob and entropy of an even chance."""
     import torch
 
-    from ..learner.vocab_parallel import logprob_and_entropy
+    from ...learner.vocab_parallel import logprob_and_entropy
 
     target = torch.zeros(1, dtype=torch.int64, device="cuda")
     found = logprob_and_entropy(torch.zeros(1, 2, device="cuda"), target, None)
