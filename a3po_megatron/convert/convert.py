@@ -42,8 +42,7 @@ from ..model.facts import ModelFacts
 from ..model.families.dense import MEGATRON_LAYER
 from ..model.quantised import FIELDS
 from ..model.read import read_facts, read_source
-from ..run.folder import newest_whole
-from ..run.manifest import read_manifest
+from ..run.folder import newest_saved
 from ..weights.fp8 import name_of, read_values, rounded_to
 from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count, deal, run_jobs
@@ -266,9 +265,7 @@ def newest_checkpoint(folder: Path) -> Path:
         if not folder.is_dir():
             raise RequestError(f"{folder}: there is no such folder")
         return folder
-    checkpoint, wrong = newest_whole(run.checkpoints, judge=read_manifest)  # its bytes are read, and hashed, after this
-    if wrong:  # an older one would be taken for the newest
-        raise RequestError(f"{wrong[0]}; to export an older checkpoint, name its folder")
+    checkpoint = newest_saved(run.checkpoints)
     if checkpoint is None:
         raise RequestError(f"{folder}: this run has not saved any weights (checkpoint.every_steps)")
     return checkpoint

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"  # in a checkpoint's folder
 LATEST = "latest"  # in checkpoints/: the newest one's name
 LEAD = "lead_seconds"
 STALL = "stall"  # in logs/
+SCRIPT = "job.sbatch"
 STEP, TORN = "step-", "torn-"  # of a checkpoint that was put aside, TORN stands before its name
 _STEP = re.compile(rf"(?:{TORN})?{STEP}([0-9]+)(?:\..*)?")
 _RANK = re.compile(r"(?:.*\.)?rank-([0-9]+)(?:\..*)?")
@@ -47,7 +48,7 @@ class RunFolder:
         self.logs = path / "logs"
         self.stall = self.logs / STALL  # what a run that stood still ended with
         self.starts = self.logs / "starts.json"  # how many starts in a row brought it no further
-        self.script, self.sweep = path / "job.sbatch", path / "sweep.json"  # what `a3po submit` makes
+        self.script, self.sweep = path / SCRIPT, path / "sweep.json"  # what `a3po submit` makes
 
 
 def step_of(path: Path) -> int:

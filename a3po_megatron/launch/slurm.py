@@ -24,7 +24,7 @@ from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
 from ..files.lock import hold
-from ..files.run_folder import LEAD, RunFolder, step_folders
+from ..files.run_folder import SCRIPT, RunFolder, step_folders
 from ..ranks.topology import topology_of
 from ..run.folder import save_resolved
 from ..run.manifest import Torn, read_manifest
@@ -38,7 +38,6 @@ TEMPLATE = Path(__file__).resolve().parents[2] / "slurm" / "train.sbatch.j2"
 RAY_CLUSTER = TEMPLATE.parents[1] / "launchers" / "ray_cluster.py"
 FIRST_LEAD_SECONDS = 300
 START_UP_SECONDS = 60  # of a run that has measured none: imports, weights, the engine
-SCRIPT = "job.sbatch"
 # Of slurm.extra, what every job of a run is to have: where it may run, and for whom.
 ALL_JOBS = ("clusters", "constraint", "reservation", "wckey")
 # Of a multi-node run; each with its reason, which stands in the script too.
@@ -157,7 +156,7 @@ def lead_seconds(config: Config, folder: Path) -> int:
     if config.slurm.lead_seconds is not None:
         return config.slurm.lead_seconds
     try:
-        return max(30, int((folder / LEAD).read_text().split()[0]))
+        return max(30, int(RunFolder(folder).lead_seconds.read_text().split()[0]))
     except (OSError, ValueError, IndexError):  # it has not measured yet, or was killed while it wrote that down
         return FIRST_LEAD_SECONDS
 
@@ -179,7 +178,8 @@ def _check_time(config: Config, folder: Path) -> None:
     slurm, lead, start_up = config.slurm, lead_seconds(config, folder), start_up_seconds(folder)
     if (limit := limit_seconds(slurm.time)) > lead + start_up:
         return
-    whose = "as given" if slurm.lead_seconds is not None else "as measured" if (folder / LEAD).exists() else "unset"
+    measured = RunFolder(folder).lead_seconds.exists()
+    whose = "as given" if slurm.lead_seconds is not None else "as measured" if measured else "unset"
     raise RequestError(
         f"slurm.time = {slurm.time} is {limit:.0f} s, but the signal to stop comes {lead} s before the end "
         f"(slurm.lead_seconds, {whose}) and a start takes about {start_up} s, so that no step could be done: raise "
@@ -190,7 +190,7 @@ def _check_time(config: Config, folder: Path) -> None:
 def start_up_seconds(folder: Path) -> int:
     """What a start of the run in the folder took until its first step, the last time; else START_UP_SECONDS."""
     try:
-        last = (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        last = RunFolder(folder).metrics.read_bytes().splitlines()[-1]
         return math.ceil(float(json.loads(last)["startup/seconds"]))
     except (OSError, ValueError, LookupError, TypeError, OverflowError):  # no step yet, or a line that was cut off
         return START_UP_SECONDS
@@ -220,12 +220,12 @@ def _check_alike(folder: Path, config: Config) -> None:
 
 def _write(plan: Plan, overrides: list[list[str]]) -> None:
     for folder, config in zip(plan.folders, plan.configs, strict=True):
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        save_resolved(config, folder / "config.yaml")
+        RunFolder(folder).logs.mkdir(parents=True, exist_ok=True)
+        save_resolved(config, RunFolder(folder).config)
     if len(plan.folders) > 1:
         names = {folder.name: words for folder, words in zip(plan.folders, overrides, strict=True)}
-        (plan.top / "sweep.json").write_text(json.dumps(names, indent=2) + "\n")
-    (plan.top / "logs").mkdir(exist_ok=True)
+        RunFolder(plan.top).sweep.write_text(json.dumps(names, indent=2) + "\n")
+    RunFolder(plan.top).logs.mkdir(exist_ok=True)
     (plan.top / SCRIPT).write_text(plan.script, encoding="utf-8")
 
 

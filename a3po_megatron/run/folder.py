@@ -10,26 +10,24 @@ Where what lies, and how steps are written in names, stands in files/run_folder.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from ..config import Config, resolved_text
 from ..errors import RequestError
 from ..files.replace import move, write_whole
 from ..files.run_folder import LATEST, MANIFEST, step_folders, step_of, torn_folder, torn_folders
-from .manifest import Manifest, Torn, check_whole
+from .manifest import Torn, check_whole
 
 
-def newest_whole(checkpoints: Path, judge: Callable[[Path], Manifest] = check_whole) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that is whole, and what is wrong with those that are newer.
+def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint whose every byte is as it was written, and what is wrong with those that are newer.
 
-    `judge`: reads every byte (check_whole), or the manifest alone (read_manifest) where whoever asks reads the rest.
     None: there never was one. Raises RequestError if there are checkpoints and none is whole, or one cannot be judged.
     """
     wrong: list[str] = []
     for folder in reversed(step_folders(checkpoints)):
         try:
-            judge(folder)
+            check_whole(folder)
         except Torn as error:
             wrong.append(str(error))
             continue
@@ -40,6 +38,12 @@ def newest_whole(checkpoints: Path, judge: Callable[[Path], Manifest] = check_wh
             "one in place, or choose another --run-dir"
         )
     return None, []
+
+
+def newest_saved(checkpoints: Path) -> Path | None:
+    """Returns the newest checkpoint that has its last file; None where there is none. For whoever reads all of it, and
+    holds it against its digests, anyway."""
+    return next((folder for folder in reversed(step_folders(checkpoints)) if (folder / MANIFEST).is_file()), None)
 
 
 def put_aside(checkpoints: Path, after: int) -> None:
