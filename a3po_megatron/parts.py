@@ -32,6 +32,7 @@ from .run.recorder import Recorder
 from .run.rejected import Rejected
 from .run.scores import Scores
 from .run.stop import INTERRUPT, Interrupt, Stop
+from .telemetry.catalogue import Phase
 from .telemetry.clock import phase
 from .weights.publish import Publish, Publisher
 
@@ -80,11 +81,11 @@ def build(
     tokens = Tokens.of(config.data, model, facts.vocab, facts.eos)
     prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
-    with phase("engine"):
+    with phase(Phase.ENGINE):
         engine = engine_of(model, facts, tokens.stops, config.rollout, dtype, cluster.backend)
     stop.while_starting(folder)
     checkpoint = resumed_from(folder, cluster)
-    with phase("model"):
+    with phase(Phase.MODEL):
         learner = learner_of(cluster, facts, config, checkpoint)
     stop.while_starting(folder)
     journal = Journal(place.journal, cluster.rank, identity(config), config.checkpoint.replay == "all")

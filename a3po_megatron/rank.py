@@ -35,6 +35,7 @@ def _run(folder: Path) -> None:
     from .ranks.groups import connect
     from .ranks.handoff import Handoff
     from .reward.graders import math_graders
+    from .telemetry.catalogue import Phase
     from .telemetry.clock import CLOCK, phase
     from .telemetry.watchdog import Watchdog
     from .train import train
@@ -47,11 +48,11 @@ def _run(folder: Path) -> None:
     watchdog = Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words)
     if environment.launched():
         watchdog.start()
-    CLOCK.seconds["imports"] = environment.since_start()
+    CLOCK.seconds[Phase.IMPORTS] = environment.since_start()
     check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     check_interfaces()
     with math_graders(config.reward) as graders:
-        with phase("groups"):
+        with phase(Phase.GROUPS):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
         train(build(folder, config, cluster, graders, started=Handoff.of().started))

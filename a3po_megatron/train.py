@@ -1,6 +1,6 @@
 """The loop: A3PO as one reads it in the paper. Every rank runs it, with its parts (parts.py).
 
-`python -m a3po_megatron.train RUN_DIR` starts a rank, by way of rank.py; nothing here is imported for that.
+`python -m a3po_megatron.train RUN_DIR` starts a rank, by way of rank.py: nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .telemetry.catalogue import Phase
 
 if TYPE_CHECKING:
     from .parts import Parts
@@ -28,7 +30,7 @@ def train(parts: Parts) -> None:
             with residency.training():  # learner awake, engine asleep
                 batch = assemble(groups)  # group-normalised advantage per rollout
                 batch = scores(step, batch, learner.score)  # old log-probs, entropy: computed once, durable
-                stop.if_due("update", "publish")  # an update is never left half done
+                stop.if_due(Phase.UPDATE, Phase.PUBLISH)  # an update is never left half done
                 batch = shape(batch, step)  # A3PO: token weights from old log-probs and polarity
                 stats = learner.update(batch)  # one optimiser step a mini-batch; not finite: not applied
             with residency.publishing():  # parameters and engine weights, nothing else

@@ -18,7 +18,7 @@ from a3po_megatron.config import load_config
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.report.read import read_rollouts
-from a3po_megatron.telemetry.metrics import METRICS
+from a3po_megatron.telemetry.catalogue import METRICS
 from tests.distributed.runner import ROOT
 
 pytestmark = pytest.mark.alone

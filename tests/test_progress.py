@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from a3po_megatron.telemetry.metrics import METRICS
+from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.progress import ProgressLine
 
 

@@ -19,7 +19,7 @@ from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.model.facts import Experts
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
-from a3po_megatron.telemetry.metrics import METRICS
+from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.rollouts import save_rejected
 from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAYERS, PER_TOKEN
 from tests.distributed.runner import Case, run_ranks

@@ -11,11 +11,7 @@ from pathlib import Path
 
 
 def prepare() -> None:
-    """Installs what this machine's path needs. Idempotent.
-
-    Called at module level by entry scripts: whatever starts children that import the main module again must find the
-    patches in them too.
-    """
+    """Installs what this machine's path needs. Idempotent."""
     import torch
 
     from . import python

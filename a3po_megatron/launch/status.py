@@ -19,12 +19,12 @@ from ..errors import RequestError
 from ..files.lock import is_live
 from ..files.run_folder import RunFolder, rank_file, step_folders, step_of
 from ..ranks.topology import topology_of
+from ..telemetry.catalogue import SECONDS, STEP
 from ..telemetry.watchdog import position, stalled
 from .tables import runs
 
 ASK_SECONDS = 20
 RECENT = 10  # steps that a rate is taken over
-PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
 Row = tuple[str, str]
 
 
@@ -65,7 +65,7 @@ def _progress(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
     yield "state", state if live is not None else f"{state} (its file system has no locks: it may be live all the same)"
     yield "step", f"{done} of {steps}"
     recent = rows[-RECENT:]
-    if seconds := sum(row.get(f"perf/seconds_{phase}") or 0.0 for row in recent for phase in PHASES):
+    if seconds := sum(row.get(f"{SECONDS}{phase}") or 0.0 for row in recent for phase in STEP):
         seconds /= len(recent)
         tokens = recent[-1].get("perf/tokens_per_second")
         rate = f"{seconds:.1f} s a step" + (f", {tokens:,.0f} tokens/s" if tokens else "")

@@ -42,6 +42,7 @@ from ..ranks.agree import first
 from ..ranks.groups import Cluster
 from ..run.store import SHARDING, load_sharded
 from ..schedule.packing import pack, token_multiple
+from ..telemetry.catalogue import Phase
 from ..telemetry.clock import phase
 from ..weights.load import all_finite, load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
@@ -153,7 +154,7 @@ class Learner:
 
         A batch that has them, from before an interruption, is left as it is.
         """
-        with phase("score"):
+        with phase(Phase.SCORE):
             if batch.old_logprobs is not None:
                 return batch
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
@@ -191,7 +192,7 @@ class Learner:
 
         An update that is not finite on any rank is applied on none; `batch.rejected` names its mini-batch.
         """
-        with phase("update"):
+        with phase(Phase.UPDATE):
             assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
             advantages = batch.token_weights * batch.advantages[batch.rollout_index]
             correction = sampler_correction(batch.old_logprobs, batch.rollout_logprobs, self.correction)

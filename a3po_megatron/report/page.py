@@ -22,7 +22,8 @@ from markupsafe import Markup
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder, rollout_files
 
-from .charts import CHARTS, PHASE_PREFIX, PHASES, Chart, chart_of, smoothing_window
+from ..telemetry.catalogue import SECONDS, STEP
+from .charts import CHARTS, Chart, chart_of, smoothing_window
 from .read import Record, Run, read_rollouts, read_run
 
 ROLLOUT_BYTES = 7_000_000  # of the page, for the rollouts of all runs together
@@ -74,7 +75,7 @@ def render(runs: Sequence[Run]) -> str:
         "runs": data_runs,
         "charts": [chart._asdict() for chart in _charts(runs)],
         "phases": _phases(runs),
-        "phasePrefix": PHASE_PREFIX,
+        "phasePrefix": SECONDS,
         "window": window,
         "open": _opening(data_runs),
     }
@@ -109,13 +110,13 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     present = dict.fromkeys(name for run in runs for name in run.metrics if run.values(name))
     known = [chart for chart in CHARTS if any(metric in present for metric, _ in chart.lines)]
     shown = {metric for chart in CHARTS for metric, _ in chart.lines}
-    other = [chart_of(name) for name in present if name not in shown and not name.startswith(PHASE_PREFIX)]
+    other = [chart_of(name) for name in present if name not in shown and not name.startswith(SECONDS)]
     return known + other
 
 
 def _phases(runs: Sequence[Run]) -> list[str]:
-    found = {name.removeprefix(PHASE_PREFIX) for run in runs for name in run.metrics if name.startswith(PHASE_PREFIX)}
-    return [phase for phase in PHASES if phase in found] + sorted(found - set(PHASES))
+    found = {name.removeprefix(SECONDS) for run in runs for name in run.metrics if name.startswith(SECONDS)}
+    return [phase for phase in STEP if phase in found] + sorted(found - set(STEP))
 
 
 def _summary(run: Run, label: str) -> Record:

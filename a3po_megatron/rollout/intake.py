@@ -29,6 +29,7 @@ from ..ranks.groups import Cluster
 from ..reward.reward import score
 from ..run.journal import Journal
 from ..run.stop import Interrupt
+from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request
 
@@ -92,7 +93,7 @@ class Intake:
             groups, grading, leave = self._sample(self.prompts.take(count), step)
             if leave is None:
                 self._grade(grading, step)
-                leave = self.interrupt.due("reward", "score")
+                leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
             if leave := self.cluster.agree("leave the rollout", leave, first):
                 raise Interrupted(leave)
             sampled += groups
@@ -124,8 +125,8 @@ class Intake:
 
         All ranks of an engine hold the same completions: its leaders share them out.
         """
-        with phase("rollout"):
-            start, before, leaders = time.monotonic(), CLOCK.seconds["rollout"], self.cluster.engine_leaders
+        with phase(Phase.ROLLOUT):
+            start, before, leaders = time.monotonic(), CLOCK.seconds[Phase.ROLLOUT], self.cluster.engine_leaders
             mine = prompts[self.cluster.engine :: self.cluster.engines]
             place = leaders.index(self.cluster.rank) if self.cluster.rank in leaders else len(mine)
             led = {prompt.index for prompt in mine[place :: len(leaders)]}
@@ -178,14 +179,14 @@ class Intake:
         `before`: seconds of the step's earlier rounds, which are safe; `elapsed`: of this one, whose unfinished
         rollouts would be lost.
         """
-        leave = self.interrupt.due("reward", "score")
-        worth = self.interrupt.worth_finishing("rollout", before + elapsed, elapsed, "reward", "score")
+        leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
+        worth = self.interrupt.worth_finishing(Phase.ROLLOUT, before + elapsed, elapsed, Phase.REWARD, Phase.SCORE)
         wants = leave is not None and not worth
         return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
 
     def _grade(self, grading: list[_Grading], step: int) -> None:
         """Waits for the last verdicts: most came while others were sampled."""
-        with phase("reward"):
+        with phase(Phase.REWARD):
             for group, verdicts in grading:
                 for rollout, verdict in zip(group.rollouts, verdicts.result(), strict=True):
                     rollout.verdict = verdict

@@ -29,6 +29,7 @@ from ..files.side_files import HF, copy_side_files
 from ..files.torch_dist import indexes
 from ..ranks.agree import same, sum_lists
 from ..ranks.groups import Cluster
+from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
 from .background import Background
 from .folder import name_latest, prune
@@ -145,7 +146,7 @@ class Checkpoints:
         """Yields the steps still to do. Raises Interrupted where all ranks agreed to stop before the first."""
         start = self._boundary.step
         self._recorder.started(start)
-        self._stop.if_due("score")
+        self._stop.if_due(Phase.SCORE)
         if self._streams is not None:  # not before: publish, canary and witness of a start may draw, too
             restore_random_state(self._streams)
         for step in range(start, self._config.trainer.steps):
@@ -156,7 +157,7 @@ class Checkpoints:
         """After a step: saves where that is due, and at the end. Raises Interrupted where all agreed to stop."""
         done, options = step + 1, self._config.checkpoint
         last = done == self._config.trainer.steps
-        with phase("checkpoint"):
+        with phase(Phase.CHECKPOINT):
             self._complete_save(wait=False)
             self._boundary = self._state(done)
             if last or done % options.every_steps == 0:
@@ -169,12 +170,12 @@ class Checkpoints:
         if self._cluster.rank == 0:  # what a job's signal should come before its end, for the next submission
             self._stop.interrupt.save(self.folder.path)
         if not last:
-            self._stop.if_due("score")
+            self._stop.if_due(Phase.SCORE)
 
     def leave(self, reason: Interrupted) -> None:
         """Saves what the weights in memory belong to, and ends the run so: raises Interrupted. Collective."""
         boundary = self._boundary
-        with phase("checkpoint"):
+        with phase(Phase.CHECKPOINT):
             self._complete_save(wait=True)
             if boundary.step not in (0, self._saved):  # at 0 there is nothing that the configuration does not say
                 self._save(boundary)

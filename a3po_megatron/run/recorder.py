@@ -21,14 +21,14 @@ from ..errors import RunFailed
 from ..files.run_folder import RunFolder
 from ..ranks.groups import Cluster
 from ..ranks.handoff import Handoff
+from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Phase
 from ..telemetry.clock import CLOCK
-from ..telemetry.metrics import RESIDENCY, STARTUP, MetricsWriter, read_metric
+from ..telemetry.metrics import MetricsWriter, read_metric
 from ..telemetry.progress import ProgressLine, open_console
 from ..telemetry.rollouts import save_rollouts
 from .rejected import Rejected
 
 INERT_WARNING = 0.95
-_PHASES = ("rollout", "reward", "score", "update", "publish", "checkpoint")
 
 
 class Recorder:
@@ -79,7 +79,7 @@ class Recorder:
         sums = self._cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
         # A step's row is written before its own checkpoint: what it shows is the time of the one before.
         seconds = self._cluster.agree(
-            "seconds", CLOCK.seconds | {"checkpoint": CLOCK.before.get("checkpoint", 0.0)}, _slowest
+            "seconds", CLOCK.seconds | {Phase.CHECKPOINT: CLOCK.before.get(Phase.CHECKPOINT, 0.0)}, _slowest
         )
         elapsed = self._cluster.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
         memory = self._cluster.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
@@ -100,7 +100,7 @@ class Recorder:
                     "refit/canary_mean": receipt.canary_mean,
                     "refit/witness": receipt.witness,
                     "perf/tokens_per_second": sampled / elapsed,
-                    **{f"perf/seconds_{name}": seconds.get(name, 0.0) for name in _PHASES},
+                    **{f"{SECONDS}{name}": seconds.get(name, 0.0) for name in STEP},
                     "startup/seconds": self._startup,
                     **self._stages,
                     **{f"memory/{name}_bytes": value for name, value in memory.items()},
@@ -167,4 +167,4 @@ def _largest(by_rank: list[dict[str, int]]) -> dict[str, int]:
 
 def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
     """A phase lasts as long as its slowest rank."""
-    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in _PHASES}
+    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in STEP}

@@ -32,6 +32,7 @@ from ..errors import Interrupted
 from ..files.replace import write_whole
 from ..files.run_folder import RunFolder
 from ..ranks.agree import first
+from ..telemetry.catalogue import Phase
 
 if TYPE_CHECKING:  # this module is imported before torch is
     from ..ranks.groups import Cluster
@@ -111,7 +112,7 @@ class Interrupt:
 
     def save(self, folder: Path) -> None:
         """Writes down what was measured, for the run's next start, and its next job's signal."""
-        lead = max(self.lead("reward", "score"), self.lead("update", "publish"))
+        lead = max(self.lead(Phase.REWARD, Phase.SCORE), self.lead(Phase.UPDATE, Phase.PUBLISH))
         seconds = {phase: round(self.expected(phase), 3) for phase in self._seconds}
         write_whole(RunFolder(folder).lead_seconds, f"{lead:.0f}\n{json.dumps(seconds)}\n")
 

@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from .catalogue import Phase
+
 
 class Clock:
     def __init__(self) -> None:
@@ -26,12 +28,12 @@ class Clock:
         self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
         self.changes = 0
         self._moved = time.monotonic()
-        self._stack = ["start-up"]
+        self._stack = [Phase.START_UP]
         self._file: Path | None = None
         self.listener = lambda step, phase: None  # called at every change, for the progress line
 
     @property
-    def current(self) -> str:
+    def current(self) -> Phase:
         return self._stack[-1]
 
     def attach(self, file: Path) -> None:
@@ -40,8 +42,9 @@ class Clock:
         self._announce()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Marks the block as phase `name`; a phase inside another one counts for itself only."""
+    def phase(self, name: Phase | str) -> Iterator[None]:
+        """Marks the block as a phase; a phase inside another one counts for itself only. ValueError for no phase."""
+        name = Phase(name)
         start, inside = time.perf_counter(), sum(self.seconds.values())
         self.beat()
         self._stack.append(name)
@@ -66,7 +69,7 @@ class Clock:
         """A new step: its seconds start at 0."""
         self.step, self.begun = step, time.perf_counter()
         self.beat()
-        self._stack[0] = "between phases"
+        self._stack[0] = Phase.BETWEEN
         self.before = dict(self.seconds)
         self.seconds.clear()
         self._announce()

@@ -1,7 +1,7 @@
 """`metrics.jsonl` (one flat object a step, `step` first) and TensorBoard, written by rank 0.
 
-Every metric stands in every row: 0 where shaping is inactive, null where a value is undefined. A value that is not
-finite is an error here rather than invalid JSON in a file.
+Every metric of the catalogue stands in every row. A value that is not finite is an error here rather than invalid JSON
+in a file.
 """
 
 from __future__ import annotations
@@ -13,27 +13,7 @@ from typing import Any
 
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
-
-STARTUP = ("imports", "groups", "engine", "model", "publish")  # seconds of each, of a run's start
-RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
-METRICS = (
-    *("reward/mean", "reward/correct_rate", "reward/invalid_rate"),
-    *("rollout/length_mean", "rollout/truncated_rate", "rollout/tokens"),
-    *("rollout/kept_groups", "rollout/carried_groups", "rollout/rounds"),
-    *("task/stepwise_rate", "task/at_once_rate"),  # of a task that names ways of answering
-    *("policy/entropy", "policy/old_logprob_mean", "policy/kl_old", "policy/clip_low_rate", "policy/clip_high_rate"),
-    *("policy/grad_norm", "policy/ratio_first_max", "policy/rejected_updates"),
-    "shaping/rho",
-    *("shaping/shaped_rate_positive", "shaping/inert_rate_positive", "shaping/gradient_share_positive"),
-    *("shaping/shaped_rate_negative", "shaping/inert_rate_negative", "shaping/gradient_share_negative"),
-    *("mismatch/logprob_abs_mean", "mismatch/kl_k3", "mismatch/routes_rate"),
-    *("learner/loss", "learner/lr"),
-    *("refit/seconds", "refit/bytes", "refit/canary", "refit/canary_mean", "refit/witness"),
-    *("perf/tokens_per_second", "perf/recalled_groups"),
-    *(f"perf/seconds_{phase}" for phase in ("rollout", "reward", "score", "update", "publish", "checkpoint")),
-    *("startup/seconds", *(f"startup/{stage}" for stage in STARTUP), "memory/peak_bytes"),
-    *(f"memory/{state}_bytes" for state in RESIDENCY),
-)  # fmt: skip
+from .catalogue import METRICS
 
 
 def read_metric(folder: Path, name: str) -> list[float | None]:
@@ -56,7 +36,7 @@ class MetricsWriter:
     def write(self, step: int, values: dict[str, float | None]) -> dict[str, float | None]:
         """Writes one row with every metric, in the fixed order; returns it."""
         if unknown := values.keys() - set(METRICS):
-            raise KeyError(f"not in telemetry.metrics.METRICS: {sorted(unknown)}")
+            raise KeyError(f"not in telemetry/catalogue.py: {sorted(unknown)}")
         row: dict[str, float | None] = {"step": step}
         for name in METRICS:
             value = values.get(name)

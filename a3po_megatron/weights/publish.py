@@ -37,6 +37,7 @@ from ..ranks.agree import first, same
 from ..ranks.groups import Cluster
 from ..rollout.engine import Engine, Request
 from ..run.journal import Journal
+from ..telemetry.catalogue import Phase
 from ..telemetry.clock import phase
 from .export import export_stream
 from .fuse import FusedExperts
@@ -112,7 +113,7 @@ class Publisher:
         engine: Engine,
     ) -> Receipt:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
-        with phase("publish"):
+        with phase(Phase.PUBLISH):
             start, timings = time.perf_counter(), Timings()
             self.cluster.agree("publish plan", [self.ranks, self.digest], one_plan_a_replica)
             coming = {tensor.name: tensor for tensor in self.plan.tensors(self.rank)}
@@ -189,7 +190,7 @@ class Publisher:
 
         Rank 0 holds the whole model while it is asked.
         """
-        with phase("publish"):
+        with phase(Phase.PUBLISH):
             self.export(parameters, dtype, source, scratch)
             worst = 0.0
             if self.cluster.rank == 0:

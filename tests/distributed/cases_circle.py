@@ -238,6 +238,7 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
 def _publish_without_room(made: Parts) -> str:
     """What a start says on a host that cannot hold the model once more."""
     said: list[str] = []
+    made.publish._first = True
     with mock.patch.object(witness, "available_bytes", return_value=1000):
         if made.cluster.rank == 0:
             with mock.patch.object(made.recorder._progress, "say", said.append):

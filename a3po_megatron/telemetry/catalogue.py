@@ -1,0 +1,104 @@
+"""The phases of a run and its metrics, by name: said here once, for the loop, rows, charts and `a3po status`.
+
+A metric stands in every row, in this order: 0 where shaping is inactive, null where it is undefined. One that is not
+here is refused (telemetry/metrics.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Phase(StrEnum):
+    """What a rank is doing."""
+
+    START_UP = "start-up"  # before the first of these
+    IMPORTS = "imports"
+    GROUPS = "groups"  # ranks meet
+    ENGINE = "engine"
+    MODEL = "model"
+    BETWEEN = "between phases"
+    ROLLOUT = "rollout"
+    REWARD = "reward"
+    SCORE = "score"
+    UPDATE = "update"
+    PUBLISH = "publish"
+    CHECKPOINT = "checkpoint"
+
+
+STEP = (Phase.ROLLOUT, Phase.REWARD, Phase.SCORE, Phase.UPDATE, Phase.PUBLISH, Phase.CHECKPOINT)  # of a step, in order
+STARTUP = (Phase.IMPORTS, Phase.GROUPS, Phase.ENGINE, Phase.MODEL, Phase.PUBLISH)  # of a start
+RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
+SECONDS = "perf/seconds_"  # before a phase's name: its seconds in a step
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    unit: str  # of the stored value; "share": of 1
+    meaning: str
+    chart: str = ""  # the title of the chart that draws it (report/charts.py); none: it is drawn by itself
+    line: str = ""  # what it is called there
+
+
+def _both(name: str, meaning: str, chart: str) -> dict[str, Metric]:
+    sides = {"positive": "correct rollouts", "negative": "wrong rollouts"}
+    return {
+        side: Metric(f"{name}_{side}", "share", meaning.format(rollouts), chart, rollouts)
+        for side, rollouts in sides.items()
+    }
+
+
+_SHAPED = _both("shaping/shaped_rate", "response tokens of {} that carry the weight ρ", "Shaped tokens")
+_INERT = _both("shaping/inert_rate", "shaped tokens of {} with 1 − p < 1e-4", "Inert shaped tokens")
+_PULL = _both(
+    "shaping/gradient_share", "part of Σ w·|A|·(1 − p) over {} on shaped tokens", "Gradient share of shaped tokens"
+)
+
+CATALOGUE = (
+    Metric("reward/mean", "reward", "mean reward of all sampled rollouts", "Mean reward", "mean"),
+    Metric("reward/correct_rate", "share", "sampled rollouts that the grader found correct", "Correct rate", "correct"),
+    Metric("reward/invalid_rate", "share", "rollouts whose grading failed", "Truncated and invalid", "invalid"),
+    Metric("rollout/length_mean", "tokens", "mean length of all sampled responses", "Response length", "mean"),
+    Metric("rollout/truncated_rate", "share", "responses cut off at the limit", "Truncated and invalid", "truncated"),
+    Metric("rollout/tokens", "tokens", "response tokens that were sampled"),
+    Metric("rollout/kept_groups", "groups", "groups that the step trained on", "Kept groups", "kept"),
+    Metric("rollout/carried_groups", "groups", "of those, sampled in a step before", "Kept groups", "carried over"),
+    Metric("rollout/rounds", "rounds", "rounds of sampling that filled the groups", "Sampling rounds", "rounds"),
+    Metric("task/stepwise_rate", "share", "responses that write steps first", "Ways of answering", "stepwise"),
+    Metric("task/at_once_rate", "share", "responses that answer at once", "Ways of answering", "at once"),
+    Metric("policy/entropy", "nats", "mean entropy over response tokens", "Entropy", "entropy"),
+    Metric("policy/old_logprob_mean", "nats", "mean old log-prob", "Log-prob of sampled tokens", "mean"),
+    Metric("policy/kl_old", "nats per token", "divergence from the old policy (k3)", "KL to the old policy", "KL"),
+    Metric("policy/clip_low_rate", "share", "tokens clipped from below", "Clipped tokens", "below 1 − ε low"),
+    Metric("policy/clip_high_rate", "share", "tokens clipped from above", "Clipped tokens", "above 1 + ε high"),
+    Metric("policy/grad_norm", "norm", "mean gradient norm of the step's updates", "Gradient norm", "norm"),
+    Metric(
+        "policy/ratio_first_max", "ratio", "largest |ratio − 1| at first", "Ratio in the first mini-batch", "largest"
+    ),
+    Metric("policy/rejected_updates", "updates", "updates that were not finite, and not applied"),
+    Metric("shaping/rho", "ρ", "weight of the shaped tokens of correct rollouts", "Token weight ρ", "ρ"),
+    *(_SHAPED["positive"], _INERT["positive"], _PULL["positive"]),
+    *(_SHAPED["negative"], _INERT["negative"], _PULL["negative"]),
+    Metric("mismatch/logprob_abs_mean", "nats", "mean |engine − learner|", "Log-prob difference", "mean absolute"),
+    Metric("mismatch/kl_k3", "nats per token", "divergence of the engines (k3)", "KL between the engines", "k3"),
+    Metric("mismatch/routes_rate", "share", "(token, layer) pairs that the learner would have routed otherwise"),
+    Metric("learner/loss", "loss", "the objective that was minimised", "Loss", "loss"),
+    Metric("learner/lr", "1", "learning rate", "Learning rate", "rate"),
+    Metric("refit/seconds", "s", "of a publish, without the canary", "Publishing", "seconds"),
+    Metric("refit/bytes", "bytes", "that an engine's rank took up in a publish"),
+    Metric("refit/canary", "nats", "largest |learner − engine| on the canary"),
+    Metric("refit/canary_mean", "nats", "mean |learner − engine| on the canary"),
+    Metric("refit/witness", "nats", "largest |learner − transformers| on the canary, when asked"),
+    Metric("perf/tokens_per_second", "tokens/s", "sampled tokens over the step's seconds", "Throughput", "tokens/s"),
+    Metric("perf/recalled_groups", "groups", "that a start of before had finished"),
+    *(Metric(f"{SECONDS}{phase}", "s", f"of the step's phase {phase}, on its slowest rank") for phase in STEP),
+    Metric("startup/seconds", "s", "from the command to the first step"),
+    *(Metric(f"startup/{phase}", "s", f"of the start's phase {phase}, on rank 0") for phase in STARTUP),
+    Metric("memory/peak_bytes", "bytes", "largest memory use of any rank", "Peak memory", "peak"),
+    Metric("memory/publishing_bytes", "bytes", "in use after publishing", "Peak memory", "while publishing"),
+    Metric("memory/rollout_bytes", "bytes", "in use after sampling", "Peak memory", "while sampling"),
+    Metric("memory/training_bytes", "bytes", "in use after training", "Peak memory", "while training"),
+)
+METRICS = tuple(metric.name for metric in CATALOGUE)
