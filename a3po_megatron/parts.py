@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .algorithm.advantage import assemble
+from .algorithm.objectives.clipped import Clipped
 from .algorithm.shaping import shape
+from .algorithm.token_loss import Objective, known
 from .batch import Batch, Collected
 from .config import Config
 from .data.prompts import Prompts
@@ -52,6 +54,7 @@ class Parts:
     assemble: Callable[[Collected], Batch]
     scores: Scores
     shape: Callable[[Batch, int], Batch]
+    objective: Objective
     publish: Publish
     recorder: Recorder
     checkpoints: Checkpoints
@@ -137,6 +140,7 @@ def build(
         assemble=functools.partial(assemble, options=config.advantage, mini_batches=config.trainer.mini_batches),
         scores=Scores(cluster, journal, rejected),
         shape=functools.partial(shape, options=config.shaping),
+        objective=known(Clipped(config.objective, config.correction)),
         publish=publish,
         recorder=recorder,
         checkpoints=checkpoints,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def train(parts: Parts) -> None:
     """Trains a run to its last step. Collective over all ranks."""
     intake, assemble, scores, shape = parts.intake, parts.assemble, parts.scores, parts.shape
-    learner, residency, publish = parts.learner, parts.residency, parts.publish
+    learner, objective, residency, publish = parts.learner, parts.objective, parts.residency, parts.publish
     recorder, checkpoints, stop = parts.recorder, parts.checkpoints, parts.stop
 
     with stop.saving(checkpoints):  # when all ranks agreed that time is up
@@ -32,10 +32,10 @@ def train(parts: Parts) -> None:
                 batch = scores(step, batch, learner.score)  # old log-probs, entropy: computed once, durable
                 stop.if_due(Phase.UPDATE, Phase.PUBLISH)  # an update is never left half done
                 batch = shape(batch, step)  # A3PO: token weights from old log-probs and polarity
-                stats = learner.update(batch)  # one optimiser step a mini-batch; not finite: not applied
+                update = learner.update(batch, objective)  # one optimiser step a mini-batch; not finite: not applied
             with residency.publishing():  # parameters and engine weights, nothing else
                 receipt = publish()  # reshard, load, compare
-            recorder.step(step, groups, batch, stats, receipt)
+            recorder.step(step, groups, batch, update, receipt)
             checkpoints.step(step)  # when due, or when all ranks agreed that time is up
 
 

@@ -8,7 +8,9 @@ import math
 import pytest
 import torch
 
-from a3po_megatron.algorithm.objective import kl_k3, policy_loss, sampler_correction
+from a3po_megatron.algorithm.correction import sampler_correction
+from a3po_megatron.algorithm.kl import kl_k3
+from a3po_megatron.algorithm.objectives.clipped import policy_loss
 from a3po_megatron.config import CorrectionOptions, ObjectiveOptions
 
 

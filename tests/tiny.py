@@ -22,11 +22,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
+from a3po_megatron.config import CorrectionOptions, ObjectiveOptions
 from a3po_megatron.model.cut import Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import Layout
 
+CLIPPED = Clipped(ObjectiveOptions(), CorrectionOptions())  # the objective as it is by default
 VOCAB = 67  # odd: every tensor-parallel size pads it
 
 QWEN3 = {"head_dim": 32, "tie_word_embeddings": True}

@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..batch import Batch
-from .objective import kl_k3
+from .kl import kl_k3
 
 INERT = 1e-4  # a shaped token whose 1 - p is below this has practically no gradient to scale
 

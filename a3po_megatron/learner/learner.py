@@ -3,15 +3,15 @@
     score    log pi_old and entropy of every response token, before anything changes
     update   mini-batches in order, one optimiser step each, old log-probs fixed over all of them
 
-Per mini-batch the loss is the sum over response tokens of -J_t (algorithm/objective.py) divided by the number of
-response tokens of the mini-batch over all ranks, whatever the packing and the number of ranks.
+Per mini-batch the loss is what the objective sums (algorithm/token_loss.py) divided by its normaliser over all ranks,
+whatever the packing and the number of ranks. The objective names what it reports; nothing here knows a metric.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from ..algorithm.objective import kl_k3, policy_loss, sampler_correction
+from ..algorithm.sums import Report, largest_of_each
+from ..algorithm.token_loss import Objective, TokenBatch, normaliser_count
 from ..batch import Batch, Rollout
 from ..compat.megatron import GATHERED, prime
 from ..config import Config, OptimizerOptions
@@ -51,14 +52,21 @@ from .pipeline import Pipeline
 # What goes into one micro-batch: the arguments `sequences`, `starts` and `routed` of micro_batch
 Content = tuple[Sequence[PromptAndResponse], Sequence[int], Sequence[tuple[int, np.ndarray]]]
 
-_SUMS = ("loss", "tokens", "clipped_low", "clipped_high", "kl_k3")
+
+@dataclass(frozen=True)
+class Update:
+    """What the updates of one step were, the same on every rank."""
+
+    reported: dict[str, float | None]  # the objective's metrics; None: undefined
+    gradient_norm: float | None  # mean over the mini-batches that were applied; None: none was
+    learning_rate: float
+    rejected: int  # mini-batches that were not applied
 
 
 class Learner:
     def __init__(self, cluster: Cluster, facts: ModelFacts, config: Config, checkpoint: Path | None = None) -> None:
         """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
         self.cluster, self.facts = cluster, facts
-        self.objective, self.correction = config.objective, config.correction
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
         self.layout = layout_of(config.parallel, cluster.backend.spec)
         self.pieces = pieces(facts, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
@@ -187,57 +195,73 @@ class Learner:
         whole[:, torch.cat([part.index for part in micro_batches])] = results
         return self.cluster.sum_over_context(whole)
 
-    def update(self, batch: Batch) -> dict[str, float | None]:
-        """One optimiser step per mini-batch; returns the step's metrics, the same on every rank.
+    def update(self, batch: Batch, objective: Objective) -> Update:
+        """One optimiser step per mini-batch. Collective.
 
         An update that is not finite on any rank is applied on none; `batch.rejected` names its mini-batch.
         """
         with phase(Phase.UPDATE):
             assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
-            advantages = batch.token_weights * batch.advantages[batch.rollout_index]
-            correction = sampler_correction(batch.old_logprobs, batch.rollout_logprobs, self.correction)
             self.schedule.step(increment=1)
-            totals, norms, first = torch.zeros(len(_SUMS), dtype=torch.float64), [], 0.0
+            whole, norms = Report(objective.metrics), []
             for number in range(batch.mini_batches):
                 chosen = torch.nonzero(batch.mini_batch == number)[:, 0].tolist()
-                sums, farthest = self._accumulate(self._micro_batches(batch, chosen), batch, advantages, correction)
-                first = farthest if number == 0 else first
-                if self._is_broken(sums):
+                part = self._accumulate(self._micro_batches(batch, chosen), batch, objective, number)
+                whole.take(part.largest)
+                if self._is_broken(part.sums):
                     batch.rejected.append(number)
                     continue
-                totals += sums
+                whole.sums += part.sums
                 norms.append(self._step(number))
-            return self._metrics(totals, norms, first, len(batch.rejected))
+            # Ranks of a tensor- or pipeline-parallel group computed the same sums.
+            whole.sums = self.cluster.sum_over_tokens(whole.sums)
+            whole.take(self.cluster.agree("largest values", whole.largest, largest_of_each))
+            return Update(
+                reported=whole.metrics(),
+                gradient_norm=sum(norms) / len(norms) if norms else None,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                rejected=len(batch.rejected),
+            )
 
-    def _accumulate(
-        self, micro_batches: list[MicroBatch], batch: Batch, advantages: Tensor, correction: Tensor
-    ) -> tuple[Tensor, float]:
-        """Gradients of one mini-batch; returns sums over its tokens and the largest |ratio - 1| on this rank."""
-        farthest = 0.0
+    def _accumulate(self, micro_batches: list[MicroBatch], batch: Batch, objective: Objective, number: int) -> Report:
+        """Gradients of one mini-batch; returns what the objective reports of its tokens: sums as on the last stage,
+        maxima of this rank."""
+        report = Report(objective.metrics)
+        starts = batch.lengths.cumsum(0) - batch.lengths
 
         def loss(part: MicroBatch, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, int, Tensor]:
-            nonlocal farthest
-            assert batch.old_logprobs is not None
-            old, advantage, corrected = (
-                values[part.index].to(logprobs.device) for values in (batch.old_logprobs, advantages, correction)
-            )
-            tokens = policy_loss(logprobs, old, advantage, corrected, self.objective)
-            total, count = tokens.loss.sum(), part.index.numel()
-            if count == 0:  # padding alone: a loss of 0 that still reaches every parameter
-                total = logprobs.sum() * 0.0
-            else:
-                farthest = _largest([farthest, float((tokens.ratio - 1).abs().max())])
-            kl = kl_k3(logprobs.detach() - old).sum()
-            clipped = [tokens.clipped_low.sum(), tokens.clipped_high.sum()]
-            sums = torch.stack([total.detach(), kl.new_tensor(float(count)), *clipped, kl])
-            return total, count, sums.double()
+            tokens = self._token_batch(part, logprobs, batch, starts, number)
+            total, sums = objective(tokens)
+            if logprobs.numel() == 0:  # padding alone: a loss of 0 that still reaches every parameter
+                total = total + logprobs.sum() * 0.0
+            return total, normaliser_count(objective, tokens), report.vector(sums, logprobs.device)
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
-        sums = torch.stack(collected).sum(dim=0).cpu() if collected else torch.zeros(len(_SUMS), dtype=torch.float64)
-        return self.pipeline.from_last_stage(sums), farthest
+        sums = torch.stack(collected).sum(dim=0).cpu() if collected else torch.zeros_like(report.sums)
+        report.sums = self.pipeline.from_last_stage(sums)
+        return report
+
+    def _token_batch(self, part: MicroBatch, logprobs: Tensor, batch: Batch, starts: Tensor, number: int) -> TokenBatch:
+        assert batch.old_logprobs is not None and batch.token_weights is not None
+        rollout = batch.rollout_index[part.index]
+        values = {
+            "old_logprobs": batch.old_logprobs[part.index],
+            "rollout_logprobs": batch.rollout_logprobs[part.index],
+            "advantages": batch.advantages[rollout],
+            "token_weights": batch.token_weights[part.index],
+            "rollout": rollout,
+            "begins": part.index == starts[rollout],
+        }
+        return TokenBatch(
+            logprobs=logprobs,
+            **{name: value.to(logprobs.device) for name, value in values.items()},
+            rollouts=len(batch.rollouts),
+            mini_batch=number,
+            context=self.cluster.context_group,
+        )
 
     def _is_broken(self, sums: Tensor) -> bool:
         """Whether the loss or a gradient is not finite on any rank, or so large that its norm would not be."""
@@ -252,26 +276,6 @@ class Learner:
         if not torch.isfinite(torch.tensor(norm)):  # reduced over all ranks: every rank sees the same number
             raise RunFailed(f"the gradient norm of mini-batch {number} is {norm}: the update cannot be trusted")
         return norm
-
-    def _metrics(self, totals: Tensor, norms: list[float], first: float, rejected: int) -> dict[str, float | None]:
-        # Ranks of a tensor- or pipeline-parallel group computed the same sums.
-        sums = dict(zip(_SUMS, self.cluster.sum_over_tokens(totals).tolist(), strict=True))
-        first = self.cluster.agree("the first mini-batch's largest ratio", first, _largest)
-        tokens = sums["tokens"]
-
-        def mean(name: str) -> float | None:
-            return sums[name] / tokens if tokens else None
-
-        return {
-            "learner/loss": mean("loss"),
-            "learner/lr": self.optimizer.param_groups[0]["lr"],
-            "policy/kl_old": mean("kl_k3"),
-            "policy/clip_low_rate": mean("clipped_low"),
-            "policy/clip_high_rate": mean("clipped_high"),
-            "policy/grad_norm": sum(norms) / len(norms) if norms else None,
-            "policy/ratio_first_max": first if math.isfinite(first) else None,
-            "policy/rejected_updates": float(rejected),
-        }
 
     def _micro_batches(self, batch: Batch, chosen: Sequence[int]) -> list[MicroBatch]:
         """The chosen rollouts, packed; at least one micro-batch, so that every rank joins every collective."""
@@ -319,11 +323,6 @@ def _is_usable(gradients: Tensor) -> bool:
     """Finite, and so small that the square of the norm of 1e11 of them still is in float32."""
     low, high = (float(extreme) for extreme in torch.aminmax(gradients)) if gradients.numel() else (0.0, 0.0)
     return -1e13 < low <= high < 1e13  # false for NaN
-
-
-def _largest(values: list[float]) -> float:
-    """The maximum; NaN if one of them is (Python's `max` would lose it)."""
-    return float(torch.tensor(values, dtype=torch.float64).max())
 
 
 def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:

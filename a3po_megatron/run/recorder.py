@@ -67,11 +67,12 @@ class Recorder:
         self.say(f"started in {self._startup:.0f} s{goes_on}: {self._config.trainer.steps - step} steps to go")
 
     def step(
-        self, step: int, collected: Collected, batch: Batch, stats: dict[str, float | None], receipt: Any
+        self, step: int, collected: Collected, batch: Batch, update: Any, receipt: Any
     ) -> dict[str, float | None] | None:
         """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere. Collective.
 
-        `receipt`: of the publish after the update (weights/receipt.py). Raises RunFailed, with the row written, when
+        `update`: what the learner says of it (learner/learner.py); `receipt`: of the publish after it
+        (weights/receipt.py). Raises RunFailed, with the row written, when
         too many updates in a row were not finite.
         """
         self._rejected.keep(step, batch, self.say)
@@ -93,7 +94,10 @@ class Recorder:
                 {
                     **collected.metrics,
                     **batch_metrics(sums, batch.rho),
-                    **stats,
+                    **update.reported,
+                    "learner/lr": update.learning_rate,
+                    "policy/grad_norm": update.gradient_norm,
+                    "policy/rejected_updates": float(update.rejected),
                     "refit/seconds": receipt.seconds,
                     "refit/bytes": receipt.bytes,
                     "refit/canary": receipt.canary,

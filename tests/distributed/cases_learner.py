@@ -18,7 +18,7 @@ from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import Case, Ranks
-from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
+from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
 
 TEMPERATURE, STEP, LR, NAN = 0.8, 20, 1e-2, float("nan")
 
@@ -149,9 +149,9 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     logprobs = torch.cat([exact.logprobs[r.name] for r in scored.rollouts])
     results["score"] = float((scored.old_logprobs - logprobs).abs().max())
     results["padding"] = padding_moves(learner, batch_of(collected, mine))
-    stats = learner.update(batch_of(collected, mine))
-    results["loss"] = abs(stats["learner/loss"] - exact.loss)
-    results["norm_sgd"] = abs(stats["policy/grad_norm"] / exact.norm - 1)
+    stats = learner.update(batch_of(collected, mine), CLIPPED)
+    results["loss"] = abs(stats.reported["learner/loss"] - exact.loss)
+    results["norm_sgd"] = abs(stats.gradient_norm / exact.norm - 1)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
     results["missing"] = len(hf_tensors(facts).keys() ^ ours.keys())
     # An expert that no token chose has a gradient of exactly 0.
@@ -162,8 +162,8 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     results["parameter"] = max(float((moved[n] - w).abs().max()) for n, w in exact.moved.items())
     # The distributed optimizer: clipping and a second step.
     learner = learner_with()
-    results["norm"] = abs(learner.update(batch_of(collected, mine))["policy/grad_norm"] / exact.norm - 1)
-    second = learner.update(batch_of(collected, mine))["learner/loss"]
+    results["norm"] = abs(learner.update(batch_of(collected, mine), CLIPPED).gradient_norm / exact.norm - 1)
+    second = learner.update(batch_of(collected, mine), CLIPPED).reported["learner/loss"]
     results["second_loss"] = abs(second - exact.second_loss)
     return results
 
@@ -176,8 +176,7 @@ def padding_moves(learner: Learner, batch: Batch) -> float:
     padding = [micro_batch([], [], long, at) for _ in range(learner.layout.pipeline)]
     found = []
     for micro_batches in (parts, [*padding, *parts, *padding]):
-        advantages = batch.token_weights * batch.advantages[batch.rollout_index]
-        sums, _ = learner._accumulate(micro_batches, batch, advantages, torch.ones_like(advantages))
+        sums = learner._accumulate(micro_batches, batch, CLIPPED, 0).sums
         found.append([sums, *(p.main_grad.clone() for p in learner.parameters().values())])
     assert any(bool(g.any()) for g in found[0][1:])
     return max(float((b - a).abs().max() / a.abs().max().clamp(min=1e-9)) for a, b in zip(*found, strict=True))
@@ -246,13 +245,13 @@ def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel
         logprobs = torch.cat([torch.zeros(0), *(exact.logprobs[r.name] for r in scored.rollouts)])
         batch = batch_of(collected, mine, 2)
         assert len(set(batch.mini_batch.tolist())) < 2 or not shares[1]
-        stats = learner.update(batch)
+        stats = learner.update(batch, CLIPPED)
         moved = as_hf(learner, learner.parameters())
         mean = sum(a * b for a, b in zip(exact.losses, exact.counts, strict=True)) / sum(exact.counts)
         differences = {
             "score": max((scored.old_logprobs - logprobs).abs().tolist(), default=0.0),
-            "loss": abs(stats["learner/loss"] - mean),
-            "norm_sgd": abs(stats["policy/grad_norm"] / (sum(exact.norms) / 2) - 1),
+            "loss": abs(stats.reported["learner/loss"] - mean),
+            "norm_sgd": abs(stats.gradient_norm / (sum(exact.norms) / 2) - 1),
             "gradient": max(
                 float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9))
                 for ours, grads in zip(learner.gradients, exact.gradients, strict=True)
@@ -292,10 +291,10 @@ def whole_steps(ranks: Ranks) -> dict[str, Any]:
             )
         )
         shape(batch, STEP, Config.model_fields["shaping"].default)
-        stats = learner.update(batch)
+        stats = learner.update(batch, CLIPPED)
         ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
         # main_grad holds the clipped gradient: what was clipped away is the norm's.
-        scale = max(1.0, stats["policy/grad_norm"])
+        scale = max(1.0, stats.gradient_norm)
         errors = [float((ours[n] * scale - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()]
         pieces = zip(
             batch.rollouts,
@@ -303,7 +302,7 @@ def whole_steps(ranks: Ranks) -> dict[str, Any]:
             strict=True,
         )
         found[f"tp{tensor} cp{context} pp{pipeline} dp{data}"] = {
-            "loss": abs(stats["learner/loss"] - loss),
+            "loss": abs(stats.reported["learner/loss"] - loss),
             "gradient": max(errors),
             "tokens": {r.name: [old.tolist(), weights.tolist()] for r, old, weights in pieces},
         }
@@ -395,14 +394,14 @@ def rejected_updates(ranks: Ranks) -> dict[str, Any]:
             # The sound learner never sees the broken mini-batch: nothing of it may be in the other's weights.
             one.mini_batch = torch.tensor([9 if m == broken else m - (m > broken) for m in one.mini_batch.tolist()])
             one.mini_batches = 2
-            wanted, stats = sound.update(one), learner.update(two)
+            wanted, stats = sound.update(one, CLIPPED), learner.update(two, CLIPPED)
             triples = list(zip(sound.parameters().values(), learner.parameters().values(), before, strict=True))
             found[f"{layout}, {fault}, {broken}"] = {
                 "rejected": two.rejected,
-                "metric": stats["policy/rejected_updates"],
+                "metric": stats.rejected,
                 "equal": all(torch.equal(a, b) for a, b, _ in triples),  # false for NaN
                 "trained": any(not torch.equal(b, c) for _, b, c in triples),
-                "told": [[s[name] for name in ("learner/loss", "policy/grad_norm")] for s in (wanted, stats)],
+                "told": [[s.reported["learner/loss"], s.gradient_norm] for s in (wanted, stats)],
                 "gradients_finite": learner.finite[broken],
             }
     return found

@@ -43,7 +43,7 @@ from tests.distributed.cases_learner import (
     share,
 )
 from tests.distributed.runner import Ranks
-from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected
 
 LAYERS, EXPERTS, PER_TOKEN = 5, 8, 3
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -163,7 +163,7 @@ def replayed(
     before = learner.logprobs(ALONE)
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
     after = learner.logprobs(ALONE)
-    stats = learner.update(batch_of(collected, mine))
+    stats = learner.update(batch_of(collected, mine), CLIPPED)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
     names = [rollout.name for rollout in scored.rollouts]
     counts = torch.tensor([exact.rerouted[name] for name in names])
@@ -172,7 +172,7 @@ def replayed(
         "micro_batches": len(learner._micro_batches(scored, range(len(scored.rollouts)))),
         "score": float((scored.old_logprobs - torch.cat([exact.logprobs[name] for name in names])).abs().max()),
         "rerouted": float((scored.rerouted - counts).abs().max()),
-        "loss": abs(stats["learner/loss"] - exact.loss),
+        "loss": abs(stats.reported["learner/loss"] - exact.loss),
         "gradient": max(float((ours[n] - g).abs().max() / g.abs().max().clamp(min=1e-9)) for n, g in grads.items()),
         "gate": min(float(ours[n].abs().max()) for n in grads if n.endswith("mlp.gate.weight")),
         "alone": float((torch.cat(before) - exact.alone).abs().max()),
@@ -184,7 +184,7 @@ def replayed(
 def bits(learner: Learner, collected: Collected, mine: Collected) -> list[torch.Tensor]:
     """Everything that a score and an update come to."""
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
-    learner.update(batch_of(collected, mine))
+    learner.update(batch_of(collected, mine), CLIPPED)
     gradients = [p.main_grad.clone() for p in learner.parameters().values()]
     return [scored.old_logprobs, scored.entropy, *gradients, *(p.detach() for p in learner.parameters().values())]
 

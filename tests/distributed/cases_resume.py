@@ -20,7 +20,7 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.files.hashed import HashedFile
 from a3po_megatron.files.run_folder import RunFolder
-from a3po_megatron.learner.learner import Learner
+from a3po_megatron.learner.learner import Learner, Update
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
 from a3po_megatron.run.checkpoints import Checkpoints, _Boundary
@@ -32,7 +32,7 @@ from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
 from tests.distributed.runner import Ranks
 from tests.distributed.saving import write_whole
-from tests.tiny import make_collected
+from tests.tiny import CLIPPED, make_collected
 
 # name → (model, dtype, layout, optimizer): each way to keep an optimizer's state, and every kind of parallelism.
 SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
@@ -63,9 +63,9 @@ def _learner(ranks: Ranks, name: str, layout: dict[str, Any], checkpoint: Path |
     return Learner(cluster, read_facts(ranks.folder / SAVED[name][0]), config, checkpoint)
 
 
-def _update(learner: Learner, collected: Collected) -> dict[str, float | None]:
+def _update(learner: Learner, collected: Collected) -> Update:
     mine = share(collected, learner.cluster.coordinates.data, learner.cluster.data)
-    return learner.update(batch_of(collected, mine))
+    return learner.update(batch_of(collected, mine), CLIPPED)
 
 
 def save(learner: Learner, folder: Path) -> None:
@@ -141,10 +141,11 @@ def goes_on_elsewhere(ranks: Ranks) -> dict[str, Any]:
                 "weights": all(torch.equal(there[key], weights[key]) for key in weights),
                 "unequal": [key for key, value in _read(again).items() if not _equal(value, moments[key])],
                 "apart": _norm(ended, later) / _norm(later, weights),
-                "loss": [abs(a["learner/loss"] - b["learner/loss"]) for a, b in zip(rows, theirs, strict=True)],
-                "norm": [
-                    abs(a["policy/grad_norm"] / b["policy/grad_norm"] - 1) for a, b in zip(rows, theirs, strict=True)
+                "loss": [
+                    abs(a.reported["learner/loss"] - b.reported["learner/loss"])
+                    for a, b in zip(rows, theirs, strict=True)
                 ],
+                "norm": [abs(a.gradient_norm / b.gradient_norm - 1) for a, b in zip(rows, theirs, strict=True)],
             }
     return found
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a3po_megatron.algorithm.advantage import assemble
+from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected
-from a3po_megatron.config import Config
+from a3po_megatron.config import Config, CorrectionOptions, ObjectiveOptions
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.store import Saving
@@ -70,11 +71,13 @@ def rollouts_of(folder: Path) -> Collected:
     return collected
 
 
+CLIPPED = Clipped(ObjectiveOptions(clip_low=CLIP[0], clip_high=CLIP[1]), CorrectionOptions())
+
+
 def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Config:
     parallel = {"sequence": tensor > 1, **sections.pop("parallel", {})}
     made = settings(folder, tensor, data, model={"dtype": "bfloat16"}, parallel=parallel, **sections)
     values = made.model_dump(mode="json")
-    values["objective"] |= {"clip_low": CLIP[0], "clip_high": CLIP[1]}
     values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, "bf16_layers": (0, 0)}
     return Config.model_validate(values).on("cpu")
 
@@ -118,7 +121,7 @@ def one_update(
     mine = share(collected, cluster.coordinates.data, cluster.data)
     before = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}
     tex.CALLS.clear()
-    learner.update(batch_of(collected, mine))
+    learner.update(batch_of(collected, mine), CLIPPED)
     calls = Counter(tex.CALLS)
     ours = learner.gradients[0]
     after = as_hf(learner, learner.parameters())
@@ -198,7 +201,7 @@ def saved(ranks: Ranks) -> dict[str, bool]:
     collected = make_collected(groups=GROUPS, size=SIZE)
     batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
     learner = Learner(cluster, facts, options_for(folder, 1, 2))
-    learner.update(batch())
+    learner.update(batch(), CLIPPED)
     if ranks.rank == 0:
         target.mkdir()
     dist.barrier()
@@ -206,7 +209,7 @@ def saved(ranks: Ranks) -> dict[str, bool]:
     again = Learner(cluster, facts, options_for(folder, 1, 2), target)
     equal = {"weights": _equal(learner, again)}
     for each in (learner, again):
-        each.update(batch())
+        each.update(batch(), CLIPPED)
     return equal | {"after a further step": _equal(learner, again)}
 
 

@@ -207,11 +207,11 @@ def fill_gradients(learner: Any, number: int) -> None:
 
 def update(learner: Any) -> None:
     """A real one, forward and backward, on rollouts of its own scores."""
-    from .rank import LENGTHS, batch_of, draw_sequences
+    from .rank import CLIPPED, LENGTHS, batch_of, draw_sequences
 
     sequences = draw_sequences(learner.facts.vocab, LENGTHS)
     old = torch.cat(learner.logprobs(sequences))
-    learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))))
+    learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))), CLIPPED)
 
 
 def learner(report: Report) -> None:

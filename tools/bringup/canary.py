@@ -17,7 +17,7 @@ from a3po_megatron.ranks.backend import CUDA
 from a3po_megatron.weights.publish import CANARY_BOUND, MEAN_SHARE
 
 from .colocated import Colocated, colocate, logprobs_of, requests_of
-from .rank import HALF_BILLION, batch_of, make_model
+from .rank import CLIPPED, HALF_BILLION, batch_of, make_model
 from .report import Report
 from .runner import MODEL
 
@@ -42,7 +42,7 @@ def distribution_on(report: Report, both: Colocated, publishes: int = PUBLISHES,
             old = both.scores(requests, completions)
             apart.append((old - logprobs_of(completions)).abs())
             pairs = [(tuple(r.prompt), tuple(c.tokens.tolist())) for r, c in zip(requests, completions, strict=True)]
-            both.learner.update(batch_of(pairs, old, torch.linspace(-1, 1, len(pairs))))
+            both.learner.update(batch_of(pairs, old, torch.linspace(-1, 1, len(pairs))), CLIPPED)
     tokens, bound = torch.cat(apart).double(), CANARY_BOUND[torch.bfloat16]
     report.holds("every publish was of other weights", len(names) == publishes)
     report.number("canary: largest |Δ log-prob| of each publish", largest)

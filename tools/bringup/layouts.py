@@ -22,7 +22,7 @@ from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative
-from .rank import LENGTHS, MOE, TINY, batch_of, draw_sequences, join, make_learner, make_model
+from .rank import CLIPPED, LENGTHS, MOE, TINY, batch_of, draw_sequences, join, make_learner, make_model
 from .ranks import together
 from .report import Report
 
@@ -67,7 +67,7 @@ def measured(backend: Backend, folder: Path, model: str, precision: str, layout:
     sequences = draw_sequences(read_facts(folder / model).vocab, LENGTHS)
     old = torch.cat(learner.logprobs(sequences))
     advantages = torch.randn(len(sequences), generator=torch.Generator().manual_seed(2))
-    learner.update(batch_of(sequences, old, advantages))
+    learner.update(batch_of(sequences, old, advantages), CLIPPED)
     return {"log-probs": old.double(), **whole_gradient(learner)}
 
 

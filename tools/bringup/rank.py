@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Batch, Prompt, Rollout
-from a3po_megatron.config import Config, ParallelOptions
+from a3po_megatron.config import Config, CorrectionOptions, ObjectiveOptions, ParallelOptions
 from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.local import free_port
@@ -33,6 +34,7 @@ from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster, arrange
 from a3po_megatron.ranks.handoff import Handoff
 
+CLIPPED = Clipped(ObjectiveOptions(), CorrectionOptions())
 # Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],

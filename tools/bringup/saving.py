@@ -23,7 +23,7 @@ from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.run.store import Saving, Share
 
 from .colocated import Colocated, colocate, requests_of
-from .rank import LENGTHS, alone, batch_of, config, draw_sequences, make_model
+from .rank import CLIPPED, LENGTHS, alone, batch_of, config, draw_sequences, make_model
 from .ranks import together
 from .report import Report
 
@@ -40,7 +40,7 @@ def update(learner: Learner, seed: int) -> None:
     """On rollouts that follow from the seed; their old log-probs are this learner's."""
     sequences = draw_sequences(learner.facts.vocab, LENGTHS, seed)
     old = torch.cat(learner.logprobs(sequences))
-    learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))))
+    learner.update(batch_of(sequences, old, torch.linspace(-1, 1, len(sequences))), CLIPPED)
 
 
 def first_on(report: Report, folder: Path, both: Colocated) -> None:

@@ -22,7 +22,7 @@ from a3po_megatron.ranks.groups import Cluster
 
 from . import oracle
 from .measure import largest, relative
-from .rank import LENGTHS, TINY, alone, batch_of, draw_sequences, gradients, make_learner, make_model
+from .rank import CLIPPED, LENGTHS, TINY, alone, batch_of, draw_sequences, gradients, make_learner, make_model
 from .report import Report
 
 # Against float64, Transformer Engine may err as much as plain PyTorch does when it computes the same in bf16, in the
@@ -47,8 +47,8 @@ def step(learner: Learner, sequences: Sequence[Any], old: Tensor | None, advanta
         learner.score(batch)
         assert batch.old_logprobs is not None
         batch.rollout_logprobs = batch.old_logprobs  # the sampler's correction is 1
-    stats = learner.update(batch)
-    return {"stats": stats, "old": batch.old_logprobs, "gradients": gradients(learner)}
+    stats = learner.update(batch, CLIPPED)
+    return {"stats": stats.reported, "old": batch.old_logprobs, "gradients": gradients(learner)}
 
 
 def whole(values: dict[str, Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from a3po_megatron.learner.micro_batch import MicroBatch
 from a3po_megatron.ranks.backend import CUDA, Backend
 
 from .measure import relative, seconds, settle
-from .rank import HALF_BILLION, LENGTHS, TINY, alone, batch_of, draw_sequences, make_learner, make_model
+from .rank import CLIPPED, HALF_BILLION, LENGTHS, TINY, alone, batch_of, draw_sequences, make_learner, make_model
 from .report import Report
 
 
@@ -141,7 +141,7 @@ def traps_on(report: Report, backend: Backend) -> None:
     report.claim("ours: a changed weight is not seen", found["ours"]["stale_from_now"], 1e-6)
     # As the learner trains and scores: an update, then a score, beside a learner that never had other weights.
     batch = batch_of(sequences, torch.cat(learner.logprobs(sequences)), torch.ones(len(sequences)))
-    learner.update(batch)
+    learner.update(batch, CLIPPED)
     fresh = make_learner(cluster, folder, learner={"precision": "fp8-blockwise", "micro_batch_tokens": 300})
     theirs = fresh.parameters()
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Objectives, one file each (token_loss.py is the seam)."""
