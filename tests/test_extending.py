@@ -1,0 +1,96 @@
+"""Every example of docs/extending.md is complete: each is run as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a3po_megatron.algorithm import token_loss
+from a3po_megatron.algorithm.sums import Report
+from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
+from a3po_megatron.model.cut import EngineRank, cut, hf_tensors, pieces, tensors
+from a3po_megatron.model.families.registry import FAMILIES
+from a3po_megatron.model.layout import Layout
+from a3po_megatron.model.read import facts_of
+from a3po_megatron.telemetry.catalogue import METRICS
+from tests.distributed.runner import ROOT
+from tests.test_layout import CONFIG, MOE
+
+DOCS = (ROOT / "docs/extending.md").read_text()
+
+
+def example(named: str) -> str:
+    """The one block whose first line says so."""
+    (found,) = (text for text in re.findall(r"```python\n(.*?)```", DOCS, re.S) if named in text.partition("\n")[0])
+    return found
+
+
+def run(text: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "example"}
+    sys.modules.setdefault("example", type(sys)("example"))  # where dataclasses look for the module's names
+    exec(compile(text, "docs/extending.md", "exec", dont_inherit=True), names)
+    return names
+
+
+def test_a_family_is_a_table_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = run(example("families/biased.py"))["BIASED"]
+    monkeypatch.setitem(FAMILIES, family.architecture, family)
+    facts = facts_of(CONFIG | MOE | {"architectures": [family.architecture]}, "config.json")
+    biases = [name for name, tensor in tensors(facts).items() if tensor.buffer]
+    assert biases == [f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in range(facts.layers)]
+    assert facts.experts is not None
+    for name in biases:
+        assert hf_tensors(facts)[name] == (facts.experts.count,)
+    layout = Layout(tensor=2, pipeline=1, expert=2)
+    owners = [p for place in layout.places() for p in pieces(facts, layout, place) if p.owner and p.hf.buffer]
+    assert [piece.tensor for piece in owners] == biases
+    assert {piece.parameter for piece in owners} == {
+        f"decoder.layers.{n}.mlp.router.expert_bias" for n in range(facts.layers)
+    }
+    held = cut(facts, EngineRank(2, 1, (0, facts.experts.count)))
+    assert [piece.parameter for piece in held if piece.hf.buffer] == biases
+
+
+def test_an_objective_is_a_file_and_a_metric_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = run(example("objectives/reinforce.py"))["Reinforce"]()
+    metric = run(example("telemetry/catalogue.py"))["METRIC"]
+    with pytest.raises(KeyError, match=metric.name):
+        known(objective)
+    monkeypatch.setattr(token_loss, "METRICS", (*METRICS, metric.name))
+    assert known(objective) is objective
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    zeros = torch.zeros(3)
+    advantages = torch.tensor([2.0, 2.0, -1.0])
+    begins = torch.tensor([True, False, True])
+    batch = TokenBatch(logprobs, zeros, zeros, advantages, zeros + 1, torch.tensor([0, 0, 1]), begins, 2, 0)
+    loss, sums = objective(batch)
+    assert float(loss.detach()) == 2.0 * 3.0 - 0.5
+    loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [-2.0, -2.0, 1.0]
+    assert normaliser_count(objective, batch) == 2
+    report = Report(objective.metrics)
+    report.sums += report.vector(sums, torch.device("cpu"))
+    assert report.metrics() == {"learner/loss": 5.5 / 2, metric.name: -3.5 / 2}
+
+
+@pytest.mark.alone
+def test_a_launcher_is_a_script(tmp_path: Path) -> None:
+    script, folder = tmp_path / "launcher.py", tmp_path / "run"
+    script.write_text(example("launchers/torchrun.py"))
+    shown = re.search(r"python launchers/torchrun\.py (\S+) RUN_DIR 2 ((?:.|\\\n)*?)\n\n", DOCS)
+    assert shown is not None
+    short = ["--set", "trainer.steps=1", "--set", "trainer.prompts_per_step=4"]
+    options = [*shown[2].replace("\\\n", " ").split(), *short]
+    words = [sys.executable, str(script), shown[1], str(folder), "2", *options]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    (row,) = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row)["step"] == 0
