@@ -7,13 +7,21 @@ vLLM.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .launch import environment
 
+if TYPE_CHECKING:
+    from .parts import Parts
 
-def start(folder: Path) -> None:
-    """Runs a rank of the run in `folder`, and ends the process."""
+    Loop = Callable[[Parts], None]
+
+
+def start(folder: Path, loop: Loop) -> None:
+    """Runs a rank of the run in `folder`, with the loop of its role, and ends the process."""
     environment.prepare()
     from .run.stop import INTERRUPT
 
@@ -21,10 +29,10 @@ def start(folder: Path) -> None:
     from . import compat
 
     compat.prepare()
-    environment.report_failures(folder, _run)
+    environment.report_failures(folder, functools.partial(_run, loop=loop))
 
 
-def _run(folder: Path) -> None:
+def _run(folder: Path, loop: Loop) -> None:
     from .config import load_resolved
     from .files.run_folder import RunFolder, rank_file
     from .launch.folder import prepare_folder
@@ -38,7 +46,6 @@ def _run(folder: Path) -> None:
     from .telemetry.catalogue import Phase
     from .telemetry.clock import CLOCK, phase
     from .telemetry.watchdog import Watchdog
-    from .train import train
 
     rank, world = environment.rank(), environment.world()
     CLOCK.attach(rank_file(RunFolder(folder).logs, rank, "phase"))
@@ -55,5 +62,5 @@ def _run(folder: Path) -> None:
         with phase(Phase.GROUPS):
             cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
-        train(build(folder, config, cluster, graders, started=Handoff.of().started))
+        loop(build(folder, config, cluster, graders, started=Handoff.of().started))
     del lock

@@ -42,4 +42,4 @@ def train(parts: Parts) -> None:
 if __name__ == "__main__":
     from a3po_megatron.rank import start
 
-    start(Path(sys.argv[1]))
+    start(Path(sys.argv[1]), train)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .forms import Choice, Grid, Items, Region, Relation, Value, Words
 from .formula import Formula
 from .regions import INVERSE, as_set, same_regions, solutions
 from .same import proportional, same
-from .value import Choice, Grid, Items, Region, Relation, Value, Words, readings
+from .value import readings
 
 
 def equal(gold: Value, found: Value) -> bool:

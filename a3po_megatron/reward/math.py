@@ -19,9 +19,10 @@ import re
 from ..batch import Verdict
 from ..errors import RequestError
 from .find import Found, boxes, conclusion, find
+from .forms import Choice, Value, Words
 from .latex import MAX_NESTING, TooLarge, converter, nesting
 from .spelling import spell
-from .value import Choice, Value, Words, as_sentence, readings
+from .value import as_sentence, readings
 from .words import MEANING
 
 EXTRACTS = ("any", "boxed", "answer")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .forms import Items, Region, Relation, Value, Words
 from .formula import Formula
 from .latex import TooLarge
 from .same import same
-from .value import Items, Region, Relation, Value, Words, as_region
+from .value import as_region
 
 MAX_SYMBOLIC_PIECES = 4
 INVERSE = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}

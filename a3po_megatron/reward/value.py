@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
+from .forms import Choice, Grid, Items, Region, Relation, Value, Words
 from .formula import CURRENCY, CURRENCY_BEHIND, REPEATING, Formula, formula, number
 from .latex import MAX_NESTING, TooLarge, converter, explodes, nesting
 from .parts import bare, matching, named, split, thousands
@@ -27,45 +26,6 @@ MAX_CHARS = 2000
 MAX_COMMANDS = 250  # of LaTeX: the parser takes some 20 ms for each function
 MAX_ITEMS = 200  # of a list
 MAX_PIECES = 24  # of a union of intervals, which sympy compares pair by pair
-
-
-@dataclass(frozen=True)
-class Items:
-    kind: str  # list, set, tuple
-    items: tuple[Any, ...]
-    brackets: str = ""  # of a tuple, as written: "()", "[]", "(]", "[)"
-
-
-@dataclass(frozen=True)
-class Region:
-    region: Any  # sympy set
-
-
-@dataclass(frozen=True)
-class Relation:
-    sign: str  # = < <= > >= != in
-    left: Any
-    right: Any
-
-
-@dataclass(frozen=True)
-class Grid:
-    rows: tuple[tuple[Any, ...], ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    letter: str
-    rest: str
-
-
-@dataclass(frozen=True)
-class Words:
-    text: str
-
-
-Value = Formula | Items | Region | Relation | Grid | Choice | Words
-
 _LABEL = re.compile(
     r"^(?:\\text\{ ?(?:the )?(?:final |correct )?(?:answer|result)(?: is)?:? ?\} ?:?"
     r"|\\(?:therefore|Rightarrow|implies)(?![A-Za-z])|=) ?",

@@ -53,7 +53,7 @@ def _settings(folder: Path, dtype: str, parallel: dict[str, Any]) -> Config:
     return Config.model_validate(
         {
             "model": {"path": str(folder), "dtype": dtype},
-            "data": {"path": "builtin:arithmetic"},
+            "data": {"path": "builtin:arithmetic", "template": "raw"},
             "parallel": parallel,
             "publish": {"canary_prompts": 0, "bucket_bytes": 4096},
             "checkpoint": {"export_hf_every": 1},
