@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from a3po_megatron.convert.convert import ExportOptions, export_checkpoint, import_checkpoint
+from a3po_megatron.model.families.registry import FAMILIES
 from tests.distributed import cases_families as cases
 from tests.distributed.runner import ROOT, run_ranks
 
@@ -63,7 +64,10 @@ def test_a_familys_buffer_in_a_dtype_of_its_own_is_loaded_published_exported_and
             }, name
 
 
-def test_such_a_buffer_passes_a_megatron_checkpoint_bit_for_bit_and_keeps_its_dtype(tmp_path: Path) -> None:
+def test_such_a_buffer_passes_a_megatron_checkpoint_bit_for_bit_and_keeps_its_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, cases.BIASED.architecture, cases.BIASED)
     source, checkpoint = cases.biased_checkpoint(tmp_path / "model"), tmp_path / "checkpoint"
     import_checkpoint(source, checkpoint, 1, 4096, lambda _: lambda _: None)
     stored = load_file(source / "model.safetensors")

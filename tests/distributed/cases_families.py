@@ -43,7 +43,6 @@ def megatron(facts: ModelFacts) -> dict[str, Any]:
 
 
 BIASED = dataclasses.replace(QWEN3_MOE, architecture="BiasedForCausalLM", layer=layer, megatron=megatron)
-FAMILIES[BIASED.architecture] = BIASED
 LAYOUTS: dict[str, dict[str, Any]] = {
     "experts": {"data": 2, "expert": 2},
     "stages": {"pipeline": 2},
@@ -109,6 +108,7 @@ def _bits_differ(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[st
 
 
 def a_routers_bias(ranks: Ranks) -> dict[str, Any]:
+    FAMILIES[BIASED.architecture] = BIASED  # in this rank's own process
     source = ranks.folder / "model"
     stored = load_file(source / "model.safetensors")
     found = {}
