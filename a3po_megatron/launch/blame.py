@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ..errors import A3POError, Interrupted, RequestError, RunFailed
+from ..files.run_folder import rank_file
 from ..run.stop import SIGNALS
 from ..telemetry.watchdog import NAMED, stalled
 
@@ -115,7 +116,7 @@ class Here:
         return [self._death(rank, each, code, logs) for rank, each in enumerate(self.ranks) if (code := each.code)]
 
     def _death(self, rank: int, each: Rank, code: int, logs: Path) -> Death:
-        first, where, log = rank in self.first, self.where[rank], logs / f"rank-{rank}.log"
+        first, where, log = rank in self.first, self.where[rank], rank_file(logs, rank, "log")
         if code < 0:
             number = signal.Signals(-code)
             return Death(rank, killed_by(number, first), f"was killed by {number.name}; its log: {log}", first, where)

@@ -31,6 +31,7 @@ from pathlib import Path
 from ..config import Config, load_resolved
 from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
+from ..files.run_folder import rank_of
 from ..ranks.handoff import Handoff
 from .blame import InJob, first_bad_node, words_of
 from .folder import prepare_folder
@@ -177,8 +178,7 @@ class _Tasks(Start):
     def ended(self) -> InJob:
         said = (self._logs / "srun.err").read_text()
         words = {
-            int(path.stem.removeprefix("rank-")): words_of(path.read_text().partition("\n")[0])
-            for path in self._logs.glob("rank-*.words")
+            rank_of(path): words_of(path.read_text().partition("\n")[0]) for path in self._logs.glob("rank-*.words")
         }
         return InJob(self.processes[0].returncode, words, first_bad_node(said), said)
 

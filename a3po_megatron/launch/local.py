@@ -23,6 +23,7 @@ from typing import IO
 
 from ..config import Config
 from ..errors import RequestError
+from ..files.run_folder import RunFolder, rank_file
 from ..ranks.handoff import Handoff
 from ..ranks.topology import topology_of
 from ..telemetry.watchdog import position
@@ -113,7 +114,7 @@ class _Processes(Start):
             environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
         for descriptor in inherited:
             os.set_inheritable(descriptor, True)
-        with (self._folder / "logs" / f"rank-{rank}.log").open("ab") as log:
+        with rank_file(RunFolder(self._folder).logs, rank, "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, *PROGRAM, str(self._folder)],
                 stdin=subprocess.DEVNULL,
@@ -135,7 +136,7 @@ class _Processes(Start):
     def ended(self) -> Here:
         ranks = range(len(self._ranks))
         dead = {rank for rank in ranks if self._ranks[rank].code not in (None, 0)}
-        return Here(self._ranks, dead, {rank: position(self._folder / "logs", rank)[1] for rank in ranks})
+        return Here(self._ranks, dead, {rank: position(RunFolder(self._folder).logs, rank)[1] for rank in ranks})
 
     def end(self) -> None:
         if self._meeting is not None:

@@ -186,8 +186,9 @@ class EngineRank:
 
     def blocks(self, facts: ModelFacts) -> Iterator[Block]:
         yield Block("first", dense.first(facts))
+        params = family_of(facts).layer(facts)
         for layer in range(facts.layers):
-            yield Block(layer, family_of(facts).layer(facts), prefix=dense.HF_LAYER.format(layer))
+            yield Block(layer, params, prefix=dense.HF_LAYER.format(layer))
         yield Block("last", tuple(param for param in dense.last(facts) if not param.copy))
 
     def experts(self, count: int) -> range:
@@ -254,7 +255,8 @@ _Tensors = Mapping[tuple[int | str, int, int, int | None], HfTensor]
 def _tensors(facts: ModelFacts) -> _Tensors:
     found: dict[tuple[int | str, int, int, int | None], HfTensor] = {}
     by_name: dict[str, HfTensor] = {}
-    layers = [Block(layer, family_of(facts).layer(facts)) for layer in range(facts.layers)]
+    params = family_of(facts).layer(facts)
+    layers = [Block(layer, params) for layer in range(facts.layers)]
     for block in (Block("first", dense.first(facts)), *layers, Block("last", dense.last(facts))):
         layer = block.where if isinstance(block.where, int) else None
         prefix = "" if layer is None else dense.HF_LAYER.format(layer)

@@ -34,10 +34,10 @@ class Whole:
 
 def fused_tensors(facts: ModelFacts) -> list[Whole]:
     """Returns the tensors that transformers makes of a model's experts, layer by layer."""
-    found = []
+    found, params = [], family_of(facts).layer(facts)
     for layer in range(facts.layers):
         prefix = HF_LAYER.format(layer)
-        for param in family_of(facts).layer(facts):
+        for param in params:
             if param.fused is None or param.experts is None or param.width is None:
                 continue
             parts, rows = [], sum(part.rows for part in param.parts)
