@@ -13,14 +13,13 @@ from .algorithm.objectives.clipped import Clipped
 from .algorithm.shaping import shape
 from .algorithm.token_loss import Objective, known
 from .batch import Batch, Collected
-from .config import Config
+from .config import Settings
 from .data.prompts import Prompts
 from .data.tokens import Tokens
 from .files.run_folder import RunFolder, step_of
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
-from .model.precision import is_fp8
 from .model.read import read_facts
 from .ranks.groups import Cluster
 from .residency import Residency
@@ -41,7 +40,7 @@ from .weights.publish import Publish, Publisher
 
 @dataclass(frozen=True)
 class Parts:
-    config: Config
+    settings: Settings
     cluster: Cluster
     facts: ModelFacts
     tokens: Tokens
@@ -63,7 +62,7 @@ class Parts:
 
 def build(
     folder: Path,
-    config: Config,
+    settings: Settings,
     cluster: Cluster,
     graders: Graders,
     *,
@@ -77,41 +76,41 @@ def build(
     Raises Interrupted where all ranks agreed to stop meanwhile.
     """
     started = time.time() if started is None else started
-    place, model = RunFolder(folder), Path(config.model.path)
-    dtype = DTYPES[config.model.known_dtype()]
+    place, model = RunFolder(folder), Path(settings.model.path)
+    dtype = DTYPES[settings.model.dtype]
     stop = Stop(cluster, interrupt)
     facts = read_facts(model)
-    tokens = Tokens.of(config.data, model, facts.vocab, facts.eos)
-    prompts = Prompts(config.data, tokens, config.trainer.seed, config.rollout.max_prompt_tokens)
+    tokens = Tokens.of(settings.data, model, facts.vocab, facts.eos)
+    prompts = Prompts(settings.data, tokens, settings.trainer.seed, settings.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     with phase(Phase.ENGINE):
-        engine = engine_of(model, facts, tokens.stops, config.rollout, dtype, cluster.backend)
+        engine = engine_of(model, facts, tokens.stops, settings.rollout, dtype, cluster.backend)
     stop.while_starting(folder)
     checkpoint = resumed_from(folder, cluster)
     with phase(Phase.MODEL):
-        learner = learner_of(cluster, facts, config, checkpoint)
+        learner = learner_of(cluster, facts, settings, checkpoint)
     stop.while_starting(folder)
-    journal = Journal(place.journal, cluster.rank, identity(config), config.checkpoint.replay == "all")
+    journal = Journal(place.journal, cluster.rank, identity(settings), settings.checkpoint.replay == "all")
     intake = Intake(
         cluster,
         tokens,
-        config.trainer,
-        config.rollout,
-        config.reward,
+        settings.trainer,
+        settings.rollout,
+        settings.reward,
         journal,
         interrupt,
         engine,
         prompts,
         graders,
     )
-    rejected = Rejected(cluster, place.rejected, config.trainer.max_rejected_updates)
+    rejected = Rejected(cluster, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    recorder = Recorder(folder, config, cluster, tokens, rejected, prompts.way_of, started, first_step)
-    publisher = _publisher(config, cluster, facts, learner, prompts)
+    recorder = Recorder(folder, settings, cluster, tokens, rejected, prompts.way_of, started, first_step)
+    publisher = _publisher(settings, cluster, facts, learner, prompts)
     publish = Publish(publisher, learner, engine, journal, model, dtype, place.witness, recorder.say)
     checkpoints = Checkpoints(
         folder,
-        config,
+        settings,
         cluster,
         prompts,
         tokens,
@@ -125,22 +124,26 @@ def build(
         publish.export,
         checkpoint,
     )
-    interrupt.limit(config.checkpoint.time_limit_seconds, max(0.0, time.time() - started))
+
+    def assembled(collected: Collected) -> Batch:
+        return assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
+
+    interrupt.limit(settings.checkpoint.time_limit_seconds, max(0.0, time.time() - started))
     return Parts(
-        config=config,
+        settings=settings,
         cluster=cluster,
         facts=facts,
         tokens=tokens,
         prompts=prompts,
         engine=engine,
         learner=learner,
-        residency=Residency(engine, learner.arena, cluster.backend, config.learner.offload),
+        residency=Residency(engine, learner.arena, cluster.backend, settings.learner.offload),
         journal=journal,
         intake=intake,
-        assemble=functools.partial(assemble, options=config.advantage, mini_batches=config.trainer.mini_batches),
+        assemble=assembled,
         scores=Scores(cluster, journal, rejected),
-        shape=functools.partial(shape, options=config.shaping),
-        objective=known(Clipped(config.objective, config.correction)),
+        shape=functools.partial(shape, options=settings.shaping),
+        objective=known(Clipped(settings.objective, settings.correction)),
         publish=publish,
         recorder=recorder,
         checkpoints=checkpoints,
@@ -148,12 +151,13 @@ def build(
     )
 
 
-def _publisher(config: Config, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts) -> Publisher:
-    canary = [prompts.at(number).tokens for number in range(config.publish.canary_prompts)]
-    rollout, experts = config.rollout, facts.experts.count if facts.experts else 0
+def _publisher(
+    settings: Settings, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts
+) -> Publisher:
+    canary = [prompts.at(number).tokens for number in range(settings.publish.canary_prompts)]
+    rollout, experts = settings.rollout, facts.experts.count if facts.experts else 0
 
     def engine_experts(rank: int) -> tuple[int, int]:
         return local_experts(rank, rollout.tensor, rollout.expert, experts)
 
-    fp8 = is_fp8(config.learner.precision)
-    return Publisher(cluster, facts, learner.layout, config.publish, canary, engine_experts, fp8)
+    return Publisher(cluster, facts, learner.layout, settings.publish, canary, engine_experts)

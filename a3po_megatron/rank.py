@@ -49,18 +49,18 @@ def _run(folder: Path, loop: Loop) -> None:
 
     rank, world = environment.rank(), environment.world()
     CLOCK.attach(rank_file(RunFolder(folder).logs, rank, "phase"))
-    config = load_resolved(RunFolder(folder).config)
+    settings = load_resolved(RunFolder(folder).config)
     # Held until the process ends.
-    lock = None if environment.launched() or rank else prepare_folder(folder, config)
-    watchdog = Watchdog(folder, rank, world, config.telemetry, CLOCK, environment.last_words)
+    lock = None if environment.launched() or rank else prepare_folder(folder, settings)
+    watchdog = Watchdog(folder, rank, world, settings.telemetry, CLOCK, environment.last_words)
     if environment.launched():
         watchdog.start()
     CLOCK.seconds[Phase.IMPORTS] = environment.since_start()
-    check_hardware(config.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
+    check_hardware(settings.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     check_interfaces()
-    with math_graders(config.reward) as graders:
+    with math_graders(settings.reward, settings.grader_pool) as graders:
         with phase(Phase.GROUPS):
-            cluster = connect(config.parallel, config.cluster, config.rollout.tensor, config.trainer.seed)
+            cluster = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
-        loop(build(folder, config, cluster, graders, started=Handoff.of().started))
+        loop(build(folder, settings, cluster, graders, started=Handoff.of().started))
     del lock

@@ -30,12 +30,12 @@ _BEFORE = {"publishing": ("start", "training"), "rollout": ("publishing",), "tra
 
 class Residency:
     def __init__(
-        self, engine: Engine, arena: Arena, backend: Backend, offload: Literal["none", "optimizer", "all"] | None = None
+        self, engine: Engine, arena: Arena, backend: Backend, offload: Literal["none", "optimizer", "all"]
     ) -> None:
-        """`offload`: what of the learner leaves, gradients aside; None: as the backend says."""
+        """`offload`: what of the learner leaves, gradients aside."""
         self.state = "start"
         self._engine, self._arena, self._backend = engine, arena, backend
-        self._offload = offload or backend.offload
+        self._offload = offload
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:

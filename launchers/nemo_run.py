@@ -32,23 +32,23 @@ def executor(slurm: dict[str, Any]) -> run.SlurmExecutor:
     """The `slurm` section of a configuration, as nemo-run's executor."""
     if isinstance(slurm["gpus_per_node"], str):
         sys.exit("error: slurm.gpus_per_node with a type is not passed on to nemo-run: give the number alone")
-    ranks = slurm["tasks_per_node"] or max(1, slurm["gpus_per_node"])
+    ranks = slurm["tasks_per_node"]
     unknown = [name for name in ("spares", "extra") if slurm[name]]
     if unknown:
         sys.exit(f"error: slurm.{unknown[0]} is not passed on to nemo-run: take it back, or use `a3po submit`")
-    memory = 0 if slurm["memory"] is None and slurm["gpus_per_node"] else slurm["memory"]  # as launch/slurm.py
-    if slurm["account"] is None:
+    memory = slurm["memory"] or ("0" if slurm["gpus_per_node"] else None)  # as launch/slurm.py
+    if not slurm["account"]:
         sys.exit("error: slurm.account is not set: nemo-run names its jobs after it, and does not work without")
     return run.SlurmExecutor(
         account=slurm["account"],
-        partition=slurm["partition"],
+        partition=slurm["partition"] or None,
         nodes=slurm["nodes"],
         ntasks_per_node=ranks,
         gpus_per_node=slurm["gpus_per_node"] or None,
         cpus_per_task=slurm["cpus_per_task"],
         time=slurm["time"],
-        mem=None if memory is None else str(memory),
-        container_image=slurm["container"],
+        mem=memory,
+        container_image=slurm["container"] or None,
         container_mounts=list(slurm["mounts"]),
         # Since 22.05 srun does not take the number of CPUs over from the job.
         env_vars=slurm["environment"] | {"SRUN_CPUS_PER_TASK": str(slurm["cpus_per_task"])},

@@ -1,6 +1,6 @@
 """Inside a Slurm job: a Ray cluster over its nodes for the graders, then the run itself, then the cluster's end.
 
-    python launchers/ray_cluster.py RUN_DIR        (what the batch script becomes where reward.pool is ray)
+    python launchers/ray_cluster.py RUN_DIR        (what the batch script becomes where grader_pool.name is ray)
 
 Ray carries graders only: ranks are srun tasks as ever. The cluster has a token of its own, which the job's tasks
 inherit: a port of a compute node is open to whoever else is on the network. Nothing but what was started here is ended;

@@ -142,7 +142,7 @@ def engine_steps_before_anything_else_on_cpu(report: Report) -> None:
 
     alone(CPU)
     folder = make_model()
-    options = config(folder, rollout=LENGTHS).rollout
+    options = config(folder, CPU, rollout=LENGTHS).rollout
     engine = VllmEngine(folder, read_facts(folder), (), options, torch.bfloat16, CPU)
     # One short prompt: with more tokens at once oneDNN asks for AMX just before the attention needs it.
     found = engine.probe(requests_of(TINY["vocab_size"], 1), max_tokens=4)

@@ -432,7 +432,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
     """The parameters that Megatron's own loader fills otherwise than our loader does from the HF folder."""
     from megatron.core import dist_checkpointing
 
-    from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
+    from a3po_megatron.config import MegatronOptions, ModelSettings, ParallelOptions
     from a3po_megatron.model.build import build_model, transformer_config
     from a3po_megatron.weights.load import load_shards
 
@@ -441,7 +441,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
         options, hf = ParallelOptions(**parallel), ranks.folder / kind
         cluster, facts = ranks.arrange(**parallel), read_facts(hf)
         layout = layout_of(options)
-        settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
+        settings = transformer_config(facts, options, ModelSettings(path=str(hf), dtype="float32"), MegatronOptions())
         (model,) = build_model(facts, layout, settings)
         place = layout.place(cluster.coordinates.pipeline, cluster.within)
         with torch.no_grad():
@@ -459,14 +459,14 @@ def megatron_reads(ranks: Ranks) -> list[str]:
 
 def a_router_with_a_bias(ranks: Ranks) -> str:
     """What is said of a model whose routers have a bias, which Megatron keeps in a buffer."""
-    from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
+    from a3po_megatron.config import MegatronOptions, ModelSettings, ParallelOptions
     from a3po_megatron.errors import RequestError
     from a3po_megatron.model.build import build_model, transformer_config
 
     options, hf = ParallelOptions(data=2), ranks.folder / "qwen3_moe"
     facts = read_facts(hf)
     ranks.arrange(data=2)
-    settings = transformer_config(facts, options, ModelOptions(path=str(hf), dtype="float32"), MegatronOptions())
+    settings = transformer_config(facts, options, ModelSettings(path=str(hf), dtype="float32"), MegatronOptions())
     settings.moe_router_enable_expert_bias, settings.moe_router_score_function = True, "sigmoid"
     try:
         build_model(facts, layout_of(options), settings)

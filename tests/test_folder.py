@@ -8,33 +8,36 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from a3po_megatron.config import Config
+from a3po_megatron.config import Config, Settings, resolve
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.hashed import digest_of
 from a3po_megatron.launch.folder import make_folder
+from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import name_latest
-from a3po_megatron.run.manifest import MANIFEST, Manifest, inputs_of
+from a3po_megatron.run.manifest import FORMAT, MANIFEST, Manifest, inputs_of
 
 ROW = '{"step": 0}\n'
 SAVED = 4  # steps that the newest checkpoint holds
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path) -> Settings:
     """Of a run with a model folder and a file of prompts; nothing here reads what is in them."""
     model, data = tmp_path / "model", tmp_path / "prompts.jsonl"
     model.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_text("{}")
     data.write_text('{"problem": "1+1", "answer": "2"}\n')
-    return Config.model_validate({"model": {"path": str(model)}, "data": {"path": str(data)}})
+    wanted = Config.model_validate({"model": {"path": str(model)}, "data": {"path": str(data)}})
+    return resolve(wanted, SimpleNamespace(layers=2), CPU)
 
 
 @pytest.fixture
-def run(tmp_path: Path, config: Config) -> Path:
+def run(tmp_path: Path, config: Settings) -> Path:
     """A run that was killed in step 6, with checkpoints after 2 and 4 steps."""
     folder = tmp_path / "run"
     for step in (2, SAVED):
@@ -44,7 +47,7 @@ def run(tmp_path: Path, config: Config) -> Path:
     return folder
 
 
-def save_checkpoint(folder: Path, step: int, config: Config) -> Path:
+def save_checkpoint(folder: Path, step: int, config: Settings) -> Path:
     target = folder / "checkpoints" / f"step-{step:06d}"
     target.mkdir(parents=True)
     (target / "__0_0.distcp").write_bytes(bytes(256))
@@ -54,8 +57,8 @@ def save_checkpoint(folder: Path, step: int, config: Config) -> Path:
     return target
 
 
-def save_identity(folder: Path, config: Config) -> None:
-    known = {"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}
+def save_identity(folder: Path, config: Settings) -> None:
+    known = {"format": FORMAT, "config": config.model_dump(mode="json"), "inputs": inputs_of(config)}
     (folder / "identity.json").write_text(json.dumps(known))
 
 
@@ -67,14 +70,14 @@ def put(folder: Path, *names: str) -> None:
         path.write_text("x")
 
 
-def goes_on(folder: Path, config: Config) -> list[str]:
+def goes_on(folder: Path, config: Settings) -> list[str]:
     lock, remarks = make_folder(folder, config, ["a3po", "train"])
     lock.close()
     return remarks
 
 
 def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_names_stay(
-    run: Path, config: Config
+    run: Path, config: Settings
 ) -> None:
     kept = [
         *(f"rollouts/step-{step:05d}.rank-{rank}.jsonl.zst" for step in range(SAVED) for rank in (0, 1)),
@@ -106,7 +109,7 @@ def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_
     assert [name for name in kept if not (run / name).exists()] == []
 
 
-def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, config: Config) -> None:
+def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, config: Settings) -> None:
     for path in (run / "checkpoints").iterdir():
         path.rename(run / f"old-{path.name}")
     gone = ["rollouts/step-00000.rank-0.jsonl.zst", "rejected/step-00000.mini-batch-0.rank-0.pt", "hf/step-000002/"]
@@ -120,7 +123,7 @@ def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, 
 
 
 def test_a_run_without_a_checkpoint_is_held_to_what_it_was_started_with_once_it_has_left_anything(
-    tmp_path: Path, config: Config
+    tmp_path: Path, config: Settings
 ) -> None:
     folder = tmp_path / "run"
     assert goes_on(folder, config) == []
@@ -139,13 +142,16 @@ def test_a_run_without_a_checkpoint_is_held_to_what_it_was_started_with_once_it_
         (folder / left).unlink()
         assert goes_on(folder, changed) == []
     put(folder, "metrics.jsonl")
-    (folder / "identity.json").write_text("{}")
+    (folder / "identity.json").write_text(json.dumps({"format": FORMAT}))
     with pytest.raises(RequestError, match=r"identity\.json: cannot tell what"):
+        goes_on(folder, changed)
+    (folder / "identity.json").write_text('{"config": {}, "inputs": {}}')  # as earlier versions wrote it
+    with pytest.raises(RequestError, match=r"identity\.json: its format is 1, this version reads 3: go on"):
         goes_on(folder, changed)
 
 
 def test_a_file_system_without_locks_is_refused_by_name(
-    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, config: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -155,7 +161,7 @@ def test_a_file_system_without_locks_is_refused_by_name(
         goes_on(tmp_path / "run", config)
 
 
-def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut(run: Path, config: Config) -> None:
+def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut(run: Path, config: Settings) -> None:
     (run / "metrics.jsonl").write_text(ROW * SAVED)
     goes_on(run, config)  # as many as were recorded will do
     short = ROW * SAVED
@@ -172,7 +178,7 @@ def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut
 
 @pytest.mark.parametrize(("name", "role"), [("prompts.jsonl", "data"), ("model/tokenizer.json", "tokenizer.json")])
 def test_another_file_under_the_same_path_is_refused_by_its_name_and_nothing_changes(
-    name: str, role: str, run: Path, config: Config, tmp_path: Path
+    name: str, role: str, run: Path, config: Settings, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     before = path.read_text()
@@ -188,19 +194,19 @@ def test_another_file_under_the_same_path_is_refused_by_its_name_and_nothing_cha
 
 
 @pytest.mark.parametrize("words", [b"", b"step-0000", b"step-999999\n", b"../checkpoints\n", b"step-000002\n", b"\xff"])
-def test_latest_is_put_right_where_it_names_something_else(words: bytes, run: Path, config: Config) -> None:
+def test_latest_is_put_right_where_it_names_something_else(words: bytes, run: Path, config: Settings) -> None:
     (run / "checkpoints" / "latest").write_bytes(words)
     goes_on(run, config)
     assert (run / "checkpoints" / "latest").read_text() == f"step-{SAVED:06d}\n"
 
 
-def test_latest_is_written_where_a_kill_came_between_a_checkpoint_and_its_name(run: Path, config: Config) -> None:
+def test_latest_is_written_where_a_kill_came_between_a_checkpoint_and_its_name(run: Path, config: Settings) -> None:
     (run / "checkpoints" / "latest").unlink()
     goes_on(run, config)
     assert (run / "checkpoints" / "latest").read_text() == f"step-{SAVED:06d}\n"
 
 
-def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before(run: Path, config: Config) -> None:
+def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before(run: Path, config: Settings) -> None:
     (run / "checkpoints" / f"step-{SAVED:06d}" / MANIFEST).unlink()
     put(run, "rollouts/step-00001.rank-0.jsonl.zst", "rollouts/step-00002.rank-0.jsonl.zst", "hf/step-000004/")
     remarks = goes_on(run, config)
@@ -214,7 +220,7 @@ def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before
     assert (run / "checkpoints" / "torn-step-000004").is_dir()
 
 
-def test_of_a_run_the_newest_checkpoint_by_number_is_exported(run: Path, config: Config) -> None:
+def test_of_a_run_the_newest_checkpoint_by_number_is_exported(run: Path, config: Settings) -> None:
     from a3po_megatron.convert.convert import newest_checkpoint
 
     goes_on(run, config)

@@ -14,18 +14,21 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
-from a3po_megatron.config import load_config, load_resolved
-from a3po_megatron.config.load import known_options
+from a3po_megatron.config import load_config, load_resolved, resolve
+from a3po_megatron.config.fields import known_options
 from a3po_megatron.config.sbatch_options import KNOWN, split
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import site, slurm
+from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import save_resolved
+from tests.distributed.runner import ROOT
 from tests.tiny import VOCAB, save_tokenizer
 
 SIGNS = "abcXYZ019 _-./:=@%+,;|&<>(){}[]#'\"\\$`~*?!^äß日本\u2028\t"
@@ -87,6 +90,8 @@ class Requests:
 
     def __init__(self, folder: Path) -> None:
         (folder / "m").mkdir()
+        model = json.loads((ROOT / "configs/models/tiny-arithmetic/config.json").read_text())
+        (folder / "m/config.json").write_text(json.dumps(model | {"max_position_embeddings": 4096}))
         (folder / "rows.jsonl").write_text("")
         self.folder = folder
 
@@ -107,7 +112,7 @@ class Requests:
         return lambda: getattr(getattr(self.config({}, f"{option}={json.dumps(value)}"), section), name)
 
     def script(self, options: dict[str, Any], folder: Path | None = None) -> str:
-        return slurm.plan([self.config(options)], folder or self.folder / "run", sweep=False).script
+        return slurm.plan([slurm.settled(self.config(options))], folder or self.folder / "run", sweep=False).script
 
     def directive(self, options: dict[str, Any], name: str, folder: Path | None = None) -> str | None:
         """A directive's value in the script, as sbatch reads it."""
@@ -143,7 +148,8 @@ class Requests:
 
         def saved() -> str:
             """Also as the run's ranks read it."""
-            save_resolved(self.config({"data.id_field": set_to()}), self.folder / "config.yaml")
+            settings = resolve(self.config({"data.id_field": set_to()}), SimpleNamespace(layers=2), CPU)
+            save_resolved(settings, self.folder / "config.yaml")
             return load_resolved(self.folder / "config.yaml").data.id_field
 
         return Case(f"data.id_field={value!r}", saved, value)
@@ -323,7 +329,7 @@ class Clusters:
                     words, codes.get(words[0], 0), answers[words[0]], "said"
                 ),
             )
-            plan = slurm.plan([self.requests.config(options)], self.requests.folder / "run", sweep=False)
+            plan = slurm.plan([slurm.settled(self.requests.config(options))], self.requests.folder / "run", sweep=False)
             slurm.check_cluster(plan, None)
             return slurm.sbatch("x")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from a3po_megatron.config import Config, load_config
+from a3po_megatron.config import load_config
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.files.run_folder import LEAD
 from a3po_megatron.launch import job, slurm
@@ -133,13 +133,13 @@ def test_a_job_on_gpus_asks_for_the_memory_of_the_whole_node_unless_told_otherwi
     options: list[str], line: str
 ) -> None:
     """What the optimizer keeps on the host is more than a partition gives by default: the job is killed."""
-    script = slurm.render(load_config(ROOT / "configs/arithmetic.yaml", options), Path("/runs/example"))
+    script = slurm.render(slurm.settled(load_config(ROOT / "configs/arithmetic.yaml", options)), Path("/runs/example"))
     assert (line in script) if line else ("--mem" not in script)
 
 
 def planned(folder: Path, *overrides: str) -> slurm.Plan:
     options = ["slurm.gpus_per_node=0", "slurm.tasks_per_node=2", *overrides]
-    return slurm.plan([load_config(ROOT / "configs/arithmetic.yaml", options)], folder, sweep=False)
+    return slurm.plan([slurm.settled(load_config(ROOT / "configs/arithmetic.yaml", options))], folder, sweep=False)
 
 
 def test_submitting_into_a_live_run_or_one_configured_otherwise_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_submitting_into_a_live_run_or_one_configured_otherwise_is_refused_and_c
     slurm.write(planned(folder), [[]])
     names = ("config.yaml", slurm.SCRIPT)
     written = [(folder / name).read_bytes() for name in names]
-    config: Config = planned(folder).configs[0]
+    config = planned(folder).runs[0]
 
     lock, _ = make_folder(folder, config, ["a3po", "train"])
     with lock, pytest.raises(RequestError, match="a run is live in this folder"):

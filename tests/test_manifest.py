@@ -8,16 +8,23 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from a3po_megatron.config import Config, unlike
+from a3po_megatron.config import Config, Settings, resolve, unlike
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.hashed import Written, digest_of
 from a3po_megatron.files.run_folder import step_folders
+from a3po_megatron.ranks.backend import CPU, CUDA, Backend
 from a3po_megatron.run import manifest
 from a3po_megatron.run.folder import name_latest, newest_whole, prune, put_aside
 from a3po_megatron.run.manifest import MANIFEST, Manifest, check_whole, read_manifest
+
+
+def settings_of(options: dict[str, Any], backend: Backend = CPU) -> Settings:
+    return resolve(Config.model_validate(options), SimpleNamespace(layers=2), backend)
 
 
 def checkpoint(checkpoints: Path, step: int) -> Path:
@@ -173,46 +180,48 @@ BASE = {"model": {"path": "m"}, "data": {"path": "builtin:arithmetic"}}
     [
         ({"trainer": {"seed": 1}}, "trainer.seed was 0, is 1"),
         ({"model": {"path": "n"}}, "model.path was 'm', is 'n'"),
-        ({"shaping": {"rho": 1.5}}, "shaping.rho was 2.0, is 1.5"),
+        ({"shaping": {"rho": 1.5}}, "shaping.rho was 2.0, is 1.5 and shaping.rho_negative was 2.0, is 1.5"),
         ({"rollout": {"max_tokens": 7}}, "rollout.max_tokens was 1024, is 7"),
         ({"rollout": {"engine_args": {"swap_space": 1}}}, "rollout.engine_args was {}, is {'swap_space': 1}"),
         ({"parallel": {"expert": 2}}, "parallel.expert was 1, is 2, and Megatron's optimizer"),
         ({"parallel": {"tensor": 2, "sequence": True}, "checkpoint": {"every_steps": 3}}, None),
-        ({"trainer": {"steps": 900}, "rollout": {"tensor": 2}, "name": "other"}, None),
+        ({"trainer": {"steps": 900}, "parallel": {"data": 2}, "rollout": {"tensor": 2}, "name": "other"}, None),
     ],
 )
 def test_a_run_goes_on_under_another_configuration_only_where_that_changes_nothing_of_what_it_learns(
     change: dict[str, dict[str, object]], words: str | None
 ) -> None:
-    before = Config.model_validate(BASE).model_dump(mode="json")
-    now = Config.model_validate(BASE | change | ({"model": change["model"]} if "model" in change else {}))
+    before = settings_of(BASE).model_dump(mode="json")
+    now = settings_of(BASE | change | ({"model": change["model"]} if "model" in change else {}))
     found = unlike(before, now)
-    assert (found == []) if words is None else (len(found) == 1 and words in found[0]), found
+    assert found == [] if words is None else words in " and ".join(found), found
+    assert len(found) == (0 if words is None else 1 + words.count(" and shaping."))
 
 
 def test_more_steps_are_refused_where_the_learning_rate_depends_on_their_number() -> None:
-    cosine = BASE | {"optimizer": {"schedule": "cosine"}}
-    before = Config.model_validate(cosine).model_dump(mode="json")
-    (found,) = unlike(before, Config.model_validate(cosine | {"trainer": {"steps": 900}}))
+    cosine = BASE | {"lr_schedule": {"name": "cosine"}}
+    before = settings_of(cosine).model_dump(mode="json")
+    (found,) = unlike(before, settings_of(cosine | {"trainer": {"steps": 900}}))
     assert found == "trainer.steps was 300, is 900, and the learning rate's schedule ends with it"
 
 
 def test_a_run_of_before_an_option_existed_goes_on_where_the_option_is_as_it_is_by_default() -> None:
-    before = Config.model_validate(BASE).model_dump(mode="json")
-    for section, option in (("rollout", "routing_replay"), ("learner", "bf16_layers"), ("cluster", "device")):
+    before = settings_of(BASE).model_dump(mode="json")
+    for section, option in (("rollout", "routing_replay"), ("learner", "bf16_layers")):
         del before[section][option]
-    assert unlike(before, Config.model_validate(BASE).on("cpu")) == []
-    (found,) = unlike(before, Config.model_validate(BASE | {"rollout": {"routing_replay": True}}))
+    assert unlike(before, settings_of(BASE)) == []
+    (found,) = unlike(before, settings_of(BASE | {"rollout": {"routing_replay": True}}))
     assert found == "rollout.routing_replay was False, is True"
 
 
 def test_a_run_does_not_go_on_on_another_device_nor_a_tensorwise_one_in_other_packs() -> None:
-    on_cpu = Config.model_validate(BASE).on("cpu").model_dump(mode="json")
-    found, dtype = unlike(on_cpu, Config.model_validate(BASE).on("cuda"))
+    on_cpu = settings_of(BASE).model_dump(mode="json")
+    found, precision, dtype = unlike(on_cpu, settings_of(BASE, CUDA))
     assert dtype == "model.dtype was 'float32', is 'bfloat16'"  # which follows from it
+    assert precision == "learner.precision was 'fp32', is 'bf16'"
     assert found == "cluster.device was 'cpu', is 'cuda', and the names in a checkpoint follow from it"
     for precision, refused in (("fp8-tensorwise", 1), ("fp8-blockwise", 0)):
         learner = {"learner": {"precision": precision}}
-        before = Config.model_validate(BASE | learner).model_dump(mode="json")
-        now = Config.model_validate(BASE | {"learner": {"precision": precision, "micro_batch_tokens": 512}})
+        before = settings_of(BASE | learner).model_dump(mode="json")
+        now = settings_of(BASE | {"learner": {"precision": precision, "micro_batch_tokens": 512}})
         assert len(unlike(before, now)) == refused, precision

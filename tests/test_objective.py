@@ -11,7 +11,7 @@ import torch
 from a3po_megatron.algorithm.correction import sampler_correction
 from a3po_megatron.algorithm.kl import kl_k3
 from a3po_megatron.algorithm.objectives.clipped import policy_loss
-from a3po_megatron.config import CorrectionOptions, ObjectiveOptions
+from a3po_megatron.config import NoCorrection, ObjectiveOptions, TisOptions
 
 
 def test_loss_and_gradient_equal_the_formula_on_every_branch() -> None:
@@ -34,14 +34,14 @@ def test_loss_and_gradient_equal_the_formula_on_every_branch() -> None:
 
 def test_without_dual_clip_the_loss_of_wrong_rollouts_is_unbounded() -> None:
     logprobs, old = torch.tensor([3.0]), torch.tensor([0.0])
-    found = policy_loss(logprobs, old, torch.tensor([-1.0]), torch.ones(1), ObjectiveOptions(dual_clip=None))
+    found = policy_loss(logprobs, old, torch.tensor([-1.0]), torch.ones(1), ObjectiveOptions(dual_clip=0))
     assert found.loss.item() == pytest.approx(math.exp(3), rel=1e-6)
 
 
 def test_the_samplers_correction_is_truncated_importance_sampling_and_can_be_off() -> None:
     old, rollout = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -0.5, -4.0])
-    assert sampler_correction(old, rollout, CorrectionOptions()).tolist() == pytest.approx([1, math.exp(-0.5), 2])
-    assert sampler_correction(old, rollout, CorrectionOptions(tis_cap=None)).tolist() == [1, 1, 1]
+    assert sampler_correction(old, rollout, TisOptions()).tolist() == pytest.approx([1, math.exp(-0.5), 2])
+    assert sampler_correction(old, rollout, NoCorrection()).tolist() == [1, 1, 1]
 
 
 def test_k3_is_zero_at_equality_and_keeps_its_digits_near_it() -> None:

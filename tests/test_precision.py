@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, RolloutOptions, load_config
+from a3po_megatron.config import LearnerOptions, ModelOptions, ParallelOptions, RolloutOptions, load_config, resolve
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
 from a3po_megatron.launch import hardware as launch_hardware
@@ -112,7 +112,7 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
         ("cpu", ["learner.precision=fp8-blockwise"], "learner.precision: fp8-blockwise needs a GPU"),
         ("cpu", ["rollout.quantization=fp8_per_block"], "rollout.quantization: fp8_per_block needs a GPU"),
         ("cpu", ["rollout.batch_invariant=true"], "rollout.batch_invariant has no effect on a CPU"),
-        ("cuda", ["rollout.quantization=fp8_per_block", "correction.tis_cap=null"], "needs correction.tis_cap"),
+        ("cuda", ["rollout.quantization=fp8_per_block", "correction.name=none"], "needs correction.name: tis"),
         ("cuda", ["rollout.quantization=fp8_per_block", "rollout.tensor=4"], "num_key_value_heads × head_dim on an"),
         ("cuda", ["rollout.quantization=fp8_per_block", "rollout.bf16_layers=[2,1]"], "the model has 2 layers"),
     ],
@@ -120,8 +120,9 @@ def test_what_a_model_layout_or_recipe_cannot_have_is_refused_by_name(
 def test_what_a_device_cannot_do_is_refused_by_name(tmp_path: Any, device: str, options: list[str], words: str) -> None:
     facts = facts_of(tmp_path, head_dim=64)
     config = load_config(EXAMPLE, ["model.dtype=bfloat16", *options])
+    settings = resolve(config, facts, backend_of(device), ranks=4)
     with pytest.raises(RequestError) as caught:
-        _check_device(config, facts, backend_of(device))
+        _check_device(settings, facts, backend_of(device))
     assert words in str(caught.value)
 
 
@@ -129,7 +130,7 @@ def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -
     facts = facts_of(tmp_path, head_dim=64)
     asked = ["rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
     asked += ["learner.precision=fp8-blockwise", "rollout.batch_invariant=true"]
-    config = load_config(EXAMPLE, ["model.dtype=bfloat16", *asked])
+    config = resolve(load_config(EXAMPLE, ["model.dtype=bfloat16", *asked]), facts, backend_of("cuda"), ranks=2)
     _check_device(config, facts, backend_of("cuda"))
     arguments = engine_arguments(tmp_path, config.rollout, torch.bfloat16, backend_of("cuda"), 4)
     assert arguments["quantization"] == "fp8_per_block"

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from a3po_megatron.config import RewardOptions
+from a3po_megatron.config import LocalPool, RayPool, RewardOptions
 from a3po_megatron.reward.graders import local_graders, math_graders, ray_graders
 from a3po_megatron.reward.ray_pool import RayGraders
 
@@ -30,17 +30,17 @@ def graders() -> Iterator[RayGraders]:
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
     )
-    with ray_graders(RewardOptions(pool="ray", ray_address="local")) as pool:
+    with ray_graders(RewardOptions(), RayPool(address="local")) as pool:
         yield pool
     ray.shutdown()
 
 
 def test_ray_gives_the_verdicts_of_the_local_pool_in_their_order(graders: RayGraders) -> None:
-    with local_graders(RewardOptions()) as local:
+    with local_graders(RewardOptions(), LocalPool()) as local:
         wanted = local.grade_all(ITEMS)
     assert graders.grade_all(ITEMS) == wanted
     assert graders.grade_all([]) == []
-    with math_graders(RewardOptions(pool="ray", ray_address="local")) as beside:  # as a run asks: from a thread
+    with math_graders(RewardOptions(), RayPool(address="local")) as beside:  # as a run asks: from a thread
         assert beside.submit(ITEMS).result() == wanted
 
 

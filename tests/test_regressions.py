@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from a3po_megatron import compat
 from a3po_megatron.algorithm.sums import largest_of_each
-from a3po_megatron.config import DataOptions, OptimizerOptions, load_config
+from a3po_megatron.config import AdamOptions, CosineSchedule, DataOptions, load_config
 from a3po_megatron.data.load import load
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
@@ -134,7 +134,7 @@ def test_the_last_step_of_a_decay_still_trains() -> None:
 
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [parameter], "default_config": True, "is_decoupled_lr": False}], lr=1.0)
-    schedule = _schedule(optimizer, OptimizerOptions(lr=1.0, schedule="cosine", warmup_steps=1), steps=3)
+    schedule = _schedule(optimizer, AdamOptions(lr=1.0), CosineSchedule(warmup_steps=1), steps=3)
     rates = []
     for _ in range(3):
         schedule.step(increment=1)

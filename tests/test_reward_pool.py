@@ -73,9 +73,9 @@ def test_verdicts_come_in_the_order_of_the_items(pool: GraderPool) -> None:
     [
         ("kill", "invalid", "grader worker was killed (signal 9)"),
         ("exit 3", "invalid", "grader worker exited with code 3"),
-        ("hang", "wrong", "it takes more than 2.0 s to grade (reward.timeout_seconds)"),
-        ("busy", "wrong", "it takes more than 2.0 s to grade (reward.timeout_seconds)"),
-        ("eat", "wrong", f"it takes more than {MEMORY} bytes to grade (reward.memory_bytes)"),
+        ("hang", "wrong", "it takes more than 2.0 s to grade (grader_pool.timeout_seconds)"),
+        ("busy", "wrong", "it takes more than 2.0 s to grade (grader_pool.timeout_seconds)"),
+        ("eat", "wrong", f"it takes more than {MEMORY} bytes to grade (grader_pool.memory_bytes)"),
         ("raise", "invalid", "grader raised KeyError: 'no such thing'"),
         ("garbage", "invalid", "grader returned str, not a Verdict"),
     ],
@@ -208,7 +208,7 @@ def test_start_returns_at_once_and_close_ends_every_process() -> None:
 def test_workers_that_cannot_start_are_an_error_that_names_the_option() -> None:
     with (
         GraderPool(math.grade, 1, TIMEOUT, memory_bytes=32 << 20) as pool,  # sympy does not fit
-        pytest.raises(RunFailed, match="reward.memory_bytes"),
+        pytest.raises(RunFailed, match="grader_pool.memory_bytes"),
     ):
         pool.grade_all([("a", "a")])
 

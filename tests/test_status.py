@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from a3po_megatron.config import Config
+from a3po_megatron.config import Config, resolve
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.lock import hold, is_live
 from a3po_megatron.launch.status import status
+from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import save_resolved
 from a3po_megatron.telemetry.clock import Clock
 from tests.distributed.runner import ROOT
@@ -28,9 +30,8 @@ def folder(tmp_path: Path) -> Path:
     """A run of 20 steps on three ranks that was made, and not started."""
     options = {"parallel": {"data": 3}, "trainer": {"steps": 20}, "model": {"path": "m"}, "name": "small"}
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    save_resolved(
-        Config.model_validate(options | {"data": {"path": "builtin:arithmetic"}}), tmp_path / "run/config.yaml"
-    )
+    config = Config.model_validate(options | {"data": {"path": "builtin:arithmetic"}})
+    save_resolved(resolve(config, SimpleNamespace(layers=2), CPU), tmp_path / "run/config.yaml")
     return tmp_path / "run"
 
 

@@ -22,7 +22,7 @@ from tests.distributed.runner import ROOT
 
 def planned(folder: Path, *overrides: str) -> slurm.Plan:
     options = ["slurm.gpus_per_node=0", "slurm.tasks_per_node=2", *overrides]
-    return slurm.plan([load_config(ROOT / "configs/arithmetic.yaml", options)], folder, sweep=False)
+    return slurm.plan([slurm.settled(load_config(ROOT / "configs/arithmetic.yaml", options))], folder, sweep=False)
 
 
 # --- the time limit ------------------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_lines_of_setup_that_are_one_command_together_stay_one(tmp_path: Path) -
 
 
 def test_setup_of_one_line_is_taken_as_a_list_of_one_and_what_is_no_list_is_named(tmp_path: Path) -> None:
-    lines = planned(tmp_path, "slurm.setup=module load cuda").configs[0].slurm.setup
+    lines = planned(tmp_path, "slurm.setup=module load cuda").runs[0].slurm.setup
     assert lines == ("module load cuda",)
-    assert planned(tmp_path, "slurm.extra=--exclusive").configs[0].slurm.extra == ("--exclusive",)
+    assert planned(tmp_path, "slurm.extra=--exclusive").runs[0].slurm.extra == ("--exclusive",)
     with pytest.raises(RequestError, match="--set slurm.mounts: slurm.mounts: Input should be a list") as caught:
         planned(tmp_path, "slurm.mounts={a: b}")
     assert "tuple" not in str(caught.value)
@@ -414,7 +414,7 @@ def test_an_array_beyond_the_clusters_largest_index_is_refused(
 
 def test_a_sweep_beyond_the_clusters_largest_index_is_refused(tmp_path: Path, cluster: Cluster) -> None:
     cluster.program("scontrol", "MaxArraySize            = 2\n")
-    configs = planned(tmp_path).configs
+    configs = planned(tmp_path).runs
     slurm.check_cluster(slurm.plan(configs * 2, tmp_path / "run", sweep=True), None)
     with pytest.raises(RequestError, match="--sweep: the last index of the array would be 2"):
         slurm.check_cluster(slurm.plan(configs * 3, tmp_path / "run", sweep=True), None)

@@ -24,12 +24,14 @@ from transformers import (
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
-from a3po_megatron.config import CorrectionOptions, ObjectiveOptions
+from a3po_megatron.config import Config, ObjectiveOptions, Settings, TisOptions, resolve
 from a3po_megatron.model.cut import Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import Layout
+from a3po_megatron.model.read import read_facts
+from a3po_megatron.ranks.backend import CPU, Backend
 
-CLIPPED = Clipped(ObjectiveOptions(), CorrectionOptions())  # the objective as it is by default
+CLIPPED = Clipped(ObjectiveOptions(), TisOptions())  # the objective as it is by default
 VOCAB = 67  # odd: every tensor-parallel size pads it
 
 QWEN3 = {"head_dim": 32, "tie_word_embeddings": True}
@@ -94,6 +96,11 @@ def save_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
     fast.save_pretrained(folder)
+
+
+def resolved(config: Config, backend: Backend = CPU) -> Settings:
+    """What a run of its model does, on so few ranks as its layout needs."""
+    return resolve(config, read_facts(config.model.path), backend)
 
 
 def tensor_pieces(facts: ModelFacts, tensor: int, rank: int) -> tuple[Piece, ...]:

@@ -116,7 +116,7 @@ def peer(source: Path, target: Path) -> None:
     compat.prepare()
     from mbridge import AutoBridge
 
-    from a3po_megatron.config import ClusterOptions, MegatronOptions, ModelOptions, ParallelOptions
+    from a3po_megatron.config import ClusterOptions, MegatronOptions, ModelSettings, ParallelOptions
     from a3po_megatron.launch.local import free_port
     from a3po_megatron.model.build import build_model, transformer_config
     from a3po_megatron.ranks.groups import connect
@@ -130,7 +130,7 @@ def peer(source: Path, target: Path) -> None:
     }
     connect(ParallelOptions(), ClusterOptions(), 1, 0)
     facts = read_facts(source)
-    options = ModelOptions(path=str(source), dtype="bfloat16")
+    options = ModelSettings(path=str(source), dtype="bfloat16")
     model = build_model(facts, Layout(), transformer_config(facts, ParallelOptions(), options, MegatronOptions()))
     # mbridge knows Transformer Engine's names: the model's own, seen through them.
     bridge = AutoBridge.from_pretrained(str(source))

@@ -50,7 +50,7 @@ def measure(folder: Path, publishes: int) -> None:
     cluster = connect(config.parallel, config.cluster, config.rollout.tensor, 0)
     path = Path(config.model.path)
     facts = read_facts(path)
-    engine = VllmEngine(path, facts, facts.eos, config.rollout, DTYPES[config.model.known_dtype()], cluster.backend)
+    engine = VllmEngine(path, facts, facts.eos, config.rollout, DTYPES[config.model.dtype], cluster.backend)
     learner = Learner(cluster, facts, config)
     count, rollout = facts.experts.count if facts.experts else 0, config.rollout
     canary = [tuple(range(2 + n, 12 + n)) for n in range(config.publish.canary_prompts)]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from a3po_megatron.config import Config
+from a3po_megatron.config import Settings
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.shell import LOOPBACK
 from a3po_megatron.ranks.topology import topology_of
@@ -53,9 +53,11 @@ def make_model(folder: Path) -> None:
 
 def run_bench(
     name: str, script: str, options: argparse.Namespace, more: str, *words: str
-) -> tuple[Config, list[dict[str, Any]]]:
+) -> tuple[Settings, list[dict[str, Any]]]:
     """A bench's ranks, from a configuration with `more` lines in it; returns it, and what each rank left."""
     from a3po_megatron.config import load_config
+    from a3po_megatron.launch.check import settle
+    from a3po_megatron.ranks.backend import CPU
     from a3po_megatron.run.folder import save_resolved
 
     with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as place:
@@ -67,14 +69,14 @@ def run_bench(
         base = folder / "bench.yaml"
         tensor = [] if any(o.startswith("parallel.") for o in options.overrides) else ["parallel.tensor=2"]
         base.write_text(f"model: {{path: {model}}}\ndata: {{path: builtin:arithmetic}}\n{more}")
-        config = load_config(base, [*tensor, *options.overrides]).on("cpu")
+        config = settle(load_config(base, [*tensor, *options.overrides]), CPU)
         save_resolved(config, folder / "config.yaml")
         ranks = topology_of(config.parallel, config.rollout.tensor).world
         start_ranks(script, folder, ranks, *words)
         return config, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def named_layout(config: Config) -> dict[str, Any]:
+def named_layout(config: Settings) -> dict[str, Any]:
     """The learner's layout, without what is as usual."""
     return {name: value for name, value in config.parallel.model_dump().items() if value not in (None, 1, False)}
 

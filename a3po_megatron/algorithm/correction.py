@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import CorrectionOptions
+from ..config import Correction, NoCorrection
 
 
 @torch.no_grad()
-def sampler_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, options: CorrectionOptions) -> Tensor:
+def sampler_correction(old_logprobs: Tensor, rollout_logprobs: Tensor, options: Correction) -> Tensor:
     """TIS weights [T]: min(pi_train_old / pi_rollout, cap); all 1 when the correction is off."""
-    if options.tis_cap is None:
+    if isinstance(options, NoCorrection):
         return torch.ones_like(old_logprobs)
-    return torch.exp(old_logprobs - rollout_logprobs).clamp(max=options.tis_cap)
+    return torch.exp(old_logprobs - rollout_logprobs).clamp(max=options.cap)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..config import ShapingOptions
+from ..config import NoShaping, Shaping, ShapingOptions
 
 
 def rho(step: int, options: ShapingOptions) -> tuple[float, float]:
@@ -62,9 +62,12 @@ def token_weights(
     return torch.where(chosen, weight.to(torch.float32), weights)
 
 
-def shape(batch: Batch, step: int, options: ShapingOptions) -> Batch:
+def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     """Adds the token weights of RL step `step` to a scored batch."""
     assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
+    if isinstance(options, NoShaping):
+        batch.token_weights, batch.rho = torch.ones_like(batch.old_logprobs), (1.0, 1.0)
+        return batch
     source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
     # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
     metric = -batch.entropy if options.metric == "entropy" else None

@@ -2,44 +2,75 @@
 
 from __future__ import annotations
 
-from .algorithm import AdvantageOptions, CorrectionOptions, ObjectiveOptions, ShapingOptions
+from .algorithm import (
+    AdvantageOptions,
+    Correction,
+    NoCorrection,
+    NoShaping,
+    ObjectiveOptions,
+    Shaping,
+    ShapingOptions,
+    TisOptions,
+)
 from .checkpoint import CheckpointOptions
-from .cluster import ClusterOptions, ParallelOptions
-from .config import Config, lasting, unlike
+from .cluster import ClusterOptions, ParallelOptions, ParallelSettings, even_stages, stage_ranks
 from .data import ARITHMETIC, DataOptions
-from .learner import LearnerOptions, OptimizerOptions
+from .learner import AdamOptions, CosineSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule, SgdOptions
 from .load import data_options, load_config, load_resolved, resolved_text
-from .model import MegatronOptions, ModelOptions
-from .reward import RewardOptions
-from .rollout import RolloutOptions
+from .model import MegatronOptions, ModelOptions, ModelSettings
+from .resolve import resolve
+from .resume import lasting, unlike
+from .reward import GraderPoolOptions, LocalPool, RayPool, RewardOptions
+from .rollout import RolloutOptions, RolloutSettings
+from .sections import Config, Settings
 from .telemetry import TelemetryOptions
 from .train import TrainerOptions
-from .weights import PublishOptions
+from .weights import PublishOptions, PublishSettings
 
 __all__ = [
     "ARITHMETIC",
+    "AdamOptions",
     "AdvantageOptions",
     "CheckpointOptions",
     "ClusterOptions",
     "Config",
-    "CorrectionOptions",
+    "Correction",
+    "CosineSchedule",
     "DataOptions",
+    "GraderPoolOptions",
     "LearnerOptions",
+    "LearnerSettings",
+    "LocalPool",
     "MegatronOptions",
     "ModelOptions",
+    "ModelSettings",
+    "NoCorrection",
+    "NoShaping",
     "ObjectiveOptions",
-    "OptimizerOptions",
+    "Optimizer",
     "ParallelOptions",
+    "ParallelSettings",
     "PublishOptions",
+    "PublishSettings",
+    "RayPool",
     "RewardOptions",
     "RolloutOptions",
+    "RolloutSettings",
+    "Schedule",
+    "Settings",
+    "SgdOptions",
+    "Shaping",
     "ShapingOptions",
     "TelemetryOptions",
+    "TisOptions",
     "TrainerOptions",
     "data_options",
+    "even_stages",
     "lasting",
     "load_config",
     "load_resolved",
+    "resolve",
     "resolved_text",
+    "stage_ranks",
     "unlike",
 ]

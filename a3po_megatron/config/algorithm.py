@@ -7,9 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
-from .section import NonNegative, NonNegativeFloat, PositiveFloat, Probability, Section, option
+from .section import (
+    NoEffect,
+    NonNegative,
+    NonNegativeFloat,
+    PositiveFloat,
+    Probability,
+    Section,
+    by_name,
+    option,
+    or_off,
+)
 
 
 class AdvantageOptions(Section):
@@ -20,11 +30,13 @@ class AdvantageOptions(Section):
     normalise_std: bool = option(True, "divide by the standard deviation; false: A = R - mean (Dr.GRPO)")
     positive_scale: NonNegativeFloat = option(1.0, "factor on the advantages of correct rollouts (the x of PxNy)")
     negative_scale: NonNegativeFloat = option(1.0, "factor on the advantages of wrong rollouts (the y of PxNy)")
+    without_effect = (NoEffect(("ddof", "eps"), lambda a: not a.normalise_std, "advantage.normalise_std is false"),)
 
 
 class ShapingOptions(Section):
     """A3PO: rho(s) = max(rho - decay * (s - origin), 1) on the chosen tokens. rho = 1 is plain DAPO, bit for bit."""
 
+    name: Literal["a3po"] = option("a3po", "how tokens are weighted; none: all alike")
     fraction: Probability = option(0.2, "share of a rollout's response tokens that is chosen, at least one token")
     rho: Annotated[float, Field(ge=1)] = option(2.0, "weight of the chosen tokens at the origin; 1: no shaping")
     rho_negative: Annotated[float, Field(ge=1)] | None = option(None, "the same in wrong rollouts; null: rho")
@@ -33,6 +45,29 @@ class ShapingOptions(Section):
     metric: Literal["probability", "entropy"] = option("probability", "what ranks the tokens of a rollout")
     source: Literal["training", "rollout"] = option("training", "whose log-probs rank the tokens: learner's, engine's")
     rounding: Literal["floor", "ceil"] = option("floor", "of fraction × the number of tokens")
+    without_effect = (
+        NoEffect(
+            ("fraction", "decay", "origin", "metric", "source", "rounding"),
+            lambda s: s.rho == 1 and (s.rho_negative or 1) == 1,
+            "shaping.rho is 1 (no shaping)",
+        ),
+        NoEffect(("source",), lambda s: s.metric != "probability", "shaping.metric is not probability"),
+        NoEffect(("origin",), lambda s: s.decay == 0, "shaping.decay is 0"),
+    )
+
+
+class ShapingSettings(ShapingOptions):
+    rho_negative: Annotated[float, Field(ge=1)]
+
+
+class NoShaping(Section):
+    name: Literal["none"] = "none"
+
+
+Shaping = Annotated[Annotated[ShapingOptions, Tag("a3po")] | Annotated[NoShaping, Tag("none")], by_name("a3po")]
+ResolvedShaping = Annotated[
+    Annotated[ShapingSettings, Tag("a3po")] | Annotated[NoShaping, Tag("none")], by_name("a3po")
+]
 
 
 class ObjectiveOptions(Section):
@@ -40,10 +75,20 @@ class ObjectiveOptions(Section):
 
     clip_low: Annotated[float, Field(gt=0, lt=1)] = option(0.2, "the ratio is clipped at 1 - clip_low")
     clip_high: PositiveFloat = option(0.28, "the ratio is clipped at 1 + clip_high")
-    dual_clip: Annotated[float, Field(gt=1)] | None = option(3.0, "c of the lower bound c × A where A < 0; null: off")
+    dual_clip: Annotated[float, Field(ge=0), or_off(above=1)] = option(
+        3.0, "c of the lower bound c × A where A < 0; 0: off"
+    )
 
 
-class CorrectionOptions(Section):
+class TisOptions(Section):
     """Truncated importance sampling: every token's objective times min(pi_train_old / pi_rollout, cap)."""
 
-    tis_cap: PositiveFloat | None = option(2.0, "largest weight of truncated importance sampling; null: off")
+    name: Literal["tis"] = option("tis", "how the objective makes up for the sampler's other log-probs; none: not")
+    cap: PositiveFloat = option(2.0, "largest weight of truncated importance sampling")
+
+
+class NoCorrection(Section):
+    name: Literal["none"] = "none"
+
+
+Correction = Annotated[Annotated[TisOptions, Tag("tis")] | Annotated[NoCorrection, Tag("none")], by_name("tis")]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import Positive, PositiveFloat, Section, option
+from .section import Positive, PositiveFloat, Section, option, or_off
 
 
 class ParallelOptions(Section):
@@ -24,6 +25,40 @@ class ParallelOptions(Section):
         None, "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need"
     )
 
+    def stage_ranks(self) -> int:
+        """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
+        return stage_ranks(self.tensor, self.expert, self.expert_tensor or self.tensor)
+
+    def ranks_of(self, data: int) -> int:
+        """How many ranks learn."""
+        return self.tensor * self.context * self.pipeline * data
+
+    def fewest_data(self) -> int:
+        """As few data-parallel ranks as the experts need."""
+        return max(1, self.stage_ranks() // self.tensor // self.context)
+
+
+class ParallelSettings(ParallelOptions):
+    expert_tensor: Positive
+    stages: tuple[Positive, ...]
+    data: Positive
+
+
+def stage_ranks(tensor: int, expert: int, expert_tensor: int) -> int:
+    """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
+    return math.lcm(tensor, expert_tensor * expert)
+
+
+def even_stages(layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers of each chunk, as even as they go; the first and the last one, which also hold embedding and output layer,
+    get no remainder."""
+    base, rest = divmod(layers, chunks)
+    counts = [base] * chunks
+    inner = [*range(1, chunks - 1), 0, chunks - 1] if chunks > 1 else [0]
+    for index in inner[:rest]:
+        counts[index] += 1
+    return tuple(counts)
+
 
 class ClusterOptions(Section):
     device: Literal["cpu", "cuda"] | None = option(
@@ -31,7 +66,13 @@ class ClusterOptions(Section):
         "what the ranks train on, which must be what they find; null: GPUs where there are any, and under Slurm where "
         "slurm.gpus_per_node asks for some",
     )
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = option(None, "of the ranks' rendezvous; null: a free one")
+    port: Annotated[int, Field(ge=0, le=65535), or_off(least=1024)] = option(
+        0, "of the ranks' rendezvous; 0: a free one"
+    )
     timeout_seconds: PositiveFloat = option(
         7200.0, "a collective that waits longer is an error; telemetry.stall_seconds is sooner"
     )
+
+
+class ClusterSettings(ClusterOptions):
+    device: Literal["cpu", "cuda"]

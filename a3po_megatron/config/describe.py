@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ..errors import RequestError
 from . import nearest
-from .config import Config
+from .fields import SECTIONS, fields_of, kinds, known_options, name_of_kind
 
 NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Any: "anything", type(None): "null"}
 LIMITS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
@@ -29,7 +28,7 @@ class Option(NamedTuple):
 def options(section: str | None) -> list[Option]:
     """The options of one section, or all. Raises RequestError for a section that there is not."""
     found = list(_all())
-    sections = {option.name.partition(".")[0] for option in found}
+    sections = {*SECTIONS, *(option.name for option in found if "." not in option.name)}
     if section is None:
         return found
     if section not in sections:
@@ -39,19 +38,16 @@ def options(section: str | None) -> list[Option]:
 
 
 def _all() -> Iterator[Option]:
-    for section, info in Config.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            for name, field in kind.model_fields.items():
-                yield _option(f"{section}.{name}", field)
-        else:
-            yield _option(section, info)
-
-
-def _option(name: str, field: FieldInfo) -> Option:
-    default = field.get_default(call_default_factory=True)
-    shown = "required" if default is PydanticUndefined else _value(default)
-    return Option(name, _kind(field.annotation, field.metadata), shown, field.description or "")
+    for option in known_options():
+        section, _, name = option.partition(".")
+        fields = fields_of(option)
+        default = fields[0].get_default(call_default_factory=True)
+        shown = "required" if default is PydanticUndefined else _value(default)
+        # What a section that is one of several may be stands at its `name`; an option of one of them says of which.
+        kind = " | ".join(dict.fromkeys(_kind(field.annotation, field.metadata) for field in fields))
+        owners = [str(name_of_kind(each)) for each in kinds(section) if name in each.model_fields]
+        of = f"{', '.join(owners)}: " if 0 < len(owners) < len(kinds(section)) else ""
+        yield Option(option, kind, shown, of + (fields[0].description or ""))
 
 
 def _kind(kind: Any, limits: list[Any]) -> str:
@@ -89,4 +85,4 @@ def _value(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_value, value))}]"
-    return str(value)
+    return str(value) or '""'

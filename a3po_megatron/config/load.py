@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import shlex
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ..errors import RequestError
 from . import nearest, paths
-from .config import WITHOUT_EFFECT, Config
 from .data import ARITHMETIC, DataOptions
+from .fields import SECTIONS, default_of, kind_of, kinds, known_options, name_of_kind, takes_text
+from .renamed import NULL_WAS, RENAMED
+from .sections import Config, Settings
 from .written import as_numbers, as_text, as_values, read_yaml
 
 _PATHS = {
@@ -49,17 +50,19 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     values = _read_file(Path(path), ())
     for text in overrides:
         _override(text, values)
-    values = {option: entry for option, entry in values.items() if entry[0] is not None or _nullable(option)}
-    for option in _PATHS:
-        if option in values:
-            value, where, folder = values[option]
-            values[option] = (_path(option, value, where, folder), where, folder)
+    values = _located(values)
     config = _validate(values)
-    for rule in WITHOUT_EFFECT:
-        for option in rule.options:
-            if option in values and values[option][0] != _default(option) and rule.when(config):
-                raise RequestError(f"{values[option][1]}: {option} has no effect, because {rule.because}: remove it")
+    for section in SECTIONS:
+        chosen = getattr(config, section)
+        for rule in chosen.without_effect:
+            for option in (f"{section}.{name}" for name in rule.options):
+                if option in values and values[option][0] != default_of(option) and rule.when(chosen):
+                    raise RequestError(f"{values[option][1]}: {option} {no_effect(rule.because)}")
     return config
+
+
+def no_effect(because: str) -> str:
+    return f"has no effect, because {because}: remove it"
 
 
 def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
@@ -71,34 +74,41 @@ def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
         if not option.startswith("data.") or option == "data.path":
             raise RequestError(f"{where}: expected an option of the section data, but not its path")
     values |= {"data.path": (paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())}
+    return _validate({**_located(values), "model.path": ("none", "", Path.cwd())}).data
+
+
+def resolved_text(settings: Settings) -> str:
+    """Returns every option with its value as YAML, in the order of the sections."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def load_resolved(path: Path) -> Settings:
+    """Reads a file of what `resolved_text` returned.
+
+    Raises RequestError, naming file and option, for what is none: cut off, or of a version with other options.
+    """
+    try:
+        return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise RequestError(f"{path}: this is not the configuration of a run: {words}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = ": ".join(filter(None, [".".join(_place(first["loc"])), _said(first["msg"])]))
+        raise RequestError(
+            f"{path}: this is not the configuration of a run of this version: {wrong}; go on with the version that "
+            "began the run (provenance.json), or begin a new one"
+        ) from error
+
+
+def _located(values: Values) -> Values:
+    """Without those that are as by default (null), and paths as they are meant."""
+    values = {option: entry for option, entry in values.items() if entry[0] is not None}
     for option in _PATHS:
         if option in values:
             value, where, folder = values[option]
             values[option] = (_path(option, value, where, folder), where, folder)
-    return _validate({**values, "model.path": ("none", "", Path.cwd())}).data
-
-
-def resolved_text(config: Config) -> str:
-    """Returns every option with its value as YAML, in the order of the sections."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def load_resolved(path: Path) -> Config:
-    """Reads a file of what `resolved_text` returned. All options stand in it, so rules about explicitly given ones do
-    not apply."""
-    return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def known_options() -> list[str]:
-    """Every dotted option name."""
-    names = []
-    for section, info in Config.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names += [f"{section}.{name}" for name in kind.model_fields]
-        else:
-            names.append(section)
-    return names
+    return values
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
@@ -169,7 +179,7 @@ def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, in
 def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values: Values) -> None:
     """Lays a tree of settings out as dotted options. Pass-through dictionaries stay whole."""
     known = known_options()
-    sections = {name.partition(".")[0] for name in known if "." in name}
+    sections = set(SECTIONS)
     for key, value in tree.items():
         option = f"{prefix}{as_text(key)}"
         if option in sections:
@@ -188,6 +198,10 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
             held = values[head][0] if head in values and isinstance(values[head][0], dict) else {}
             values[head] = ({**held, option[len(head) + 1 :]: _settled(head, value, where)}, where(option), folder)
             continue
+        if option in RENAMED:
+            raise RequestError(f"{where(option)}: {option} is now {RENAMED[option]}")
+        if value is None and option in NULL_WAS:
+            raise RequestError(f"{where(option)}: {option}: null is no longer {NULL_WAS[option]}")
         if option not in known:
             raise RequestError(f"{where(option)}: unknown option {option}{nearest.hint(option, known, sections)}")
         values[option] = (_settled(option, value, where), where(option), folder)
@@ -195,7 +209,7 @@ def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values
 
 def _settled(option: str, value: Any, where: Any) -> Any:
     """What was written for an option that takes text, else what YAML reads."""
-    if takes_text(annotation_of(option)):
+    if takes_text(option):
         return as_text(value)
     try:
         return as_values(value) if option in MAPPINGS else as_numbers(value)
@@ -203,50 +217,11 @@ def _settled(option: str, value: Any, where: Any) -> Any:
         raise RequestError(f"{where(option)}: {option}: {error}") from error
 
 
-def annotation_of(option: str) -> Any:
-    """The type of an option's value."""
-    section, _, name = option.partition(".")
-    kind = Config.model_fields[section].annotation
-    return kind.model_fields[name].annotation if name and isinstance(kind, type) else kind
-
-
-def takes_text(kind: Any) -> bool:
-    """Whether a value of this type, or what it holds, is text."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return takes_text(inner[0])
-    if origin is Literal:
-        return any(isinstance(choice, str) for choice in inner)
-    if origin is dict:
-        return takes_text(inner[1])
-    if origin in (Union, types.UnionType, tuple):
-        return any(takes_text(part) for part in inner)
-    return kind is str
-
-
-def _nullable(option: str) -> bool:
-    section, _, name = option.partition(".")
-    kind = Config.model_fields[section].annotation
-    if not name or not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-        return False
-    return "None" in str(kind.model_fields[name].annotation)
-
-
-def _default(option: str) -> Any:
-    """The option's default, as a file would give it; something that equals nothing if it must be set."""
-    section, _, name = option.partition(".")
-    kind = Config.model_fields[section].annotation
-    if not (name and isinstance(kind, type) and issubclass(kind, BaseModel)):
-        return object()
-    value = kind.model_fields[name].get_default(call_default_factory=True)
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _path(option: str, value: Any, where: str, folder: Path) -> Any:
     """The path that is meant; what is none is left to be refused for its type."""
     if isinstance(value, list):
         return [_path(option, entry, where, folder) for entry in value]
-    if not isinstance(value, str) or value == ARITHMETIC:
+    if not isinstance(value, str) or value in ("", ARITHMETIC):
         return value
     if option == "data.path" and value.startswith("builtin:"):
         raise RequestError(f"{where}: {option}: there is no {value}; the built-in task is {ARITHMETIC}")
@@ -264,16 +239,41 @@ def _validate(values: Values) -> Config:
     for section in ("model", "data"):
         if section not in tree:
             raise RequestError(f"{section}.path is not set: the configuration must say which {section} to use")
+    for section in tree.keys() & set(SECTIONS):
+        _check_kind(section, tree[section], values)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"][:2])
+        place = _place(first["loc"])
+        option = ".".join(place[:2])
         where = f"{values[option][1]}: " if option in values else ""
         given = f" (got {first['input']!r})" if option in values else ""
-        if option in MAPPINGS and len(first["loc"]) > 2:
-            option = ".".join(str(part) for part in first["loc"][:3])
+        if option in MAPPINGS and len(place) > 2:
+            option = ".".join(place[:3])
         raise RequestError(f"{where}{option}: {_said(first['msg'])}{given}") from error
+
+
+def _place(loc: tuple[int | str, ...]) -> list[str]:
+    """Where pydantic found a mistake, without the name that it puts second for a section that is one of several."""
+    parts = [str(part) for part in loc]
+    several = bool(parts) and parts[0] in SECTIONS and len(kinds(parts[0])) > 1
+    return parts[:1] + parts[2 if several else 1 :]
+
+
+def _check_kind(section: str, given: dict[str, Any], values: Values) -> None:
+    """Of a section that is one of several: raises RequestError for a `name` of none, and for another one's option."""
+    if len(kinds(section)) == 1:
+        return
+    names = [str(name_of_kind(kind)) for kind in kinds(section)]
+    kind = kind_of(section, given.get("name"))
+    if kind is None:
+        raise RequestError(
+            f"{values[f'{section}.name'][1]}: {section}.name: Input should be {' or '.join(map(repr, names))} (got "
+            f"{given['name']!r})"
+        )
+    for option in (f"{section}.{name}" for name in given if name not in kind.model_fields):
+        raise RequestError(f"{values[option][1]}: {option} {no_effect(f'{section}.name is {name_of_kind(kind)}')}")
 
 
 def _said(message: str) -> str:

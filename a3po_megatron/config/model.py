@@ -13,10 +13,9 @@ class ModelOptions(Section):
         None, "of the learner's parameters and activations; null: bfloat16 on GPUs, float32 on a CPU"
     )
 
-    def known_dtype(self) -> Literal["float32", "bfloat16"]:
-        """A run's, which is filled in when it starts."""
-        assert self.dtype is not None, "Config.on fills it in"
-        return self.dtype
+
+class ModelSettings(ModelOptions):
+    dtype: Literal["float32", "bfloat16"]
 
 
 class MegatronOptions(Section):

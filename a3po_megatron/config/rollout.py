@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .section import NonNegative, PassedThrough, Positive, PositiveFloat, Probability, Section, option
+from .section import NoEffect, NonNegative, PassedThrough, Positive, PositiveFloat, Probability, Section, option
 
 
 class RolloutOptions(Section):
@@ -21,8 +21,8 @@ class RolloutOptions(Section):
     max_rounds: Positive = option(4, "dynamic sampling: rounds that a step may take to find enough groups with spread")
     max_sequences: Positive = option(256, "rollouts that an engine decodes at once")
     kv_cache_bytes: Positive = option(256 << 20, "of one engine's KV cache")
-    quantization: Literal["fp8_per_block"] | None = option(
-        None, "what the engine computes its linear layers in, output layer aside; null: model.dtype. GPUs only"
+    quantization: Literal["none", "fp8_per_block"] = option(
+        "none", "what the engine computes its linear layers in, output layer aside; none: model.dtype. fp8: GPUs only"
     )
     bf16_layers: tuple[NonNegative, NonNegative] = option(
         (0, 0), "with quantization: first and last layers that are left out"
@@ -34,3 +34,10 @@ class RolloutOptions(Section):
         False, "mixtures of experts: the learner sends every token to the experts that the engine chose for it"
     )
     engine_args: PassedThrough = option({}, "further engine arguments of vLLM, checked by name")
+    without_effect = (
+        NoEffect(("bf16_layers",), lambda r: r.quantization == "none", "rollout.quantization is not set"),
+    )
+
+
+class RolloutSettings(RolloutOptions):
+    data: Positive

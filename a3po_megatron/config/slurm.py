@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator
@@ -25,44 +26,51 @@ def _lines(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _memory(value: object) -> object:
+    return value if value == "" else checked_memory(value)
+
+
+def _or_empty(check: Callable[[str], str]) -> AfterValidator:
+    """An empty text says that nothing is asked for."""
+    return AfterValidator(lambda text: text and check(text))
+
+
 Text = Annotated[str, AfterValidator(checked_text)]
 Lines = Annotated[tuple[Text, ...], BeforeValidator(_lines)]
-Word = Annotated[str, AfterValidator(checked_word)]
+Word = Annotated[str, _or_empty(checked_word)]
 Environment = Annotated[dict[str, str], AfterValidator(checked_environment)]
 
 
 class SlurmOptions(Section):
-    partition: Annotated[str, AfterValidator(checked_words)] | None = option(
-        None, "where the job runs, or several with commas between: any of them; null: the cluster's default"
+    partition: Annotated[str, _or_empty(checked_words)] = option(
+        "", "where the job runs, or several with commas between: any of them; empty: the cluster's default"
     )
-    account: Word | None = option(None, "whom the job is charged to; null: the user's default")
-    qos: Word | None = option(None, "quality of service; null: the account's default")
+    account: Word = option("", "whom the job is charged to; empty: the user's default")
+    qos: Word = option("", "quality of service; empty: the account's default")
     nodes: Positive = option(1, "nodes that train")
     gpus_per_node: Annotated[int | str, BeforeValidator(checked_gpus)] = option(
         8, "GPUs of each node, with their type where the cluster demands one (h200:8); 0: a run on CPUs"
     )
     tasks_per_node: Positive | None = option(None, "ranks of each node; null: one for every GPU")
     cpus_per_task: Positive = option(8, "CPUs of each rank")
-    memory: Annotated[str, BeforeValidator(checked_memory)] | None = option(
-        None,
-        "per node, in MB or with K, M, G or T directly after it; 0: all of it; null: all of a node with GPUs, else the "
-        "partition's default",
+    memory: Annotated[str, BeforeValidator(_memory)] = option(
+        "",
+        "per node, in MB or with K, M, G or T directly after it; 0: all of it; empty: all of a node with GPUs, else "
+        "the partition's default",
     )
     time: Annotated[str, AfterValidator(checked_time)] = option("04:00:00", "limit of one job, in any form of Slurm's")
-    lead_seconds: Positive | None = option(
-        None, "the signal comes so long before the end; null: as the run measured, first 300"
-    )
+    lead_seconds: NonNegative = option(0, "the signal comes so long before the end; 0: as the run measured, first 300")
     resume: Literal["requeue", "chain", "array"] = option(
         "requeue", "how a run comes back after its end; chain, array: where the partition forbids requeueing"
     )
     attempts: Positive = option(20, "starts of one run: of a chain and an array, jobs")
     spares: NonNegative = option(0, "further nodes of the allocation, for when one fails")
-    container: Text | None = option(
-        None, "image for the ranks (pyxis), a file or a registry's; null: the interpreter that submits"
+    container: Text = option(
+        "", "image for the ranks (pyxis), a file or a registry's; empty: the interpreter that submits"
     )
     mounts: Lines = option((), "of the container, besides the run folder: SOURCE:TARGET[:FLAGS]")
-    python: Text | None = option(None, "the ranks' interpreter; null: the one that submits, in a container `python`")
-    cache: Text | None = option(None, "folder for what vLLM, Triton and Inductor compile; null: in the run folder")
+    python: Text = option("", "the ranks' interpreter; empty: the one that submits, in a container `python`")
+    cache: Text = option("", "folder for what vLLM, Triton and Inductor compile; empty: in the run folder")
     setup: Lines = option((), "shell lines before all else, such as `module load cuda`; one that fails ends the job")
     environment: Environment = option({}, "variables of the job, as they stand: nothing in them is expanded")
     extra: Annotated[Lines, AfterValidator(checked_extra)] = option(
@@ -78,3 +86,7 @@ class SlurmOptions(Section):
     def gpus(self) -> int:
         """Of a node, of whatever type."""
         return sum(gpu_counts(str(self.gpus_per_node)).values())
+
+
+class SlurmSettings(SlurmOptions):
+    tasks_per_node: Positive

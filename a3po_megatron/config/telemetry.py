@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .section import NonNegative, PositiveFloat, Section, option
+from .section import NoEffect, NonNegative, PositiveFloat, Section, option
 
 
 class TelemetryOptions(Section):
@@ -17,3 +17,4 @@ class TelemetryOptions(Section):
     stall_factor: Annotated[float, Field(ge=2)] = option(
         10.0, "a rank counts as stuck after so many times the longest silence of its phase so far, at least"
     )
+    without_effect = (NoEffect(("texts_per_step",), lambda t: not t.rollouts, "telemetry.rollouts is false"),)

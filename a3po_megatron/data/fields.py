@@ -84,8 +84,9 @@ def value_at(row: dict[str, Any], path: str) -> Any:
     return value
 
 
-def fields_of(row: dict[str, Any], problem: str | None, answer: str | None, id: str) -> Fields:
-    """The fields to read: as options name them, else as a known layout that the row has; ours where it has none."""
+def fields_of(row: dict[str, Any], problem: str, answer: str, id: str) -> Fields:
+    """The fields to read: as options name them (empty: they do not), else as a known layout that the row has; ours
+    where it has none."""
     for known_problem, known_answer in LAYOUTS:
         pair = problem or known_problem, answer or known_answer
         if all(value_at(row, path) is not MISSING for path in pair):

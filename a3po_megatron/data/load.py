@@ -237,7 +237,7 @@ class _Reader:
     def _columns(self) -> list[str] | None:
         """Of tables: those that can be asked for; none are left out while the layout is not known."""
         options = self.options
-        if options.problem_field is None or options.answer_field is None:
+        if not (options.problem_field and options.answer_field):
             known = [path for layout in fields.LAYOUTS for path in layout]
         else:
             known = []

@@ -105,7 +105,7 @@ class Prompts:
         """Draws of each source in a block, from `data.weights`."""
         assert self._data is not None
         weights, sources = self._options.weights, len(self._data.bounds) - 1
-        if weights is None:
+        if not weights:
             return []
         if len(weights) != sources:
             raise RequestError(f"data.weights has {len(weights)} numbers, data.path has {sources} sources")

@@ -42,9 +42,9 @@ class Tokens:
         eos: tuple[int, ...],
         template: str,
         *,
-        template_file: str | None = None,
+        template_file: str = "",
         arguments: Mapping[str, Any] | None = None,
-        system: str | None = None,
+        system: str = "",
     ) -> None:
         self._folder = folder
         self._tokenizer = _read(folder)
@@ -66,7 +66,7 @@ class Tokens:
         self.stops = tuple(sorted({*eos} | ({own} if own is not None else set())))
         if bad := [token for token in eos if token not in ids]:
             raise RequestError(f"{folder}: eos_token_id {bad[0]} of config.json is no token of the tokenizer")
-        self._chat = self._chat_template(template_file, arguments or {}, system or "") if template == "chat" else None
+        self._chat = self._chat_template(template_file, arguments or {}, system) if template == "chat" else None
         tree = json.loads(self._tokenizer.backend_tokenizer.to_str())
         self._bytes_a_token = bytes_a_token(tree)
         self._known = _known_signs(tree)
@@ -77,14 +77,14 @@ class Tokens:
         arguments, file = options.template_arguments, options.template_file
         return cls(folder, vocab, eos, options.template, template_file=file, arguments=arguments, system=options.system)
 
-    def _chat_template(self, file: str | None, arguments: Mapping[str, Any], system: str) -> ChatTemplate:
-        place, inside = (Path(file), "") if file is not None else place_of_template(self._folder)
-        if file is None and not self._tokenizer.chat_template:
+    def _chat_template(self, file: str, arguments: Mapping[str, Any], system: str) -> ChatTemplate:
+        place, inside = (Path(file), "") if file else place_of_template(self._folder)
+        if not file and not self._tokenizer.chat_template:
             raise RequestError(
                 f"data.template is chat, but the tokenizer in {self._folder} has no chat template: data.template_file "
                 "names one, and the other forms of data.template need none"
             )
-        text = read_template(place) if file is not None else self._tokenizer.get_chat_template()
+        text = read_template(place) if file else self._tokenizer.get_chat_template()
         return ChatTemplate(text, place, inside, self._tokenizer.special_tokens_map, arguments, system)
 
     def render(self, problem: Problem) -> str:

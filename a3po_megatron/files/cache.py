@@ -17,9 +17,9 @@ from .replace import replacing
 
 
 class Cache:
-    """`folder`: null for the user's own, $XDG_CACHE_HOME/a3po-megatron or ~/.cache/a3po-megatron."""
+    """`folder`: empty for the user's own, $XDG_CACHE_HOME/a3po-megatron or ~/.cache/a3po-megatron."""
 
-    def __init__(self, folder: str | None = None) -> None:
+    def __init__(self, folder: str = "") -> None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         self.folder = Path(folder) if folder else Path(home) / "a3po-megatron"
         self.refused: str | None = None  # why nothing can be kept here

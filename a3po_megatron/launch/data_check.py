@@ -126,7 +126,7 @@ def _problems(source: Path) -> Iterator[tuple[str, Problem]]:
     for path in files_of(source):
         names, lined = None, read.has_lines(path)
         for place, row in read.rows_of(path):
-            names = names or fields.fields_of(row, None, None, "id")
+            names = names or fields.fields_of(row, "", "", "id")
             where = place_name(path, place, lined)
             try:
                 problem = fields.problem_of(row, names.problem)

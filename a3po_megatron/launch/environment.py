@@ -22,7 +22,7 @@ from ..files.run_folder import rank_file
 from ..ranks.handoff import Handoff
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from ..config import Settings
 
 SETTINGS = {
     "OMP_NUM_THREADS": "1",  # several ranks share the cores of one machine
@@ -102,16 +102,16 @@ def prepare() -> None:
     """Sets what must be set before torch, Megatron and vLLM are imported; what the user has set stays."""
     adopt_slurm()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the user has set: the engine lives in this process
-    for name, value in settings().items():
+    for name, value in variables().items():
         os.environ.setdefault(name, value)
 
 
-def of_run(config: Config) -> dict[str, str]:
+def of_run(settings: Settings) -> dict[str, str]:
     """What else its ranks' environment must hold before anything is imported."""
-    return {BATCH_INVARIANT: "1"} if config.rollout.batch_invariant else {}
+    return {BATCH_INVARIANT: "1"} if settings.rollout.batch_invariant else {}
 
 
-def settings(device: str | None = None, container: bool = False) -> dict[str, str]:
+def variables(device: str | None = None, container: bool = False) -> dict[str, str]:
     """What a rank's environment needs on this machine; `container`: it has packages of its own."""
     if device == "cpu" or (device is None and not sees_gpu()):
         return SETTINGS | ON_CPU

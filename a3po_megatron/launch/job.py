@@ -28,7 +28,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from ..config import Config, load_resolved
+from ..config import Settings, load_resolved
 from ..config.slurm_forms import filename
 from ..errors import A3POError, Finished, Interrupted, RunFailed
 from ..files.run_folder import rank_of
@@ -46,25 +46,28 @@ RANK = ("sh", "-c", "trap '' USR1 TERM INT; exec \"$@\"", "rank")
 
 
 def main(folder: Path, signals: Signals) -> None:
-    config = load_resolved(folder / "config.yaml")
+    settings = load_resolved(folder / "config.yaml")
     job = os.environ["SLURM_JOB_ID"]
-    successor, before = _submit_successor(folder, config, job), reached(folder)
+    successor, before = _submit_successor(folder, settings, job), reached(folder)
     try:
-        outcome = _run(folder, config, signals)
+        outcome = _run(folder, settings, signals)
     except Finished as done:
         print(done, flush=True)
         outcome = None
     except A3POError as error:
         outcome = error
-    if isinstance(outcome, Interrupted) and (idle := idle_starts(folder, before, _goes_on(config))) >= IDLE_STARTS:
+    if isinstance(outcome, Interrupted) and (idle := idle_starts(folder, before, _goes_on(settings))) >= IDLE_STARTS:
         outcome = RunFailed(
             f"{outcome}. The run got no further in {idle} starts in a row, so it is not started again: give a start "
             "more time (slurm.time), see logs/ for what takes it, and submit again"
         )
-        _take_back_array(config)
+        _take_back_array(settings)
     if isinstance(outcome, Interrupted):
         print(f"{outcome}", flush=True)
-        if config.slurm.resume == "requeue" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < config.slurm.attempts:
+        if (
+            settings.slurm.resume == "requeue"
+            and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < settings.slurm.attempts
+        ):
             subprocess.run(["scontrol", "requeue", job], check=True)
             time.sleep(600)  # Slurm ends this job now
         sys.exit(Interrupted.exit_code)
@@ -75,46 +78,46 @@ def main(folder: Path, signals: Signals) -> None:
         sys.exit(outcome.exit_code)
 
 
-def _goes_on(config: Config) -> bool:
+def _goes_on(settings: Settings) -> bool:
     """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
     numbers = [int(os.environ.get("SLURM_RESTART_COUNT", "0")), Handoff.of().attempt or 0]
-    if config.slurm.resume == "array":
+    if settings.slurm.resume == "array":
         numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)
     return any(numbers)
 
 
-def _take_back_array(config: Config) -> None:
-    if config.slurm.resume == "array" and (array := os.environ.get("SLURM_ARRAY_JOB_ID")):
+def _take_back_array(settings: Settings) -> None:
+    if settings.slurm.resume == "array" and (array := os.environ.get("SLURM_ARRAY_JOB_ID")):
         subprocess.run(["scancel", "--state=PENDING", array], check=False)
 
 
-def _submit_successor(folder: Path, config: Config, job: str) -> str | None:
+def _submit_successor(folder: Path, settings: Settings, job: str) -> str | None:
     """The next job of a chain, which waits for this one's end, whatever that is: a killed job could not submit it."""
-    if config.slurm.resume != "chain":
+    if settings.slurm.resume != "chain":
         return None
     attempt = 1 + (Handoff.of().attempt or 0)
-    if attempt >= config.slurm.attempts:
+    if attempt >= settings.slurm.attempts:
         return None
     script = folder / SCRIPT
     told = [f"{name}={value}" for name, value in Handoff(attempt=attempt).environment().items()]
     return sbatch(f"--dependency=afterany:{job}", f"--export={','.join(['ALL', *told])}", str(script))
 
 
-def _run(folder: Path, config: Config, signals: Signals) -> A3POError | None:
+def _run(folder: Path, settings: Settings, signals: Signals) -> A3POError | None:
     """Starts the ranks until they end well, or for good; None: the run is done."""
     nodes, bad = hosts(os.environ["SLURM_JOB_NODELIST"]), set[str]()
     while True:
-        tasks = _Tasks(folder, config, [node for node in nodes if node not in bad][: config.slurm.nodes])
-        with prepare_folder(folder, config):
+        tasks = _Tasks(folder, settings, [node for node in nodes if node not in bad][: settings.slurm.nodes])
+        with prepare_folder(folder, settings):
             failure = supervise(tasks, folder, signals)
         if failure is None:
             from ..report.page import write_report
 
             print(f"run folder: {folder}\nreport:     {write_report([folder], None)}", flush=True)
             return None
-        blamed = tasks.ended().bad_nodes(folder, tasks.nodes, config.slurm.ranks_per_node())
+        blamed = tasks.ended().bad_nodes(folder, tasks.nodes, settings.slurm.ranks_per_node())
         bad |= blamed
-        if not blamed or len(nodes) - len(bad) < config.slurm.nodes:
+        if not blamed or len(nodes) - len(bad) < settings.slurm.nodes:
             return failure
         print(f"{failure}; once more without {', '.join(sorted(blamed))}", flush=True)
 
@@ -124,21 +127,21 @@ class _Tasks(Start):
 
     poll_seconds, through_srun = 0.5, True
 
-    def __init__(self, folder: Path, config: Config, nodes: list[str]) -> None:
+    def __init__(self, folder: Path, settings: Settings, nodes: list[str]) -> None:
         super().__init__()
-        self._folder, self._config, self.nodes = folder, config, nodes
+        self._folder, self._settings, self.nodes = folder, settings, nodes
         self._logs = folder / "logs"  # of this start, once it has begun
 
     def begin(self) -> None:
         logs = self._folder / "logs"
         self._logs = logs / f"attempt-{1 + sum(1 for _ in logs.glob('attempt-*'))}"
         self._logs.mkdir()
-        config, slurm = self._config, self._config.slurm
+        settings, slurm = self._settings, self._settings.slurm
         inherited = of_a_job(os.environ, slurm.environment, len(self.nodes))
-        port = config.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+        port = settings.cluster.port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
         handoff = Handoff(started=time.time(), words_dir=self._logs)
         meeting = (self.nodes[0], port)
-        around = rank_environment(config, inherited, meeting, handoff, slurm.container is not None)
+        around = rank_environment(settings, inherited, meeting, handoff, bool(slurm.container))
         if (end := _end_of_job()) is not None:
             around.setdefault("SLURM_JOB_END_TIME", end)
         with (self._logs / "srun.err").open("w") as err:
@@ -148,7 +151,7 @@ class _Tasks(Start):
         self.processes.append(process)
 
     def _command(self) -> list[str]:
-        folder, slurm = self._folder, self._config.slurm
+        folder, slurm = self._folder, self._settings.slurm
         container = []
         if slurm.container:
             mounts = ",".join([f"{folder}:{folder}", *slurm.mounts])

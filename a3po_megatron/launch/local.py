@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..config import Config
+from ..config import Settings
 from ..errors import RequestError
 from ..files.run_folder import RunFolder, rank_file
 from ..ranks.handoff import Handoff
@@ -34,15 +34,15 @@ from .signals import Signals, ignore
 from .supervise import PROGRAM, Start, rank_environment, supervise
 
 
-def rendezvous(wanted: int | None) -> socket.socket:
+def rendezvous(wanted: int) -> socket.socket:
     """Where the ranks meet, listening already: a port that was only looked for may be taken when rank 0 comes to it.
 
-    Raises RequestError if the wanted one is not free.
+    `wanted`: a port, 0 for a free one. Raises RequestError if it is not free.
     """
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does: TIME_WAIT is no user
     try:
-        listener.bind(("127.0.0.1", wanted or 0))
+        listener.bind(("127.0.0.1", wanted))
         listener.listen(1024)
     except OSError as error:
         listener.close()
@@ -54,7 +54,7 @@ def rendezvous(wanted: int | None) -> socket.socket:
 
 def free_port() -> int:
     """A port that is free now."""
-    with rendezvous(None) as listener:
+    with rendezvous(0) as listener:
         return int(listener.getsockname()[1])
 
 
@@ -74,27 +74,27 @@ class _Rank:
         return None
 
 
-def run_local(folder: Path, config: Config, started: float, lock: IO[str], signals: Signals) -> None:
+def run_local(folder: Path, settings: Settings, started: float, lock: IO[str], signals: Signals) -> None:
     """Runs all ranks to their end, each holding the folder's lock.
 
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
-    if (error := supervise(_Processes(folder, config, started, lock), folder, signals)) is not None:
+    if (error := supervise(_Processes(folder, settings, started, lock), folder, signals)) is not None:
         raise error
 
 
 class _Processes(Start):
     poll_seconds, through_srun = 0.1, False
 
-    def __init__(self, folder: Path, config: Config, started: float, lock: IO[str]) -> None:
+    def __init__(self, folder: Path, settings: Settings, started: float, lock: IO[str]) -> None:
         super().__init__()
-        self._folder, self._config, self._started, self._lock = folder, config, started, lock
+        self._folder, self._settings, self._started, self._lock = folder, settings, started, lock
         self._ranks: list[_Rank] = []
         self._meeting: socket.socket | None = None
 
     def begin(self) -> None:
-        world = topology_of(self._config.parallel, self._config.rollout.tensor).world
-        self._meeting = rendezvous(self._config.cluster.port)
+        world = topology_of(self._settings.parallel, self._settings.rollout.tensor).world
+        self._meeting = rendezvous(self._settings.cluster.port)
         for rank in range(world):
             self._ranks.append(self._begin(rank, world, self._meeting))
             self.processes.append(self._ranks[-1].process)
@@ -108,7 +108,7 @@ class _Processes(Start):
             console, store = os.dup(sys.stdout.fileno()), os.dup(meeting.fileno())
             handoff = dataclasses.replace(handoff, console_fd=console, store_fd=store)
             inherited += [console, store]
-        environment = rank_environment(self._config, of_one_machine(os.environ), meeting.getsockname(), handoff)
+        environment = rank_environment(self._settings, of_one_machine(os.environ), meeting.getsockname(), handoff)
         environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         if rank == 0:  # it cannot ask the terminal for its width: its own standard streams are files
             environment.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))

@@ -54,7 +54,7 @@ def check_site(slurm: SlurmOptions, script: str, highest_index: int) -> list[str
         return try_out(slurm.partition, str(file))
 
 
-def try_out(partition: str | None, *words: str) -> list[str]:
+def try_out(partition: str, *words: str) -> list[str]:
     """What sbatch says of a job without submitting it. Raises RequestError where it would not take it."""
     done = _run("sbatch", "--test-only", *words)
     if done.returncode == 0:

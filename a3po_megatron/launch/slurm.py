@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config
+from ..config import Config, Settings
 from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
 from ..files.lock import hold
 from ..files.run_folder import SCRIPT, RunFolder, step_folders
+from ..ranks.backend import backend_of
 from ..ranks.topology import topology_of
 from ..run.folder import save_resolved
 from ..run.manifest import Torn, read_manifest
+from .check import settle
 from .folder import check_same, started_with
 from .site import check_site, sbatch, try_out
 
@@ -55,39 +57,37 @@ class Plan:
 
     top: Path
     folders: list[Path]
-    configs: list[Config]
+    runs: list[Settings]
     script: str
 
 
-def plan(configs: list[Config], top: Path, sweep: bool) -> Plan:
-    """Raises RequestError where the options do not fit each other."""
-    configs = [_filled(config) for config in configs]
-    slurm = configs[0].slurm
-    for config in configs:
-        if (world := topology_of(config.parallel, config.rollout.tensor).world) != slurm.ranks():
-            raise RequestError(
-                f"slurm.nodes × ranks per node = {slurm.ranks()}, but the layout has {world} ranks "
-                "(parallel.tensor × context × pipeline × data)"
-            )
-        if config.slurm != slurm:
-            raise RequestError("--sweep over the slurm section is not possible: all runs of a sweep are one array job")
+def settled(config: Config) -> Settings:
+    """What a job of this configuration does. Raises RequestError where the options do not fit each other."""
+    ranks, parallel = config.slurm.ranks(), config.parallel
+    if parallel.data is None and ranks % parallel.ranks_of(1) == 0:
+        world = ranks
+    else:
+        world = topology_of(parallel, config.rollout.tensor).world
+    if world != ranks:
+        raise RequestError(
+            f"slurm.nodes × ranks per node = {ranks}, but the layout has {world} ranks "
+            "(parallel.tensor × context × pipeline × data)"
+        )
+    device = config.cluster.device or ("cuda" if config.slurm.gpus_per_node else "cpu")
+    return settle(config, backend_of(device), ranks)
+
+
+def plan(runs: list[Settings], top: Path, sweep: bool) -> Plan:
+    """Raises RequestError where the runs cannot be jobs like this."""
+    slurm = runs[0].slurm
+    if any(run.slurm != slurm for run in runs):
+        raise RequestError("--sweep over the slurm section is not possible: all runs of a sweep are one array job")
     if sweep and slurm.resume == "array":
         raise RequestError("slurm.resume array and --sweep, which is an array itself, exclude each other: use requeue")
-    _check_folder(top, slurm.container is not None)
-    _check_time(configs[0], top)
-    folders = [top / f"{number:03d}" for number in range(len(configs))] if sweep else [top]
-    return Plan(top, folders, configs, render(configs[0], top, len(configs) if sweep else 0))
-
-
-def _filled(config: Config) -> Config:
-    """What follows from the allocation where it is not given: parallel.data, and what the ranks train on."""
-    config = config.on(config.cluster.device or ("cuda" if config.slurm.gpus_per_node else "cpu"))
-    parallel = config.parallel
-    replica = parallel.tensor * parallel.context * parallel.pipeline
-    if parallel.data is not None or config.slurm.ranks() % replica:
-        return config
-    filled = parallel.model_copy(update={"data": config.slurm.ranks() // replica})
-    return config.model_copy(update={"parallel": filled})
+    _check_folder(top, bool(slurm.container))
+    _check_time(runs[0], top)
+    folders = [top / f"{number:03d}" for number in range(len(runs))] if sweep else [top]
+    return Plan(top, folders, runs, render(runs[0], top, len(runs) if sweep else 0))
 
 
 @functools.cache
@@ -99,14 +99,14 @@ def _template() -> Template:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
-def render(config: Config, folder: Path, sweep: int = 0) -> str:
+def render(settings: Settings, folder: Path, sweep: int = 0) -> str:
     """The batch script of a run in `folder`, or of a sweep of so many in its subfolders."""
-    slurm = config.slurm
+    slurm = settings.slurm
     array = f"0-{sweep - 1}" if sweep else f"1-{slurm.attempts}%1" if slurm.resume == "array" else ""
     number = "%A_%a" if array else "%j"
     # The optimizer's twins lie in pinned host memory, twice while a save is written: a partition's default of a few GB
     # a core gets such a job killed. 0: all of the node's.
-    memory = 0 if slurm.memory is None and slurm.gpus_per_node else slurm.memory
+    memory = slurm.memory or ("0" if slurm.gpus_per_node else "")
     allocation = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos, "mem": memory}
     cache = slurm.cache or str(folder / "cache")
     kept = [("VLLM_CACHE_ROOT", "vllm"), ("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")]
@@ -117,16 +117,16 @@ def render(config: Config, folder: Path, sweep: int = 0) -> str:
     return _template().render(
         slurm=slurm,
         setup=whole_commands(slurm.setup),
-        name=config.name,
+        name=settings.name,
         folder=folder,
         target=shlex.quote(str(folder)) + index,
-        lead=lead_seconds(config, folder),
+        lead=lead_seconds(settings, folder),
         output=f"{filename(str(folder))}/logs/slurm-{number}.out",
         array=array,
-        allocation={name: value for name, value in allocation.items() if value is not None},
+        allocation={name: value for name, value in allocation.items() if value},
         environment=variables,
         python=sys.executable,
-        entry=shlex.quote(str(RAY_CLUSTER)) if config.reward.pool == "ray" else "-m a3po_megatron.launch.job",
+        entry=shlex.quote(str(RAY_CLUSTER)) if settings.grader_pool.name == "ray" else "-m a3po_megatron.launch.job",
     )
 
 
@@ -151,10 +151,10 @@ def whole_commands(lines: tuple[str, ...]) -> list[str]:
     return commands
 
 
-def lead_seconds(config: Config, folder: Path) -> int:
+def lead_seconds(settings: Settings, folder: Path) -> int:
     """How long before the end of a job its signal comes: as given, else as the run in the folder measured."""
-    if config.slurm.lead_seconds is not None:
-        return config.slurm.lead_seconds
+    if settings.slurm.lead_seconds:
+        return settings.slurm.lead_seconds
     try:
         return max(30, int(RunFolder(folder).lead_seconds.read_text().split()[0]))
     except (OSError, ValueError, IndexError):  # it has not measured yet, or was killed while it wrote that down
@@ -172,14 +172,14 @@ def _check_folder(folder: Path, container: bool) -> None:
         raise RequestError(f"--run-dir {text}: {signs[0]!r} separates the mounts of a container (slurm.container)")
 
 
-def _check_time(config: Config, folder: Path) -> None:
+def _check_time(settings: Settings, folder: Path) -> None:
     """Raises RequestError for a limit within which no step could be done: such a job would come back, again and again,
     only to be told to stop."""
-    slurm, lead, start_up = config.slurm, lead_seconds(config, folder), start_up_seconds(folder)
+    slurm, lead, start_up = settings.slurm, lead_seconds(settings, folder), start_up_seconds(folder)
     if (limit := limit_seconds(slurm.time)) > lead + start_up:
         return
     measured = RunFolder(folder).lead_seconds.exists()
-    whose = "as given" if slurm.lead_seconds is not None else "as measured" if measured else "unset"
+    whose = "as given" if slurm.lead_seconds else "as measured" if measured else "unset"
     raise RequestError(
         f"slurm.time = {slurm.time} is {limit:.0f} s, but the signal to stop comes {lead} s before the end "
         f"(slurm.lead_seconds, {whose}) and a start takes about {start_up} s, so that no step could be done: raise "
@@ -200,28 +200,28 @@ def write(plan: Plan, overrides: list[list[str]]) -> None:
     """The run folders with their configurations, and the script. Raises RequestError, before anything is changed, for a
     folder with a live run, or with one that was configured otherwise: the job that continues it reads these files."""
     with contextlib.ExitStack() as locks:
-        for folder, config in zip(plan.folders, plan.configs, strict=True):
+        for folder, settings in zip(plan.folders, plan.runs, strict=True):
             if folder.exists():
                 locks.enter_context(hold(folder))
-            _check_alike(folder, config)
+            _check_alike(folder, settings)
         _write(plan, overrides)
 
 
-def _check_alike(folder: Path, config: Config) -> None:
+def _check_alike(folder: Path, settings: Settings) -> None:
     """Whether the files of a checkpoint are whole is left to the job: it goes on from one that is."""
     for checkpoint in reversed(step_folders(RunFolder(folder).checkpoints)):
         with contextlib.suppress(Torn):
             before = read_manifest(checkpoint)
-            check_same(folder, config, before.config, before.inputs)
+            check_same(folder, settings, before.config, before.inputs)
             return
     if (started := started_with(folder)) is not None:
-        check_same(folder, config, started["config"], started["inputs"])
+        check_same(folder, settings, started["config"], started["inputs"])
 
 
 def _write(plan: Plan, overrides: list[list[str]]) -> None:
-    for folder, config in zip(plan.folders, plan.configs, strict=True):
+    for folder, settings in zip(plan.folders, plan.runs, strict=True):
         RunFolder(folder).logs.mkdir(parents=True, exist_ok=True)
-        save_resolved(config, RunFolder(folder).config)
+        save_resolved(settings, RunFolder(folder).config)
     if len(plan.folders) > 1:
         names = {folder.name: words for folder, words in zip(plan.folders, overrides, strict=True)}
         RunFolder(plan.top).sweep.write_text(json.dumps(names, indent=2) + "\n")
@@ -231,7 +231,7 @@ def _write(plan: Plan, overrides: list[list[str]]) -> None:
 
 def check_cluster(plan: Plan, export: Path | None) -> list[str]:
     """Raises RequestError for what this cluster would not take; returns what there is to say of what may wait."""
-    slurm = plan.configs[0].slurm
+    slurm = plan.runs[0].slurm
     index = slurm.attempts if slurm.resume == "array" else len(plan.folders) - 1
     remarks = check_site(slurm, plan.script, index)
     if export is not None:
@@ -250,12 +250,12 @@ def submit(plan: Plan, export: Path | None) -> list[str]:
 
 def _export_job(plan: Plan, export: Path) -> list[str]:
     """The job that exports the weights, for sbatch: where and on whose account as the run itself."""
-    slurm, top = plan.configs[0].slurm, plan.top
+    slurm, top = plan.runs[0].slurm, plan.top
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     further = [option for line in slurm.extra for option in options_of(line) if option[0] in ALL_JOBS]
-    options = [f"--{name}={value}" for name, value in [*named.items(), *further] if value is not None]
+    options = [f"--{name}={value}" for name, value in [*named.items(), *further] if value]
     options += ["--ntasks=1", f"--output={filename(str(top))}/logs/export-%j.out"]
-    options += [f"--job-name={plan.configs[0].name}-export"]
+    options += [f"--job-name={plan.runs[0].name}-export"]
     words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(top), str(export.resolve())]
     return [*options, "--wrap", shlex.join(words)]
 

@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from ..config import Config, load_resolved
+from ..config import Settings, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..files.lock import is_live
@@ -33,26 +30,22 @@ def status(folder: Path) -> list[Row]:
     if RunFolder(folder).sweep.exists():
         names = sorted(path.name for path in folder.iterdir() if RunFolder(path).config.exists())
         return [(name, "; ".join(text for _, text in status(folder / name)[1:4])) for name in names]
-    config = _config(folder)
+    settings = _settings(folder)
     live = is_live(folder)
-    said = [("run", f"{config.name} ({folder})"), *_progress(folder, config, live), *_ranks(folder, config, live)]
+    said = [("run", f"{settings.name} ({folder})"), *_progress(folder, settings, live), *_ranks(folder, settings, live)]
     return [*said, *_jobs(folder), *([] if live else _last_words(folder))]
 
 
-def _config(folder: Path) -> Config:
+def _settings(folder: Path) -> Settings:
     path = RunFolder(folder).config
     if not path.is_file():
         raise RequestError(f"{folder}: this is no run folder: there is no config.yaml in it")
-    try:
-        return load_resolved(path)
-    except (OSError, ValueError, yaml.YAMLError, ValidationError) as error:
-        words = " ".join(str(error).split())[:300]
-        raise RequestError(f"{path}: this is not the configuration of a run: {words}") from error
+    return load_resolved(path)
 
 
-def _progress(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
+def _progress(folder: Path, settings: Settings, live: bool | None) -> Iterator[Row]:
     run = RunFolder(folder)
-    steps, saved, rows = config.trainer.steps, step_folders(run.checkpoints), _rows(run.metrics)
+    steps, saved, rows = settings.trainer.steps, step_folders(run.checkpoints), _rows(run.metrics)
     done = rows[-1]["step"] + 1 if rows else 0
     newest = step_of(saved[-1]) if saved else 0
     begun = bool(done or saved or list(run.logs.glob("rank-*")))
@@ -89,9 +82,9 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _ranks(folder: Path, config: Config, live: bool | None) -> Iterator[Row]:
+def _ranks(folder: Path, settings: Settings, live: bool | None) -> Iterator[Row]:
     logs = RunFolder(folder).logs
-    world = topology_of(config.parallel, config.rollout.tensor).world
+    world = topology_of(settings.parallel, settings.rollout.tensor).world
     ranks = [rank for rank in range(world) if rank_file(logs, rank, "phase").exists()]
     if not ranks:
         return

@@ -23,12 +23,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from ..config import Config
+from ..config import Settings
 from ..errors import A3POError, Interrupted
 from ..ranks.handoff import Handoff
 from ..telemetry.watchdog import stalled
 from .blame import Ended, failure
-from .environment import of_run, settings
+from .environment import of_run, variables
 from .signals import Signals
 
 PROGRAM = ("-m", "a3po_megatron.train")  # and the run folder: what every rank runs
@@ -104,13 +104,17 @@ def _watch(start: Start, folder: Path, signals: Signals) -> Ended | None:
 
 
 def rank_environment(
-    config: Config, inherited: Mapping[str, str], meeting: tuple[str, int], handoff: Handoff, container: bool = False
+    settings: Settings,
+    inherited: Mapping[str, str],
+    meeting: tuple[str, int],
+    handoff: Handoff,
+    container: bool = False,
 ) -> dict[str, str]:
     """What all ranks get: what is `inherited` of the launcher's shell (launch/shell.py), where they meet, what they are
     told."""
     return {
-        **settings(config.cluster.device, container),
-        **of_run(config),
+        **variables(settings.cluster.device, container),
+        **of_run(settings),
         **inherited,
         "MASTER_ADDR": meeting[0],
         "MASTER_PORT": str(meeting[1]),

@@ -31,7 +31,7 @@ from ..algorithm.sums import Report, largest_of_each
 from ..algorithm.token_loss import Objective, TokenBatch, normaliser_count
 from ..batch import Batch, Rollout
 from ..compat.megatron import GATHERED, prime
-from ..config import Config, OptimizerOptions
+from ..config import AdamOptions, CosineSchedule, Optimizer, Schedule, Settings, SgdOptions
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
 from ..model.build import build_model, persistent_buffers, transformer_config
@@ -64,7 +64,7 @@ class Update:
 
 
 class Learner:
-    def __init__(self, cluster: Cluster, facts: ModelFacts, config: Config, checkpoint: Path | None = None) -> None:
+    def __init__(self, cluster: Cluster, facts: ModelFacts, config: Settings, checkpoint: Path | None = None) -> None:
         """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
         self.cluster, self.facts = cluster, facts
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
@@ -89,7 +89,7 @@ class Learner:
         ]
         self.optimizer = _optimizer(self.chunks, config.optimizer, settings.params_dtype)
         prime(self.optimizer)
-        self.schedule = _schedule(self.optimizer, config.optimizer, config.trainer.steps)
+        self.schedule = _schedule(self.optimizer, config.optimizer, config.lr_schedule, config.trainer.steps)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.replay = config.rollout.routing_replay
@@ -334,19 +334,18 @@ def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:
     return found
 
 
-def _optimizer(
-    chunks: list[DistributedDataParallel], options: OptimizerOptions, dtype: torch.dtype
-) -> MegatronOptimizer:
+def _optimizer(chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:
+    own: dict[str, float] = {}
+    if isinstance(options, AdamOptions):
+        own = {"adam_beta1": options.betas[0], "adam_beta2": options.betas[1], "adam_eps": options.eps}
+    elif isinstance(options, SgdOptions):
+        own = {"sgd_momentum": options.momentum}
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=options.name,
             lr=options.lr,
-            min_lr=options.min_lr,
             weight_decay=options.weight_decay,
-            adam_beta1=options.betas[0],
-            adam_beta2=options.betas[1],
-            adam_eps=options.eps,
-            sgd_momentum=options.momentum,
+            **own,
             clip_grad=options.clip_grad,
             use_distributed_optimizer=options.distributed,
             params_dtype=dtype,
@@ -356,17 +355,19 @@ def _optimizer(
     )
 
 
-def _schedule(optimizer: MegatronOptimizer, options: OptimizerOptions, steps: int) -> OptimizerParamScheduler:
+def _schedule(
+    optimizer: MegatronOptimizer, options: Optimizer, schedule: Schedule, steps: int
+) -> OptimizerParamScheduler:
     """RL step s (from 0) trains at the rate of s + 1, so that neither the first step of a warm-up nor the last of a
     decay has rate 0."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,
-        min_lr=options.min_lr,
-        lr_warmup_steps=options.warmup_steps,
+        min_lr=schedule.min_lr if isinstance(schedule, CosineSchedule) else 0.0,
+        lr_warmup_steps=schedule.warmup_steps,
         lr_decay_steps=steps + 1,
-        lr_decay_style=options.schedule,
+        lr_decay_style=schedule.name,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
         wd_incr_steps=0,

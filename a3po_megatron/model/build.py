@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..compat.megatron import output_layer_without_apex
-from ..config import LearnerOptions, MegatronOptions, ModelOptions, ParallelOptions
+from ..config import LearnerOptions, MegatronOptions, ModelSettings, ParallelOptions
 from ..config.passed import check_passed
 from ..errors import RequestError
 from ..ranks.backend import CPU, Backend
@@ -52,7 +52,7 @@ OWNED = {
 def transformer_config(
     facts: ModelFacts,
     parallel: ParallelOptions,
-    options: ModelOptions,
+    options: ModelSettings,
     megatron: MegatronOptions,
     learner: LearnerOptions = _AS_DTYPE,
     backend: Backend = CPU,
@@ -60,7 +60,7 @@ def transformer_config(
     """Megatron's settings for this model and layout. Raises RequestError for a bad `megatron.extra`."""
     layout = layout_of(parallel)
     check_layout(facts, layout)
-    dtype = DTYPES[options.known_dtype()]
+    dtype = DTYPES[options.dtype]
     ours: dict[str, Any] = {
         "num_layers": facts.layers,
         "hidden_size": facts.hidden,

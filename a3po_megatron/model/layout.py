@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import ParallelOptions
+from ..config import ParallelOptions, even_stages, stage_ranks
 from ..errors import RequestError
-from ..ranks.topology import stage_ranks
 from .facts import ModelFacts
 
 Scheme = Literal["local", "te"]
@@ -59,7 +58,7 @@ class Layout:
 
     def chunk_layers(self, layers: int, pipeline: int) -> tuple[range, ...]:
         """The layers of each model chunk of one pipeline rank."""
-        counts = self.stages or _even(layers, self.pipeline * self.virtual)
+        counts = self.stages or even_stages(layers, self.pipeline * self.virtual)
         ends = [sum(counts[: k + 1]) for k in range(len(counts))]
         chunks = (virtual * self.pipeline + pipeline for virtual in range(self.virtual))
         return tuple(range(ends[k] - counts[k], ends[k]) for k in chunks)
@@ -108,7 +107,7 @@ def check_layout(facts: ModelFacts, layout: Layout) -> None:
         divide("parallel.tensor", layout.tensor, "intermediate_size", facts.ffn)
         if layout.expert > 1:
             raise RequestError(f"parallel.expert = {layout.expert}, but the model has no experts")
-        if layout.expert_tensor is not None:
+        if layout.expert_tensor not in (None, layout.tensor):
             raise RequestError("parallel.expert_tensor has no effect: the model has no experts")
     else:
         divide("parallel.expert_tensor", layout.etp, "moe_intermediate_size", facts.experts.ffn)
@@ -127,13 +126,3 @@ def check_layout(facts: ModelFacts, layout: Layout) -> None:
             f"parallel.stages = {list(layout.stages)} must give each of the {chunks} chunks at least one layer, "
             f"{facts.layers} in all"
         )
-
-
-def _even(layers: int, chunks: int) -> tuple[int, ...]:
-    """As even as they go; the first and last chunk, which also hold embedding and output layer, get no remainder."""
-    base, rest = divmod(layers, chunks)
-    counts = [base] * chunks
-    inner = [*range(1, chunks - 1), 0, chunks - 1] if chunks > 1 else [0]
-    for index in inner[:rest]:
-        counts[index] += 1
-    return tuple(counts)

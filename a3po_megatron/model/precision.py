@@ -1,6 +1,6 @@
 """What the learner's matrix products are computed in: Megatron's settings, and what they demand of shapes and hardware.
 
-    bf16             as the parameters
+    fp32, bf16       as the parameters
     fp8-blockwise    e4m3; activations and gradients scaled by 1 × 128 values, weights by 128 × 128, scales in float32
     fp8-tensorwise   e4m3; one scale a tensor, from its current maximum
 
@@ -79,12 +79,11 @@ def check_precision(
 ) -> None:
     """Raises RequestError for a precision that this model, layout or training recipe cannot have."""
     precision = options.precision
-    if precision == "bf16" and model.dtype != "bfloat16":
-        raise RequestError(f"learner.precision: bf16 needs model.dtype: bfloat16, and it is {model.dtype}")
+    wanted = "float32" if precision == "fp32" else "bfloat16"
+    if precision is not None and model.dtype != wanted:
+        raise RequestError(f"learner.precision: {precision} needs model.dtype: {wanted}, and it is {model.dtype}")
     if not is_fp8(precision):
         return
-    if model.dtype != "bfloat16":
-        raise RequestError(f"learner.precision: {precision} needs model.dtype: bfloat16, and it is {model.dtype}")
     if precision == "fp8-tensorwise" and mini_batches > 1:
         raise RequestError(
             f"learner.precision: fp8-tensorwise scales a pack by its largest value, and with trainer.mini_batches = "

@@ -16,12 +16,11 @@ of its own behind them.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import ParallelOptions
+from ..config import ParallelOptions, stage_ranks
 from ..errors import RequestError
 
 # Which ranks a group holds, in ascending order:
@@ -168,21 +167,14 @@ class Topology:
         return lambda rank: by_coordinates[kind](self.coordinates(rank))
 
 
-def stage_ranks(tensor: int, expert: int, expert_tensor: int) -> int:
-    """The ranks of one pipeline stage that hold one copy of all its weights, experts included."""
-    return math.lcm(tensor, expert_tensor * expert)
-
-
 def topology_of(parallel: ParallelOptions, engine_ranks: int = 1, learning: int | None = None) -> Topology:
     """The topology of a layout. `parallel.data` follows from the number of ranks that learn, or, where that is not
     known (one machine), is as small as the experts allow.
 
     Raises RequestError, naming the options, where the ranks do not divide by the layout.
     """
-    expert_tensor = parallel.expert_tensor or parallel.tensor
-    spread = stage_ranks(parallel.tensor, parallel.expert, expert_tensor) // parallel.tensor
-    model = parallel.tensor * parallel.context * parallel.pipeline
-    data = parallel.data or (learning or 0) // model or max(1, spread // parallel.context)
+    spread, model = parallel.stage_ranks() // parallel.tensor, parallel.ranks_of(1)
+    data = parallel.data or (learning or 0) // model or parallel.fewest_data()
     if learning not in (None, model * data):
         raise RequestError(
             f"{learning} ranks, but parallel.tensor × context × pipeline = {model}"
@@ -201,6 +193,6 @@ def topology_of(parallel: ParallelOptions, engine_ranks: int = 1, learning: int 
         data=data,
         pipeline=parallel.pipeline,
         expert=parallel.expert,
-        expert_tensor=expert_tensor,
+        expert_tensor=parallel.expert_tensor or parallel.tensor,
         engine_ranks=engine_ranks,
     )

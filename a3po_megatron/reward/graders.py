@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import functools
 
-from ..config import RewardOptions
+from ..config import GraderPoolOptions, RayPool, RewardOptions
 from .beside import Beside
 from .math import grade
 from .pool import GraderPool
 from .ray_pool import RayGraders
 
 
-def math_graders(options: RewardOptions) -> Beside:
+def math_graders(options: RewardOptions, pool: GraderPoolOptions) -> Beside:
     """What grades responses, here or on all nodes of a job, while others are sampled. Use it as a context manager."""
-    return Beside(ray_graders(options) if options.pool == "ray" else local_graders(options))
+    return Beside(ray_graders(options, pool) if isinstance(pool, RayPool) else local_graders(options, pool))
 
 
-def local_graders(options: RewardOptions) -> GraderPool:
-    """A pool of `reward.workers` processes on this machine."""
+def local_graders(options: RewardOptions, pool: GraderPoolOptions) -> GraderPool:
+    """A pool of `grader_pool.workers` processes on this machine."""
     return GraderPool(
         functools.partial(grade, extract=options.extract),
-        options.workers,
-        options.timeout_seconds,
-        options.memory_bytes,
+        pool.workers,
+        pool.timeout_seconds,
+        pool.memory_bytes,
     )
 
 
-def ray_graders(options: RewardOptions) -> RayGraders:
-    """Such a pool on every node of the Ray cluster at `reward.ray_address`."""
-    return RayGraders(functools.partial(local_graders, options), options.ray_address)
+def ray_graders(options: RewardOptions, pool: RayPool) -> RayGraders:
+    """Such a pool on every node of the Ray cluster at `grader_pool.address`."""
+    return RayGraders(functools.partial(local_graders, options, pool), pool.address)

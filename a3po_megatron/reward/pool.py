@@ -265,7 +265,7 @@ class GraderPool:
             if self._failed_starts >= START_ATTEMPTS:
                 raise RunFailed(
                     f"grader processes do not start ({_died(code)}; its messages stand above in this log). If they ran "
-                    f"out of memory, raise reward.memory_bytes, which is {self._memory_bytes}"
+                    f"out of memory, raise grader_pool.memory_bytes, which is {self._memory_bytes}"
                 )
         elif worker.items:
             first = worker.items[0]
@@ -279,9 +279,11 @@ class GraderPool:
     def _given_up(self, code: int | None) -> Verdict:
         """Of an item that its worker did not come back from: the response's own fault, unless somebody killed it."""
         if code is None:
-            return Verdict("wrong", f"it takes more than {self._timeout:.1f} s to grade (reward.timeout_seconds)")
+            return Verdict("wrong", f"it takes more than {self._timeout:.1f} s to grade (grader_pool.timeout_seconds)")
         if code == OUT_OF_MEMORY:
-            return Verdict("wrong", f"it takes more than {self._memory_bytes} bytes to grade (reward.memory_bytes)")
+            return Verdict(
+                "wrong", f"it takes more than {self._memory_bytes} bytes to grade (grader_pool.memory_bytes)"
+            )
         return Verdict("invalid", _died(code))
 
     def _abandon(self) -> None:

@@ -43,7 +43,7 @@ class RayGraders:
         try:
             import ray
         except ImportError as error:
-            raise RequestError("reward.pool = ray needs Ray: pip install 'a3po-megatron[ray]'") from error
+            raise RequestError("grader_pool.name = ray needs Ray: pip install 'a3po-megatron[ray]'") from error
         self._ray, self._make_pool, self._address = ray, make_pool, address
         self._actors: list[Any] = []
 
@@ -56,7 +56,7 @@ class RayGraders:
             try:
                 self._ray.init(address=self._address, **options)
             except (ConnectionError, ValueError) as error:
-                raise RunFailed(f"no Ray cluster answers at reward.ray_address = {self._address}: {error}") from error
+                raise RunFailed(f"no Ray cluster answers at grader_pool.address = {self._address}: {error}") from error
         nodes = sorted(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
         self._actors = [self._actor(node) for node in nodes]
         return self

@@ -73,7 +73,7 @@ class VllmEngine:
                 f"{os.environ.get('VLLM_BATCH_INVARIANT')} in the ranks' environment: leave it to the option"
             )
         self.dtype, self.weight_version = dtype, 0
-        self.receipt_strength = "requantised" if options.quantization else backend.receipt_strength
+        self.receipt_strength = "requantised" if options.quantization != "none" else backend.receipt_strength
         self._facts, self._stops, self._options, self._backend = facts, list(stops), options, backend
         count = facts.experts.count if facts.experts else 0
         experts = local_experts(dist.get_rank(), options.tensor, options.expert, count)
@@ -115,7 +115,7 @@ class VllmEngine:
         return self._pieces, engine_tensors(self._facts, parameters)
 
     def quantised(self, name: str, tensor: Tensor) -> Tensor:
-        if self._options.quantization is None or name not in self._quantised:
+        if self._options.quantization == "none" or name not in self._quantised:
             return tensor
         from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
@@ -230,7 +230,7 @@ def engine_arguments(
         # One device a task (--gpus-per-task, --gpu-bind): vLLM's own all-reduce looks its neighbours up among the
         # visible ones, and ends with KeyError '0->1'. NCCL finds them.
         ours["disable_custom_all_reduce"] = True
-    if options.quantization is not None:
+    if options.quantization != "none":
         ours["quantization"] = options.quantization
         ours["quantization_config"] = {
             "ignore": [f"*.{ROUTER}", *(f"{HF_LAYER.format(n)}*" for n in _left_out(options, layers))]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..batch import Group
-from ..config import Config
+from ..config import Settings
 from ..data.prompts import Prompts
 from ..data.tokens import Tokens
 from ..errors import Interrupted, RequestError, RunFailed
@@ -112,7 +112,7 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        config: Config,
+        settings: Settings,
         cluster: Cluster,
         prompts: Prompts,
         tokens: Tokens,
@@ -126,7 +126,7 @@ class Checkpoints:
         export: Callable[[Path], None],  # writes the weights as an HF folder; collective
         checkpoint: Path | None = None,  # where the run resumes from; the learner has its share
     ) -> None:
-        self.folder, self._config, self._cluster = RunFolder(folder), config, cluster
+        self.folder, self._settings, self._cluster = RunFolder(folder), settings, cluster
         self._prompts, self._tokens = prompts, tokens
         self._learner, self._intake, self._publisher = learner, intake, publisher
         self._recorder, self._journal, self._stop, self._export = recorder, journal, stop, export
@@ -134,7 +134,7 @@ class Checkpoints:
         self.inventory: dict[str, Stateful] = {"prompts": prompts, "collector": intake, "learner": learner, **others}
         self._pending: _Pending | None = None
         self._streams: dict[str, Any] | None = None  # as the run left them, for the first step's beginning
-        self._inputs = inputs_of(config) if cluster.rank == 0 else {}  # as they are when the run reads them
+        self._inputs = inputs_of(settings) if cluster.rank == 0 else {}  # as they are when the run reads them
         first_step = 0 if checkpoint is None else self._resume(checkpoint)
         self._saved = first_step  # the step of the last checkpoint that is in place
         self._boundary = self._state(first_step)
@@ -149,14 +149,14 @@ class Checkpoints:
         self._stop.if_due(Phase.SCORE)
         if self._streams is not None:  # not before: publish, canary and witness of a start may draw, too
             restore_random_state(self._streams)
-        for step in range(start, self._config.trainer.steps):
+        for step in range(start, self._settings.trainer.steps):
             CLOCK.begin(step)
             yield step
 
     def step(self, step: int) -> None:
         """After a step: saves where that is due, and at the end. Raises Interrupted where all agreed to stop."""
-        done, options = step + 1, self._config.checkpoint
-        last = done == self._config.trainer.steps
+        done, options = step + 1, self._settings.checkpoint
+        last = done == self._settings.trainer.steps
         with phase(Phase.CHECKPOINT):
             self._complete_save(wait=False)
             self._boundary = self._state(done)
@@ -181,8 +181,9 @@ class Checkpoints:
                 self._save(boundary)
                 self._complete_save(wait=True)
         self.close()
+        steps = self._settings.trainer.steps
         raise Interrupted(
-            f"{self.folder.path}: interrupted by {reason} in step {boundary.step} of {self._config.trainer.steps}; all "
+            f"{self.folder.path}: interrupted by {reason} in step {boundary.step} of {steps}; all "
             "finished work is saved, the same command continues the run"
         ) from reason
 
@@ -202,8 +203,8 @@ class Checkpoints:
         for name, part in self.inventory.items():
             part.restore(manifest.state[name])
         self._publisher.version = manifest.weight_version - 1  # the publish of every start gives it again
-        before = Config.model_validate(manifest.config)
-        if (before.parallel, before.rollout.tensor) == (self._config.parallel, self._config.rollout.tensor):
+        before = Settings.model_validate(manifest.config)
+        if (before.parallel, before.rollout.tensor) == (self._settings.parallel, self._settings.rollout.tensor):
             self._streams = json.loads((checkpoint / f"rank-{self._cluster.rank}.json").read_text())
             self._intake.take_over(self._surplus(checkpoint / f"surplus.rank-{self._cluster.rank}"))
         elif self._cluster.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
@@ -277,7 +278,7 @@ class Checkpoints:
 
     def _drop_older(self, newest: Path) -> None:
         """Names the newest checkpoint, and removes what it makes needless: older ones, and what led to it."""
-        options = self._config.checkpoint
+        options = self._settings.checkpoint
         name_latest(newest.parent, newest.name)
         prune(newest.parent, options.keep_last, options.keep_every)
         self._journal.forget(step_of(step_folders(newest.parent)[-options.keep_last :][0]))
@@ -306,14 +307,14 @@ class Checkpoints:
         yield from (path for path in [run.metrics] if self._cluster.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
-        copy_side_files(Path(self._config.model.path), folder / HF, self._config.model.known_dtype())
+        copy_side_files(Path(self._settings.model.path), folder / HF, self._settings.model.dtype)
         beside = indexes(folder) + sorted((folder / HF).iterdir())
         files += [dataclasses.replace(digest_of(path), name=str(path.relative_to(folder))) for path in beside]
         Manifest(
             step=boundary.step,
             weight_version=boundary.weight_version,
             ranks=self._cluster.world,
-            config=self._config.model_dump(mode="json"),
+            config=self._settings.model_dump(mode="json"),
             inputs=self._inputs,
             state=boundary.state,
             metrics_bytes=boundary.metrics_bytes,

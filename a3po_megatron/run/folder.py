@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..config import Config, resolved_text
+from ..config import Settings, resolved_text
 from ..errors import RequestError
 from ..files.replace import move, write_whole
 from ..files.run_folder import LATEST, MANIFEST, step_folders, step_of, torn_folder, torn_folders
@@ -58,12 +58,12 @@ def name_latest(checkpoints: Path, name: str) -> None:
     write_whole(checkpoints / LATEST, f"{name}\n", synced=True)
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
-    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every`; also what was put
-    aside, once its step is saved again or past."""
+def prune(checkpoints: Path, keep_last: int, keep_every: int) -> None:
+    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every` (0: none); also
+    what was put aside, once its step is saved again or past."""
     saved = step_folders(checkpoints)
     for folder in saved[:-keep_last]:
-        if keep_every is None or step_of(folder) % keep_every:
+        if not keep_every or step_of(folder) % keep_every:
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
             shutil.rmtree(folder)
     for aside in torn_folders(checkpoints):
@@ -71,6 +71,6 @@ def prune(checkpoints: Path, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(aside)
 
 
-def save_resolved(config: Config, path: Path) -> None:
+def save_resolved(settings: Settings, path: Path) -> None:
     """Writes every option with its value, for `load_resolved`. Here, since the configuration knows no file of a run."""
-    write_whole(path, resolved_text(config))
+    write_whole(path, resolved_text(settings))

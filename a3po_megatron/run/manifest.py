@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from ..config import ARITHMETIC, Config, lasting
+from ..config import ARITHMETIC, Settings, lasting
 from ..errors import RequestError
 from ..files.hashed import Written, digest_of
 from ..files.run_folder import MANIFEST, step_of
 from ..files.side_files import side_files
 from ..files.sources import files_of, paths_of
 
-FORMAT = 2
+FORMAT = 3  # of a run's checkpoints, and of what says which run a folder holds: 3 has resolved settings
 LEFT_BY_NFS = ".nfs"  # a removed file that some process had open
 
 
@@ -80,12 +80,16 @@ def read_manifest(folder: Path) -> Manifest:
     if _digest(body) != stored:
         raise Torn(f"{path}: it is not as it was written")
     if form != FORMAT:
-        raise RequestError(
-            f"{path}: its format is {form}, this version reads {FORMAT}: go on with the version that wrote it "
-            "(provenance.json), or choose another --run-dir"
-        )
+        raise other_format(path, form)
     files = {name: Written(name, entry["bytes"], entry["blake3"]) for name, entry in body.pop("files").items()}
     return Manifest(**{k: v for k, v in body.items() if k not in ("format", "algorithm")}, files=files)
+
+
+def other_format(path: Path, form: int) -> RequestError:
+    return RequestError(
+        f"{path}: its format is {form}, this version reads {FORMAT}: go on with the version that wrote it "
+        "(provenance.json), or choose another --run-dir"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> RequestError:
@@ -117,18 +121,18 @@ def check_whole(folder: Path) -> Manifest:
     return manifest
 
 
-def inputs_of(config: Config) -> dict[str, str]:
+def inputs_of(settings: Settings) -> dict[str, str]:
     """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
-    model = Path(config.model.path)
+    model = Path(settings.model.path)
     files = {name: model / name for name in (side_files(model) if model.is_dir() else ())}
-    if config.data.path != ARITHMETIC:
-        read = [file for source in paths_of(config.data.path) for file in files_of(source) if file.is_file()]
+    if settings.data.path != ARITHMETIC:
+        read = [file for source in paths_of(settings.data.path) for file in files_of(source) if file.is_file()]
         files |= {"data": read[0]} if len(read) == 1 else {f"data/{n}": file for n, file in enumerate(read)}
-    if config.data.template_file is not None:
-        files["template"] = Path(config.data.template_file)
+    if settings.data.template_file:
+        files["template"] = Path(settings.data.template_file)
     return {name: digest_of(path).blake3 if path.stat().st_size else "" for name, path in files.items()}
 
 
-def identity(config: Config) -> str:
+def identity(settings: Settings) -> str:
     """A digest of all that makes a run the one that it is: the options that must not change, and its inputs."""
-    return _digest({"options": lasting(config.model_dump(mode="json")), "inputs": inputs_of(config)})[:32]
+    return _digest({"options": lasting(settings.model_dump(mode="json")), "inputs": inputs_of(settings)})[:32]

@@ -15,7 +15,7 @@ import torch
 
 from ..algorithm.statistics import batch_metrics, batch_sums
 from ..batch import Batch, Collected
-from ..config import Config
+from ..config import Settings
 from ..data.tokens import Tokens
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
@@ -35,7 +35,7 @@ class Recorder:
     def __init__(
         self,
         folder: Path,
-        config: Config,
+        settings: Settings,
         cluster: Cluster,
         tokens: Tokens,
         rejected: Rejected,
@@ -43,15 +43,15 @@ class Recorder:
         started: float,  # when the command was given, seconds since the epoch
         first_step: int = 0,
     ) -> None:
-        self._folder, self._config, self._cluster = RunFolder(folder), config, cluster
+        self._folder, self._settings, self._cluster = RunFolder(folder), settings, cluster
         self._tokens, self._rejected, self._way_of = tokens, rejected, way_of
         self._started, self._startup = started, 0.0
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
         self._warned = False
         if cluster.rank == 0:
-            self._metrics = MetricsWriter(folder, config.telemetry.tensorboard, first_step)
-            self._progress = ProgressLine(config.trainer.steps, open_console(Handoff.of().console_fd), first_step)
+            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step)
+            self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
 
     def say(self, text: str) -> None:
@@ -64,7 +64,7 @@ class Recorder:
         self._startup = max(0.0, time.time() - self._started)  # the clock may have been set back
         self._stages = {f"startup/{stage}": CLOCK.seconds.get(stage, 0.0) for stage in STARTUP}
         goes_on = f", goes on at step {step}" if step else ""
-        self.say(f"started in {self._startup:.0f} s{goes_on}: {self._config.trainer.steps - step} steps to go")
+        self.say(f"started in {self._startup:.0f} s{goes_on}: {self._settings.trainer.steps - step} steps to go")
 
     def step(
         self, step: int, collected: Collected, batch: Batch, update: Any, receipt: Any
@@ -84,7 +84,7 @@ class Recorder:
         )
         elapsed = self._cluster.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
         memory = self._cluster.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
-        if self._config.telemetry.rollouts and self._cluster.rank in self._cluster.engine_leaders:
+        if self._settings.telemetry.rollouts and self._cluster.rank in self._cluster.engine_leaders:
             self._save_rollouts(step, collected, batch)
         row = None
         if self._cluster.rank == 0:
@@ -115,7 +115,7 @@ class Recorder:
         if self._rejected.too_many:
             self._cluster.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
             raise RunFailed(
-                f"step {step}: {self._config.trainer.max_rejected_updates} updates in a row were not finite "
+                f"step {step}: {self._settings.trainer.max_rejected_updates} updates in a row were not finite "
                 f"(trainer.max_rejected_updates); none was applied, and {self._rejected.folder} holds what went into "
                 "them"
             )
@@ -148,7 +148,7 @@ class Recorder:
             [*carried, *collected.sampled],
             set(collected.accepted),
             batch,
-            self._config.telemetry.texts_per_step,
+            self._settings.telemetry.texts_per_step,
             self._tokens.pieces,
             self._way_of,
         )

@@ -75,9 +75,9 @@ class Interrupt:
         if number == signal.SIGTERM:
             self._killed = min(self._killed, self._now() + TERM_SECONDS)
 
-    def limit(self, seconds: float | None, elapsed: float) -> None:
-        """Sets the deadline: `seconds` after the run's start, which is `elapsed` ago, or the Slurm job's end."""
-        ends = [] if seconds is None else [self._now() + seconds - elapsed]
+    def limit(self, seconds: float, elapsed: float) -> None:
+        """Sets the deadline: `seconds` (0: no limit) after the start, `elapsed` ago, or the Slurm job's end."""
+        ends = [self._now() + seconds - elapsed] if seconds else []
         if (job_end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
             ends.append(self._now() + int(job_end) - time.time())
         self._deadline = min(ends, default=math.inf)

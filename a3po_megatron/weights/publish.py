@@ -27,7 +27,7 @@ import torch.distributed as dist
 from blake3 import blake3
 from torch import Tensor
 
-from ..config import PublishOptions
+from ..config import PublishSettings
 from ..data.order import named_seed
 from ..errors import PublishError, RunFailed
 from ..model.cut import HfTensor, Piece, pieces, tensors
@@ -50,11 +50,6 @@ from .witness import Scored, lacks_room, largest_difference
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 # (prompt and response tokens of each, their routes or None) → log-probs of each response
 Logprobs = Callable[[Sequences, Sequence[np.ndarray] | None], list[Tensor]]
-# The largest |log-prob difference| of a canary, and MEAN_SHARE of it for the mean. Two engines that are both right
-# differ by 0.011 in the mean in bf16 (Qwen3-4B; vime issue 64) and by more than ten times that at single tokens, of
-# which a run sees tens of thousands; wrong weights move the mean by nats. float32: 5e-6 was measured on CPUs.
-CANARY_BOUND = {torch.float32: 1e-4, torch.bfloat16: 1.0}
-QUANTISED_BOUND = 4.0  # where learner or engine compute in FP8; a guess until a GPU has measured it
 MEAN_SHARE = 1 / 20
 
 
@@ -74,12 +69,11 @@ class Publisher:
         cluster: Cluster,
         facts: ModelFacts,
         layout: Layout,
-        options: PublishOptions,
+        options: PublishSettings,
         canary: Sequence[Sequence[int]],
         engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
-        fp8: bool = False,  # whether the learner computes in it
     ) -> None:
-        self.cluster, self.facts, self.options, self.fp8 = cluster, facts, options, fp8
+        self.cluster, self.facts, self.options = cluster, facts, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
         self.scored: Scored = {}  # the last canary, as the learner scored it
@@ -198,7 +192,7 @@ class Publisher:
                     worst = largest_difference(scratch, self.scored, dtype)
                 finally:
                     shutil.rmtree(scratch)
-            worst, bound = self.cluster.agree("witness", worst, lambda values: values[0]), self._bound(dtype)
+            worst, bound = self.cluster.agree("witness", worst, lambda values: values[0]), self.options.witness_bound
             if not worst <= bound:  # NaN too
                 raise PublishError(
                     f"publish {self.version}: the learner and transformers, on an export of the learner's weights, "
@@ -206,10 +200,6 @@ class Publisher:
                     f"not the one that {source} describes"
                 )
             return worst
-
-    def _bound(self, dtype: torch.dtype, strength: str = "") -> float:
-        rounded = self.fp8 or strength == "requantised"
-        return self.options.canary_bound or (QUANTISED_BOUND if rounded else CANARY_BOUND[dtype])
 
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
         names = list(self.tensors)
@@ -256,7 +246,7 @@ class Publisher:
     def _canary(self, logprobs: Logprobs, engine: Engine) -> tuple[float, float]:
         """Every engine continues the same prompts; the learner says how likely it finds those very tokens. Returns the
         largest difference and the mean one, of the rank where it is worst."""
-        bound = self._bound(engine.dtype, engine.receipt_strength)
+        bound = self.options.canary_bound
         completions = engine.probe(self.canary, self.options.canary_tokens)
         mine = [
             ((tuple(request.prompt), tuple(completion.tokens.tolist())), completion.routes)

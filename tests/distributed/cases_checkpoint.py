@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from a3po_megatron.config import Config
+from a3po_megatron.config import Config, Settings
 from a3po_megatron.convert.convert import ExportOptions, export_checkpoint
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.parts import build
@@ -19,7 +19,7 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from tests.distributed.cases_circle import InProcess
 from tests.distributed.runner import Ranks
-from tests.tiny import hf_model
+from tests.tiny import hf_model, resolved
 
 # World size → name → (model, dtype, layout): a covering choice, every family and every kind of parallelism.
 SAVED: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {
@@ -49,8 +49,8 @@ READ: dict[str, dict[str, Any]] = {
 }
 
 
-def _settings(folder: Path, dtype: str, parallel: dict[str, Any]) -> Config:
-    return Config.model_validate(
+def _settings(folder: Path, dtype: str, parallel: dict[str, Any]) -> Settings:
+    config = Config.model_validate(
         {
             "model": {"path": str(folder), "dtype": dtype},
             "data": {"path": "builtin:arithmetic", "template": "raw"},
@@ -60,6 +60,7 @@ def _settings(folder: Path, dtype: str, parallel: dict[str, Any]) -> Config:
             "trainer": {"steps": 1, "prompts_per_step": 1, "mini_batches": 1},
         }
     )
+    return resolved(config)
 
 
 class NoEngine(VllmEngine):

@@ -29,7 +29,7 @@ from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from a3po_megatron.weights import publish, witness
 from tests.distributed.runner import ROOT, Ranks
-from tests.tiny import make_checkpoint, save_tokenizer
+from tests.tiny import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
@@ -129,7 +129,7 @@ def built(
     **of: Any,
 ) -> Parts:
     """The parts of a run in a folder of this name."""
-    config = load_config(EXAMPLE, list(options)).on("cpu")
+    config = resolved(load_config(EXAMPLE, list(options)))
     cluster = ranks.arrange(**config.parallel.model_dump(), engine_ranks=config.rollout.tensor)
     cluster.backend = dataclasses.replace(cluster.backend, **backend or {})
     folder = ranks.folder / name
@@ -441,7 +441,7 @@ def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
             "max_empty_steps": 1,
         },
     }
-    config = Config.model_validate(values).on("cpu")
+    config = resolved(Config.model_validate(values))
     result: dict[str, Any] = {}
     for name, grader in (("real", grade), ("spread", coin)):
         folder = ranks.folder / f"gsm8k-{name}"

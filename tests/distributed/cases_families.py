@@ -26,7 +26,7 @@ from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.publish import Publisher
 from tests.distributed.runner import Ranks
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, resolved
 
 BIAS = "mlp.gate.e_score_correction_bias"
 
@@ -113,7 +113,7 @@ def a_routers_bias(ranks: Ranks) -> dict[str, Any]:
     stored = load_file(source / "model.safetensors")
     found = {}
     for name, parallel in LAYOUTS.items():
-        config = Config.model_validate(
+        wanted = Config.model_validate(
             {
                 "model": {"path": str(source), "dtype": "bfloat16"},
                 "data": {"path": str(source / "config.json")},
@@ -121,7 +121,7 @@ def a_routers_bias(ranks: Ranks) -> dict[str, Any]:
                 "publish": {"canary_prompts": 0, "bucket_bytes": 4096},
             }
         )
-        facts = read_facts(source)
+        config, facts = resolved(wanted), read_facts(source)
         cluster = ranks.arrange(**config.parallel.model_dump())
         learner = Learner(cluster, facts, config)
         publisher = Publisher(cluster, facts, learner.layout, config.publish, [])

@@ -12,19 +12,27 @@ import torch.distributed as dist
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.shaping import shape
 from a3po_megatron.batch import Batch, Collected
-from a3po_megatron.config import Config
+from a3po_megatron.config import Config, Settings
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
 from tests.distributed.runner import Case, Ranks
-from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
+from tests.tiny import (
+    CLIPPED,
+    hf_logprobs,
+    hf_model,
+    hf_tensors_of,
+    literal_token_weights,
+    make_collected,
+    resolved,
+)
 
 TEMPERATURE, STEP, LR, NAN = 0.8, 20, 1e-2, float("nan")
 
 
-def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) -> Config:
-    return Config.model_validate(
+def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) -> Settings:
+    config = Config.model_validate(
         {
             "model": {"path": str(folder), **changes.get("model", {})},
             "data": {"path": "builtin:arithmetic"},
@@ -35,7 +43,8 @@ def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) ->
             "learner": {"micro_batch_tokens": changes.get("learner", {}).get("micro_batch_tokens", 64)},
             "trainer": {"steps": 10, "mini_batches": 1},
         }
-    ).on("cpu")
+    )
+    return resolved(config)
 
 
 def literal_old(batch: Batch) -> torch.Tensor:

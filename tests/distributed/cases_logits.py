@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a3po_megatron.config import MegatronOptions, ModelOptions, ParallelOptions
+from a3po_megatron.config import MegatronOptions, ModelSettings, ParallelOptions
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.build import build_model, transformer_config
 from a3po_megatron.model.cut import pieces
@@ -28,7 +28,7 @@ def our_logits(ranks: Ranks, kind: str, dtype: str) -> Tensor:
     """[T, V] float32, all sequences in one packed micro-batch."""
     folder, parallel, megatron = ranks.folder / kind, ParallelOptions(), MegatronOptions()
     facts, layout = read_facts(folder), layout_of(parallel)
-    options = ModelOptions(path=str(folder), dtype=dtype)
+    options = ModelSettings(path=str(folder), dtype=dtype)
     chunks = build_model(facts, layout, transformer_config(facts, parallel, options, megatron))
     here = pieces(facts, layout, layout.place(0, 0))
     load_shards(folder, facts, here, {(0, name): p for name, p in chunks[0].named_parameters()})

@@ -30,7 +30,7 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
 from tests.distributed.runner import Ranks
-from tests.tiny import hf_model, make_checkpoint
+from tests.tiny import hf_model, make_checkpoint, resolved
 
 # As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
 NARROW = {
@@ -217,7 +217,7 @@ def keeps_the_process(ranks: Ranks) -> list[str]:
     assert "vllm" not in sys.modules
     os.environ["NCCL_ASYNC_ERROR_HANDLING"] = "1"
     os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
-    config = load_config(circle.EXAMPLE, []).on("cpu")
+    config = resolved(load_config(circle.EXAMPLE, []))
     cluster, facts = ranks.arrange(), read_facts(config.model.path)
     random.random()
     before = state()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.batch import Collected
-from a3po_megatron.config import Config, PublishOptions, load_config
+from a3po_megatron.config import Config, PublishSettings, Settings, load_config
 from a3po_megatron.data.order import named_seed
 from a3po_megatron.errors import PublishError, RunFailed
 from a3po_megatron.files.run_folder import step_files
@@ -43,7 +43,7 @@ from tests.distributed.cases_learner import (
     share,
 )
 from tests.distributed.runner import Ranks
-from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 
 LAYERS, EXPERTS, PER_TOKEN = 5, 8, 3
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -105,13 +105,13 @@ def with_routes(collected: Collected, routes: Any = routes_of) -> Collected:
 
 def config_of(
     folder: Path, tensor: int, data: int, extra: dict[str, Any], replay: bool = True, limit: int = 64, **parallel: Any
-) -> Config:
-    optimizer = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
+) -> Settings:
+    optimizer = {"name": "sgd", "clip_grad": 0.0}
     small = {"micro_batch_tokens": limit}
     values = settings(folder, tensor, data, optimizer=optimizer, parallel=parallel, learner=small).model_dump()
     values["rollout"]["routing_replay"] = replay
     values["megatron"]["extra"] = extra
-    return Config.model_validate(values).on("cpu")
+    return resolved(Config.model_validate(values))
 
 
 def loaded(learner: Learner) -> bool:
@@ -292,7 +292,7 @@ def canary(ranks: Ranks) -> dict[str, Any]:
     cluster, facts, sent = ranks.arrange(1, data=2, expert=2), read_facts(folder), Sent(folder)
     config = config_of(folder, 1, 2, {}, expert=2)
     learner = Learner(cluster, facts, config)
-    options = PublishOptions(canary_tokens=6)
+    options = PublishSettings(canary_tokens=6, canary_bound=1e-4, witness_bound=1e-4)
     publisher = Publisher(cluster, facts, layout_of(config.parallel), options, [(3, 4, 5), (6,), (7, 8)])
     found: dict[str, Any] = {}
     for name, told in (
@@ -364,9 +364,8 @@ def the_loop(ranks: Ranks) -> dict[str, Any]:
     folder, found = ranks.folder / "loop", {}
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
-    config = load_config(
-        EXAMPLE, [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
-    ).on("cpu")
+    wanted = [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
+    config = resolved(load_config(EXAMPLE, wanted))
     os.makedirs(folder / "rollouts", exist_ok=True)
     for again in (False, True):
         if again and ranks.rank == 0:

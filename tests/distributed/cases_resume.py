@@ -235,7 +235,7 @@ def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: 
     """As much of them as saves: no engine, no data."""
     run = Checkpoints.__new__(Checkpoints)
     config = _config(ranks, name, SAVED[name][2])
-    run._config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
+    run._settings = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
     run.folder, run._cluster, run._learner = RunFolder(folder), learner.cluster, learner
     run._stop = Stop(learner.cluster, Interrupt())
     run._journal = Journal(folder / "journal", ranks.rank, "run")

@@ -16,7 +16,7 @@ from torch import Tensor
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected
-from a3po_megatron.config import Config, CorrectionOptions, ObjectiveOptions
+from a3po_megatron.config import Config, ObjectiveOptions, Settings, TisOptions
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.store import Saving
@@ -34,7 +34,7 @@ from tests.distributed.cases_learner import (
 from tests.distributed.runner import Case, Ranks
 from tests.distributed.saving import write_whole
 from tests.quantised import quantised
-from tests.tiny import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tests.tiny import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 from tools.bringup.measure import relative
 from tools.bringup.rank import TINY, make_model
 from tools.bringup.te import whole
@@ -71,15 +71,15 @@ def rollouts_of(folder: Path) -> Collected:
     return collected
 
 
-CLIPPED = Clipped(ObjectiveOptions(clip_low=CLIP[0], clip_high=CLIP[1]), CorrectionOptions())
+CLIPPED = Clipped(ObjectiveOptions(clip_low=CLIP[0], clip_high=CLIP[1]), TisOptions())
 
 
-def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Config:
+def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Settings:
     parallel = {"sequence": tensor > 1, **sections.pop("parallel", {})}
     made = settings(folder, tensor, data, model={"dtype": "bfloat16"}, parallel=parallel, **sections)
     values = made.model_dump(mode="json")
     values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, "bf16_layers": (0, 0)}
-    return Config.model_validate(values).on("cpu")
+    return resolved(Config.model_validate(values))
 
 
 def literal_gradients(

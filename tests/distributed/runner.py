@@ -81,7 +81,7 @@ def run_ranks(
 
     `te`: with the layer spec of Transformer Engine, of which tests/te_harness is a stand-in.
     """
-    meeting = rendezvous(None)
+    meeting = rendezvous(0)
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     for stale in folder.glob("rank-*.json"):  # of other ranks that ran in this folder
         stale.unlink()

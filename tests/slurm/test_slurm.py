@@ -303,7 +303,7 @@ def test_an_array_of_jobs_is_one_run(whole: Path, tmp_path: Path) -> None:
 def test_graders_on_ray_workers_of_all_nodes_give_the_run_that_local_ones_give(whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     folder = tmp_path / "run"
-    wait_done(submit(folder, *TWO_NODES, "reward.pool=ray"))
+    wait_done(submit(folder, *TWO_NODES, "grader_pool.name=ray"))
     assert "report:" in said(folder), said(folder)
     tools.assert_same_run(folder, whole)
     assert {path.name for path in (folder / "logs").glob("ray-*")} == {"ray-rl0.log", "ray-rl1.log"}

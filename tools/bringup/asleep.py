@@ -43,7 +43,7 @@ def holders_on(report: Report, backend: Backend, folder: Path, name: str, **roll
     rows = {"context": used()}
     dist.all_reduce(ones)
     rows["communicators"] = used()
-    options = config(folder / "model", rollout=LENGTHS | rollout).rollout
+    options = config(folder / "model", backend, rollout=LENGTHS | rollout).rollout
     engine = VllmEngine(folder / "model", read_facts(folder / "model"), (), options, torch.bfloat16, cluster.backend)
     rows["engine asleep"] = used()
     engine.wake()

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from a3po_megatron.config.weights import CANARY_BOUND
 from a3po_megatron.ranks.backend import CUDA
-from a3po_megatron.weights.publish import CANARY_BOUND, MEAN_SHARE
+from a3po_megatron.weights.publish import MEAN_SHARE
 
 from .colocated import Colocated, colocate, logprobs_of, requests_of
 from .rank import CLIPPED, HALF_BILLION, batch_of, make_model
@@ -43,7 +44,7 @@ def distribution_on(report: Report, both: Colocated, publishes: int = PUBLISHES,
             apart.append((old - logprobs_of(completions)).abs())
             pairs = [(tuple(r.prompt), tuple(c.tokens.tolist())) for r, c in zip(requests, completions, strict=True)]
             both.learner.update(batch_of(pairs, old, torch.linspace(-1, 1, len(pairs))), CLIPPED)
-    tokens, bound = torch.cat(apart).double(), CANARY_BOUND[torch.bfloat16]
+    tokens, bound = torch.cat(apart).double(), CANARY_BOUND["bfloat16"]
     report.holds("every publish was of other weights", len(names) == publishes)
     report.number("canary: largest |Δ log-prob| of each publish", largest)
     report.number("canary: mean of each", means)

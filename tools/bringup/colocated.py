@@ -71,13 +71,14 @@ def colocate(
     **rollout: Any,
 ) -> Colocated:
     cluster, facts = cluster or alone(backend), read_facts(folder)
-    settings = config(folder, learner=learner or {}, rollout=LENGTHS | rollout, **(sections or {}))
+    settings = config(folder, backend, learner=learner or {}, rollout=LENGTHS | rollout, **(sections or {}))
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
     engine = VllmEngine(folder, facts, stops, settings.rollout, dtype, backend)
     made = Learner(cluster, facts, settings)
     layout = layout_of(settings.parallel, backend.spec)
     publisher = Publisher(cluster, facts, layout, settings.publish, CANARY)
-    return Colocated(cluster, facts, folder, engine, made, publisher, Residency(engine, made.arena, backend))
+    residency = Residency(engine, made.arena, backend, settings.learner.offload)
+    return Colocated(cluster, facts, folder, engine, made, publisher, residency)
 
 
 def requests_of(vocab: int, count: int, tokens: int = 24) -> list[Request]:

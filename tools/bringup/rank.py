@@ -22,7 +22,7 @@ from torch import Tensor
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Batch, Prompt, Rollout
-from a3po_megatron.config import Config, CorrectionOptions, ObjectiveOptions, ParallelOptions
+from a3po_megatron.config import Config, ObjectiveOptions, ParallelOptions, Settings, TisOptions, resolve
 from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.local import free_port
@@ -34,7 +34,7 @@ from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Cluster, arrange
 from a3po_megatron.ranks.handoff import Handoff
 
-CLIPPED = Clipped(ObjectiveOptions(), CorrectionOptions())
+CLIPPED = Clipped(ObjectiveOptions(), TisOptions())
 # Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -132,7 +132,7 @@ def make_model(sizes: dict[str, Any] = TINY, seed: int = 0, folder: Path | None 
     return folder
 
 
-def config(folder: Path, **sections: dict[str, Any]) -> Config:
+def config(folder: Path, backend: Backend, **sections: dict[str, Any]) -> Settings:
     """A learner's settings: bf16, and plain SGD steps unless told otherwise."""
     values: dict[str, Any] = {
         "model": {"path": str(folder), "dtype": "bfloat16"},
@@ -143,11 +143,11 @@ def config(folder: Path, **sections: dict[str, Any]) -> Config:
     }
     for section, given in sections.items():
         values[section] = values.get(section, {}) | given
-    return Config.model_validate(values)
+    return resolve(Config.model_validate(values), read_facts(folder), backend)
 
 
 def make_learner(cluster: Cluster, folder: Path, **sections: dict[str, Any]) -> Learner:
-    return Learner(cluster, read_facts(folder), config(folder, **sections))
+    return Learner(cluster, read_facts(folder), config(folder, cluster.backend, **sections))
 
 
 def draw_sequences(

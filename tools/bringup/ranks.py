@@ -45,7 +45,7 @@ def together(
 ) -> None:
     """Raises RuntimeError with the last words of a rank that did not end well."""
     name = function.rpartition(":")[2]
-    meeting = rendezvous(None)
+    meeting = rendezvous(0)
     meeting.set_inheritable(True)
     processes = []
     for rank in range(world):

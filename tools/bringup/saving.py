@@ -83,7 +83,7 @@ def first_on(report: Report, folder: Path, both: Colocated) -> None:
 
 def second_on(report: Report, backend: Backend, folder: Path) -> None:
     cluster, model = alone(backend), folder / "model"
-    learner = Learner(cluster, read_facts(model), config(model, **SECTIONS), folder / "checkpoint")
+    learner = Learner(cluster, read_facts(model), config(model, backend, **SECTIONS), folder / "checkpoint")
     learner.restore(torch.load(folder / "state.pt"))
     before = tensors(learner)
     update(learner, 2)

@@ -16,7 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import CorrectionOptions, ObjectiveOptions
+from ...config import Correction, ObjectiveOptions
 from ..correction import sampler_correction
 from ..kl import kl_k3
 from ..sums import Kind, Max, Sum
@@ -43,7 +43,7 @@ def policy_loss(
     ratio = torch.exp(logprobs - old_logprobs)
     low, high = 1.0 - options.clip_low, 1.0 + options.clip_high
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    if options.dual_clip is not None:
+    if options.dual_clip:
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, options.dual_clip * advantages), surrogate)
     with torch.no_grad():
         clipped_low = (ratio < low) & (advantages < 0)
@@ -54,7 +54,7 @@ def policy_loss(
 @dataclass(frozen=True)
 class Clipped:
     options: ObjectiveOptions
-    correction: CorrectionOptions
+    correction: Correction
     normaliser: ClassVar[Normaliser] = "tokens"
     constant: ClassVar[int] = 1
     metrics: ClassVar[Mapping[str, Kind]] = {

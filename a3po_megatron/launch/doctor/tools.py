@@ -42,7 +42,7 @@ def slurm() -> str:
 def ray() -> str:
     version = installed("ray")
     if version is None:
-        return "not installed (extra `ray`): graders run beside the ranks (reward.pool: local)"
+        return "not installed (extra `ray`): graders run beside the ranks (grader_pool.name: local)"
     address = os.environ.get("RAY_ADDRESS")
     if address:
         return f"{version}; RAY_ADDRESS names a cluster: {address}"

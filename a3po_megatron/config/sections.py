@@ -1,0 +1,71 @@
+"""The whole configuration as a file gives it, and as a run has it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .algorithm import (
+    AdvantageOptions,
+    Correction,
+    ObjectiveOptions,
+    ResolvedShaping,
+    Shaping,
+    ShapingOptions,
+    TisOptions,
+)
+from .checkpoint import CheckpointOptions, CheckpointSettings
+from .cluster import ClusterOptions, ClusterSettings, ParallelOptions, ParallelSettings
+from .data import DataOptions
+from .learner import AdamOptions, ConstantSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule
+from .model import MegatronOptions, ModelOptions, ModelSettings
+from .reward import GraderPoolOptions, LocalPool, RewardOptions
+from .rollout import RolloutOptions, RolloutSettings
+from .section import Section, option
+from .slurm import SlurmOptions, SlurmSettings
+from .telemetry import TelemetryOptions
+from .train import TrainerOptions
+from .weights import PublishOptions, PublishSettings
+
+
+class Config(Section):
+    """What a user says: None stands for what follows from other options, the model or the device."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = option(
+        "run", "of the run: of its folder, and of its jobs"
+    )
+    model: ModelOptions
+    data: DataOptions
+    parallel: ParallelOptions = ParallelOptions()
+    rollout: RolloutOptions = RolloutOptions()
+    reward: RewardOptions = RewardOptions()
+    grader_pool: GraderPoolOptions = LocalPool()
+    advantage: AdvantageOptions = AdvantageOptions()
+    shaping: Shaping = ShapingOptions()
+    objective: ObjectiveOptions = ObjectiveOptions()
+    correction: Correction = TisOptions()
+    trainer: TrainerOptions = TrainerOptions()
+    optimizer: Optimizer = AdamOptions()
+    lr_schedule: Schedule = ConstantSchedule()
+    learner: LearnerOptions = LearnerOptions()
+    megatron: MegatronOptions = MegatronOptions()
+    publish: PublishOptions = PublishOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    telemetry: TelemetryOptions = TelemetryOptions()
+    cluster: ClusterOptions = ClusterOptions()
+    slurm: SlurmOptions = SlurmOptions()
+
+
+class Settings(Config):
+    """What a run does: every option has its value, of which `resolve` (resolve.py) found those that were left open."""
+
+    model: ModelSettings
+    parallel: ParallelSettings
+    rollout: RolloutSettings
+    shaping: ResolvedShaping
+    learner: LearnerSettings
+    publish: PublishSettings
+    checkpoint: CheckpointSettings
+    cluster: ClusterSettings
+    slurm: SlurmSettings
