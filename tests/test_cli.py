@@ -58,7 +58,7 @@ COMMANDS += [["convert", "verify"]]
 def test_a_terminal_that_knows_ascii_alone_gets_all_help_and_messages_without_torch(around: dict[str, str]) -> None:
     words = [[*command, "--help"] for command in COMMANDS]
     wrong = ["submit", "configs/demo.yaml", "--set", "trainer.stéps=1"]
-    words += [["--version"], ["options"]]
+    words += [["--version"], ["options"], ["submit", "configs/arithmetic.yaml", "--dry-run"]]
     printed, said = run_many([*words, wrong, ["status", "."]], **around)
     assert said["ended"] == {" ".join(word): 0 for word in words} | {" ".join(wrong): 2, "status .": 2}
     assert said["heavy"] == []

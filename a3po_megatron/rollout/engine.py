@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
     from ..model.cut import Piece
 
-# vllm 0.32.0, vllm/v1/attention/backends/cpu_attn.py
-CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-# vllm 0.32.0, vllm/model_executor/layers/fused_moe/experts/cpu_moe.py: what the hidden size must divide by
-CPU_EXPERT_SIZE = 32
-
 
 @dataclass(frozen=True)
 class Request:

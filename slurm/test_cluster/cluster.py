@@ -94,7 +94,8 @@ def run(*words: str) -> str:
     """What a command printed; ends the program if it fails."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     if done.returncode:
-        raise SystemExit(f"{words[0]}: {done.stderr.strip() or done.stdout.strip()}")
+        said = done.stderr.strip() or done.stdout.strip() or "without a word"
+        raise SystemExit(f"{words[0]} ended with {done.returncode}: {said}")
     return done.stdout
 
 

@@ -85,9 +85,20 @@ def submit(folder: Path, *options: str, words: tuple[str, ...] = (), ended: int 
 
 
 def queue() -> dict[str, str]:
-    """Job → state, of all that are not done."""
-    lines = cluster.run("squeue", "-h", "-o", "%i %T").splitlines()
-    return dict(line.split() for line in lines)
+    """Job → state, of all that are not done.
+
+    It is asked hundreds of times, on a machine whose cores are taken: once squeue ended without a word.
+    """
+    for tries_left in (2, 1, 0):
+        try:
+            lines = cluster.run("squeue", "-h", "-o", "%i %T").splitlines()
+            return dict(line.split() for line in lines)
+        except SystemExit as error:
+            if not tries_left:
+                raise
+            print(error, flush=True)
+            time.sleep(1)
+    raise AssertionError("not reached")
 
 
 def wait_done(*jobs: str, seconds: float = 200) -> None:
