@@ -222,8 +222,8 @@ def witness_faults(ranks: Ranks) -> dict[str, str]:
             if name == "sound":
                 found["no room"] = _publish_without_room(made)
             publisher = made.publish.publisher
-            publisher.options = publisher.options.model_copy(update={"canary_bound": None})
-            folder, scratch = Path(made.config.model.path), ranks.folder / "witness"
+            publisher.options = publisher.options.model_copy(update={"witness_bound": 1e-4})
+            folder, scratch = Path(made.settings.model.path), ranks.folder / "witness"
             try:
                 worst = publisher.witness(learner.parameters(), torch.float32, folder, scratch)
                 found[name] = f"agree to {worst:.1e}" if worst < 1e-4 else f"differ by {worst}"
