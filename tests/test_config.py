@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from a3po_megatron.config import Config, Settings, TrainerOptions, load_config, load_resolved, resolve
+from a3po_megatron.config import AdamOptions, Config, Settings, TrainerOptions, load_config, load_resolved, resolve
 from a3po_megatron.config.describe import options
 from a3po_megatron.config.fields import SECTIONS, kinds, known_options
 from a3po_megatron.config.nearest import SYNONYMS
@@ -581,6 +581,30 @@ def test_what_a_user_says_is_what_a_run_does(folder: Path) -> None:
     for option in known_options():
         if option.partition(".")[2] and value_of(config, option) is not None and option != "trainer.mini_batches":
             assert value_of(settings, option) == value_of(config, option), option
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"publish.canary_prompts": 0},
+        {"shaping.rho": 1.0},
+        {"trainer.prompts_per_step": 6, "trainer.mini_batch_prompts": 4},
+        {"optimizer.name": "sgd", "correction.name": "none", "grader_pool.name": "ray", "shaping.name": "none"},
+    ],
+)
+def test_what_a_run_wrote_down_can_be_asked_for_again_and_changed(folder: Path, options: dict[str, Any]) -> None:
+    """All options stand there, also those that do nothing: only what is added has to have an effect."""
+    settings = resolved(read(folder, options))
+    save_resolved(settings, folder / "run.yaml")
+    assert resolved(load_config(folder / "run.yaml")) == settings
+    above = write(folder, {"base": "run.yaml", "optimizer.name": "adam", "optimizer.lr": 0.5}, "above.yaml")
+    kept = settings.optimizer.distributed
+    assert resolved(load_config(above)).optimizer == AdamOptions(lr=0.5, distributed=kept)
+    assert "optimizer.momentum has no effect" in refusal(
+        folder / "run.yaml", *("optimizer.name=adam", "optimizer.momentum=0.1")
+    )
+    if "publish.canary_prompts" in options:
+        assert "publish.canary_tokens has no effect" in refusal(folder / "run.yaml", "publish.canary_tokens=7")
 
 
 @pytest.mark.parametrize(

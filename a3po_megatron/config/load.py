@@ -6,10 +6,12 @@ file takes the base's value back to the default. Paths: paths.py; the configurat
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -38,7 +40,16 @@ MAPPINGS = (
     "slurm.environment",
     "data.template_arguments",
 )  # whose entries can be given one by one
-Values = dict[str, tuple[Any, str, Path]]  # dotted option → value, where it was set ("file:line"), folder
+
+
+class Given(NamedTuple):
+    value: Any
+    where: str  # file:line
+    folder: Path  # that a path is relative to
+    asked: bool = True  # False: it stands in a file of all options, such as a run's, whoever wanted it
+
+
+Values = dict[str, Given]  # by dotted option
 
 
 def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -56,8 +67,9 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
         chosen = getattr(config, section)
         for rule in chosen.without_effect:
             for option in (f"{section}.{name}" for name in rule.options):
-                if option in values and values[option][0] != default_of(option) and rule.when(chosen):
-                    raise RequestError(f"{values[option][1]}: {option} {no_effect(rule.because)}")
+                given = values.get(option)
+                if given and given.asked and given.value != default_of(option) and rule.when(chosen):
+                    raise RequestError(f"{given.where}: {option} {no_effect(rule.because)}")
     return config
 
 
@@ -70,11 +82,11 @@ def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
     values: Values = {}
     for text in overrides:
         _override(text, values)
-    for option, (_, where, _) in values.items():
+    for option, given in values.items():
         if not option.startswith("data.") or option == "data.path":
-            raise RequestError(f"{where}: expected an option of the section data, but not its path")
-    values |= {"data.path": (paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())}
-    return _validate({**_located(values), "model.path": ("none", "", Path.cwd())}).data
+            raise RequestError(f"{given.where}: expected an option of the section data, but not its path")
+    values["data.path"] = Given(paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())
+    return _validate({**_located(values), "model.path": Given("none", "", Path.cwd())}).data
 
 
 def resolved_text(settings: Settings) -> str:
@@ -103,11 +115,11 @@ def load_resolved(path: Path) -> Settings:
 
 def _located(values: Values) -> Values:
     """Without those that are as by default (null), and paths as they are meant."""
-    values = {option: entry for option, entry in values.items() if entry[0] is not None}
+    values = {option: given for option, given in values.items() if given.value is not None}
     for option in _PATHS:
         if option in values:
-            value, where, folder = values[option]
-            values[option] = (_path(option, value, where, folder), where, folder)
+            given = values[option]
+            values[option] = given._replace(value=_path(option, given.value, given.where, given.folder))
     return values
 
 
@@ -136,8 +148,23 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
             raise RequestError(f"{path}:{lines['base']}: base must be the name of a configuration file")
         found = paths.existing("base", base, f"{path}:{lines['base']}", path.parent)
         values = _read_file(Path(found), (*seen, path.resolve()))
-    _flatten(tree, "", lambda option: f"{path}:{lines.get(option, 1)}", path.parent, values)
+    given = functools.partial(_given, lines, path, asked=not _is_whole(tree))
+    _flatten(tree, "", given, values)
     return values
+
+
+def _given(lines: dict[str, int], path: Path, option: str, value: Any, asked: bool) -> Given:
+    return Given(value, f"{path}:{lines.get(option, 1)}", path.parent, asked)
+
+
+def _is_whole(tree: dict[Any, Any]) -> bool:
+    """Whether every option of every section stands in a file: such a one was written by a run (`resolved_text`)."""
+    for section in SECTIONS:
+        options = as_text(tree.get(section))
+        kind = kind_of(section, options.get("name")) if isinstance(options, dict) else None
+        if kind is None or not kind.model_fields.keys() <= options.keys():
+            return False
+    return True
 
 
 def _override(text: str, values: Values) -> None:
@@ -153,7 +180,7 @@ def _override(text: str, values: Values) -> None:
         raise RequestError(f"--set {text}: what follows # is a comment in YAML; {in_shell(option, value)}")
     if isinstance(node, yaml.MappingNode) and not node.flow_style and option in known_options():
         raise RequestError(f"--set {text}: a colon and a blank make a mapping in YAML; {in_shell(option, value)}")
-    _flatten({option: parsed}, "", lambda _: f"--set {option}", Path.cwd(), values)
+    _flatten({option: parsed}, "", lambda _, value: Given(value, f"--set {option}", Path.cwd()), values)
 
 
 def in_shell(option: str, value: str) -> str:
@@ -176,45 +203,47 @@ def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, in
     return found
 
 
-def _flatten(tree: dict[Any, Any], prefix: str, where: Any, folder: Path, values: Values) -> None:
+def _flatten(tree: dict[Any, Any], prefix: str, given: Callable[[str, Any], Given], values: Values) -> None:
     """Lays a tree of settings out as dotted options. Pass-through dictionaries stay whole."""
     known = known_options()
     sections = set(SECTIONS)
     for key, value in tree.items():
         option = f"{prefix}{as_text(key)}"
+        written = given(option, value)
         if option in sections:
             if value is None:
                 for name in [n for n in values if n.startswith(f"{option}.")]:
                     del values[name]
             elif isinstance(value, dict):
-                _flatten(value, f"{option}.", where, folder, values)
+                _flatten(value, f"{option}.", given, values)
             else:
                 raise RequestError(
-                    f"{where(option)}: {option} is a section: expected options below it, got {as_text(value)!r}"
+                    f"{written.where}: {option} is a section: expected options below it, got {as_text(value)!r}"
                 )
             continue
         head = ".".join(option.split(".")[:2])
         if head in MAPPINGS and option != head:  # --set rollout.engine_args.x=1
-            held = values[head][0] if head in values and isinstance(values[head][0], dict) else {}
-            values[head] = ({**held, option[len(head) + 1 :]: _settled(head, value, where)}, where(option), folder)
+            held = values[head].value if head in values and isinstance(values[head].value, dict) else {}
+            entry = _settled(head, value, written.where)
+            values[head] = written._replace(value={**held, option[len(head) + 1 :]: entry})
             continue
         if option in RENAMED:
-            raise RequestError(f"{where(option)}: {option} is now {RENAMED[option]}")
+            raise RequestError(f"{written.where}: {option} is now {RENAMED[option]}")
         if value is None and option in NULL_WAS:
-            raise RequestError(f"{where(option)}: {option}: null is no longer {NULL_WAS[option]}")
+            raise RequestError(f"{written.where}: {option}: null is no longer {NULL_WAS[option]}")
         if option not in known:
-            raise RequestError(f"{where(option)}: unknown option {option}{nearest.hint(option, known, sections)}")
-        values[option] = (_settled(option, value, where), where(option), folder)
+            raise RequestError(f"{written.where}: unknown option {option}{nearest.hint(option, known, sections)}")
+        values[option] = written._replace(value=_settled(option, value, written.where))
 
 
-def _settled(option: str, value: Any, where: Any) -> Any:
+def _settled(option: str, value: Any, where: str) -> Any:
     """What was written for an option that takes text, else what YAML reads."""
     if takes_text(option):
         return as_text(value)
     try:
         return as_values(value) if option in MAPPINGS else as_numbers(value)
     except ValueError as error:
-        raise RequestError(f"{where(option)}: {option}: {error}") from error
+        raise RequestError(f"{where}: {option}: {error}") from error
 
 
 def _path(option: str, value: Any, where: str, folder: Path) -> Any:
@@ -230,12 +259,12 @@ def _path(option: str, value: Any, where: str, folder: Path) -> Any:
 
 def _validate(values: Values) -> Config:
     tree: dict[str, Any] = {}
-    for option, (value, _, _) in values.items():
+    for option, given in values.items():
         section, _, name = option.partition(".")
         if name:
-            tree.setdefault(section, {})[name] = value
+            tree.setdefault(section, {})[name] = given.value
         else:
-            tree[section] = value
+            tree[section] = given.value
     for section in ("model", "data"):
         if section not in tree:
             raise RequestError(f"{section}.path is not set: the configuration must say which {section} to use")
@@ -247,11 +276,11 @@ def _validate(values: Values) -> Config:
         first = error.errors()[0]
         place = _place(first["loc"])
         option = ".".join(place[:2])
-        where = f"{values[option][1]}: " if option in values else ""
-        given = f" (got {first['input']!r})" if option in values else ""
+        where = f"{values[option].where}: " if option in values else ""
+        got = f" (got {first['input']!r})" if option in values else ""
         if option in MAPPINGS and len(place) > 2:
             option = ".".join(place[:3])
-        raise RequestError(f"{where}{option}: {_said(first['msg'])}{given}") from error
+        raise RequestError(f"{where}{option}: {_said(first['msg'])}{got}") from error
 
 
 def _place(loc: tuple[int | str, ...]) -> list[str]:
@@ -261,19 +290,24 @@ def _place(loc: tuple[int | str, ...]) -> list[str]:
     return parts[:1] + parts[2 if several else 1 :]
 
 
-def _check_kind(section: str, given: dict[str, Any], values: Values) -> None:
-    """Of a section that is one of several: raises RequestError for a `name` of none, and for another one's option."""
+def _check_kind(section: str, options: dict[str, Any], values: Values) -> None:
+    """Of a section that is one of several: raises RequestError for a `name` of none, and for another one's option,
+    which is left out where nobody asked for it."""
     if len(kinds(section)) == 1:
         return
     names = [str(name_of_kind(kind)) for kind in kinds(section)]
-    kind = kind_of(section, given.get("name"))
+    kind = kind_of(section, options.get("name"))
     if kind is None:
         raise RequestError(
-            f"{values[f'{section}.name'][1]}: {section}.name: Input should be {' or '.join(map(repr, names))} (got "
-            f"{given['name']!r})"
+            f"{values[f'{section}.name'].where}: {section}.name: Input should be {' or '.join(map(repr, names))} (got "
+            f"{options['name']!r})"
         )
-    for option in (f"{section}.{name}" for name in given if name not in kind.model_fields):
-        raise RequestError(f"{values[option][1]}: {option} {no_effect(f'{section}.name is {name_of_kind(kind)}')}")
+    for name in options.keys() - kind.model_fields.keys():
+        option = f"{section}.{name}"
+        if values[option].asked:
+            because = f"{section}.name is {name_of_kind(kind)}"
+            raise RequestError(f"{values[option].where}: {option} {no_effect(because)}")
+        del options[name]
 
 
 def _said(message: str) -> str:
