@@ -3,8 +3,10 @@
     Prompt → Rollout (+ Verdict) → Group → Batch
 
 Nothing here imports torch at run time, so that grader processes and `a3po --help` stay light. A rollout carries its
-history token by token: the log-probs of the distribution it was sampled from and the version of the weights that
-sampled it. B is the number of rollouts, T the number of response tokens of all of them, laid end to end.
+history token by token: the log-probs of the distribution it was sampled from, and segments: which weights sampled a
+token, and whether it is trained on. A tool's answer, a masked turn and the first half of a rollout that older weights
+began are segments, not types of their own. B is the number of rollouts, T the number of response tokens of all of them,
+laid end to end.
 """
 
 from __future__ import annotations
@@ -53,28 +55,59 @@ class Verdict:
     reason: str = ""
 
 
+class Segment(NamedTuple):
+    """A run of response tokens with one history."""
+
+    length: int  # tokens
+    weight_version: int  # of the weights that sampled them, or that waited while a tool answered
+    trained: bool = True  # False: read by the model, and no more: the tokens have no part in shaping, loss and metrics
+
+
 @dataclass
 class Rollout:
-    """One sampled response of n tokens. Arrays are over response tokens; the end-of-sequence token counts."""
+    """One sampled response of n tokens. Arrays are over response tokens; the end-of-sequence token counts.
+
+    Raises ValueError, naming the rollout, where the segments do not cover the response exactly.
+    """
 
     prompt: Prompt
     sample: int
     seed: int
     step: int
     tokens: np.ndarray  # [n] int64
-    logprobs: np.ndarray  # [n] float32, log-probs of the sampling distribution (after temperature and truncation)
+    # [n] float32, log-probs of the sampling distribution (after temperature and truncation); of a token that nobody
+    # sampled any number, since it is not trained on
+    logprobs: np.ndarray
     finish: Finish
     text: str
-    weight_version: int
+    segments: tuple[Segment, ...]  # in order, n tokens in all; an empty response has one of length 0
     verdict: Verdict = field(default_factory=lambda: Verdict("invalid", "not graded"))
     reward: float = 0.0
     # [T, L, k] uint8 or uint16, the experts that the engine chose for each token that it read (prompt and response
     # without the last) in each of L layers; None: not asked for (rollout.routing_replay)
     routes: np.ndarray | None = None
 
+    def __post_init__(self) -> None:
+        lengths, tokens = [segment.length for segment in self.segments], len(self.tokens)
+        if sum(lengths) != tokens or min(lengths, default=-1) < min(tokens, 1):
+            raise ValueError(f"rollout {self.name}: its segments are of {lengths} tokens, and its response of {tokens}")
+
     @property
     def name(self) -> str:
         return f"{self.prompt.id}#{self.sample}"
+
+    @property
+    def untrained(self) -> int:
+        """How many of its tokens are not trained on."""
+        return sum(segment.length for segment in self.segments if not segment.trained)
+
+    def trained(self) -> np.ndarray:
+        """Returns which of its tokens are trained on, [n] bool."""
+        return np.repeat([s.trained for s in self.segments], [s.length for s in self.segments])
+
+    def sampled_by(self, weight_version: int) -> bool:
+        """Returns whether these weights, and no others, sampled it."""
+        return all(segment.weight_version == weight_version for segment in self.segments)
 
 
 @dataclass
@@ -118,9 +151,10 @@ class Batch:
     lengths: Tensor  # [B] int64, response tokens
     rollout_index: Tensor  # [T] int64, ascending
     rollout_logprobs: Tensor  # [T] float32, from the engine
-    old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score)
-    entropy: Tensor | None = None  # [T] float32, from the training engine (score)
+    trained: Tensor | None = None  # [T] bool, which tokens are trained on; None: all
+    old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score); 0 where not trained on
+    entropy: Tensor | None = None  # [T] float32, likewise
     rerouted: Tensor | None = None  # [B] int64, (token, layer) pairs whose experts the learner would not choose (score)
-    token_weights: Tensor | None = None  # [T] float32 (shape)
+    token_weights: Tensor | None = None  # [T] float32 (shape); 0 where not trained on
     rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)
     rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied

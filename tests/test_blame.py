@@ -42,12 +42,12 @@ def expected(kinds: tuple[str, str]) -> int:
     return code
 
 
-def dead(kind: str) -> local._Rank:
+def dead(kind: str, message: str = "") -> local._Rank:
     """A real process that has ended so, with the words that such a rank leaves."""
     words, said = os.pipe()
     os.set_blocking(words, False)
     if kind != "killed":
-        os.write(said, json.dumps({"kind": kind, "message": f"a {kind}"}).encode() + b"\n")
+        os.write(said, json.dumps({"kind": kind, "message": message or f"a {kind}"}).encode() + b"\n")
     os.close(said)
     process = subprocess.Popen(["sh", "-c", ENDS[kind][0]])
     process.wait()
@@ -101,6 +101,58 @@ def test_the_rank_that_died_first_is_named_and_not_those_that_missed_it_or_were_
     error = failure(InJob(1, words, "rl1", said), tmp_path, False)
     assert isinstance(error, RunFailed)
     assert str(error) == "rank 1 (on rl1) was killed: Segmentation fault (core dumped)"
+
+
+# What ranks said that lost another, as these libraries word it.
+GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:32918"
+LOSSES = (
+    GLOO,
+    "RuntimeError: [../gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:4711: Connection reset by peer",
+    "RuntimeError: Application timeout caused pair closure",
+    "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?",
+    "DistNetworkError: The client socket has failed to connect to n0:29500 (errno: 111 - Connection refused).",
+    "BrokenPipeError: [Errno 32] Broken pipe",
+    "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2245, remote process exited or there was a network error\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+)
+KILLED, OWN = ("killed", "was killed by SIGKILL"), ("crash", "failed: OutOfMemoryError: CUDA out of memory")
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+@pytest.mark.parametrize(
+    ("kinds", "first", "wanted"),
+    [
+        (("lost", "killed"), {0, 1}, 1),  # seen dead in one poll: the rank without words, and not the lower number
+        (("lost", "lost", "killed", "lost"), {0, 1, 2, 3}, 2),
+        (("killed", "lost"), {0, 1}, 0),
+        (("lost", "signal"), {0, 1}, 1),
+        (("lost", "own"), {0, 1}, 1),  # one that says what is wrong with itself, likewise
+        (("own", "killed"), {0, 1}, 0),  # of two that may both be the cause the first, as ever
+        (("lost", "killed"), {0}, 0),  # what dies later may have been killed by srun
+        (("lost", "killed"), {1}, 1),
+        (("lost", "lost"), {0, 1}, 0),
+        (("lost", "run"), {0}, 1),  # what a rank says of the run comes before all that was seen
+        (("killed", "interrupted"), {0, 1}, 1),
+    ],
+)
+def test_of_ranks_seen_dead_at_once_one_that_only_lost_another_is_not_blamed(
+    lost: str, kinds: tuple[str, ...], first: set[int], wanted: int
+) -> None:
+    words = {"lost": ("crash", f"failed: {lost}"), "killed": KILLED, "own": OWN}
+    words["signal"] = "killed", "was killed: Broken pipe"  # as srun has SIGPIPE: these are nobody's last words
+    words |= {"run": ("run", "the disk is full: Broken pipe"), "interrupted": ("interrupted", "told to stop")}
+    deaths = [Death(rank, *words[kind], first=rank in first) for rank, kind in enumerate(kinds)]
+    for order in itertools.permutations(deaths):
+        assert blamed(order).rank == wanted
+
+
+def test_a_killed_rank_is_named_beside_one_that_died_of_missing_it_in_the_same_poll(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    ranks = [dead("crash", GLOO), dead("killed")]
+    error = failure(Here(ranks, {0, 1}, {0: "phase update", 1: "phase update of step 3"}), tmp_path, False)
+    for rank in ranks:
+        os.close(rank.words)
+    assert str(error).startswith("rank 1 (phase update of step 3) was killed by SIGKILL")
 
 
 @pytest.mark.parametrize("number", ["USR1", "TERM", "INT"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a3po_megatron.batch import Answered, Collected, Group, Prompt, Verdict
+from a3po_megatron.batch import Answered, Collected, Group, Prompt, Segment, Verdict
 from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
@@ -147,6 +147,7 @@ class Setting:
 
     def step(self, number: int) -> Collected:
         self.engine.weight_version = number + 1
+        self.intake.journal.published(number + 1, "")
         return self.intake.next(number)
 
 
@@ -203,7 +204,7 @@ def test_surplus_is_used_first_in_the_next_step_with_the_weight_version_that_sam
     assert first.accepted == [0, 1, 4, 5]
     assert second.accepted[:2] == [6, 7] == indices(second.groups)[:2]
     assert second.accepted == indices(second.groups) == [6, 7, 8, 9]
-    versions = [{rollout.weight_version for rollout in group.rollouts} for group in second.groups]
+    versions = [{s.weight_version for r in group.rollouts for s in r.segments} for group in second.groups]
     assert versions == [{1}, {1}, {2}, {2}]
     assert [group.rollouts[0].step for group in second.groups] == [0, 0, 1, 1]
     assert not {6, 7} & set(indices(second.sampled)), "carried groups are not sampled again"
@@ -281,7 +282,7 @@ def test_every_rollout_carries_its_name_seed_step_version_and_verdict() -> None:
         for sample, rollout in enumerate(group.rollouts):
             assert rollout.name == f"p/{group.prompt.index}#{sample}"
             assert rollout.seed == rollout_seed(5, 7, f"p/{group.prompt.index}", sample) == next(requests).seed
-            assert (rollout.step, rollout.weight_version) == (7, 8)
+            assert (rollout.step, rollout.segments) == (7, (Segment(sample + 1, 8, trained=True),))
             assert rollout.verdict.outcome == OUTCOMES["cwwi"[sample]]
             assert len(rollout.tokens) == len(rollout.logprobs) == sample + 1
     assert len({request.seed for request in setting.engine.requests}) == len(setting.engine.requests)

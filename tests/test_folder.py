@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from blake3 import blake3
 
 from a3po_megatron.config import Config, Settings, resolve
 from a3po_megatron.errors import RequestError
@@ -191,6 +192,18 @@ def test_another_file_under_the_same_path_is_refused_by_its_name_and_nothing_cha
         goes_on(run, config)
     path.write_text(before)
     assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]
+
+
+def test_a_journal_of_an_earlier_version_is_refused_and_nothing_changes(run: Path, config: Config) -> None:
+    journal = run / "journal/step-00004.rank-0"
+    journal.parent.mkdir()
+    text = json.dumps({"kind": "verdicts", "of": "", "verdicts": [], "bytes": 0, "blake3": ""}).encode()
+    journal.write_bytes(blake3(text).hexdigest().encode() + b" " + text + b"\n torn")
+    put(run, "rollouts/step-00005.rank-0.jsonl.zst")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(RequestError, match=r"journal/step-00004\.rank-0: it was written by an earlier version"):
+        goes_on(run, config)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("words", [b"", b"step-0000", b"step-999999\n", b"../checkpoints\n", b"step-000002\n", b"\xff"])

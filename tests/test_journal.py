@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
-from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Verdict
-from a3po_megatron.errors import RunFailed
-from a3po_megatron.run.journal import Journal, cut_torn_frames, read_frames
+from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Segment, Verdict
+from a3po_megatron.errors import RequestError, RunFailed
+from a3po_megatron.run.journal import Journal, check_format, cut_torn_frames, read_frames
 
 PROMPTS = [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n, n + 1), n) for n in range(6)]
 
 
 def decode(tokens: Any) -> str:
     return " ".join(map(str, tokens))
+
+
+def opened(folder: Path, rank: int, run: str, any_weights: bool = False) -> Journal:
+    """Where the engine holds the weights of version 4, which sampled every group here."""
+    journal = Journal(folder, rank, run, any_weights)
+    journal.published(4, "")
+    return journal
+
+
+def segments(length: int) -> tuple[Segment, ...]:
+    """A tool answered under way, where the response is long enough."""
+    if length < 3:
+        return (Segment(length, 4),)
+    return Segment(1, 4), Segment(length - 2, 4, trained=False), Segment(1, 4)
 
 
 def group(number: int, step: int = 3) -> Group:
@@ -29,7 +45,9 @@ def group(number: int, step: int = 3) -> Group:
         length = 0 if sample == 1 else int(rng.integers(1, 9))
         tokens = rng.integers(0, 1 << 40, length)
         logprobs = np.log(rng.random(length)).astype(np.float32)
-        rollout = Rollout(PROMPTS[number], sample, 7 * sample, step, tokens, logprobs, "stop", decode(tokens), 4)
+        rollout = Rollout(
+            PROMPTS[number], sample, 7 * sample, step, tokens, logprobs, "stop", decode(tokens), segments(length)
+        )
         rollout.verdict, rollout.reward = Verdict("wrong", "no ✓ answer"), 0.1 * sample
         if number % 2:  # with routing replay; of more than 256 experts in two bytes
             most, kind = (256, np.uint8) if number < 4 else (512, np.uint16)
@@ -40,7 +58,7 @@ def group(number: int, step: int = 3) -> Group:
 
 def facts(one: Group) -> list[Any]:
     return [
-        (r.name, r.sample, r.seed, r.step, r.tokens.tolist(), r.logprobs.tobytes(), r.finish, r.text, r.weight_version)
+        (r.name, r.sample, r.seed, r.step, r.tokens.tolist(), r.logprobs.tobytes(), r.finish, r.text, r.segments)
         + ((None,) if r.routes is None else (r.routes.tolist(), r.routes.dtype, r.routes.shape))
         for r in one.rollouts
     ]
@@ -52,12 +70,12 @@ def verdicts(one: Group) -> list[Any]:
 
 def test_groups_routes_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_them(tmp_path: Path) -> None:
     for rank in range(2):
-        journal = Journal(tmp_path / "journal", rank, "run")
+        journal = opened(tmp_path / "journal", rank, "run")
         for number in range(rank, 6, 2):
             journal.add_group(3, group(number))
             if number < 4:
                 journal.add_verdicts(3, [group(number)])
-    again = Journal(tmp_path / "journal", 0, "run")
+    again = opened(tmp_path / "journal", 0, "run")
     for number in range(6):
         found = again.group(3, PROMPTS[number], decode)
         assert found is not None
@@ -75,8 +93,8 @@ def test_groups_routes_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_t
 
 
 def test_what_other_weights_or_a_run_with_other_options_sampled_is_not_believed(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, "run")
-    journal.weights = "old weights"
+    journal = opened(tmp_path, 0, "run")
+    journal.published(4, "old weights")
     journal.add_group(3, group(0))
     journal.add_scores(3, batch([0]))
     for run, weights, every, found in (
@@ -85,11 +103,27 @@ def test_what_other_weights_or_a_run_with_other_options_sampled_is_not_believed(
         ("run", "new weights", True, True),  # checkpoint.replay: all
         ("other run", "old weights", True, False),
     ):
-        again = Journal(tmp_path, 0, run, every)
-        again.weights = weights
+        again = opened(tmp_path, 0, run, every)
+        again.published(4, weights)
         assert (again.group(3, PROMPTS[0], decode) is not None) == found
         # Scores are cheap to have again, and of no other weights' rollouts.
         assert (again.scores(3, batch([0]).rollouts) is not None) == (found and weights == "old weights")
+
+
+def test_a_group_that_older_weights_began_is_believed_only_where_any_weights_are(tmp_path: Path) -> None:
+    one = group(2)
+    longest = max(one.rollouts, key=lambda rollout: len(rollout.tokens))
+    longest.segments = Segment(1, 3), Segment(len(longest.tokens) - 1, 4)
+    opened(tmp_path, 0, "run").add_group(3, one)
+    assert opened(tmp_path, 0, "run").group(3, PROMPTS[2], decode) is None
+    found = opened(tmp_path, 0, "run", any_weights=True).group(3, PROMPTS[2], decode)
+    assert found is not None and facts(found[0]) == facts(one)
+    longest.segments = (Segment(len(longest.tokens), 4),)
+    opened(tmp_path, 0, "run").add_group(3, one)
+    now = opened(tmp_path, 0, "run")
+    assert now.group(3, PROMPTS[2], decode) is not None
+    now.published(5, "")
+    assert now.group(3, PROMPTS[2], decode) is None
 
 
 def other_tokens(one: Group) -> Group:
@@ -102,8 +136,8 @@ def other_tokens(one: Group) -> Group:
 
 def test_verdicts_belong_to_the_responses_that_were_graded_and_scores_to_those_that_were_scored(tmp_path: Path) -> None:
     def of_weights(rank: int, weights: str) -> Journal:
-        journal = Journal(tmp_path, rank, "run")
-        journal.weights = weights
+        journal = opened(tmp_path, rank, "run")
+        journal.published(4, weights)
         return journal
 
     before = of_weights(0, "W1")
@@ -127,14 +161,14 @@ def test_what_these_weights_sampled_is_found_whichever_file_holds_what_others_di
     tmp_path: Path, ranks: tuple[int, int]
 ) -> None:
     for rank, weights in zip(ranks, ("W1", "W2"), strict=True):
-        journal = Journal(tmp_path, rank, "run", any_weights=True)
-        journal.weights = weights
+        journal = opened(tmp_path, rank, "run", any_weights=True)
+        journal.published(4, weights)
         one = group(0) if weights == "W1" else other_tokens(group(0))
         journal.add_group(3, one)
         journal.add_verdicts(3, [one])
     for weights, wanted in (("W1", group(0)), ("W2", other_tokens(group(0)))):
-        journal = Journal(tmp_path, 0, "run", any_weights=True)
-        journal.weights = weights
+        journal = opened(tmp_path, 0, "run", any_weights=True)
+        journal.published(4, weights)
         found = journal.group(3, PROMPTS[0], decode)
         assert found is not None and (facts(found[0]), found[1]) == (facts(wanted), True)
 
@@ -142,28 +176,28 @@ def test_what_these_weights_sampled_is_found_whichever_file_holds_what_others_di
 def test_a_journal_that_cannot_be_written_ends_the_run_with_the_name_of_its_file(tmp_path: Path) -> None:
     (tmp_path / "journal").write_text("")  # no folder
     with pytest.raises(RunFailed, match=r"journal/step-00003.rank-0: cannot write it: "):
-        Journal(tmp_path / "journal", 0, "run").add_group(3, group(0))
+        opened(tmp_path / "journal", 0, "run").add_group(3, group(0))
 
 
 def test_a_group_whose_grading_failed_is_graded_again(tmp_path: Path) -> None:
     one = group(2)
     one.rollouts[1].verdict = Verdict("invalid", "grader exceeded 1.0 s")
-    journal = Journal(tmp_path, 0, "run")
+    journal = opened(tmp_path, 0, "run")
     journal.add_group(3, one)
     journal.add_verdicts(3, [one])
-    again = Journal(tmp_path, 0, "run")
+    again = opened(tmp_path, 0, "run")
     found = again.group(3, PROMPTS[2], decode)
     assert found is not None
     assert not found[1]
     again.add_verdicts(3, [group(2)])  # this time with a verdict: it counts
-    found = Journal(tmp_path, 0, "run").group(3, PROMPTS[2], decode)
+    found = opened(tmp_path, 0, "run").group(3, PROMPTS[2], decode)
     assert found is not None
     assert found[1]
     assert verdicts(found[0]) == verdicts(group(2))
 
 
 def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, "run")
+    journal = opened(tmp_path, 0, "run")
     for number in range(4):
         journal.add_group(3, group(number))
     path = tmp_path / "step-00003.rank-0"
@@ -178,7 +212,7 @@ def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one
         else:
             del data[place:]
         path.write_bytes(data)
-        found = Journal(tmp_path, 0, "run")
+        found = opened(tmp_path, 0, "run")
         for number in range(4):
             one = found.group(3, PROMPTS[number], decode)
             assert one is None or facts(one[0]) == facts(group(number)), (trial, number)
@@ -187,14 +221,14 @@ def test_a_file_cut_or_damaged_anywhere_loses_groups_and_never_gives_a_wrong_one
 
 
 def test_what_is_written_behind_a_torn_frame_is_found_once_that_was_cut_off(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, 0, "run")
+    journal = opened(tmp_path, 0, "run")
     for number in range(3):
         journal.add_group(3, group(number))
     path = tmp_path / "step-00003.rank-0"
     path.write_bytes(path.read_bytes()[:-5])
     cut_torn_frames(tmp_path)
-    Journal(tmp_path, 0, "run").add_group(3, group(4))
-    found = Journal(tmp_path, 0, "run")
+    opened(tmp_path, 0, "run").add_group(3, group(4))
+    found = opened(tmp_path, 0, "run")
     assert [n for n in range(6) if found.group(3, PROMPTS[n], decode) is not None] == [0, 1, 4]
 
 
@@ -221,9 +255,9 @@ def batch(numbers: list[int], replay: bool = True) -> Batch:
 
 
 def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_none_is_missing(tmp_path: Path) -> None:
-    Journal(tmp_path, 0, "run").add_scores(3, batch([0, 2]))
-    Journal(tmp_path, 1, "run").add_scores(3, batch([1]))
-    found = Journal(tmp_path, 5, "run")
+    opened(tmp_path, 0, "run").add_scores(3, batch([0, 2]))
+    opened(tmp_path, 1, "run").add_scores(3, batch([1]))
+    found = opened(tmp_path, 5, "run")
     for numbers in ([0, 2], [1], [2, 1, 0]):  # as they were, and as another layout deals them out
         wanted = batch(numbers)
         scores = found.scores(3, wanted.rollouts)
@@ -234,27 +268,58 @@ def test_scores_come_back_bit_for_bit_for_any_selection_of_rollouts_and_only_if_
         assert rerouted == wanted.rerouted.tolist()
     assert found.scores(3, batch([0, 3]).rollouts) is None
     assert found.scores(4, batch([0]).rollouts) is None
-    Journal(tmp_path, 2, "run").add_scores(3, batch([4], replay=False))
-    scores = Journal(tmp_path, 5, "run").scores(3, batch([4]).rollouts)
+    opened(tmp_path, 2, "run").add_scores(3, batch([4], replay=False))
+    scores = opened(tmp_path, 5, "run").scores(3, batch([4]).rollouts)
     assert scores is not None and scores[1] is None
     path = tmp_path / "step-00003.rank-1"
     path.write_bytes(path.read_bytes()[:-1] + b"\x00")
-    assert Journal(tmp_path, 0, "run").scores(3, batch([1]).rollouts) is None
+    assert opened(tmp_path, 0, "run").scores(3, batch([1]).rollouts) is None
 
 
 def test_only_steps_before_the_oldest_kept_checkpoint_are_forgotten_of_all_ranks(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         for rank in range(2):
-            Journal(tmp_path, rank, "run").add_group(step, group(0, step))
-    Journal(tmp_path, 0, "run").forget(before=2)
+            opened(tmp_path, rank, "run").add_group(step, group(0, step))
+    opened(tmp_path, 0, "run").forget(before=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{step:05d}.rank-{rank}" for step in (2, 3) for rank in (0, 1)
     ]
 
 
+def test_scores_are_of_the_tokens_that_were_trained_on(tmp_path: Path) -> None:
+    scored = batch([2])
+    opened(tmp_path, 0, "run").add_scores(3, scored)
+    found = opened(tmp_path, 0, "run")
+    assert found.scores(3, scored.rollouts) is not None
+    longest = max(scored.rollouts, key=lambda rollout: len(rollout.tokens))
+    longest.segments = (Segment(len(longest.tokens), 4),)  # what has no score is asked for now
+    assert found.scores(3, scored.rollouts) is None
+
+
+@pytest.mark.parametrize(("form", "whose"), [(None, "an earlier version (journal format 1)"), (3, "a later version")])
+def test_a_journal_of_another_version_is_refused_by_its_name_with_what_to_do(
+    tmp_path: Path, form: int | None, whose: str
+) -> None:
+    path = tmp_path / "step-00003.rank-0"
+    samples = [[0, 7, 3, "stop", 4, 2]]  # as format 1 had it: the weight version, the number of tokens
+    header = {"kind": "group", "prompt": 0, "of": "run ", "asked": "", "samples": samples, "routes": []}
+    payload = bytes(2 * 12)
+    header |= {"bytes": len(payload), "blake3": blake3(payload).hexdigest()} | ({"format": form} if form else {})
+    text = json.dumps(header).encode()
+    path.write_bytes(blake3(text).hexdigest().encode() + b" " + text + b"\n" + payload)
+    before = path.read_bytes()
+    for read in (check_format, cut_torn_frames, lambda folder: opened(folder, 1, "run")):
+        with pytest.raises(RequestError) as refused:
+            read(tmp_path)
+        assert str(refused.value).startswith(f"{path}: it was written by {whose}")
+        for words in ("reads format 2", "provenance.json", "choose another --run-dir"):
+            assert words in str(refused.value)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("junk", [b"\x00" * 100, b"{}\n", b"abc {}\n", b"\n\n", "ü".encode() * 50 + b"\n"])
 def test_a_file_that_holds_something_else_holds_nothing(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "step-00003.rank-0").write_bytes(junk)
-    assert Journal(tmp_path, 0, "run").group(3, PROMPTS[0], decode) is None
+    assert opened(tmp_path, 0, "run").group(3, PROMPTS[0], decode) is None
     cut_torn_frames(tmp_path)
     assert (tmp_path / "step-00003.rank-0").read_bytes() == b""

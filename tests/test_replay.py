@@ -14,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
+from a3po_megatron.batch import Segment
 from a3po_megatron.config import AdvantageOptions, RolloutOptions
 from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.model.facts import Experts
@@ -269,7 +270,7 @@ def test_the_rate_is_over_tokens_and_layers_of_what_the_current_weights_sampled_
     assert batch_metrics(batch_sums(batch, 1), batch.rho)["mismatch/routes_rate"] is None
     for number, rollout in enumerate(batch.rollouts):
         rollout.routes = np.zeros((number + 1, 3, 2), np.uint8)
-        rollout.weight_version = 1 if number < 4 else 2
+        rollout.segments = (Segment(len(rollout.tokens), 1 if number < 4 else 2),)
     batch.rerouted = torch.arange(len(batch.rollouts))
     for version, rerouted, pairs in ((1, 0 + 1 + 2 + 3, 3 * (1 + 2 + 3 + 4)), (2, 4 + 5 + 6 + 7, 3 * (5 + 6 + 7 + 8))):
         sums = batch_sums(batch, version)

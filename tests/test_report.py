@@ -128,7 +128,7 @@ def rollout(step: int, prompt: int, sample: int, rate: float, rho: float, draw: 
         "accepted": True,
         "carried": prompt == 1,
         "finish": "stop",
-        "weight_version": step,
+        "segments": [[length, step, True]],
         "tokens": [1000 + i % len(WORDS) for i in range(length)],
         "logprobs": [value + draw.gauss(0, 2e-5) for value in old],
         "old_logprobs": old,
@@ -397,6 +397,22 @@ def test_a_rollout_that_was_not_trained_on_shows_the_sampling_logprobs(tmp_path:
     [sample] = page_data(write_report([folder]))["runs"][0]["rollouts"][0]["groups"][0]["samples"]
     assert sample["sampled"] == pytest.approx(record["logprobs"], rel=1e-3)
     assert [sample[key] for key in ("old", "gap", "entropy", "weights", "advantage")] == [None] * 5
+
+
+def test_of_a_rollout_that_a_tool_wrote_a_part_of_the_viewer_tells_which_tokens_were_not_trained_on(
+    tmp_path: Path,
+) -> None:
+    folder = make_run(tmp_path / "run", steps=1)
+    record = rollout(0, 0, 0, 1.0, 2.0, random.Random(0), "")
+    length = len(record["tokens"])
+    record["segments"] = [[4, 2, True], [5, 3, False], [length - 9, 3, True]]
+    for key in ("old_logprobs", "entropy", "weights"):
+        record[key][4:9] = [None] * 5
+    write_rollouts(rollout_files(folder)[0][0], [record])
+    [sample] = page_data(write_report([folder]))["runs"][0]["rollouts"][0]["groups"][0]["samples"]
+    assert (sample["versions"], sample["untrained"]) == ([2, 3], 5)
+    for key in ("old", "gap", "entropy", "weights"):
+        assert [value is None for value in sample[key]] == [4 <= i < 9 for i in range(length)], key
 
 
 def test_rollouts_without_pieces_are_left_out_and_a_run_without_any_says_so(tmp_path: Path) -> None:

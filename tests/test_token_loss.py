@@ -25,7 +25,7 @@ def test_a_sequence_level_objective_has_the_gradient_of_its_formula_under_every_
 ) -> None:
     make_checkpoint(tmp_path / "qwen3", "qwen3")
     for found in run_ranks(2, cases.by_sequence, folder=tmp_path)["by_sequence"]:
-        assert len(found) == len(cases.LAYOUTS) * len(cases.NORMALISERS)
+        assert len(found) == len(cases.CELLS) * len(cases.NORMALISERS)
         for name, apart in found.items():
             # float32 against float64: as of the token-level objective (tests/test_learner.py)
             assert apart["gradient"] < 2e-4, (name, apart)

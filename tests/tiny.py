@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
-from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Verdict
+from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Segment, Verdict
 from a3po_megatron.config import Config, ObjectiveOptions, Settings, TisOptions, resolve
 from a3po_megatron.model.cut import Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
@@ -130,13 +131,29 @@ def make_collected(groups: int, size: int, seed: int = 0, vocab: int = VOCAB) ->
                     logprobs=draw.normal(-2, 1, length).astype(np.float32),
                     finish="stop",
                     text="",
-                    weight_version=1,
+                    segments=(Segment(length, 1),),
                     verdict=Verdict(outcome),
                     reward=float(outcome == "correct"),
                 )
             )
         made.append(Group(prompt, rollouts))
     return Collected(groups=made, sampled=made, accepted=list(range(groups)), metrics={})
+
+
+def trained_places(rollout: Rollout) -> list[int]:
+    """Which of its tokens are trained on."""
+    flags = [segment.trained for segment in rollout.segments for _ in range(segment.length)]
+    return [place for place, trained in enumerate(flags) if trained]
+
+
+def with_tools(collected: Collected) -> Collected:
+    """The same rollouts, but that tools wrote some of their tokens: the first, some, the last, all, none."""
+    for number, rollout in enumerate(r for group in collected.groups for r in group.rollouts):
+        length = len(rollout.tokens)
+        first, end = [(0, 1), (1, length // 2), (length - 1, length), (0, length), (0, 0)][number % 5]
+        flags = [not first <= place < end for place in range(length)]
+        rollout.segments = tuple(Segment(len(list(run)), 1, trained) for trained, run in itertools.groupby(flags))
+    return collected
 
 
 def hf_model(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:

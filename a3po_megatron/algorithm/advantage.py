@@ -69,6 +69,7 @@ def assemble(collected: Collected, options: AdvantageOptions, mini_batches: int)
     rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
     positive = torch.tensor([r.verdict.outcome == "correct" for r in rollouts], dtype=torch.bool)
     lengths = torch.tensor([len(r.tokens) for r in rollouts], dtype=torch.int64)
+    all_trained = not any(r.untrained for r in rollouts)
     logprobs = [torch.from_numpy(r.logprobs) for r in rollouts]
     return Batch(
         rollouts=rollouts,
@@ -81,4 +82,5 @@ def assemble(collected: Collected, options: AdvantageOptions, mini_batches: int)
         lengths=lengths,
         rollout_index=torch.repeat_interleave(torch.arange(len(rollouts)), lengths),
         rollout_logprobs=torch.cat(logprobs) if logprobs else torch.zeros(0),
+        trained=None if all_trained else torch.from_numpy(np.concatenate([r.trained() for r in rollouts])),
     )

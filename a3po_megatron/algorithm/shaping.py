@@ -63,14 +63,23 @@ def token_weights(
 
 
 def shape(batch: Batch, step: int, options: Shaping) -> Batch:
-    """Adds the token weights of RL step `step` to a scored batch."""
+    """Adds the token weights of RL step `step` to a scored batch. Tokens that are not trained on are neither ranked nor
+    counted, and have weight 0."""
     assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
     if isinstance(options, NoShaping):
-        batch.token_weights, batch.rho = torch.ones_like(batch.old_logprobs), (1.0, 1.0)
+        ones = torch.ones_like(batch.old_logprobs)
+        batch.token_weights = ones if batch.trained is None else ones * batch.trained
+        batch.rho = (1.0, 1.0)
         return batch
     source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
     # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
     metric = -batch.entropy if options.metric == "entropy" else None
-    batch.token_weights = token_weights(source, batch.rollout_index, batch.positive, step, options, metric=metric)
+    index, trained = batch.rollout_index, batch.trained
+    if trained is None:
+        batch.token_weights = token_weights(source, index, batch.positive, step, options, metric=metric)
+    else:
+        metric = None if metric is None else metric[trained]
+        weights = token_weights(source[trained], index[trained], batch.positive, step, options, metric=metric)
+        batch.token_weights = torch.zeros_like(source).masked_scatter_(trained, weights)
     batch.rho = rho(step, options)
     return batch

@@ -1,7 +1,8 @@
 """What a batch says about the sampler and about shaping, as sums that add over ranks.
 
 `batch_sums` gives one vector per replica; added over the replicas, `batch_metrics` turns it into metrics. A share whose
-denominator is 0 is undefined (None), except that shaping which is switched off shapes a share of exactly 0.
+denominator is 0 is undefined (None), except that shaping which is switched off shapes a share of exactly 0. Tokens that
+are not trained on count nowhere here.
 """
 
 from __future__ import annotations
@@ -33,17 +34,23 @@ KEYS = (
 
 @torch.no_grad()
 def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
-    """[len(KEYS)] float64. Mismatch is summed over tokens that the current weights sampled: for carried-over rollouts
-    the difference would be the policy's own progress, not noise between two engines."""
+    """Returns [len(KEYS)] float64. Mismatch is summed over tokens that the current weights sampled: for those of older
+    weights the difference would be the policy's own progress, not noise between two engines."""
     assert batch.old_logprobs is not None and batch.entropy is not None and batch.token_weights is not None
-    old = batch.old_logprobs.double()
-    fresh = torch.tensor([r.weight_version == weight_version for r in batch.rollouts], dtype=torch.bool)
-    fresh_tokens = fresh[batch.rollout_index] if batch.rollouts else torch.zeros(0, dtype=torch.bool)
-    difference = (old - batch.rollout_logprobs.double())[fresh_tokens]
+    segments = [segment for rollout in batch.rollouts for segment in rollout.segments]
+    lengths = torch.tensor([segment.length for segment in segments], dtype=torch.int64)
+    of_weights = torch.tensor([segment.weight_version == weight_version for segment in segments], dtype=torch.bool)
+    trained = slice(None) if batch.trained is None else batch.trained
+    fresh_tokens, index = of_weights.repeat_interleave(lengths)[trained], batch.rollout_index[trained]
+    old, entropy, sampled = (v[trained].double() for v in (batch.old_logprobs, batch.entropy, batch.rollout_logprobs))
+    weights = batch.token_weights[trained]
+    # Routes are of a whole rollout, prompt and all: of several weights they are nobody's.
+    fresh = torch.tensor([rollout.sampled_by(weight_version) for rollout in batch.rollouts], dtype=torch.bool)
+    difference = (old - sampled)[fresh_tokens]
     routed = [math.prod(r.routes.shape[:2]) if r.routes is not None else 0 for r in batch.rollouts]
     sums = {
         "tokens": torch.tensor(float(old.numel())),
-        "entropy": batch.entropy.double().sum(),
+        "entropy": entropy.sum(),
         "old_logprob": old.sum(),
         "fresh_tokens": fresh_tokens.sum(),
         "mismatch_abs": difference.abs().sum(),
@@ -52,9 +59,9 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
         "rerouted": torch.tensor(0.0) if batch.rerouted is None else batch.rerouted[fresh].sum(),
     }
     one_minus_p = -torch.expm1(old)
-    shaped = batch.token_weights != 1
-    pull = batch.token_weights.double() * batch.advantages[batch.rollout_index].double().abs() * one_minus_p
-    positive = batch.positive[batch.rollout_index]
+    shaped = weights != 1
+    pull = weights.double() * batch.advantages[index].double().abs() * one_minus_p
+    positive = batch.positive[index]
     for side, mask in zip(_SIDES, (positive, ~positive), strict=True):
         sums[f"tokens_{side}"] = mask.sum()
         sums[f"shaped_{side}"] = (mask & shaped).sum()

@@ -10,6 +10,9 @@ is divided by, and which metrics it reports.
                                                                   sequences: its rollouts
                                                                   constant: its rollouts × `constant`
 
+Tokens that are not trained on (batch.Segment) never come here: no sum, normaliser or metric has to leave them out, and
+a rollout of which none is trained on is none here.
+
 Context-parallel ranks hold different tokens of the same rollouts. What is a sum over a rollout is `sequence_sum`, the
 same on all of them; what counts once a rollout counts where the rollout `begins`.
 """
@@ -32,7 +35,8 @@ Normaliser = Literal["tokens", "sequences", "constant"]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Response tokens [T] of one micro-batch on this rank; only `logprobs` carries a gradient. T may be 0."""
+    """Response tokens [T] of one micro-batch on this rank, those that are trained on; only `logprobs` carries a
+    gradient. T may be 0."""
 
     logprobs: Tensor  # of the policy being trained
     old_logprobs: Tensor  # fixed over the mini-batches of a step
@@ -40,7 +44,7 @@ class TokenBatch:
     advantages: Tensor  # of the token's rollout
     token_weights: Tensor  # A3PO's
     rollout: Tensor  # int64, which of this replica's rollouts a token is of
-    begins: Tensor  # bool, whether it is its rollout's first response token
+    begins: Tensor  # bool, whether it is its rollout's first of these
     rollouts: int  # of this replica, whatever the micro-batch
     mini_batch: int  # which optimiser step of the RL step this is
     context: Any = None  # process group of the ranks that hold parts of the same sequences; None: this rank alone

@@ -2,7 +2,8 @@
 
 What a rank says of itself is never a consequence of another one's death: a wrong request, a failed run, an order to
 leave. That it crashed may be one, since what it waits for fails as soon as the other is gone, and so may be that it was
-killed, since srun kills the rest after a first death. The table is in docs/resume.md.
+killed, since srun kills the rest after a first death. Of several seen dead at once, one that only missed another
+(LOST) is blamed last. The table is in docs/resume.md.
 
 `Here` and `InJob` turn what is seen of a start's end (exit codes and pipes; srun's lines and files) into deaths;
 `failure` turns deaths into the run's error.
@@ -29,6 +30,12 @@ ERRORS: dict[str, type[A3POError]] = {"request": RequestError, "run": RunFailed,
 # srun: error: rl1: task 1: Killed; srun: error: rl0: tasks 0,2-3: Exited with exit code 1
 ENDED = re.compile(r"^srun: error: (\S+): tasks? ([\d,-]+): (.*?)\s*$", re.MULTILINE)
 EXITED = re.compile(r"Exited with exit code (\d+)")
+# What a rank says that lost another: gloo's pairs and torch's store (strings of libtorch_cpu 2.13.0), the system's own
+# words for a socket, NCCL (torch/csrc/distributed/c10d/NCCLUtils.cpp).
+LOST = re.compile(
+    r"connection (was likely )?closed|connection (reset|refused|aborted)|broken pipe|pair closure|ncclRemoteError",
+    re.IGNORECASE,
+)
 SAID_CHARACTERS = 1000  # of srun's, in a message
 
 
@@ -47,7 +54,11 @@ def blamed(deaths: Iterable[Death]) -> Death:
 
 
 def _severity(death: Death) -> int:
-    return ("request", "run", "interrupted").index(death.kind) if death.kind in ERRORS else 3 + (not death.first)
+    if death.kind in ERRORS:
+        return tuple(ERRORS).index(death.kind)
+    if not death.first:
+        return 5
+    return 4 if death.kind == "crash" and LOST.search(death.message) else 3
 
 
 class Ended(Protocol):

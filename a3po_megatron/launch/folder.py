@@ -72,9 +72,10 @@ def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
 
 def _go_on(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
-    from ..run.journal import cut_torn_frames  # with numpy, which a submission does not wait for
+    from ..run.journal import check_format, cut_torn_frames  # with numpy, which a submission does not wait for
 
     run = RunFolder(folder)
+    check_format(run.journal)  # before anything in the folder is changed
     for newest in step_folders(run.checkpoints)[-1:]:
         size = sum(path.stat().st_size for path in newest.rglob("*"))
         if size > LARGE_BYTES:

@@ -1,6 +1,6 @@
 """The training engine: scores rollouts with the weights that are being trained, and updates them.
 
-    score    log pi_old and entropy of every response token, before anything changes
+    score    log pi_old and entropy of every response token that is trained on, before anything changes
     update   mini-batches in order, one optimiser step each, old log-probs fixed over all of them
 
 Per mini-batch the loss is what the objective sums (algorithm/token_loss.py) divided by its normaliser over all ranks,
@@ -227,7 +227,7 @@ class Learner:
         """Gradients of one mini-batch; returns what the objective reports of its tokens: sums as on the last stage,
         maxima of this rank."""
         report = Report(objective.metrics)
-        starts = batch.lengths.cumsum(0) - batch.lengths
+        starts = _starts(batch)
 
         def loss(part: MicroBatch, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, int, Tensor]:
             tokens = self._token_batch(part, logprobs, batch, starts, number)
@@ -278,23 +278,20 @@ class Learner:
         return norm
 
     def _micro_batches(self, batch: Batch, chosen: Sequence[int]) -> list[MicroBatch]:
-        """The chosen rollouts, packed; at least one micro-batch, so that every rank joins every collective."""
+        """The chosen rollouts, packed, to predict what is trained on; at least one micro-batch, so that every rank
+        joins every collective."""
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
         grain = 2 * self.cluster.context if self.cluster.context > 1 else 1  # every sequence is padded to that
         lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
         bins = pack(lengths, self.limit)
         routed = [(i, self._routes(batch.rollouts[i])) for i in chosen] if self.replay else []
-        return self._packed(
-            [
-                (
-                    [sequences[i] for i in items],
-                    [starts[chosen[i]] for i in items],
-                    [routed[i] for i in items if routed],
-                )
-                for items in bins or [[]]
-            ]
-        )
+        contents = [
+            ([sequences[i] for i in items], [starts[chosen[i]] for i in items], [routed[i] for i in items if routed])
+            for items in bins or [[]]
+        ]
+        parts = self._packed(contents)
+        return parts if batch.trained is None else [part.only(batch.trained) for part in parts]
 
     def _routes(self, rollout: Rollout) -> np.ndarray:
         if rollout.routes is None:
@@ -317,6 +314,16 @@ class Learner:
             multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at, _ in contents)
         packed = [micro_batch(held, at, multiple, context, routed) for held, at, routed in contents]
         return packed + [micro_batch([], [], multiple, context) for _ in range(count - len(packed))]
+
+
+def _starts(batch: Batch) -> Tensor:
+    """Where each rollout's first token that is trained on lies among the batch's response tokens [B]; of a rollout that
+    has none, behind them all."""
+    if batch.trained is None:
+        return batch.lengths.cumsum(0) - batch.lengths
+    places = torch.nonzero(batch.trained)[:, 0]
+    starts = torch.full((len(batch.rollouts),), len(batch.trained))
+    return starts.scatter_reduce_(0, batch.rollout_index[places], places, "amin")
 
 
 def _is_usable(gradients: Tensor) -> bool:

@@ -5,6 +5,9 @@ output at the positions len(p) - 1 … len(p) + n - 2 predicts the response. Pos
 Padding, where the layout demands a multiple, belongs to the end of a sequence and predicts nothing that counts. Where
 routes are replayed, it goes to the experts 0 … k - 1; a micro-batch of padding alone routes by itself.
 
+Response tokens that are not trained on are read like a prompt's, and predicted nowhere (`only`): they cost no logits,
+and score, loss and normaliser know nothing of them.
+
 Under context parallelism of C ranks every sequence is padded to a multiple of 2 C and cut into as many chunks; rank c
 holds chunks c and 2 C - 1 - c, so that causal attention costs all ranks the same (Megatron's and Transformer Engine's
 order). `predicting`, `targets` and `index` are of the tokens on this rank; the packing describes whole sequences.
@@ -36,6 +39,13 @@ class MicroBatch:
     index: Tensor  # [R] int64, where they lie among the batch's response tokens; stays on the host, as the batch does
     routes: Tensor | None = None  # [T, L, k] uint8 or int32, the experts of the tokens on this rank in each of L layers
     rollout: Tensor | None = None  # [T] int64, with routes: the rollout of each token among the batch's; -1: padding
+
+    def only(self, trained: Tensor) -> MicroBatch:
+        """Returns it with those targets alone that are trained on; `trained`: [T] bool over the batch's response
+        tokens."""
+        kept = trained[self.index]
+        mine = self.predicting[kept], self.targets[kept], self.index[kept]
+        return dataclasses.replace(self, predicting=mine[0], targets=mine[1], index=mine[2])
 
     def to(self, device: torch.device) -> MicroBatch:
         """What the model reads, on its device."""

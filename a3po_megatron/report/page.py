@@ -238,14 +238,16 @@ def _sample(record: Record, notes: list[str]) -> Record:
     end = SHOWN_TOKENS
     if len(record["tokens"]) > end:
         notes.append(CUT)
+    segments = record.get("segments") or []
     sampled, old = record["logprobs"][:end], (record.get("old_logprobs") or [])[:end]
     kept = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
     return {
         **{key: _short(record.get(key)) for key in kept},
         "n": record["sample"],
         "seed": str(record.get("seed")),  # a 64-bit hash: more than a JavaScript number holds
-        "version": record.get("weight_version"),
+        "versions": sorted({version for _, version, _ in segments}),
         "length": len(record["tokens"]),
+        "untrained": sum(length for length, _, trained in segments if not trained),
         "pieces": record["pieces"][:end],
         "ids": record["tokens"][:end],
         "sampled": None if old else [_short(value) for value in sampled],
@@ -277,7 +279,7 @@ def _opening(runs: list[Record]) -> Record | None:
 
     def merit(place: tuple[int, int, str, Record]) -> tuple[bool, bool]:
         sample = place[3]
-        return any(weight != 1 for weight in sample["weights"] or ()), sample["outcome"] == "correct"
+        return any(weight not in (1, None) for weight in sample["weights"] or ()), sample["outcome"] == "correct"
 
     run, step, prompt, sample = max((place for place in places if place[3]["way"] == rarer), key=merit)
     return {"run": run, "step": step, "prompt": prompt, "sample": sample["n"]}

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from ..batch import Answered, Collected, Group, Prompt, Rollout, Verdict
+from ..batch import Answered, Collected, Group, Prompt, Rollout, Segment, Verdict
 from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
@@ -148,6 +148,7 @@ class Intake:
                         prompt, sample = draws[number]
                         group = begun[prompt.index]
                         if prompt.index in led:
+                            sampled = Segment(len(completion.tokens), self.engine.weight_version)
                             group.rollouts.append(
                                 Rollout(
                                     prompt=prompt,
@@ -158,7 +159,7 @@ class Intake:
                                     logprobs=completion.logprobs,
                                     finish=completion.finish,
                                     text=self.tokens.decode(completion.tokens),
-                                    weight_version=self.engine.weight_version,
+                                    segments=(sampled,),
                                     routes=completion.routes,
                                 )
                             )

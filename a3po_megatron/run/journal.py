@@ -3,15 +3,18 @@
     a file of a step and a rank    frames, one after the other, only ever appended
     frame                          digest, space, header (JSON, one line), newline, payload (arrays, end to end)
 
-    group       the G rollouts of a prompt: tokens, log-probs and routes, as soon as the last of them is sampled
+    group       the G rollouts of a prompt: segments, tokens, log-probs and routes, as soon as the last of them is
+                sampled
     verdicts    verdicts and rewards of the group in one frame, which it names by that frame's digest
     scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on, each named by its name
-                and a digest of its tokens and routes: the batch before its update
+                and a digest of its tokens, of which are trained on, and of its routes: the batch before its update
 
 A frame is believed only if its digests are right (the last one of a killed run may be torn, and is cut off), and if it
-says that it is of this run's options and data, this prompt, and these weights, by a digest of them. Then it is what
-would be computed again, since every rollout has its own seed; what is missing, or of something else, is computed again.
-Several starts of a run may have written frames of one step, in whichever order of files: all are looked through.
+says that it is of this run's options and data, this prompt, and these weights, by a digest of them; a group, if they
+sampled every segment of it. Then it is what would be computed again, since every rollout has its own seed; what is
+missing, or of something else, is computed again.
+Several starts of a run may have written frames of one step, in whichever order of files: all are looked through. Every
+frame says which format it is in: one of another version is refused.
 
 A replay whose kernels do not add in a fixed order comes to other weights in the last bits, and finds nothing of its
 later steps again; `checkpoint.replay: all` believes those rollouts nevertheless (never their scores).
@@ -31,10 +34,11 @@ from typing import IO, Any, Protocol
 import numpy as np
 from blake3 import blake3
 
-from ..batch import Batch, Group, Prompt, Rollout, Verdict
-from ..errors import RunFailed
+from ..batch import Batch, Group, Prompt, Rollout, Segment, Verdict
+from ..errors import RequestError, RunFailed
 from ..files.run_folder import journal_file, step_files, step_of
 
+FORMAT = 2  # 1 had one weight version a rollout, and said nothing of formats
 Decode = Callable[[Any], str]  # token ids → text
 
 
@@ -62,7 +66,8 @@ class _Sink(Protocol):
 def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> str:
     """Returns the frame's digest."""
     payload = b"".join(array.tobytes() for array in arrays)
-    text = json.dumps(header | {"bytes": len(payload), "blake3": blake3(payload).hexdigest()}).encode()
+    known = {"format": FORMAT, "bytes": len(payload), "blake3": blake3(payload).hexdigest()}
+    text = json.dumps(header | known).encode()
     digest = blake3(text).hexdigest()
     file.write(digest.encode() + b" " + text + b"\n" + payload)
     file.flush()
@@ -70,7 +75,10 @@ def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> str
 
 
 def read_frames(path: Path) -> Iterator[Frame]:
-    """The frames of a file up to the first that is not whole. Reads no payload."""
+    """Yields the frames of a file up to the first that is not whole. Reads no payload.
+
+    Raises RequestError for a frame of another version's format.
+    """
     with path.open("rb") as file:
         size = path.stat().st_size
         while line := file.readline():
@@ -78,11 +86,23 @@ def read_frames(path: Path) -> Iterator[Frame]:
             if blake3(text).hexdigest().encode() != digest:
                 return
             header = json.loads(text)
+            if (form := header.get("format", 1)) != FORMAT:
+                raise RequestError(
+                    f"{path}: it was written by {'an earlier' if form < FORMAT else 'a later'} version (journal format "
+                    f"{form}), and this version reads format {FORMAT}: go on with the version that wrote it "
+                    "(provenance.json), or choose another --run-dir"
+                )
             frame = Frame(header, digest.decode(), path, file.tell())
             if frame.offset + header["bytes"] > size:
                 return
             file.seek(header["bytes"], 1)
             yield frame
+
+
+def check_format(folder: Path) -> None:
+    """Raises RequestError for a journal of another version's format."""
+    for path in step_files(folder):
+        next(read_frames(path), None)  # a start appends to no file of another version: the first frame tells
 
 
 def cut_torn_frames(folder: Path) -> None:
@@ -95,7 +115,7 @@ def cut_torn_frames(folder: Path) -> None:
 
 def write_group(file: _Sink, group: Group, of: str = "") -> str:
     """Returns the frame's digest, which its verdicts go by."""
-    samples = [[r.sample, r.seed, r.step, r.finish, r.weight_version, len(r.tokens)] for r in group.rollouts]
+    samples = [[r.sample, r.seed, r.step, r.finish, r.segments] for r in group.rollouts]
     header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
     tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     routes = [r.routes for r in group.rollouts if r.routes is not None]
@@ -124,16 +144,15 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
     data = frame.payload()
     if data is None or frame.header["asked"] != asked(prompt):
         return None
-    total = sum(sample[-1] for sample in frame.header["samples"])
+    total = sum(segment[0] for *_, segments in frame.header["samples"] for segment in segments)
     tokens = np.frombuffer(data, "<i8", total)
     logprobs = np.frombuffer(data, "<f4", total, offset=8 * total)
     rollouts, begin = [], 0
-    for sample, seed, step, finish, version, length in frame.header["samples"]:
-        mine = slice(begin, begin := begin + length)
-        text = decode(tokens[mine])
-        rollouts.append(
-            Rollout(prompt, sample, seed, step, tokens[mine].copy(), logprobs[mine].copy(), finish, text, version)
-        )
+    for sample, seed, step, finish, runs in frame.header["samples"]:
+        segments = tuple(Segment(*run) for run in runs)
+        mine = slice(begin, begin := begin + sum(segment.length for segment in segments))
+        text, own = decode(tokens[mine]), (tokens[mine].copy(), logprobs[mine].copy())
+        rollouts.append(Rollout(prompt, sample, seed, step, *own, finish, text, segments))
     offset = 12 * total
     for rollout, shape in zip(rollouts, frame.header.get("routes", []), strict=False):
         kind = frame.header.get("routes_dtype", "|u1")
@@ -150,7 +169,7 @@ class Journal:
 
     def __init__(self, folder: Path, rank: int, run: str, any_weights: bool = False) -> None:
         """`run`: a digest of what makes the run the one that it is (run/manifest.py: identity)."""
-        self.weights = ""  # a digest of what the engine holds, from the receipt of the last publish
+        self.weights, self.version = "", 0  # of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
         self._written: dict[int, str] = {}  # prompt → the digest of its last group's frame
@@ -160,9 +179,18 @@ class Journal:
                 for name in _names(frame.header):
                     self._frames.setdefault((step_of(path), frame.header["kind"], name), []).append(frame)
 
+    def published(self, version: int, weights: str) -> None:
+        """Takes note of what the engine holds from now on: its version and a digest."""
+        self.version, self.weights = version, weights
+
     @property
     def _of(self) -> str:
         return f"{self._run} {self.weights}"
+
+    def _sampled_now(self, frame: Frame) -> bool:
+        """Whether the weights that the engine holds sampled all of a group: `of` names those that sampled its end."""
+        versions = {version for *_, segments in frame.header["samples"] for _, version, _ in segments}
+        return frame.header["of"] == self._of and versions == {self.version}
 
     def group(self, step: int, prompt: Prompt, decode: Decode) -> tuple[Group, bool] | None:
         """What a step of before sampled for a prompt, and whether it is graded.
@@ -171,7 +199,7 @@ class Journal:
         """
         frames = self._frames.get((step, "group", prompt.index), [])
         of_run = [frame for frame in frames if self._any_weights and frame.header["of"].partition(" ")[0] == self._run]
-        for frame in (*(frame for frame in frames if frame.header["of"] == self._of), *of_run):
+        for frame in (*filter(self._sampled_now, frames), *of_run):
             given = self._frames.get((step, "verdicts", frame.digest), [])
             sound = (v for v in given if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
             verdicts = next(sound, None)
@@ -251,8 +279,10 @@ def _names(header: dict[str, Any]) -> list[Any]:
 
 
 def _scored(rollout: Rollout) -> str:
-    """What scores go by: another response of the same name and length has others."""
+    """What scores go by: another response of the same name and length has others, and where it is not trained on it
+    has none."""
     digest = blake3(rollout.tokens.astype("<i8").tobytes())
+    digest.update(rollout.trained().tobytes())
     if rollout.routes is not None:
         digest.update(rollout.routes.tobytes())
     return f"{rollout.name} {digest.hexdigest()[:32]}"

@@ -1,7 +1,8 @@
 """A file in `rollouts/`: every rollout that this rank sampled in a step, one JSON object a line.
 
 All carry tokens and log-probs; those of the first few groups also carry their texts, token by token, for a reader.
-What the learner found (old log-probs, entropy, token weights, advantage) is null for rollouts it did not train on.
+What the learner found (old log-probs, entropy, token weights, advantage) is null for rollouts it did not train on, and,
+token by token, where it did not train on a token.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def save_rollouts(
 def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Batch) -> Path:
     """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
 
-    One entry a rollout of the mini-batch: names, tokens, routes, both engines' log-probs, entropy, advantage, weights.
+    One entry a rollout of the mini-batch: names, tokens, segments, routes, both engines' log-probs, entropy, advantage,
+    weights.
     """
     import torch
 
@@ -64,6 +66,7 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
                 "name": rollout.name,
                 "prompt": list(rollout.prompt.tokens),
                 "tokens": rollout.tokens.tolist(),
+                "segments": [tuple(segment) for segment in rollout.segments],
                 "routes": None if rollout.routes is None else torch.from_numpy(rollout.routes),
                 "advantage": batch.advantages[row].clone(),
                 **{name: None if v is None else v[tokens].clone() for name, v in per_token.items()},
@@ -84,15 +87,18 @@ def _trained(batch: Batch) -> dict[str, dict[str, Any]]:
         tokens = slice(ends[row] - len(rollout.tokens), ends[row])
         known[rollout.name] = {
             "advantage": float(batch.advantages[row]),
-            "old_logprobs": _rounded(batch.old_logprobs, tokens),
-            "entropy": _rounded(batch.entropy, tokens),
-            "weights": _rounded(batch.token_weights, tokens),
+            "old_logprobs": _rounded(batch.old_logprobs, tokens, rollout),
+            "entropy": _rounded(batch.entropy, tokens, rollout),
+            "weights": _rounded(batch.token_weights, tokens, rollout),
         }
     return known
 
 
-def _rounded(values: Any, tokens: slice) -> list[float]:
-    return [round(value, 7) for value in values[tokens].tolist()]
+def _rounded(values: Any, tokens: slice, rollout: Rollout) -> list[float | None]:
+    rounded = [round(value, 7) for value in values[tokens].tolist()]
+    if not rollout.untrained:
+        return rounded
+    return [value if trained else None for value, trained in zip(rounded, rollout.trained(), strict=True)]
 
 
 def _record(rollout: Rollout, step: int, accepted: bool, trained: dict[str, Any] | None) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def _record(rollout: Rollout, step: int, accepted: bool, trained: dict[str, Any]
         "accepted": accepted,
         "carried": rollout.step < step,
         "finish": rollout.finish,
-        "weight_version": rollout.weight_version,
+        "segments": rollout.segments,
         "tokens": rollout.tokens.tolist(),
         "logprobs": [round(value, 7) for value in rollout.logprobs.tolist()],
         **(trained or {"advantage": None, "old_logprobs": None, "entropy": None, "weights": None}),

@@ -352,7 +352,7 @@ class Publish:
         """Brings the learner's weights into the engine, with proof. Collective."""
         publisher, options, first_time = self.publisher, self.publisher.options, self._first
         receipt = publisher.publish(self._learner.parameters(), self._learner.logprobs, self._engine)
-        self._journal.weights = receipt.weights
+        self._journal.published(receipt.version, receipt.weights)
         self._first = False
         due = options.witness_every and receipt.version % options.witness_every == 0
         if options.canary_prompts and (due or (first_time and options.witness_at_start)):

@@ -26,6 +26,8 @@ from tests.tiny import (
     literal_token_weights,
     make_collected,
     resolved,
+    trained_places,
+    with_tools,
 )
 
 TEMPERATURE, STEP, LR, NAN = 0.8, 20, 1e-2, float("nan")
@@ -56,18 +58,21 @@ def literal_old(batch: Batch) -> torch.Tensor:
 def literal_loss(
     model: torch.nn.Module, collected: Collected, old: list[torch.Tensor], clip: tuple[float, float] = (0.2, 0.28)
 ) -> torch.Tensor:
-    """The paper's objective, rollout by rollout and token by token, from the HF model alone."""
+    """The paper's objective, rollout by rollout and token by token, from the HF model alone: over the tokens that are
+    trained on, after all that were read."""
     rollouts = [(group, r) for group in collected.groups for r in group.rollouts]
     positive = [r.verdict.outcome == "correct" for _, r in rollouts]
-    weights = literal_token_weights([o.tolist() for o in old], positive, STEP, 0.2, 2.0, 0.005)
+    chosen = [trained_places(r) for _, r in rollouts]
+    ranked = [[float(o[t]) for t in places] for o, places in zip(old, chosen, strict=True)]
+    weights = literal_token_weights(ranked, positive, STEP, 0.2, 2.0, 0.005)
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for (group, rollout), old_logprobs, weight in zip(rollouts, old, weights, strict=True):
+    for (group, rollout), old_logprobs, places, weight in zip(rollouts, old, chosen, weights, strict=True):
         rewards = torch.tensor([r.reward for r in group.rollouts], dtype=torch.float64)
         advantage = (rollout.reward - rewards.mean()) / (rewards.std(correction=1) + 1e-6)
         logprobs = hf_logprobs(model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE)
         sampled = torch.from_numpy(rollout.logprobs).double()
-        for t in range(len(rollout.tokens)):
-            shaped = weight[t] * advantage
+        for t, token_weight in zip(places, weight, strict=True):
+            shaped = token_weight * advantage
             ratio = torch.exp(logprobs[t] - old_logprobs[t].double())
             surrogate = torch.min(ratio * shaped, ratio.clamp(1 - clip[0], 1 + clip[1]) * shaped)
             if shaped < 0:
@@ -118,8 +123,9 @@ class Literal:
     second_loss: float  # after a step of AdamW with the gradient clipped to 1
 
 
-def literal_update(folder: Path) -> Literal:
+def literal_update(folder: Path, tools: bool) -> Literal:
     collected, model = make_collected(groups=5, size=4), hf_model(folder)
+    collected = with_tools(collected) if tools else collected
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = list(literal_old(whole).split(whole.lengths.tolist()))
     loss = literal_loss(model, collected, old)
@@ -139,12 +145,14 @@ def literal_update(folder: Path) -> Literal:
 def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
+    tools = parallel.pop("tools", False)
     layout = {name: value for name, value in parallel.items() if name != "micro_batch_tokens"}
     cluster = ranks.arrange(tensor, data=data, **layout)
     facts = read_facts(folder)
     collected = make_collected(groups=5, size=4)
+    collected = with_tools(collected) if tools else collected
     mine = share(collected, cluster.coordinates.data, cluster.data)
-    exact = ranks.once(f"update-{kind}", lambda: literal_update(folder))
+    exact = ranks.once(f"update-{kind}-{tools}", lambda: literal_update(folder, tools))
     limit = {"micro_batch_tokens": parallel.pop("micro_batch_tokens", 64)}
 
     def learner_with(**optimizer: Any) -> Learner:
@@ -156,6 +164,9 @@ def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any)
     learner = learner_with(name="sgd", distributed=False, clip_grad=0.0)
     scored = learner.score(dataclasses.replace(batch_of(collected, mine), old_logprobs=None))
     logprobs = torch.cat([exact.logprobs[r.name] for r in scored.rollouts])
+    if scored.trained is not None:
+        logprobs[~scored.trained] = 0.0  # nobody asks for them
+    assert (scored.trained is not None) == tools
     results["score"] = float((scored.old_logprobs - logprobs).abs().max())
     results["padding"] = padding_moves(learner, batch_of(collected, mine))
     stats = learner.update(batch_of(collected, mine), CLIPPED)
@@ -425,6 +436,8 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
         "llama31_tp1": ("llama31", 1, 1, {}),
         "moe_tp1": ("qwen3_moe", 1, 1, {}),
         "moe_raw_tp1": ("qwen3_moe_raw", 1, 1, {}),
+        "tools_tp1": ("qwen3", 1, 1, {"tools": True}),
+        "tools_split_40": ("qwen3", 1, 1, {"tools": True, "micro_batch_tokens": 40}),
     },
     2: {
         "qwen3_tp2": ("qwen3", 2, 1, {}),
@@ -437,6 +450,9 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
         "llama31_pp2": ("llama31", 1, 1, {"pipeline": 2}),
         "moe_ep2": ("qwen3_moe", 1, 2, {"expert": 2}),
         "moe_tp2_sp": ("qwen3_moe", 2, 1, {"sequence": True}),
+        "tools_tp2_sp": ("qwen3", 2, 1, {"tools": True, "sequence": True}),
+        "tools_cp2": ("qwen3", 1, 1, {"tools": True, "context": 2}),
+        "tools_dp2": ("qwen3", 1, 2, {"tools": True}),
         "qwen3_cp2": ("qwen3", 1, 1, {"context": 2}),
         "qwen2_cp2": ("qwen2", 1, 1, {"context": 2}),
         "llama31_cp2": ("llama31", 1, 1, {"context": 2}),
@@ -445,6 +461,7 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
     },
     4: {
         "qwen3_tp2_dp2": ("qwen3", 2, 2, {}),
+        "tools_pp2_vp2_dp2": ("qwen3_deep", 1, 2, {"tools": True, "pipeline": 2, "virtual": 2}),
         "qwen3_cp4": ("qwen3", 1, 1, {"context": 4}),
         "qwen3_tp2_cp2": ("qwen3", 2, 1, {"context": 2}),
         "qwen3_tp2_cp2_sp": ("qwen3", 2, 1, {"context": 2, "sequence": True}),

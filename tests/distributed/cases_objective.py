@@ -21,10 +21,12 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from tests.distributed.cases_learner import TEMPERATURE, as_hf, batch_of, literal_old, settings, share
 from tests.distributed.runner import Ranks
-from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, make_collected
+from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, make_collected, trained_places, with_tools
 
 CLIP, CONSTANT = 0.1, 32
 LAYOUTS: tuple[dict[str, int], ...] = ({"data": 2}, {"context": 2}, {"tensor": 2}, {"pipeline": 2})
+# Each layout, and one of them with rollouts that tools wrote some tokens, or all, of.
+CELLS = (*((layout, False) for layout in LAYOUTS), ({"context": 2}, True))
 NORMALISERS: tuple[Normaliser, ...] = ("sequences", "constant", "tokens")
 
 
@@ -66,31 +68,34 @@ class Literal:
     gradients: dict[str, torch.Tensor]  # of the summed loss, as HF tensors
 
 
-def literal(folder: Path) -> Literal:
-    collected, model = make_collected(groups=5, size=4), hf_model(folder)
+def literal(folder: Path, tools: bool) -> Literal:
+    model = hf_model(folder)
+    collected = with_tools(make_collected(groups=5, size=4)) if tools else make_collected(groups=5, size=4)
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = literal_old(whole).split(whole.lengths.tolist())
-    losses, ratios = [], []
+    losses, ratios, tokens = [], [], 0
     for rollout, before, advantage in zip(whole.rollouts, old, whole.advantages.double(), strict=True):
         logprobs = hf_logprobs(model, rollout.prompt.tokens, rollout.tokens, TEMPERATURE)
-        ratio = torch.exp((logprobs - before.double()).mean())
+        if not (places := trained_places(rollout)):
+            continue
+        tokens += len(places)
+        ratio = torch.exp((logprobs - before.double())[places].mean())
         losses.append(-torch.min(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage))
         ratios.append(float(ratio))
     total = torch.stack(losses).sum()
     total.backward()
     named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     high = sum(ratio > 1 + CLIP for ratio in ratios) / len(ratios)
-    tokens = int(whole.lengths.sum())
     return Literal(float(total) / len(losses), high, max(ratios), len(losses), tokens, hf_tensors_of(named))
 
 
 def by_sequence(ranks: Ranks) -> dict[str, Any]:
     """Differences from the literal computation, by layout and normaliser."""
     folder, found = ranks.folder / "qwen3", {}
-    exact = ranks.once("by-sequence", lambda: literal(folder))
-    divisors = {"sequences": exact.rollouts, "constant": exact.rollouts * CONSTANT, "tokens": exact.tokens}
-    collected = make_collected(groups=5, size=4)
-    for layout in LAYOUTS:
+    for layout, tools in CELLS:
+        exact = ranks.once(f"by-sequence-{tools}", lambda tools=tools: literal(folder, tools))
+        divisors = {"sequences": exact.rollouts, "constant": exact.rollouts * CONSTANT, "tokens": exact.tokens}
+        collected = with_tools(make_collected(groups=5, size=4)) if tools else make_collected(groups=5, size=4)
         cluster = ranks.arrange(**layout)
         more = {name: size for name, size in layout.items() if name not in ("tensor", "data")}
         sgd = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
@@ -104,7 +109,7 @@ def by_sequence(ranks: Ranks) -> dict[str, Any]:
             ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})
             wanted = {name: gradient / divisors[normaliser] for name, gradient in exact.gradients.items()}
             reported = {name: value for name, value in update.reported.items() if value is not None}
-            found[f"{layout} {normaliser}"] = {
+            found[f"{layout} {normaliser} {tools}"] = {
                 "gradient": max(float((ours[n] - g).abs().max() / g.abs().max()) for n, g in wanted.items()),
                 "loss": abs(reported["learner/loss"] - exact.loss),
                 "high": abs(reported["policy/clip_high_rate"] - exact.high),

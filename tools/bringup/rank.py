@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
-from a3po_megatron.batch import Batch, Prompt, Rollout
+from a3po_megatron.batch import Batch, Prompt, Rollout, Segment
 from a3po_megatron.config import Config, ObjectiveOptions, ParallelOptions, Settings, TisOptions, resolve
 from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
@@ -185,7 +185,7 @@ def batch_of(
             logprobs=parts[number].numpy(),
             finish="length",
             text="",
-            weight_version=1,
+            segments=(Segment(len(response), 1),),
         )
         for number, (prompt, response) in enumerate(sequences)
     ]
