@@ -126,7 +126,7 @@ def test_what_came_while_the_batch_script_set_up_is_kept_for_the_job(monkeypatch
     [
         (["slurm.gpus_per_node=8"], "#SBATCH --mem=0\n"),
         (["slurm.gpus_per_node=8", "slurm.memory=500G"], "#SBATCH --mem=500G\n"),
-        (["slurm.gpus_per_node=0"], ""),
+        (["slurm.gpus_per_node=0", "slurm.tasks_per_node=2"], ""),
     ],
 )
 def test_a_job_on_gpus_asks_for_the_memory_of_the_whole_node_unless_told_otherwise(
