@@ -20,7 +20,7 @@ from a3po_megatron.files.run_folder import step_folders
 from a3po_megatron.ranks.backend import CPU, CUDA, Backend
 from a3po_megatron.run import manifest
 from a3po_megatron.run.folder import name_latest, newest_whole, prune, put_aside
-from a3po_megatron.run.manifest import MANIFEST, Manifest, check_whole, read_manifest
+from a3po_megatron.run.manifest import MANIFEST, Manifest, check_saved, check_whole, read_manifest
 
 
 def settings_of(options: dict[str, Any], backend: Backend = CPU) -> Settings:
@@ -100,6 +100,18 @@ def test_the_newest_whole_checkpoint_is_used_the_newer_ones_are_put_aside_and_sa
     assert [path.name for path in step_folders(tmp_path)] == ["step-000004", "step-000006"]
     assert (tmp_path / "torn-step-000008").is_dir()  # for whoever wants to know what happened
     assert newest_whole(tmp_path) == (folder, [])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_who_only_looks_on_skips_a_checkpoint_without_a_manifest_or_with_a_torn_one(
+    tmp_path: Path, damage: str
+) -> None:
+    for step in (4, 6, 8):
+        checkpoint(tmp_path, step)
+    DAMAGE[damage][0](tmp_path / "step-000008")
+    for check, skips in ((check_saved, {"no manifest"}), (read_manifest, {"no manifest", "torn manifest"})):
+        found, wrong = newest_whole(tmp_path, check)
+        assert (found, len(wrong)) == (tmp_path / f"step-00000{6 if damage in skips else 8}", int(damage in skips))
 
 
 def test_what_another_version_wrote_or_a_disk_does_not_give_is_refused_and_not_taken_for_torn(

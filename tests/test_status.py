@@ -46,6 +46,7 @@ def trained(folder: Path, steps: int) -> None:
             file.write(json.dumps(row) + "\n")
     for step in range(5, steps + 1, 5):
         (folder / f"checkpoints/step-{step:06d}").mkdir(parents=True)
+        (folder / f"checkpoints/step-{step:06d}/manifest.json").touch()
 
 
 def say(folder: Path, rank: int, step: int, phase: str, changes: int, silent: float = 1.0) -> None:
@@ -184,6 +185,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, text: str | None) ->
     with pytest.raises(RequestError, match="no run folder|not the configuration of a run") as caught:
         status(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_was_never_finished_is_none_and_where_all_are_such_that_is_said(folder: Path) -> None:
+    trained(folder, 10)
+    (folder / "checkpoints/step-000010/manifest.json").unlink()
+    assert rows(folder)["checkpoint"].startswith("step-000005, ")
+    (folder / "checkpoints/step-000005/manifest.json").unlink()
+    assert "no checkpoint is whole" in rows(folder)["checkpoint"]
+    assert rows(folder)["step"].startswith("10 of")
 
 
 def test_how_long_ago_is_told_in_words_of_its_size(folder: Path) -> None:

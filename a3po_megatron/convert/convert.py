@@ -42,7 +42,8 @@ from ..model.facts import ModelFacts
 from ..model.families.dense import MEGATRON_LAYER
 from ..model.quantised import FIELDS
 from ..model.read import read_facts, read_source
-from ..run.folder import newest_saved
+from ..run.folder import newest_whole
+from ..run.manifest import check_saved
 from ..weights.fp8 import name_of, read_values, rounded_to
 from ..weights.load import all_finite, check_checkpoint
 from .jobs import Count, deal, run_jobs
@@ -265,7 +266,8 @@ def newest_checkpoint(folder: Path) -> Path:
         if not folder.is_dir():
             raise RequestError(f"{folder}: there is no such folder")
         return folder
-    checkpoint = newest_saved(run.checkpoints)
+    # All of it is read later, and held against its digests: a damaged one is refused then, and no older one taken.
+    checkpoint, _ = newest_whole(run.checkpoints, check_saved)
     if checkpoint is None:
         raise RequestError(f"{folder}: this run has not saved any weights (checkpoint.every_steps)")
     return checkpoint

@@ -24,11 +24,11 @@ from ..config.sbatch_options import options_of
 from ..config.slurm_forms import directive, filename, limit_seconds
 from ..errors import RequestError
 from ..files.lock import hold
-from ..files.run_folder import SCRIPT, RunFolder, step_folders
+from ..files.run_folder import SCRIPT, RunFolder
 from ..ranks.backend import backend_of
 from ..ranks.topology import topology_of
-from ..run.folder import save_resolved
-from ..run.manifest import Torn, read_manifest
+from ..run.folder import newest_whole, save_resolved
+from ..run.manifest import read_manifest
 from .check import settle
 from .folder import check_same, started_with
 from .site import check_site, sbatch, try_out
@@ -208,13 +208,13 @@ def write(plan: Plan, overrides: list[list[str]]) -> None:
 
 
 def _check_alike(folder: Path, settings: Settings) -> None:
-    """Whether the files of a checkpoint are whole is left to the job: it goes on from one that is."""
-    for checkpoint in reversed(step_folders(RunFolder(folder).checkpoints)):
-        with contextlib.suppress(Torn):
-            before = read_manifest(checkpoint)
-            check_same(folder, settings, before.config, before.inputs)
-            return
-    if (started := started_with(folder)) is not None:
+    """Raises RequestError for a configuration that is not the run's. Whether the files of a checkpoint are whole is
+    left to the job: it goes on from one that is."""
+    checkpoint, _ = newest_whole(RunFolder(folder).checkpoints, read_manifest)
+    if checkpoint is not None:
+        before = read_manifest(checkpoint)
+        check_same(folder, settings, before.config, before.inputs)
+    elif (started := started_with(folder)) is not None:
         check_same(folder, settings, started["config"], started["inputs"])
 
 

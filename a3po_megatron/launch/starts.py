@@ -15,6 +15,7 @@ def reached(folder: Path) -> list[int]:
     for path in step_files(RunFolder(folder).journal):
         if size := path.stat().st_size:
             sizes[step_of(path)] = sizes.get(step_of(path), 0) + size
+    # A listing, and not newest_whole: progress is measured by it, nothing resumes from it, and it must never fail.
     saved = step_folders(RunFolder(folder).checkpoints)
     return [max(map(step_of, saved), default=0), *max(sizes.items(), default=(0, 0))]
 

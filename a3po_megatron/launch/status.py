@@ -14,8 +14,10 @@ from ..config import Settings, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..files.lock import is_live
-from ..files.run_folder import RunFolder, rank_file, step_folders, step_of
+from ..files.run_folder import RunFolder, rank_file, step_of
 from ..ranks.topology import topology_of
+from ..run.folder import newest_whole
+from ..run.manifest import check_saved
 from ..telemetry.catalogue import SECONDS, STEP
 from ..telemetry.watchdog import position, stalled
 from .tables import runs
@@ -45,13 +47,16 @@ def _settings(folder: Path) -> Settings:
 
 def _progress(folder: Path, settings: Settings, live: bool | None) -> Iterator[Row]:
     run = RunFolder(folder)
-    steps, saved, rows = settings.trainer.steps, step_folders(run.checkpoints), _rows(run.metrics)
+    steps, rows = settings.trainer.steps, _rows(run.metrics)
+    try:
+        saved, wrong = newest_whole(run.checkpoints, check_saved)[0], None
+    except RequestError as error:  # to be said, and no reason to say nothing else
+        saved, wrong = None, str(error)
     done = rows[-1]["step"] + 1 if rows else 0
-    newest = step_of(saved[-1]) if saved else 0
-    begun = bool(done or saved or list(run.logs.glob("rank-*")))
+    begun = bool(done or saved or wrong or list(run.logs.glob("rank-*")))
     if live:
         state = "live"
-    elif newest >= steps:
+    elif saved and step_of(saved) >= steps:
         state = "finished"
     else:
         state = "not running; the same command continues it" if begun else "never started"
@@ -65,7 +70,9 @@ def _progress(folder: Path, settings: Settings, live: bool | None) -> Iterator[R
         left = seconds * (steps - done)
         yield "rate", rate + (f", about {_duration(left)} left" if live and left > 0 else "")
     if saved:
-        yield "checkpoint", f"{saved[-1].name}, {_ago(saved[-1])}"
+        yield "checkpoint", f"{saved.name}, {_ago(saved)}"
+    elif wrong:
+        yield "checkpoint", wrong
     elif begun:
         yield "checkpoint", "none yet"
 

@@ -32,9 +32,9 @@ from ..ranks.groups import Cluster
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
 from .background import Background
-from .folder import name_latest, prune
+from .folder import name_latest, newest_whole, prune
 from .journal import Journal, read_frames, read_group, write_group, write_verdicts
-from .manifest import Manifest, Stateful, inputs_of, read_manifest
+from .manifest import Manifest, Stateful, check_saved, inputs_of, read_manifest
 from .recorder import Recorder
 from .stop import Stop
 from .store import Saving, Share
@@ -98,8 +98,8 @@ def resumed_from(folder: Path, cluster: Cluster) -> Path | None:
     have it as rank 0 does.
     """
     checkpoints = RunFolder(folder).checkpoints
-    newest = step_folders(checkpoints)[-1:]
-    name = cluster.agree("checkpoint", newest[0].name if newest else None, _of_rank_0)
+    newest = newest_whole(checkpoints, check_saved)[0] if cluster.rank == 0 else None
+    name = cluster.agree("checkpoint", newest.name if newest else None, _of_rank_0)
     if name is None:
         return None
     checkpoint = checkpoints / str(name)

@@ -10,6 +10,7 @@ Where what lies, and how steps are written in names, stands in files/run_folder.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from ..config import Settings, resolved_text
@@ -19,15 +20,19 @@ from ..files.run_folder import LATEST, MANIFEST, step_folders, step_of, torn_fol
 from .manifest import Torn, check_whole
 
 
-def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint whose every byte is as it was written, and what is wrong with those that are newer.
+def newest_whole(checkpoints: Path, check: Callable[[Path], object] = check_whole) -> tuple[Path | None, list[str]]:
+    """Returns the newest checkpoint that is whole, and what is wrong with those that are newer.
+
+    `check` raises Torn for one that is not: `check_whole` reads every byte, `read_manifest` the manifest alone, and
+    `check_saved` looks whether there is one. A run resumes from what the first finds, and puts the newer ones aside;
+    the others are for whoever looks on, or reads the rest later and holds it against its digests then.
 
     None: there never was one. Raises RequestError if there are checkpoints and none is whole, or one cannot be judged.
     """
     wrong: list[str] = []
     for folder in reversed(step_folders(checkpoints)):
         try:
-            check_whole(folder)
+            check(folder)
         except Torn as error:
             wrong.append(str(error))
             continue
@@ -38,12 +43,6 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
             "one in place, or choose another --run-dir"
         )
     return None, []
-
-
-def newest_saved(checkpoints: Path) -> Path | None:
-    """Returns the newest checkpoint that has its last file; None where there is none. For whoever reads all of it, and
-    holds it against its digests, anyway."""
-    return next((folder for folder in reversed(step_folders(checkpoints)) if (folder / MANIFEST).is_file()), None)
 
 
 def put_aside(checkpoints: Path, after: int) -> None:

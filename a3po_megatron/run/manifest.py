@@ -97,8 +97,14 @@ def _unreadable(path: Path, error: OSError) -> RequestError:
     return RequestError(f"{path}: cannot read it: {error.strerror}; when the disk is well, the same command goes on")
 
 
+def check_saved(folder: Path) -> None:
+    """Raises Torn for a checkpoint without its last file: it was never finished, or is being removed."""
+    if not (folder / MANIFEST).is_file():
+        raise Torn(f"{folder / MANIFEST}: the file is missing")
+
+
 def check_whole(folder: Path) -> Manifest:
-    """The manifest of a checkpoint whose every byte is as it was written. Raises Torn naming what is not, and
+    """Returns the manifest of a checkpoint whose every byte is as it was written. Raises Torn naming what is not, and
     RequestError as `read_manifest`."""
     manifest = read_manifest(folder)
     if manifest.step != step_of(folder):
