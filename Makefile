@@ -16,9 +16,10 @@ demo-compare: setup
 setup:
 	@tools/setup.sh
 
-# Two at once; then those that have the machine to themselves, also where some of the first have failed.
+# Two at once; then those that have the machine to themselves, also where some of the first have failed. The long files
+# come first (tests/conftest.py), not those of many tests.
 test: setup
-	@python -m pytest -n 2 --dist loadfile -m "not alone and not soak and not slurm"; first=$$?; \
+	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not alone and not soak and not slurm"; first=$$?; \
 	[ $$first -le 1 ] || exit $$first; \
 	python -m pytest -m "alone and not soak and not slurm" && exit $$first
 

@@ -1,7 +1,21 @@
-"""For all tests: Ctrl-C arrives in what they start, also where a shell runs pytest in the background and ignores it."""
+"""For all tests: Ctrl-C arrives in what they start, also where a shell runs pytest in the background and ignores it.
+Files that take long come first, so that of two processes none is left with one of them at the end."""
 
 from __future__ import annotations
 
 import signal
 
+import pytest
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+LONG = (
+    *("test_resume", "test_bringup", "test_circle", "test_replay", "test_learner", "test_launch", "test_readback"),
+    *("test_resume_faults", "test_reload", "test_checkpoint", "test_te", "test_start_signals", "test_engine_config"),
+    *("test_convert_damage", "test_convert", "test_engine_steps", "test_convert_forms", "test_requests"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))

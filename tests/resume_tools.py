@@ -7,6 +7,8 @@ tests/interrupting/sitecustomize.py, inside the rank.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import io
 import json
 import os
@@ -21,13 +23,17 @@ from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
+from a3po_megatron import cli
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report.read import read_rollouts
+from a3po_megatron.run.stop import SIGNALS
 from tests.distributed.runner import ROOT
 
 STEPS, EVERY = 6, 2  # saves after steps 1, 3 and 5: between them, a kill loses what only a replay brings back
@@ -141,6 +147,26 @@ def launch(folder: Path, *overrides: str, interrupt: Interrupt | None = None) ->
     return Launched(folder, *overrides, interrupt=interrupt).finish()
 
 
+def launched_here(folder: Path, *overrides: str) -> Ended:
+    """The same in this process, for what is to be refused; fails where a rank would be started."""
+    began, out, err = time.monotonic(), io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    words = ["a3po", *command(folder, *overrides)[3:]]
+    not_refused = mock.patch("a3po_megatron.launch.local.run_local", side_effect=AssertionError("it was not refused"))
+    try:
+        with contextlib.ExitStack() as stack:
+            for each in (mock.patch.object(sys, "argv", words), not_refused, contextlib.chdir(ROOT)):
+                stack.enter_context(each)
+            caught = stack.enter_context(pytest.raises(SystemExit))
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                cli.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert isinstance(caught.value.code, int), caught.value.code
+    return Ended(caught.value.code, out.getvalue(), err.getvalue(), time.monotonic() - began)
+
+
 def trained(folder: Path, *overrides: str) -> Ended:
     """`a3po train` on a folder; fails unless the run comes to its last step."""
     ended = launch(folder, *overrides)
@@ -196,20 +222,33 @@ def _tails_of_logs(folder: Path) -> str:
     return "".join(f"\n--- {log.name}\n{log.read_text(errors='replace')[-2500:]}" for log in logs)
 
 
-_baselines: dict[tuple[str, ...], Path] = {}
-
-
-def uninterrupted(layout: str, parent: Callable[[str], Path], *overrides: str) -> Path:
+def uninterrupted(layout: str, session: pytest.TempPathFactory, *overrides: str) -> Path:
     """The folder of a run of this layout that nothing disturbed; trained once for all tests of a session.
 
-    `parent` makes a new folder of a name. A finished folder is never written to: copy it first.
+    A finished folder is never written to: copy it first.
     """
-    key = (layout, *overrides)
-    if key not in _baselines:
-        folder = parent(f"uninterrupted-{layout}") / "run"
-        trained(folder, *LAYOUTS[layout], *overrides)
-        _baselines[key] = folder
-    return _baselines[key]
+    name = "-".join(["uninterrupted", layout, *overrides])
+    return _once(session, name, lambda folder: trained(folder, *LAYOUTS[layout], *overrides))
+
+
+def stopped(layout: str, point: Interrupt, session: pytest.TempPathFactory) -> Path:
+    """The folder of a run of this layout that was hit at `point`; likewise."""
+    name = "-".join(["stopped", layout, *map(str, vars(point).values())]).replace("/", "-")
+    return _once(session, name, lambda folder: interrupted(folder, point, *LAYOUTS[layout]))
+
+
+def _once(session: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A run folder that one of this session's processes (pytest-xdist has several) makes, while the others wait."""
+    shared = session.getbasetemp()
+    place = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / name
+    with place.with_name(f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (place / "made").exists():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            make(place / "run")
+            (place / "made").touch()
+    return place / "run"
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -16,8 +16,6 @@ from tests.distributed import cases_arena as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
 
-pytestmark = pytest.mark.alone
-
 
 @given(st.lists(st.integers(min_value=0, max_value=10_000), max_size=50))
 def test_tensors_lie_in_a_block_in_order_aligned_without_overlap_and_without_waste(sizes: list[int]) -> None:

@@ -13,8 +13,6 @@ from tests.distributed.runner import run_ranks
 from tests.test_convert import DTYPES, assert_same_bits, convert, converted, read_tensors
 from tests.tiny import KINDS, make_checkpoint
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,8 +13,6 @@ import pytest
 from tests.distributed import cases_circle as cases
 from tests.distributed.runner import run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, list[Any]]:

@@ -9,8 +9,6 @@ import pytest
 from tests.distributed import cases_cluster as cases
 from tests.distributed.runner import run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, list[Any]]:

@@ -15,8 +15,6 @@ import pytest
 from tests import resume_tools as tools
 from tests.distributed.runner import ROOT
 
-pytestmark = pytest.mark.alone
-
 README = (ROOT / "README.md").read_text()
 
 

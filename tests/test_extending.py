@@ -81,7 +81,6 @@ def test_an_objective_is_a_file_and_a_metric_a_line(monkeypatch: pytest.MonkeyPa
     assert report.metrics() == {"learner/loss": 5.5 / 2, metric.name: -3.5 / 2}
 
 
-@pytest.mark.alone
 def test_a_launcher_is_a_script(tmp_path: Path) -> None:
     script, folder = tmp_path / "launcher.py", tmp_path / "run"
     script.write_text(example("launchers/torchrun.py"))

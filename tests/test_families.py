@@ -46,7 +46,6 @@ def test_no_name_of_a_familys_tensors_stands_outside_its_table() -> None:
     assert any(NAMES.search(text) for text in table)  # the pattern does find them
 
 
-@pytest.mark.alone
 def test_a_familys_buffer_in_a_dtype_of_its_own_is_loaded_published_exported_and_proven(tmp_path: Path) -> None:
     cases.biased_checkpoint(tmp_path / "model")
     for found in run_ranks(2, cases.a_routers_bias, folder=tmp_path)["a_routers_bias"]:

@@ -13,8 +13,6 @@ from a3po_megatron.learner.fused_head import logprob_and_entropy
 from tests.distributed import cases_fused_head as cases
 from tests.distributed.runner import run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_values_and_gradients_equal_dense_float64_for_any_slices_rows_and_sequence_parallelism(world: int) -> None:

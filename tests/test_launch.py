@@ -21,8 +21,6 @@ from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.telemetry.catalogue import METRICS
 from tests.distributed.runner import ROOT
 
-pytestmark = pytest.mark.alone
-
 # Small steps: what is trained is not the subject.
 SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]
 

@@ -12,8 +12,6 @@ from tests.distributed.cases_learner import CASES, CROSSING
 from tests.distributed.runner import run_ranks
 from tests.tiny import KINDS, make_checkpoint
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

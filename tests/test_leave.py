@@ -21,7 +21,7 @@ TP2 = LAYOUTS["tp2"]
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tools.uninterrupted("tp2", tmp_path_factory.mktemp)
+    return tools.uninterrupted("tp2", tmp_path_factory)
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from tests.distributed import cases_logits as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import KINDS, YARNS, make_checkpoint
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from tests.distributed import cases_resume as cases
 from tests.distributed.runner import run_ranks
 from tests.tiny import make_checkpoint
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:

@@ -26,8 +26,6 @@ from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAY
 from tests.distributed.runner import Case, run_ranks
 from tests.tiny import make_checkpoint, make_collected
 
-pytestmark = pytest.mark.alone
-
 SIZES = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN}
 
 

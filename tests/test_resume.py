@@ -22,8 +22,6 @@ import torch
 from tests import resume_tools as tools
 from tests.resume_tools import EVERY, LAYOUTS, STEPS, Interrupt
 
-pytestmark = pytest.mark.alone
-
 
 def point(
     layout: str, phase: str, step: int, signal: str, to: str, *, always: bool = False, times: int = 1, **more: Any
@@ -38,7 +36,7 @@ def point(
 # Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
 POINTS = [
     #     layout  phase    step  signal     to
-    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True),
+    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True),  # also tests/test_resume_faults.py's
     point("tp2", "save", 3, "SIGKILL", "all"),
     point("pp2", "update", 2, "SIGKILL", "rank 0", always=True),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),
@@ -69,7 +67,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The finished folder of a layout's undisturbed run."""
 
     def of(layout: str, *overrides: str) -> Path:
-        return tools.uninterrupted(layout, tmp_path_factory.mktemp, *overrides)
+        return tools.uninterrupted(layout, tmp_path_factory, *overrides)
 
     return of
 
@@ -100,10 +98,14 @@ def assert_finished_work_is_taken_over(folder: Path, point: Interrupt, saved: in
 @pytest.mark.interruption
 @pytest.mark.parametrize(("layout", "interrupt"), POINTS)
 def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
-    layout: str, interrupt: Interrupt, whole: Callable[..., Path], tmp_path: Path
+    layout: str,
+    interrupt: Interrupt,
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    wanted, folder = whole(layout), tmp_path / "run"
-    tools.interrupted(folder, interrupt, *LAYOUTS[layout])
+    wanted = whole(layout)
+    folder = tools.copy_run(tools.stopped(layout, interrupt, tmp_path_factory), tmp_path / "run")
     saved = tools.saved_steps(folder)
     assert least_saved(interrupt) <= saved < STEPS
     again = tools.trained(folder, *LAYOUTS[layout])
@@ -190,7 +192,7 @@ def test_a_finished_run_is_refused_and_nothing_in_its_folder_changes(
 ) -> None:
     folder = tools.copy_run(whole("tp2"), tmp_path / "run")
     before = tools.snapshot(folder)
-    ended = tools.launch(folder, *LAYOUTS["tp2"])
+    ended = tools.launched_here(folder, *LAYOUTS["tp2"])
     assert (ended.code, ended.err.count("\n")) == (2, 1), ended.all
     assert f"has done its {STEPS} steps" in ended.err
     assert tools.snapshot(folder) == before

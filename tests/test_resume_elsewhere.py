@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The finished folder of a TP 2 run that nothing disturbed."""
 
     def of(*overrides: str) -> Path:
-        return tools.uninterrupted("tp2", tmp_path_factory.mktemp, *overrides)
+        return tools.uninterrupted("tp2", tmp_path_factory, *overrides)
 
     return of
 

@@ -1,7 +1,8 @@
 """What goes wrong around a resume: damaged checkpoints, full and read-only disks, clocks, other configurations.
 
 In every case either one clear message and exit code 2, or a fall-back to the last whole checkpoint that ends bit for
-bit as an undisturbed run: never a resume from something else.
+bit as an undisturbed run: never a resume from something else. What the launcher does before any rank exists is tested
+in this process, on copies of one stopped run; of each kind of fault one goes all the way, to the end of the run.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from a3po_megatron.config import load_resolved
+from a3po_megatron.launch.folder import make_folder
+from a3po_megatron.run.manifest import check_whole
 from tests import resume_tools as tools
 from tests.resume_tools import LAYOUTS, STEPS, Ended, Interrupt
-
-pytestmark = pytest.mark.alone
 
 TP2 = LAYOUTS["tp2"]
 HOUR = 3600.0
@@ -27,14 +29,16 @@ HOUR = 3600.0
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tools.uninterrupted("tp2", tmp_path_factory.mktemp)
+    return tools.uninterrupted("tp2", tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was asked to stop in step 4, with two whole checkpoints. Not to be written to: copy it."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    tools.interrupted(folder, Interrupt("update", 4, "SIGUSR1", "launcher"), *TP2)
+    """A run that was asked to stop in step 3, with two whole checkpoints. Not to be written to: copy it.
+
+    tests/test_resume.py shows that it ends as an undisturbed one.
+    """
+    folder = tools.stopped("tp2", Interrupt("rollout", 3, "SIGUSR1", "rank", rank=1), tmp_path_factory)
     assert len(list((folder / "checkpoints").glob("step-*"))) >= 2
     return folder
 
@@ -99,38 +103,54 @@ def cut_off_a_shard(checkpoint: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 1)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip_a_byte_of_a_shard,
-        pytest.param(tear_the_manifest, marks=pytest.mark.soak),
-        pytest.param(empty_the_manifest, marks=pytest.mark.soak),
-        pytest.param(delete_the_manifest, marks=pytest.mark.soak),
-        pytest.param(flip_a_byte_of_the_index, marks=pytest.mark.soak),
-        pytest.param(flip_a_byte_of_what_is_common, marks=pytest.mark.soak),
-        pytest.param(delete_a_shard, marks=pytest.mark.soak),
-        pytest.param(cut_off_a_shard, marks=pytest.mark.soak),
-    ],
-    ids=lambda damage: damage.__name__,
-)
+DAMAGES = [
+    flip_a_byte_of_a_shard,
+    tear_the_manifest,
+    empty_the_manifest,
+    delete_the_manifest,
+    flip_a_byte_of_the_index,
+    flip_a_byte_of_what_is_common,
+    delete_a_shard,
+    cut_off_a_shard,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_of_a_damaged_checkpoint_the_one_before_it_is_resumed(
-    damage: Callable[[Path], None], stopped: Path, whole: Path, tmp_path: Path
+    damage: Callable[[Path], None], stopped: Path, tmp_path: Path
 ) -> None:
     folder = tools.copy_run(stopped, tmp_path / "run")
     newest = tools.newest_checkpoint(folder)
     assert newest is not None
+    *_, before, last = sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+    assert newest.name == last
     damage(newest)
+    lock, remarks = make_folder(folder, load_resolved(folder / "config.yaml"), ["a3po", "train"])
+    lock.close()
+    assert [remark for remark in remarks if "not whole" in remark and newest.name in remark]
+    assert f"goes on from {before}" in remarks
+    resumed = tools.newest_checkpoint(folder)  # what the ranks read
+    assert resumed is not None and resumed.name == before and not newest.exists()
+    check_whole(resumed)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_bit_for_bit_from_the_one_before_it(
+    stopped: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = tools.copy_run(stopped, tmp_path / "run")
+    newest = tools.newest_checkpoint(folder)
+    assert newest is not None
+    flip_a_byte_of_a_shard(newest)
     assert_fell_back(folder, newest, whole)
 
 
-@pytest.mark.soak
 def test_with_every_checkpoint_damaged_the_run_is_refused(stopped: Path, tmp_path: Path) -> None:
     folder = tools.copy_run(stopped, tmp_path / "run")
     newest = tools.newest_checkpoint(folder)
     assert newest is not None
     for checkpoint in (folder / "checkpoints").glob("step-*"):
         flip_a_byte_of_a_shard(checkpoint)
-    assert_refused(tools.launch(folder, *TP2), newest.name, "no checkpoint is whole")
+    assert_refused(tools.launched_here(folder, *TP2), newest.name, "no checkpoint is whole")
 
 
 @pytest.mark.soak
@@ -211,20 +231,13 @@ def test_of_two_runs_on_one_folder_the_second_is_refused_and_the_first_resumes_u
     tools.assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "trainer.seed=1",
-        pytest.param("optimizer.lr=1.0e-4", marks=pytest.mark.soak),
-        pytest.param("trainer.rollouts_per_prompt=8", marks=pytest.mark.soak),
-    ],
-)
+@pytest.mark.parametrize("change", ["trainer.seed=1", "optimizer.lr=1.0e-4", "trainer.rollouts_per_prompt=8"])
 def test_another_configuration_is_refused_with_the_name_of_the_option_and_nothing_changes(
     change: str, stopped: Path, tmp_path: Path
 ) -> None:
     folder = tools.copy_run(stopped, tmp_path / "run")
     before = tools.snapshot(folder)
-    assert_refused(tools.launch(folder, *TP2, change), change.partition("=")[0])
+    assert_refused(tools.launched_here(folder, *TP2, change), change.partition("=")[0])
     assert tools.snapshot(folder) == before
 
 
@@ -273,7 +286,7 @@ def test_an_interrupted_run_in_a_read_only_folder_is_refused(stopped: Path, tmp_
     folder = tools.copy_run(stopped, tmp_path / "run")
     before = tools.snapshot(folder)
     with read_only(folder):
-        assert_refused(tools.launch(folder, *TP2), str(folder))
+        assert_refused(tools.launched_here(folder, *TP2), str(folder))
     assert tools.snapshot(folder) == before
 
 

@@ -18,8 +18,6 @@ import pytest
 from tests import resume_tools as tools
 from tests.resume_tools import Interrupt, Launched
 
-pytestmark = pytest.mark.alone
-
 DP2 = tools.LAYOUTS["dp2"]
 NEW = "VLLM_CACHE_ROOT"  # where vLLM remembers models' classes: in a new one it inspects them in a process of its own
 
@@ -103,7 +101,7 @@ def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
 ) -> None:
-    whole = tools.uninterrupted("dp2", tmp_path_factory.mktemp)
+    whole = tools.uninterrupted("dp2", tmp_path_factory)
     started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
     assert tools.trained(tmp_path / "run", *DP2).code == 0
     tools.assert_same_run(tmp_path / "run", whole)
@@ -115,7 +113,7 @@ def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undistu
 def test_a_signal_at_every_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
     number: signal.Signals, times: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
 ) -> None:
-    whole = tools.uninterrupted("dp2", tmp_path_factory.mktemp)
+    whole = tools.uninterrupted("dp2", tmp_path_factory)
     for moment in (*OUTSIDE, *PHASES):
         started_and_hit(tmp_path / "run", moment, number, times)
     assert tools.trained(tmp_path / "run", *DP2).code == 0

@@ -14,8 +14,6 @@ import pytest
 from tests.distributed import cases_te as cases
 from tests.distributed.runner import run_ranks
 
-pytestmark = pytest.mark.alone
-
 # Sums in another order than plain PyTorch's, and nothing more: as tools/bringup/te.py asks of a GPU.
 WITHIN = 1.5
 STORED = {"bf16": "torch.bfloat16", "fp8-blockwise": "Float8BlockwiseQTensor", "fp8-tensorwise": "Float8Tensor"}

@@ -19,7 +19,6 @@ from tests.tiny import make_checkpoint
 CPU = torch.device("cpu")
 
 
-@pytest.mark.alone
 def test_a_sequence_level_objective_has_the_gradient_of_its_formula_under_every_layout_and_normaliser(
     tmp_path: Path,
 ) -> None:

@@ -12,8 +12,6 @@ from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
 from tests.distributed import cases_vocab_parallel as cases
 from tests.distributed.runner import run_ranks
 
-pytestmark = pytest.mark.alone
-
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_values_and_gradients_equal_dense_float64_whatever_the_slices(world: int) -> None:

@@ -65,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run, without Slurm; like a job's it draws from no random stream."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("A3PO_TEST_DRAWS", "0")
-        return tools.uninterrupted("tp2", lambda name: tmp_path_factory.mktemp(name))
+        return tools.uninterrupted("tp2", tmp_path_factory)
 
 
 def submit(folder: Path, *options: str, words: tuple[str, ...] = (), ended: int = 0) -> str:

@@ -1,0 +1,314 @@
+"""Ranks that stay: forked once for a session, they take one group of cases after the other.
+
+Ranks are forked off a process that has imported torch, Megatron-Core and transformers (6 s) and done nothing with them.
+A group of cases finds a process as if it were new, but for what is imported, which takes the seconds: groups of
+processes, Megatron's and vLLM's are destroyed, and random streams, environment, folder, threads, signal handlers and
+the clock are those of the beginning. Whatever fails, dies or hangs takes its world down, and others come after it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import gc
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+
+from a3po_megatron.launch.environment import die_with_parent
+from a3po_megatron.launch.local import rendezvous
+
+ROOT = Path(__file__).resolve().parents[2]
+HARNESS = [str(ROOT / "tests/te_harness")]
+PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.tiny"]
+OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
+RANK_BYTES = 3 << 29  # of memory that must be free for each new rank; else the worlds that wait are ended
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all ranks of a world do next."""
+
+    cases: list[str]  # module:function
+    folder: Path
+    timeout: float
+    environment: dict[str, str]
+
+
+class World:
+    """So many connected ranks, which do what they are told until they are ended."""
+
+    def __init__(self, size: int, logs: Path, te: bool = False) -> None:
+        self.size = size
+        meeting = rendezvous(0)
+        # Transformer Engine must be found before anything imports Megatron-Core: such ranks start afresh.
+        context = multiprocessing.get_context("spawn" if te else "forkserver")
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        self._processes, self._pipes = [], []
+        for rank in range(size):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(meeting.getsockname()[1]),
+                "GLOO_SOCKET_IFNAME": "lo",
+                "VLLM_HOST_IP": "127.0.0.1",
+            }
+            if te:
+                environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
+            ours, theirs = context.Pipe()
+            arguments = (environment, dict(os.environ), meeting if rank == 0 else None, theirs, _log(logs, rank))
+            process = context.Process(target=_rank, args=arguments)
+            path = [*HARNESS[not te :], *sys.path]
+            with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "path", path):
+                process.start()
+            theirs.close()  # else its end would not be noticed
+            self._processes.append(process)
+            self._pipes.append(ours)
+        meeting.close()
+
+    def run(self, task: Task) -> list[dict[str, Any]]:
+        """Case → what it returned, of every rank. Ends the world, and raises AssertionError with the traceback or the
+        log's end of the first rank that failed, if one did."""
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        answers: dict[int, dict[str, Any]] = {}
+        failed: list[str] = []
+        deadline = time.monotonic() + task.timeout
+        try:
+            for pipe in self._pipes:
+                with contextlib.suppress(OSError):  # dead already: that is noticed below
+                    pipe.send(task)
+            while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
+                dead, wrong = [], []
+                for pipe in ready:
+                    rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                    try:
+                        answers[rank] = json.loads(pipe.recv())  # type: ignore[union-attr]
+                        if answers[rank]["error"]:
+                            wrong.append(f"on rank {rank} of {self.size}, {answers[rank]['error']}")
+                    except (EOFError, OSError):
+                        dead.append(f"rank {rank} died:\n{_end_of_log(task.folder, rank)}")
+                failed += dead + wrong  # of those that come at once, a death is the cause
+                if failed:
+                    deadline = min(deadline, time.monotonic() + OTHERS_SECONDS)
+            if not failed:
+                failed += [f"rank {r} hangs:\n{_end_of_log(task.folder, r)}" for r in sorted(waiting.values())]
+        except BaseException:
+            self.end()
+            raise
+        if failed:
+            self.end()
+            raise AssertionError(failed[0])
+        return [answers[rank]["values"] for rank in range(self.size)]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def end(self) -> None:
+        """Kills the ranks, and what they started."""
+        family = []
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family += psutil.Process(process.pid).children(recursive=True)
+        for process in (*self._processes, *family):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+
+_waiting: dict[int, World] = {}  # size → the world of this session
+
+
+def world_of(size: int, logs: Path) -> World:
+    """The session's world of this size, started now if there is none."""
+    if size in _waiting and not _waiting[size].alive:
+        _waiting.pop(size).end()
+    if size not in _waiting:
+        if not _waiting:
+            atexit.register(end_worlds)
+        if psutil.virtual_memory().available < size * RANK_BYTES:
+            end_worlds()
+        _waiting[size] = World(size, logs)
+    return _waiting[size]
+
+
+def end_worlds() -> None:
+    """Ends all ranks that wait for cases."""
+    while _waiting:
+        _waiting.popitem()[1].end()
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.log"
+
+
+def _end_of_log(folder: Path, rank: int) -> str:
+    path = _log(folder, rank)
+    return path.read_text(errors="replace")[-4000:] if path.exists() else "it had not begun"
+
+
+# ------------------------------------------------------------------------------------------------- in a rank's process
+
+
+def _rank(
+    own: dict[str, str], environment: dict[str, str], meeting: socket.socket | None, pipe: Connection, log: Path
+) -> None:
+    os.environ.clear()  # of the server's first days, not of the test
+    os.environ.update(environment | own)
+    os.chdir(ROOT)
+    die_with_parent()
+    _log_to(log)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, size = int(own["RANK"]), int(own["WORLD_SIZE"])
+    # The port is listened on since before this process was started: nobody else can have it.
+    listening = meeting.detach() if meeting else None
+    seconds = timedelta(seconds=120)
+    address, port = own["MASTER_ADDR"], int(own["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, rank == 0, seconds, master_listen_fd=listening)
+    as_new = _kept()
+    for number in itertools.count():
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        _log_to(_log(task.folder, rank))
+        os.environ.clear()
+        os.environ.update(task.environment | own)
+        own_store = dist.PrefixStore(f"task-{number}", store)
+        pipe.send(_answer(task, rank, size, own_store, as_new))
+
+
+def _log_to(path: Path) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def _answer(task: Task, rank: int, size: int, store: Any, as_new: Callable[[], None]) -> str:
+    """What the cases returned and what went wrong, as JSON."""
+    import torch.distributed as dist
+
+    from tests.distributed.runner import Ranks
+
+    values: dict[str, Any] = {}
+    doing = "they could not begin"
+    faulthandler.dump_traceback_later(task.timeout - 5, exit=True)  # a hang ends with every thread's stack in the log
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        ranks = Ranks(rank, size, dist.PrefixStore("cases", store), task.folder)
+        for name in task.cases:
+            module, _, function = name.partition(":")
+            doing = f"{name} failed"
+            print(f"case {name}", flush=True)
+            values[name] = getattr(importlib.import_module(module), function)(ranks)
+        doing = "tidying up after them failed"
+        answer = json.dumps({"values": values, "error": ""})
+        dist.barrier()
+        del ranks, values
+        as_new()
+        return answer
+    except BaseException:
+        return json.dumps({"values": {}, "error": f"{doing}:\n{traceback.format_exc()}"})
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _kept() -> Callable[[], None]:
+    """What makes this process as it is now again, whatever cases did in it; what they imported stays."""
+    import numpy as np
+    import torch
+
+    python, numpy, stream = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    path = list(sys.path)
+
+    def as_new() -> None:
+        from a3po_megatron.telemetry.clock import CLOCK
+
+        _let_go()  # of engines and learners, before what they are connected by
+        _disconnect()
+        for child in multiprocessing.active_children():  # Megatron's writers of checkpoints
+            child.kill()
+            child.join()
+        os.chdir(ROOT)
+        sys.path[:] = path
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(stream)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_grad_enabled(True)
+        torch.set_num_threads(1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        CLOCK.__init__()  # type: ignore[misc]  # `phase` is a method of this one
+        gc.collect()
+        gc.freeze()  # what was imported: engines are built with several collections each, 0.1 s without this
+
+    gc.freeze()
+    return as_new
+
+
+def _let_go() -> None:
+    """Frees models and engines that nobody uses and that Python cannot know to be free, with their groups' threads."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for each in gc.get_objects():
+        # What a frame holds that has ended: some library keeps a traceback, which keeps its callers' frames.
+        if isinstance(each, types.FrameType) and each.f_code.co_filename.startswith(str(ROOT)):
+            with contextlib.suppress(RuntimeError):  # it has not ended
+                each.clear()
+        # A circle through C++: hooks in nodes of the graph hold it, and it holds them.
+        elif isinstance(each, DistributedDataParallel):
+            vars(each).clear()
+    gc.collect()
+
+
+def _disconnect() -> None:
+    """Ends all groups of ranks, of whomever: the next cases make their own."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if "vllm.distributed.parallel_state" in sys.modules:
+        from vllm import envs
+        from vllm.distributed import parallel_state as of_vllm
+
+        envs.disable_envs_cache()
+        of_vllm.destroy_model_parallel()
+        of_vllm.destroy_distributed_environment()
+    if dist.is_initialized():
+        dist.destroy_process_group()
