@@ -12,6 +12,7 @@ import pytest
 
 from a3po_megatron.config import ParallelOptions
 from a3po_megatron.errors import RequestError
+from a3po_megatron.model.layout import Layout
 from a3po_megatron.ranks.topology import Coordinates, Kind, Role, Topology, topology_of
 from tests.distributed.runner import ROOT
 
@@ -68,6 +69,21 @@ def test_a_replica_is_the_smallest_set_of_ranks_that_holds_every_slice_of_everyt
             for smaller in range(1, at.spread):
                 few = ranks[: at.tensor * smaller]
                 assert len({rank % size for rank in few}) < size, at
+
+
+def test_a_layout_places_each_rank_in_its_replica_where_the_whole_run_has_it() -> None:
+    for at in topologies():
+        layout = Layout(at.tensor, at.pipeline, expert=at.expert, expert_tensor=at.expert_tensor)
+        stage = at.world // at.pipeline
+        for rank in range(at.world):
+            place, dense = layout.place(at.coordinates(rank).pipeline, at.within(rank)), at.coordinates(rank)
+            assert (place.pipeline, place.tensor) == (dense.pipeline, dense.tensor), (at, rank)
+            assert place.data == (dense.context + at.context * dense.data) % at.spread, (at, rank)
+            # As Megatron counts within a stage, and of the copies of the experts those of this replica alone.
+            assert place.expert_tensor == rank % stage % at.expert_tensor, (at, rank)
+            assert place.expert == rank % stage // at.expert_tensor % at.expert, (at, rank)
+            copies = at.stage_ranks // (at.expert_tensor * at.expert)
+            assert place.copy == rank % stage // (at.expert_tensor * at.expert) % copies, (at, rank)
 
 
 def test_every_rank_is_in_one_group_of_every_kind_and_coordinates_count_as_ranks_do() -> None:

@@ -55,7 +55,7 @@ class TokenBatch:
         sums = torch.zeros(self.rollouts, dtype=values.dtype, device=values.device)
         sums = sums.index_add(0, self.rollout, values)
         alone = self.context is None or dist.get_world_size(self.context) == 1
-        return sums if alone else _Everywhere.apply(sums, self.context)
+        return sums if alone else _Everywhere.apply(sums, self.context)  # type: ignore[no-untyped-call]  # torch's own
 
 
 class _Everywhere(torch.autograd.Function):

@@ -16,10 +16,11 @@ def prepare() -> None:
 
     from . import python
 
-    python.keep_mask()
+    python.keep_mask()  # before any helper is started
     if torch.cuda.is_available():
         from . import cuda
 
+        # Before Megatron, which imports Transformer Engine, which looks for these libraries.
         cuda.preload(Path(sysconfig.get_path("purelib")))
     else:
         from . import megatron_cpu

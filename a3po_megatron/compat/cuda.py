@@ -24,5 +24,6 @@ def preload(site: Path) -> list[Path]:
     """Loads the libraries of the packages in `site`, as far as they are there; returns them."""
     found = [path for pattern in LIBRARIES for path in sorted((site / "nvidia").glob(pattern))]
     for path in found:
+        # Global: a library that names none of these as its own finds their symbols here.
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return found

@@ -23,13 +23,13 @@ GATHERED: list[torch.Tensor] = []  # what spread_states made since this was empt
 
 
 def holders(begin: int, end: int, share: int) -> dict[int, slice]:
-    """Which rank holds which elements of a parameter that lies at [begin, end) of a bucket, `share` for each rank."""
+    """Returns which rank holds which elements of a parameter at [begin, end) of a bucket, of which each has `share`."""
     ranks = range(begin // share, (end - 1) // share + 1)
     return {rank: slice(max(rank * share - begin, 0), min((rank + 1) * share, end) - begin) for rank in ranks}
 
 
 def owners(held: Sequence[Mapping[int, slice]], size: int) -> list[list[int]]:
-    """Which of `size` ranks writes each of a parameter's states, from who holds which of its elements.
+    """Returns which of `size` ranks writes each of a parameter's states, from who holds which of its elements.
 
     A parameter that one rank holds stays there: nothing travels, and no rank holds more than its share. The few that
     lie across ranks go where there is least so far, the largest first. So no rank gets more than its share and one
@@ -56,8 +56,8 @@ def owners(held: Sequence[Mapping[int, slice]], size: int) -> list[list[int]]:
 def spread_states(
     self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, Any]]:
-    """Float32 parameters and moments as tensors of the parameters' shapes: to load, of those that this rank holds any
-    part of, whole; to save, those that it writes. Parameters are numbered as Megatron numbers them.
+    """Returns float32 parameters and moments as tensors of the parameters' shapes: to load, of those that this rank
+    holds any part of, whole; to save, those that it writes. Parameters are numbered as Megatron numbers them.
 
     A collective over the data-parallel group. What another rank holds arrives straight where it belongs.
     """
@@ -66,6 +66,7 @@ def spread_states(
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+    # By the parameter itself: tensors hash by identity.
     described = {each.data: each for each in nested_values(sharded)}
     group = self.data_parallel_group_gloo
     size, me = group.size(), group.rank()
@@ -83,6 +84,7 @@ def spread_states(
     if is_loading:
         for number, parts in enumerate(held):
             if me in parts:
+                # Megatron refuses to load what does not have exactly one main copy (dist_checkpointing/validation.py).
                 copy = 0 if main[number] and me == min(parts) else 1
                 found[number] = {key: _as_parameter(described[parameters[number]], key, copy) for key in _KEYS}
         return found
@@ -104,6 +106,7 @@ def spread_states(
                     else:
                         waits.append(dist.irecv(whole[part], dist.get_global_rank(group, rank), group, tag))
             elif me in parts:
+                # The group is gloo's: it sends host memory.
                 piece = states[key].detach().to("cpu", torch.float32).contiguous()
                 waits.append(dist.isend(piece, dist.get_global_rank(group, owner), group, tag))
     for wait in waits:
@@ -112,12 +115,12 @@ def spread_states(
 
 
 def _as_parameter(form: Any, key: str, copy: int) -> Any:
-    """Room for one state of a parameter, described as the parameter is; of all copies, 0 is the main one."""
+    """Makes room for one state of a parameter, described as the parameter is; of all copies, 0 is the main one."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     data = torch.empty(form.data.shape)
     changes: dict[str, Any] = {"key": f"optimizer.state.{key}.{form.key}", "data": data, "replica_id": copy}
-    if not isinstance(form, ShardedTensorFactory):
+    if not isinstance(form, ShardedTensorFactory):  # which has no dtype: it asks the data
         changes["dtype"] = data.dtype
     made = replace(form, **changes)
     made.validate_metadata_integrity()
@@ -175,7 +178,7 @@ def _install_optimizer_state() -> None:
                     state.setdefault("step", torch.tensor(0.0))  # `step` of 0 is not stored
             load_state_dict(self, state_dict)
             for state in self.optimizer.state.values():
-                if "step" in state:
+                if "step" in state:  # Megatron gives all parameters one, which each would count up
                     state["step"] = state["step"].clone()
 
         kind.load_state_dict = loaded
@@ -185,7 +188,7 @@ def _install_optimizer_state() -> None:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
         for name, value in {"param": main, **self.optimizer.state[main]}.items():
-            if name != "step":
+            if name != "step":  # which is of no element: `loaded` sets it
                 value.copy_(tensors[name])
 
     for kind in (DistributedOptimizer, FP32Optimizer, Float16OptimizerWithFloat16Params):

@@ -83,10 +83,10 @@ class _TorchFacade(types.ModuleType):
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
+        device = kwargs.get("device")  # a number is a CUDA device's
         if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
             kwargs["device"] = _CPU
-        kwargs.pop("pin_memory", None)
+        kwargs.pop("pin_memory", None)  # it is CUDA that pins
         return factory(*args, **kwargs)
 
     return make
@@ -108,6 +108,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: types.ModuleType) -> None:
             execute(module)
+            # Only after it was run: its own `import torch` would undo what came before.
             if module.__dict__.get("torch") is torch:
                 module.__dict__["torch"] = _FACADE
 
@@ -117,13 +118,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _rename_types(function: Any) -> None:
     """Replaces the CUDA type names among a function's constants."""
+    # Methods and decorated functions (torch.no_grad) hold the one whose code has the names.
     function = getattr(function, "__func__", function)
     function = getattr(function, "__wrapped__", function)
 
     def swap(constant: Any) -> Any:
         if isinstance(constant, str):
             return _TYPE_NAMES.get(constant, constant)
-        if isinstance(constant, tuple | frozenset):
+        if isinstance(constant, tuple | frozenset):  # what `in (…)` and `in {…}` are compiled to
             return type(constant)(swap(item) for item in constant)
         return constant
 
@@ -187,6 +189,7 @@ def _install_moe() -> None:
     ) -> Any:
         if input_split_sizes is None or group.size() == 1:
             return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        # Everything to everyone, and each keeps its rows: these sizes differ, too.
         total = input_.clone()
         torch.distributed.all_reduce(total, group=group)
         return total.split(input_split_sizes)[group.rank()].contiguous()

@@ -28,4 +28,5 @@ def keep_mask() -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     resource_tracker.ResourceTracker.ensure_running = with_mask  # type: ignore[method-assign]
+    # The module has the bound method under a name of its own, by which it is called too.
     resource_tracker.ensure_running = resource_tracker._resource_tracker.ensure_running

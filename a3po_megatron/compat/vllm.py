@@ -40,7 +40,7 @@ def process_state_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_num_threads = set_num_threads
+        torch.set_num_threads = set_num_threads  # first: the engine's own does nothing
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         random.setstate(python_state)
@@ -74,7 +74,7 @@ def name_shared_memory(started: float | None) -> None:
 
     def make_group_name(communicator: Any) -> str:
         run = f"{os.environ['MASTER_PORT']}-{started or 0}"
-        return f"a3po-{run}{name(communicator)}".replace("/", "_")
+        return f"a3po-{run}{name(communicator)}".replace("/", "_")  # a segment's name is a file's, in /dev/shm
 
     def init_cpu_shm(self: Any) -> int:
         handle = init(self)  # ends with a barrier: every rank has mapped every segment
@@ -106,6 +106,7 @@ def map_experts() -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
         expert_map = given["expert_map"]
         if expert_map is not None:
+            # The kernel has no word for "not here": such a choice names the first expert, with weight 0.
             local = expert_map[given["topk_ids"].long()]
             given["topk_weights"] = given["topk_weights"] * (local >= 0)
             given["topk_ids"] = local.clamp(min=0).to(given["topk_ids"].dtype)

@@ -78,6 +78,7 @@ def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) 
         with file:
             for box, values in chunks:
                 begin = file.bytes
+                # torch's reader cuts an archive's tensor along every dimension of the whole (checkpoint/filesystem.py).
                 stacked = values.view(*[1] * len(box.lead), *values.shape)
                 torch.save(stacked, cast(IO[bytes], file))
                 kept.append(Kept(box, tuple(values.shape), values.dtype, name, begin, file.bytes - begin))
@@ -91,7 +92,7 @@ def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) 
 
 
 def indexes(folder: Path) -> list[Path]:
-    """Of INDEXES those that a checkpoint has: since Megatron-Core 0.19 what is not sharded lies in a shard."""
+    """Returns those of INDEXES that a checkpoint has: since Megatron-Core 0.19 what is not sharded lies in a shard."""
     return [folder / name for name in INDEXES if name != "common.pt" or (folder / name).exists()]
 
 
@@ -106,9 +107,9 @@ def write_metadata(
         box, shape = item.box, shapes[item.box.key]
         offsets = torch.Size((*box.lead, box.row, *[0] * (len(shape) - len(box.lead) - 1)))
         sizes = torch.Size((*[1] * len(box.lead), *item.shape))
-        tensor = tensors.setdefault(
-            box.key, TensorStorageMetadata(TensorProperties(dtype=item.dtype), torch.Size(shape), [])
-        )
+        whole = TensorStorageMetadata(TensorProperties(dtype=item.dtype), torch.Size(shape), [])
+        tensor = tensors.setdefault(box.key, whole)
+        # The index's third field is a hint alone: where in the list of chunks to look first.
         places[MetadataIndex(box.key, offsets, len(tensor.chunks))] = _StorageInfo(item.file, item.offset, item.length)
         tensor.chunks.append(ChunkStorageMetadata(offsets, sizes))
     with HashedFile(folder / OBJECTS) as empty:

@@ -54,18 +54,15 @@ class _Column:
 class Reader:
     """Reads boxes of a checkpoint, however it was sharded when it was written. Use it in a `with` block."""
 
-    _OPEN_FILES = 32
+    _OPEN_FILES = 32  # a checkpoint has as many as ranks, and a process may often have 1,024
 
     def __init__(self, folder: Path) -> None:
         """Raises RequestError where the folder is no readable torch_dist checkpoint."""
         self.folder = folder
         metadata = _metadata(folder)
         try:
-            self._tensors = {
-                key: entry
-                for key, entry in metadata.state_dict_metadata.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
+            entries = metadata.state_dict_metadata.items()
+            self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
             self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
             self.dtypes = {key: entry.properties.dtype for key, entry in self._tensors.items()}
             self._places: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = {}
@@ -90,7 +87,7 @@ class Reader:
         self._files.clear()
 
     def check_folder(self) -> list[str]:
-        """The files that hold chunks, after the small ones that say where they lie were held against their digests.
+        """Returns the files that hold chunks, once the small ones that say where they lie agree with their digests.
 
         Raises RequestError for a file that is missing, cut off, unknown to digests.json, or not as it was written.
         """
@@ -98,7 +95,7 @@ class Reader:
         for path in [*indexes(self.folder), *(self.folder / name for name in INDEXES if name in stored)]:
             check_digest(path, stored)
         for name, need in self._ends.items():
-            path = self.folder / name
+            path = self.folder / name  # as .metadata calls it: it must not lead out of the folder
             if path.parent != self.folder or not path.is_file():
                 raise RequestError(f"{path}: the file is missing")
             if path.stat().st_size < need:
@@ -115,6 +112,7 @@ class Reader:
             self._index(box.key, len(box.lead))
         found = 0
         for column in self._columns.get((box.key, box.lead), ()):
+            # The last chunk that begins at the box's first row or above it: those before it end above the box.
             number = max(0, bisect.bisect_right(column.starts, box.row) - 1)
             for chunk in column.chunks[number:]:
                 begin, end = max(box.row, chunk.row), min(box.row + box.rows, chunk.row + chunk.rows)
@@ -125,6 +123,7 @@ class Reader:
                 start = self._begin(box.key, chunk)
                 start += (chunk.skip + (begin - chunk.row) * column.width) * into.dtype.itemsize
                 target = into[begin - box.row : end - box.row]
+                # All columns of the target lie as they do in the file; some of them do not.
                 if into.dim() == 1 or column.width == into.shape[1]:
                     read_into(self._open(chunk.file), start, target)
                 else:
@@ -132,6 +131,7 @@ class Reader:
                     read_into(self._open(chunk.file), start, part)
                     target[:, column.first : column.first + column.width].copy_(part)
                 found += (end - begin) * column.width
+        # No chunks overlap (`_index`): as many elements as were asked for are all of them.
         if found != into.numel():
             raise RequestError(
                 f"{self.folder}: {box.key} {list(box.lead)} rows {box.row} to {box.row + box.rows}: {found} of "
@@ -152,6 +152,7 @@ class Reader:
                 raise RequestError(f"{self.folder}: {key}: .metadata places a chunk at {offsets} that it does not list")
             shape, below = whole[lead:], offsets[lead:]
             width, first = math.prod(shape[1:]), below[1] if len(below) > 1 else 0
+            # A chunk may cover several leading indices (layers, experts): their matrices lie in it end to end.
             for number, step in enumerate(itertools.product(*(range(size) for size in whole[:lead]))):
                 index = tuple(offset + inside for offset, inside in zip(offsets, step, strict=False))
                 skip = number * math.prod(shape)
@@ -169,7 +170,7 @@ class Reader:
             self._columns[place_of] = columns
 
     def _begin(self, key: str, chunk: _Chunk) -> int:
-        """Where in its file the elements of a chunk begin: torch.save stores them as they are, in a zip archive.
+        """Returns where in its file a chunk's elements begin: torch.save stores them as they are, in a zip archive.
 
         Raises RequestError for an archive that does not hold just this chunk, its elements in their order.
         """
@@ -199,7 +200,8 @@ class Reader:
 
     @staticmethod
     def _data(file: IO[bytes], chunk: _Chunk, item: zipfile.ZipInfo) -> int:
-        """Where in the file an archive's item begins: after its local header, which has its own lengths."""
+        """Returns where in the file an archive's item begins: after its local header, which has its own lengths."""
+        # 30 bytes, the last four two lengths: of the name, and of the extra field with which torch aligns the data.
         head = os.pread(file.fileno(), 30, chunk.offset + item.header_offset)
         lengths = int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         return chunk.offset + item.header_offset + 30 + lengths
@@ -262,17 +264,20 @@ class _TensorOf:
     stride: tuple[int, ...]
 
 
+def _described(storage: tuple[torch.dtype, str], offset: int, shape: Any, stride: Any, *_: Any) -> _TensorOf:
+    """Takes the arguments of torch's `_rebuild_tensor_v2`."""
+    return _TensorOf(storage[0], storage[1], offset, tuple(shape), tuple(stride))
+
+
 class _Described(pickle.Unpickler):
     """Reads the description of a saved tensor, and runs nothing that it names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: _TensorOf(
-                storage[0], storage[1], offset, tuple(shape), tuple(stride)
-            )
+            return _described
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if (module, name) == ("collections", "OrderedDict"):
+        if (module, name) == ("collections", "OrderedDict"):  # of backward hooks: there are none
             return dict
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
@@ -309,9 +314,10 @@ class _Restricted(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
         if dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
+        # A dotted name is followed attribute by attribute, and could so leave the module.
         if f"{module}.".startswith(self._MODULES) and "." not in name:
             found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
+            if isinstance(found, type) and found.__module__ == module:  # nothing that it only imported
                 return found
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint has no use for")
 

@@ -48,7 +48,7 @@ class MicroBatch:
         return dataclasses.replace(self, predicting=mine[0], targets=mine[1], index=mine[2])
 
     def to(self, device: torch.device) -> MicroBatch:
-        """What the model reads, on its device."""
+        """Returns it with what the model reads on its device."""
         if device.type == "cpu":
             return self
         bounds = self.packing.cu_seqlens_q.to(device, non_blocking=True)
@@ -67,7 +67,10 @@ def micro_batch(
     routed: Sequence[tuple[int, np.ndarray]] = (),  # which rollout of the batch each is, and its routes; or of none
 ) -> MicroBatch:
     """Packs the sequences. Without any it holds one sequence of padding that predicts nothing, for a rank that has no
-    share in an optimiser step but must take part in its collectives."""
+    share in an optimiser step but must take part in its collectives.
+
+    Raises ValueError for a sequence without a prompt.
+    """
     size, rank = context
     grain = 2 * size if size > 1 else 1
     tokens: list[int] = []
@@ -78,6 +81,7 @@ def micro_batch(
     ends = [0]
 
     def pad(count: int) -> None:
+        # Positions go on in the padding: to attention it is the end of the sequence before it.
         follows = positions[-1] + 1 if tokens else 0
         positions.extend(range(follows, follows + count))
         tokens.extend([0] * count)
@@ -86,20 +90,22 @@ def micro_batch(
         if not prompt:
             raise ValueError("a rollout without a prompt has nothing that predicts its first token")
         begin = len(tokens) + len(prompt) - 1
-        tokens += [*prompt, *response][:-1]
+        tokens += [*prompt, *response][:-1]  # nothing follows the last one
         positions += range(len(prompt) + len(response) - 1)
         predicting += range(begin, begin + len(response))
         targets += response
         index += range(start, start + len(response))
         pad(-len(tokens) % grain)
         ends.append(len(tokens))
+    # Every rank holds 1 / size of the tokens, and of that `multiple` is asked.
     whole = math.lcm(grain, size * multiple)
     pad(-len(tokens) % whole if tokens else whole)
+    # The padding of the whole belongs to the last sequence; where there is none, it is one.
     ends = [*ends[:-1], len(tokens)] if len(ends) > 1 else [0, len(tokens)]
     bounds = torch.tensor(ends, dtype=torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
     here = local_tokens(ends, size, rank)
-    place = torch.full((len(tokens),), -1)
+    place = torch.full((len(tokens),), -1)  # of each packed token on this rank; -1: another has it
     place[here] = torch.arange(len(here))
     found = place[torch.tensor(predicting, dtype=torch.int64)]
     mine = found >= 0
@@ -108,22 +114,20 @@ def micro_batch(
         _, layers, experts = routed[0][1].shape
         # Of more than 256 experts they come as uint16, for which torch has few operations.
         kind = torch.uint8 if routed[0][1].dtype == np.uint8 else torch.int32
+        # Padding takes k experts that differ, as a router's choice does.
         routes = torch.arange(experts, dtype=kind).repeat(len(tokens), layers, 1)
         rollout = torch.full((len(tokens),), -1)
         for (number, given), begin in zip(routed, ends[:-1], strict=True):
             routes[begin : begin + len(given)] = torch.from_numpy(given).to(kind)
             rollout[begin : begin + len(given)] = number
         routes, rollout = routes[here], rollout[here]
+    packing = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
     return MicroBatch(
         tokens=torch.tensor([tokens])[:, here],
         positions=torch.tensor([positions])[:, here],
-        packing=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=bounds,
-            cu_seqlens_kv=bounds,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        ),
+        packing=packing,
         predicting=found[mine],
         targets=torch.tensor(targets, dtype=torch.int64)[mine],
         index=torch.tensor(index, dtype=torch.int64)[mine],
@@ -133,7 +137,7 @@ def micro_batch(
 
 
 def local_tokens(ends: Sequence[int], size: int, rank: int) -> Tensor:
-    """Which of the packed tokens a context-parallel rank holds, in its order [T / size] int64."""
+    """Returns which of the packed tokens a context-parallel rank holds, in its order [T / size] int64."""
     if size == 1:
         return torch.arange(ends[-1])
     parts = []

@@ -1,9 +1,8 @@
 """How one replica's ranks share a model: a layout, and where each of its ranks stands.
 
-A *replica* is the smallest set of ranks that holds every weight: PP stages of R ranks each, where R ranks share the
-dense weights as (tensor, data) and the experts as (expert tensor, expert, copies), both with the first fastest:
-
-    j = tensor + TP * data  =  expert_tensor + ETP * (expert + EP * copy)         j = 0 … R - 1,   R = lcm(TP, ETP * EP)
+A *replica* is the smallest set of ranks that holds every weight: PP stages of R ranks each, R = lcm(TP, ETP * EP). A
+rank's place in it is what ranks/topology.py says of a run that has this one replica: `data` counts the copies of the
+dense weights that one copy of all experts spreads over, whether they are context- or data-parallel neighbours.
 
 Virtual stages deal the chunks of layers out round robin.
 """
@@ -15,6 +14,7 @@ from typing import Literal
 
 from ..config import ParallelOptions, even_stages, stage_ranks
 from ..errors import RequestError
+from ..ranks.topology import Topology
 from .facts import ModelFacts
 
 Scheme = Literal["local", "te"]
@@ -37,24 +37,31 @@ class Layout:
         return self.tensor if self.expert_tensor is None else self.expert_tensor
 
     @property
+    def replica(self) -> Topology:
+        """Returns the topology of one replica alone, as if it were a run."""
+        return Topology(
+            tensor=self.tensor,
+            data=stage_ranks(self.tensor, self.expert, self.etp) // self.tensor,
+            pipeline=self.pipeline,
+            expert=self.expert,
+            expert_tensor=self.etp,
+        )
+
+    @property
     def stage_ranks(self) -> int:
-        """R: the ranks of one pipeline stage of a replica."""
-        return stage_ranks(self.tensor, self.expert, self.etp)
+        """Returns R: the ranks of one pipeline stage of a replica."""
+        return self.replica.stage_ranks
 
     def places(self) -> tuple[Place, ...]:
-        """The ranks of one replica, stage after stage."""
+        """Returns the ranks of one replica, stage after stage."""
         return tuple(self.place(p, j) for p in range(self.pipeline) for j in range(self.stage_ranks))
 
     def place(self, pipeline: int, within: int) -> Place:
-        """The rank `within` (j above) a stage."""
-        return Place(
-            pipeline=pipeline,
-            tensor=within % self.tensor,
-            data=within // self.tensor,
-            expert_tensor=within % self.etp,
-            expert=within // self.etp % self.expert,
-            copy=within // (self.etp * self.expert),
-        )
+        """Returns where a rank of the replica stands: `within` a stage, 0 … R - 1 (Topology.within)."""
+        replica = self.replica
+        rank = pipeline * replica.stage_ranks + within
+        dense, sparse = replica.coordinates(rank), replica.expert_coordinates(rank)
+        return Place(pipeline, dense.tensor, dense.data, sparse.expert_tensor, sparse.expert, sparse.copy)
 
     def chunk_layers(self, layers: int, pipeline: int) -> tuple[range, ...]:
         """The layers of each model chunk of one pipeline rank."""

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-class GPT(GPTModel):
+class GPT(GPTModel):  # type: ignore[misc]  # Megatron has no types
     """Megatron's GPTModel, whose two copies of a tied embedding (PP > 1) are filled by the loader.
 
     Megatron would bring them into line with an all-reduce when it builds the model, for which it moves them to CUDA.
@@ -33,12 +33,14 @@ class GPT(GPTModel):
     def output_weight(self) -> Tensor:
         """The output layer's weight [V/tp, H], which a tied model shares with its embedding."""
         shared = self.share_embeddings_and_output_weights
-        return self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        weight: Tensor = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        return weight
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.post_process and self.headless:
             return hidden_states
-        return super()._postprocess(hidden_states, *args, **kwargs)
+        output: Tensor = super()._postprocess(hidden_states, *args, **kwargs)
+        return output
 
     def setup_embeddings_and_output_layer(self) -> None:
         self._loading = True
@@ -57,7 +59,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
     """Causal attention within each sequence of a packed micro-batch, by torch's scaled_dot_product_attention.
 
     Under context parallelism (C ranks, rank c holds chunks c and 2 C - 1 - c of every sequence: learner/micro_batch.py)
@@ -101,7 +103,9 @@ class PackedAttention(MegatronModule):
     def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int]) -> Tensor:
         assert self.context is not None
         size, rank, width = self.context.size(), self.context.rank(), key.shape[2]
-        gathered = _GatherContext.apply(torch.cat([key, value], dim=2), self.context)  # [C, T, kv_heads, 2 head_dim]
+        both = torch.cat([key, value], dim=2)
+        # [C, T, kv_heads, 2 head_dim]
+        gathered = _GatherContext.apply(both, self.context)  # type: ignore[no-untyped-call]  # torch's own
         outputs = []
         for begin, end in itertools.pairwise(ends):
             chunk, first = (end - begin) // (2 * size), begin // size

@@ -159,7 +159,7 @@ def _plain(where: str, values: dict[str, Any], max_positions: int) -> None:
 
 def _llama3(where: str, values: dict[str, Any], max_positions: int) -> RopeScaling:
     _refuse_others(where, "llama3", values, LLAMA3)
-    found = RopeScaling(*(_number(where, "llama3", values, key) for key in LLAMA3))  # type: ignore[arg-type]
+    found = RopeScaling(*(_number(where, "llama3", values, key) for key in LLAMA3))
     if not found.high_freq_factor > found.low_freq_factor:
         raise RequestError(f"{where}.high_freq_factor must be above low_freq_factor")
     return found

@@ -55,7 +55,8 @@ class Cluster:
     def _own_group(self, kind: Kind) -> dist.ProcessGroup:
         """Makes all groups of a kind that Megatron has none of, as every rank must, and returns this rank's."""
         made = [(ranks, dist.new_group(ranks)) for ranks in self.topology.groups(kind)]
-        return next(group for ranks, group in made if self.rank in ranks)
+        mine: dist.ProcessGroup = next(group for ranks, group in made if self.rank in ranks)
+        return mine
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         """One decision of all ranks: every rank gives a JSON value and gets the same result.

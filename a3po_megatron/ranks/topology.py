@@ -53,6 +53,15 @@ class Coordinates:
 
 
 @dataclass(frozen=True)
+class ExpertCoordinates:
+    """Where a rank stands among those that share the experts of its stage."""
+
+    expert_tensor: int = 0
+    expert: int = 0
+    copy: int = 0
+
+
+@dataclass(frozen=True)
 class Topology:
     """`engine_ranks`: of one engine; `apart`: ranks that only sample, behind those that learn."""
 
@@ -109,8 +118,14 @@ class Topology:
         pipeline, data = divmod(rest, self.data)
         return Coordinates(tensor, pipeline, data, context)
 
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """Of a rank that learns."""
+        rest, expert_tensor = divmod(rank % (self.learning // self.pipeline), self.expert_tensor)
+        copy, expert = divmod(rest, self.expert)
+        return ExpertCoordinates(expert_tensor, expert, copy)
+
     def within(self, rank: int) -> int:
-        """A rank's place among those of its stage that hold one copy of the stage's weights (model/layout.py's j)."""
+        """A rank's place among those of its stage that hold one copy of the stage's weights."""
         return rank % self.stage_ranks
 
     def engine(self, rank: int) -> tuple[int, int]:
@@ -148,11 +163,10 @@ class Topology:
 
     def _of(self, kind: Kind) -> Callable[[int], Hashable]:
         """What the ranks of one group have in common."""
-        stage, size = self.learning // self.pipeline, self.expert_tensor * self.expert
-        by_place: dict[Kind, Callable[[int], Hashable]] = {
-            "replica": lambda rank: rank % stage // self.stage_ranks,
-            "experts": lambda rank: rank // size,
-            "expert_copies": lambda rank: (rank // stage, rank % size),
+        stage = self.learning // self.pipeline
+        by_experts: dict[Kind, Callable[[ExpertCoordinates], Hashable]] = {
+            "experts": lambda at: at.copy,
+            "expert_copies": lambda at: (at.expert_tensor, at.expert),
         }
         by_coordinates: dict[Kind, Callable[[Coordinates], Hashable]] = {
             "tensor": lambda at: (at.context, at.data, at.pipeline),
@@ -162,8 +176,10 @@ class Topology:
             "tokens": lambda at: (at.tensor, at.pipeline),
             "batch": lambda at: at.data,
         }
-        if kind in by_place:
-            return by_place[kind]
+        if kind == "replica":
+            return lambda rank: rank % stage // self.stage_ranks
+        if kind in by_experts:
+            return lambda rank: (rank // stage, by_experts[kind](self.expert_coordinates(rank)))
         return lambda rank: by_coordinates[kind](self.coordinates(rank))
 
 

@@ -83,7 +83,7 @@ def _share_out(state: Any) -> None:
         distribute_main_replicas_with_precomputed_distribution(state, group, plan)
 
 
-class _Staged(TorchDistSaveShardedStrategy):
+class _Staged(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # Megatron has no types
     """Plans and copies; leaves the writing to whoever calls the request."""
 
     def __init__(self) -> None:
@@ -179,6 +179,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises RunFailed naming what the checkpoint lacks.
     """
     try:
-        return dist_checkpointing.load(state, str(folder), strict="raise_all")
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder), strict="raise_all")
+        return loaded
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
         raise RunFailed(f"{folder}: does not hold what this run needs: {error}") from error

@@ -46,11 +46,12 @@ class Plan:
     buckets: tuple[Bucket, ...]
 
     def digest(self) -> str:
-        """A hash that is equal exactly where the plans are: ranks compare it before the first byte moves."""
+        """Returns a hash that is equal where the plans are: ranks compare it before the first byte moves."""
+        # Of its repr, which holds every field: hash() of the same text is another number in every process.
         return hashlib.blake2b(repr(self).encode(), digest_size=16).hexdigest()
 
     def tensors(self, rank: int) -> list[HfTensor]:
-        """What one rank of the replica gets."""
+        """Returns what one rank of the replica gets."""
         return [tensor for bucket in self.buckets for tensor in bucket.tensors if self.needs(rank, tensor)]
 
     def needs(self, rank: int, tensor: HfTensor) -> bool:
@@ -58,12 +59,12 @@ class Plan:
         return tensor.expert is None or first <= tensor.expert < end
 
     def tensor_group(self, within: int) -> list[int]:
-        """The ranks of a stage that share dense tensors with one of them."""
+        """Returns the ranks of a stage that share dense tensors with one of them."""
         first = within // self.layout.tensor * self.layout.tensor
         return list(range(first, first + self.layout.tensor))
 
     def expert_group(self, within: int) -> list[int]:
-        """The ranks of a stage that hold one copy of its experts together with one of them."""
+        """Returns the ranks of a stage that hold one copy of its experts together with one of them."""
         size = self.layout.etp * self.layout.expert
         return list(range(within // size * size, within // size * size + size))
 
@@ -71,8 +72,8 @@ class Plan:
         return stage * self.layout.stage_ranks + within
 
     def received(self, rank: int) -> dict[str | None, int]:
-        """Elements that a rank receives from others, by the plan: of tensors that are kept in a dtype (None: in the
-        model's)."""
+        """Counts the elements that a rank receives from others, by the plan: of tensors that are kept in a dtype (None:
+        in the model's)."""
         stage, within = divmod(rank, self.layout.stage_ranks)
         elements: dict[str | None, int] = {}
         for bucket in self.buckets:
@@ -95,7 +96,7 @@ def plan(
     itemsize: int,
     experts: Sequence[tuple[int, int]],  # per rank: first and last + 1 of the experts that its engine rank needs
 ) -> Plan:
-    """Buckets of at most `bucket_bytes` (or one tensor, where that is larger), each of one stage.
+    """Plans buckets of at most `bucket_bytes` (or one tensor, where that is larger), each of one stage.
 
     Raises ValueError for a tensor that nobody owns.
     """
@@ -107,6 +108,7 @@ def plan(
     owners = {name: [rank for rank, piece in found if piece.owner] for name, found in holders.items()}
     if missing := [name for name in order if not owners.get(name)]:
         raise ValueError(f"no rank owns {missing[0]} ({len(missing)} tensors without an owner)")
+    # Who needs what, and who shares with whom, goes by no bucket: it is asked while they are made.
     shell = Plan(layout, tuple(experts), ())
     buckets: list[Bucket] = []
     names: list[str] = []
@@ -125,6 +127,7 @@ def plan(
 
     for tensor in _dealt([tensors[name] for name in order], layout.expert):
         bytes_here = tensor.numel * itemsize
+        # All owners of a tensor stand on one stage: the copy of a tied embedding on the last one owns nothing.
         where = owners[tensor.name][0] // layout.stage_ranks
         # One collective packs a bucket into one buffer: of one dtype.
         alike = not names or (where == stage and tensor.dtype == tensors[names[0]].dtype)
@@ -139,11 +142,12 @@ def plan(
 
 
 def _dealt(order: Sequence[HfTensor], expert_ranks: int) -> list[HfTensor]:
-    """The same order of layers, the experts of each in turn from every rank: a turn's gates, then its ups, …"""
+    """Keeps the order of layers, and takes the experts of each in turn from every rank: a turn's gates, its ups, …"""
     found: list[HfTensor] = []
     for layer, group in itertools.groupby(order, lambda tensor: None if tensor.expert is None else tensor.layer):
         tensors = list(group)
         if layer is not None:
+            # A rank holds `share` neighbouring experts: the number within its share is an expert's turn.
             share = len({tensor.expert for tensor in tensors}) // expert_ranks
             tensors.sort(key=lambda tensor: ((tensor.expert or 0) % share, tensor.kind, tensor.expert))
         found += tensors
@@ -151,7 +155,7 @@ def _dealt(order: Sequence[HfTensor], expert_ranks: int) -> list[HfTensor]:
 
 
 def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:
-    """What (stage, within) sends down its column: what some other stage lacks and needs."""
+    """Returns what (stage, within) sends down its column: what some other stage lacks and needs."""
     others = [p for p in range(plan.layout.pipeline) if p != bucket.stage]
     there = {p: {piece.tensor for piece in bucket.held[plan.rank(p, within)]} for p in others}
 
@@ -159,6 +163,7 @@ def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:
         for stage in others:
             if piece.tensor in there[stage]:
                 continue
+            # An expert comes for all of its group: the next hop takes it on from the column that got it.
             group = [within] if piece.hf.expert is None else plan.expert_group(within)
             if any(plan.needs(plan.rank(stage, member), piece.hf) for member in group):
                 return True
@@ -168,12 +173,12 @@ def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:
 
 
 def slices(plan: Plan, bucket: Bucket, within: int) -> list[Piece]:
-    """What a column gives to its tensor-parallel group: its slices of dense tensors; all have whole ones already."""
+    """Returns what a column gives to its tensor-parallel group: slices of dense tensors; all have the whole ones."""
     held = bucket.held[plan.rank(bucket.stage, within)]
     return [piece for piece in held if piece.hf.expert is None and piece.hf.cut != "whole"]
 
 
 def expert_pieces(plan: Plan, bucket: Bucket, within: int, receiver: int) -> list[Piece]:
-    """What a column gives to one rank of its expert group."""
+    """Returns what a column gives to one rank of its expert group."""
     held = bucket.held[plan.rank(bucket.stage, within)]
     return [piece for piece in held if piece.hf.expert is not None and plan.needs(receiver, piece.hf)]

@@ -60,7 +60,7 @@ def gather(
     allocate: Allocate = fresh,
     timings: Timings | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The HF tensors that this rank needs, in `dtype` or what they are kept in.
+    """Yields the HF tensors that this rank needs, in `dtype` or what they are kept in.
 
     A collective: all ranks of a replica must iterate to the end.
     """
@@ -97,11 +97,13 @@ class _Executor:
         self._lay_out(tensors, column)
         self._tensor_hop(bucket, column, tensors)
         self._expert_hop(bucket, column, tensors)
+        # What collectives took under way counts as sending alone.
         self.timings.gather += time.perf_counter() - start - (self.timings.send - sent)
         return list(tensors.items())
 
     def _from_stage(self, bucket: Bucket) -> list[tuple[Piece, Tensor]]:
-        """This column's pieces with their values: from this rank's own parameters, or from the stage that has them."""
+        """Returns this column's pieces with their values: of this rank's own parameters, or from the stage that has
+        them."""
         column = [
             (piece, self.parameters[piece.key].narrow(piece.dim, piece.offset, piece.length))
             for piece in bucket.held[self.me]
@@ -111,6 +113,7 @@ class _Executor:
             return column
         sender = self.groups.stage == bucket.stage
         if sender:
+            # `crossing` is in the order of what is held (route.py): so both sides lay the buffer out alike.
             travels = set(crossing)
             buffer = self._pack([values for piece, values in column if piece in travels])
         else:
@@ -119,6 +122,7 @@ class _Executor:
         assert group is not None
         self._timed(lambda: dist.broadcast(buffer, dist.get_global_rank(group, bucket.stage), group=group))
         if not sender:
+            # The broadcast goes to every stage: a tied embedding comes to the last one too, which has its slice.
             own = {piece.tensor for piece, _ in column}
             column += [(piece, values) for piece, values in self._unpack(buffer, crossing) if piece.tensor not in own]
         return column
@@ -138,6 +142,7 @@ class _Executor:
         given = [[expert_pieces(self.plan, bucket, member, to) for to in receivers] for member in members]
         if not any(given[a][b] for a in range(len(members)) for b in range(len(members)) if a != b):
             return
+        # Where every receiver gets the same, and all give as much, a share is packed once and not once a receiver.
         first = [by_receiver[0] for by_receiver in given]
         alike = all(pieces == mine for by_receiver, mine in zip(given, first, strict=True) for pieces in by_receiver)
         if alike and len({sum(piece.numel for piece in pieces) for pieces in first}) == 1:
@@ -170,17 +175,20 @@ class _Executor:
                 self._lay_out(tensors, self._unpack(received, pieces))
 
     def _chosen(self, column: list[tuple[Piece, Tensor]], pieces: list[Piece]) -> list[Tensor]:
-        """The column's values of the pieces that its source stage calls by these names."""
+        """Returns the column's values of some pieces.
+
+        By slice and not by piece: the same slice of a tied embedding is another parameter on its other stage.
+        """
         values = {(piece.tensor, piece.start, piece.dim): value for piece, value in column}
         return [values[piece.tensor, piece.start, piece.dim] for piece in pieces]
 
     def _lay_out(self, tensors: dict[str, Tensor], items: list[tuple[Piece, Tensor]]) -> None:
         for piece, values in items:
-            if piece.tensor in tensors:
+            if piece.tensor in tensors:  # else it only passes through, to a rank of the group that needs it
                 tensors[piece.tensor].narrow(piece.dim, piece.start, piece.length).copy_(values)
 
     def _pack(self, values: list[Tensor], size: int | None = None) -> Tensor:
-        """Laid end to end in one contiguous buffer: gloo ignores strides."""
+        """Lays values end to end in one contiguous buffer: gloo ignores strides."""
         buffer = self._empty(size if size is not None else sum(value.numel() for value in values))
         offset = 0
         for value in values:
