@@ -7,6 +7,7 @@ that wakes up a hundred times a second, so that those of a few dozen layouts cos
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import inspect
 import multiprocessing
@@ -118,6 +119,8 @@ def kept() -> Callable[[], None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         CLOCK.__init__()  # type: ignore[misc]  # `phase` is a method of this one
         gc.collect()
+        with contextlib.suppress(AttributeError):  # glibc's
+            ctypes.CDLL(None).malloc_trim(0)
         gc.freeze()  # what was imported: an engine is built with several collections, 0.1 s each without this
 
     gc.freeze()

@@ -38,7 +38,7 @@ from tests.distributed.tidying import ROOT
 HARNESS = [str(ROOT / "tests/te_harness")]
 PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.tiny"]
 OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
-RANK_BYTES = 3 << 29  # of memory that must be free for each new rank; else the worlds that wait are ended
+RANK_BYTES = 3 << 29  # a larger rank is replaced, and a new one is started where so much is free, or others are ended
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,11 @@ class World:
         return [answers[rank]["values"] for rank in range(self.size)]
 
     @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self._processes)
+    def fit(self) -> bool:
+        """Whether it can take more cases: all ranks are there, and small."""
+        if not all(process.is_alive() for process in self._processes):
+            return False
+        return all(psutil.Process(process.pid).memory_info().rss < RANK_BYTES for process in self._processes)
 
     def end(self) -> None:
         """Kills the ranks, and what they started."""
@@ -142,7 +145,7 @@ _waiting: dict[int, World] = {}  # size → the world of this session
 
 def world_of(size: int, logs: Path) -> World:
     """The session's world of this size, started now if there is none."""
-    if size in _waiting and not _waiting[size].alive:
+    if size in _waiting and not _waiting[size].fit:
         _waiting.pop(size).end()
     if size not in _waiting:
         if not _waiting:
