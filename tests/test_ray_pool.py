@@ -14,6 +14,8 @@ from a3po_megatron.config import LocalPool, RayPool, RewardOptions
 from a3po_megatron.reward.graders import local_graders, math_graders, ray_graders
 from a3po_megatron.reward.ray_pool import RayGraders
 
+pytestmark = pytest.mark.alone  # actors that are slow to answer count as dead
+
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 ITEMS = [(f"so the answer is \\boxed{{{n if n % 3 else n + 1}}}", str(n)) for n in range(40)]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.distributed import tidying
 from tests.distributed.worlds import ROOT, Task, World, world_of
 
 __all__ = ["ROOT", "Case", "Ranks", "run_ranks"]
@@ -41,7 +42,7 @@ class Ranks:
         from a3po_megatron.ranks.groups import arrange
 
         if parallel_state.is_initialized():
-            parallel_state.destroy_model_parallel()
+            tidying.leave_layout()
         engine_ranks = parallel.pop("engine_ranks", 1)
         import torch.distributed as dist
 

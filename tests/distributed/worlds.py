@@ -11,19 +11,15 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import gc
 import importlib
 import itertools
 import json
 import multiprocessing
 import os
-import random
-import signal
 import socket
 import sys
 import time
 import traceback
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,12 +32,13 @@ import psutil
 
 from a3po_megatron.launch.environment import die_with_parent
 from a3po_megatron.launch.local import rendezvous
+from tests.distributed import tidying
+from tests.distributed.tidying import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HARNESS = [str(ROOT / "tests/te_harness")]
 PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.tiny"]
 OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
-RANK_BYTES = 3 << 29  # of memory that must be free for each new rank; else the worlds that wait are ended
+RANK_BYTES = 3 << 29  # a larger rank is replaced, and a new one is started where so much is free, or others are ended
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,11 @@ class World:
         return [answers[rank]["values"] for rank in range(self.size)]
 
     @property
-    def alive(self) -> bool:
-        return all(process.is_alive() for process in self._processes)
+    def fit(self) -> bool:
+        """Whether it can take more cases: all ranks are there, and small."""
+        if not all(process.is_alive() for process in self._processes):
+            return False
+        return all(psutil.Process(process.pid).memory_info().rss < RANK_BYTES for process in self._processes)
 
     def end(self) -> None:
         """Kills the ranks, and what they started."""
@@ -145,7 +145,7 @@ _waiting: dict[int, World] = {}  # size → the world of this session
 
 def world_of(size: int, logs: Path) -> World:
     """The session's world of this size, started now if there is none."""
-    if size in _waiting and not _waiting[size].alive:
+    if size in _waiting and not _waiting[size].fit:
         _waiting.pop(size).end()
     if size not in _waiting:
         if not _waiting:
@@ -192,7 +192,8 @@ def _rank(
     seconds = timedelta(seconds=120)
     address, port = own["MASTER_ADDR"], int(own["MASTER_PORT"])
     store = dist.TCPStore(address, port, size, rank == 0, seconds, master_listen_fd=listening)
-    as_new = _kept()
+    tidying.hold_weakly()
+    as_new = tidying.kept()
     for number in itertools.count():
         try:
             task: Task = pipe.recv()
@@ -241,74 +242,3 @@ def _answer(task: Task, rank: int, size: int, store: Any, as_new: Callable[[], N
         return json.dumps({"values": {}, "error": f"{doing}:\n{traceback.format_exc()}"})
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _kept() -> Callable[[], None]:
-    """What makes this process as it is now again, whatever cases did in it; what they imported stays."""
-    import numpy as np
-    import torch
-
-    python, numpy, stream = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    path = list(sys.path)
-
-    def as_new() -> None:
-        from a3po_megatron.telemetry.clock import CLOCK
-
-        _let_go()  # of engines and learners, before what they are connected by
-        _disconnect()
-        for child in multiprocessing.active_children():  # Megatron's writers of checkpoints
-            child.kill()
-            child.join()
-        os.chdir(ROOT)
-        sys.path[:] = path
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(stream)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        torch.set_grad_enabled(True)
-        torch.set_num_threads(1)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        CLOCK.__init__()  # type: ignore[misc]  # `phase` is a method of this one
-        gc.collect()
-        gc.freeze()  # what was imported: engines are built with several collections each, 0.1 s without this
-
-    gc.freeze()
-    return as_new
-
-
-def _let_go() -> None:
-    """Frees models and engines that nobody uses and that Python cannot know to be free, with their groups' threads."""
-    from megatron.core.distributed import DistributedDataParallel
-
-    for each in gc.get_objects():
-        # What a frame holds that has ended: some library keeps a traceback, which keeps its callers' frames.
-        if isinstance(each, types.FrameType) and each.f_code.co_filename.startswith(str(ROOT)):
-            with contextlib.suppress(RuntimeError):  # it has not ended
-                each.clear()
-        # A circle through C++: hooks in nodes of the graph hold it, and it holds them.
-        elif isinstance(each, DistributedDataParallel):
-            vars(each).clear()
-    gc.collect()
-
-
-def _disconnect() -> None:
-    """Ends all groups of ranks, of whomever: the next cases make their own."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if "vllm.distributed.parallel_state" in sys.modules:
-        from vllm import envs
-        from vllm.distributed import parallel_state as of_vllm
-
-        envs.disable_envs_cache()
-        of_vllm.destroy_model_parallel()
-        of_vllm.destroy_distributed_environment()
-    if dist.is_initialized():
-        dist.destroy_process_group()
