@@ -20,7 +20,7 @@ from a3po_megatron.config.load import known_options
 from a3po_megatron.config.nearest import SYNONYMS
 from a3po_megatron.errors import RequestError
 from a3po_megatron.run.folder import save_resolved
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 PAIRS = [[ROOT / f"configs/{name}.yaml", ROOT / f"configs/{name}-dapo.yaml"] for name in ("demo", "arithmetic")]
 LEAST = {"model.path": "m", "data.path": "rows.jsonl"}

@@ -26,7 +26,7 @@ from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import site, slurm
 from a3po_megatron.run.folder import save_resolved
-from tests.tiny import VOCAB, save_tokenizer
+from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 SIGNS = "abcXYZ019 _-./:=@%+,;|&<>(){}[]#'\"\\$`~*?!^äß日本\u2028\t"
 ODD = [

@@ -17,8 +17,15 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
-from tests.distributed.runner import Case, Ranks
-from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
+from tests.harness.ranks import Case, Ranks
+from tests.harness.tiny_models import (
+    CLIPPED,
+    hf_logprobs,
+    hf_model,
+    hf_tensors_of,
+    literal_token_weights,
+    make_collected,
+)
 
 TEMPERATURE, STEP, LR, NAN = 0.8, 20, 1e-2, float("nan")
 

@@ -1,7 +1,7 @@
 """Runs that are interrupted at one exact point, and the comparison of two runs bit for bit.
 
 A run is driven from outside only: the command line, signals, and what it leaves in its folder. What interrupts it is
-tests/interrupting/sitecustomize.py, inside the rank.
+tests/harness/interrupting/sitecustomize.py, inside the rank.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from a3po_megatron import cli
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.run.stop import SIGNALS
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 STEPS, EVERY = 6, 2  # saves after steps 1, 3 and 5: between them, a kill loses what only a replay brings back
 SMALL = (
@@ -101,7 +101,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def environment(point: str | None = None) -> dict[str, str]:
     """This checkout's code, and before it the module that draws from every random stream in a rank's updates and, with
     a point, interrupts a rank there."""
-    path = [str(ROOT / "tests" / "interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT / "tests/harness/interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     around = {name: value for name, value in os.environ.items() if name != "A3PO_TEST_INTERRUPT"}
     around.setdefault("A3PO_TEST_DRAWS", "1")
     if point is not None:
