@@ -30,6 +30,7 @@ from unittest import mock
 
 import psutil
 
+import tests.distributed  # noqa: F401  # prepares this process, before anything imports Megatron
 from a3po_megatron.launch.environment import die_with_parent
 from a3po_megatron.launch.local import rendezvous
 from tests.harness import tidying
