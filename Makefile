@@ -30,7 +30,7 @@ test-slurm: setup
 # Python 3.12 and a newer Megatron-Core, in an environment of its own: what holds there.
 test-next:
 	tools/setup_next.sh
-	.venv-next/bin/python -m tests.next_cells
+	.venv-next/bin/python -m tests.harness.next_versions
 
 soak: setup
 	python -m pytest -m "soak or interruption"

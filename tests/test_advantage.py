@@ -9,7 +9,7 @@ import torch
 from a3po_megatron.algorithm.advantage import assemble, group_advantages
 from a3po_megatron.batch import Collected, Verdict
 from a3po_megatron.config import AdvantageOptions
-from tests.tiny import make_collected
+from tests.harness.tiny_models import make_collected
 
 
 def advantages(

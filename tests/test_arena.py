@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from a3po_megatron.model.arena import ALIGNMENT, Block, Gathered, plan
 from tests.distributed import cases_arena as cases
-from tests.distributed.runner import run_ranks
-from tests.tiny import make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import make_checkpoint
 
 
 @given(st.lists(st.integers(min_value=0, max_value=10_000), max_size=50))

@@ -18,7 +18,7 @@ from a3po_megatron.batch import Batch, Collected, Prompt, Rollout, Segment
 from a3po_megatron.config import AdvantageOptions, ShapingOptions
 from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.telemetry.rollouts import save_rollouts
-from tests.tiny import literal_token_weights, make_collected, trained_places, with_tools
+from tests.harness.tiny_models import literal_token_weights, make_collected, trained_places, with_tools
 
 SEGMENTS = st.lists(st.builds(Segment, st.integers(1, 9), st.integers(0, 3), st.booleans()), min_size=1, max_size=6)
 

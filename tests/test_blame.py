@@ -15,7 +15,7 @@ import pytest
 from a3po_megatron.errors import Interrupted, RequestError, RunFailed
 from a3po_megatron.launch import local
 from a3po_megatron.launch.blame import Death, Here, InJob, blamed, deaths_in_job, failure, first_bad_node
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 # How a rank of a kind ends: what its shell does, and what srun 22.05 says of it.
 ENDS = {

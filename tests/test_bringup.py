@@ -1,5 +1,5 @@
 """tools/gpu_bringup.py where there is no GPU: it says so; its runner lets no experiment take another along; and what of
-the experiments a CPU can do, it does here, on tests/te_harness where they need Transformer Engine."""
+the experiments a CPU can do, it does here, on tests/harness/te_on_cpu where they need Transformer Engine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 
 from a3po_megatron.model.precision import FP32_SCALES
 from a3po_megatron.model.read import read_facts
-from tests.distributed.runner import ROOT
-from tests.tiny import hf_logprobs, hf_model, make_checkpoint
+from tests.harness.ranks import ROOT
+from tests.harness.tiny_models import hf_logprobs, hf_model, make_checkpoint
 from tools import gpu_bringup
 from tools.bringup import arena, basics, budget, head, loop, machine, oracle
 from tools.bringup.experiments import EXPERIMENTS, by_id, chosen
@@ -42,12 +42,12 @@ def bringup(*words: str) -> subprocess.CompletedProcess[str]:
 
 def made_up(name: str, **options: Any) -> Experiment:
     options = {"needs": (), "seconds": 60} | options
-    return Experiment(name, name.replace("_", " "), f"tests.bringup_cases:{name}", **options)
+    return Experiment(name, name.replace("_", " "), f"tests.harness.bringup_experiments:{name}", **options)
 
 
 def on_cpu(name: str, te: bool = False, seconds: float = 200) -> dict[str, Any]:
     """The record of an experiment that needs Megatron."""
-    harness = {"PYTHONPATH": str(ROOT / "tests/te_harness"), FP32_SCALES: "1"}
+    harness = {"PYTHONPATH": str(ROOT / "tests/harness/te_on_cpu"), FP32_SCALES: "1"}
     environment = NO_GPU | (harness if te else {})
     return run(made_up(name, needs=("megatron",), seconds=seconds, environment=environment), {})
 
@@ -198,7 +198,7 @@ def test_a_record_says_what_was_found_before_the_end_and_the_last_lines_of_what_
     assert records["takes_all_memory"]["numbers"] == {"before": 3}
     assert any("in hangs" in line for line in records["hangs"]["last_lines"])  # every thread's stack
     assert str(ROOT) not in json.dumps(records)  # records are published: no machine's paths
-    assert records["raises"]["last_lines"][-1] == "ValueError: something in tests/bringup_cases.py"
+    assert records["raises"]["last_lines"][-1] == "ValueError: something in tests/harness/bringup_experiments.py"
     good = records["succeeds"]
     assert good["numbers"] == {"answer": 42} and good["headline"] == "42" and good["last_lines"] == []
     assert [claim["holds"] for claim in good["claims"]] == [True, True]

@@ -11,7 +11,7 @@ from a3po_megatron.report.charts import CHARTS, chart_of
 from a3po_megatron.telemetry.catalogue import CATALOGUE, METRICS, STARTUP, STEP, Phase
 from a3po_megatron.telemetry.clock import Clock
 from a3po_megatron.telemetry.metrics import MetricsWriter
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 
 def test_every_metric_says_what_it_is_and_what_draws_it() -> None:

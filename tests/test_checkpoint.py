@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import cases_checkpoint as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import KINDS, make_checkpoint
 from tests.test_convert import DTYPES, assert_same_bits, convert, converted, read_tensors
-from tests.tiny import KINDS, make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_circle as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 # Every command's help and a message, in one process: what each printed, and how it ended.
 MANY = """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_cluster as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

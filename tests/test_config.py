@@ -22,7 +22,7 @@ from a3po_megatron.config.renamed import NULL_WAS, RENAMED
 from a3po_megatron.errors import RequestError
 from a3po_megatron.ranks.backend import CPU, Backend, backend_of
 from a3po_megatron.run.folder import save_resolved
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 PAIRS = [[ROOT / f"configs/{name}.yaml", ROOT / f"configs/{name}-dapo.yaml"] for name in ("demo", "arithmetic")]
 LEAST = {"model.path": "m", "data.path": "rows.jsonl"}

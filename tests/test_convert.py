@@ -28,8 +28,8 @@ from a3po_megatron.model.cut import LearnerRank, Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
-from tests.distributed.runner import Ranks, run_ranks
-from tests.tiny import KINDS, hf_model, hf_tensors_of, make_checkpoint
+from tests.harness.ranks import Ranks, run_ranks
+from tests.harness.tiny_models import KINDS, hf_model, hf_tensors_of, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -19,6 +19,7 @@ from a3po_megatron.model.cut import pieces
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import check_checkpoint, load_shards
+from tests.harness.tiny_models import hf_tensors_of
 from tests.test_convert import (
     INDEX,
     SINGLE,
@@ -34,7 +35,6 @@ from tests.test_convert import (
     with_dtype,
 )
 from tests.test_convert_damage import assert_hf_refused, assert_one_message
-from tests.tiny import hf_tensors_of
 
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
 EXPERTS = "model.layers.1.mlp.experts."

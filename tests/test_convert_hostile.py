@@ -32,8 +32,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from a3po_megatron.convert import convert as convert_module
-from tests.distributed.runner import Ranks, run_ranks
-from tests.distributed.saving import write_whole
+from tests.harness.ranks import Ranks, run_ranks
+from tests.harness.saves_at_once import write_whole
 from tests.test_convert import (
     INDEX,
     ROOT,

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from tests import resume_tools as tools
-from tests.distributed.runner import ROOT
+from tests.harness import interrupted_runs as tools
+from tests.harness.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()
 

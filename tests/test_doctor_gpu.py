@@ -35,7 +35,7 @@ from a3po_megatron.launch.doctor.probe import (
 )
 from a3po_megatron.model.precision import FP32_SCALES as SCALES
 from a3po_megatron.ranks.backend import CUDA
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 HEALTHY = Found(
     driver="580.95.05",

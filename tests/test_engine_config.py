@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 ALWAYS = {
     "runner": "V2",
@@ -26,7 +26,7 @@ ALWAYS = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.engine_configs"]
+    command = [sys.executable, "-m", "tests.harness.engine_configs_of_a_gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

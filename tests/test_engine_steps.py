@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.runner import ROOT
-from tests.tiny import make_checkpoint
+from tests.harness.ranks import ROOT
+from tests.harness.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = make_checkpoint(tmp_path_factory.mktemp("steps") / "m", "qwen3")
     found = {}
     for how in ("drained", "before"):
-        command = [sys.executable, "-m", "tests.async_steps", str(folder), how]
+        command = [sys.executable, "-m", "tests.harness.overlapping_steps", str(folder), how]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         found[how] = json.loads(done.stdout.splitlines()[-1])

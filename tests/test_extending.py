@@ -20,7 +20,7 @@ from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.model.read import facts_of
 from a3po_megatron.telemetry.catalogue import METRICS
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 from tests.test_layout import CONFIG, MOE
 
 DOCS = (ROOT / "docs/extending.md").read_text()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from a3po_megatron.convert.convert import ExportOptions, export_checkpoint, import_checkpoint
 from a3po_megatron.model.families.registry import FAMILIES
 from tests.distributed import cases_families as cases
-from tests.distributed.runner import ROOT, run_ranks
+from tests.harness.ranks import ROOT, run_ranks
 
 # Names of tensors, or parts of them, in an HF folder, in Megatron and in vLLM.
 NAMES = re.compile(

@@ -11,7 +11,7 @@ import torch
 
 from a3po_megatron.learner.fused_head import logprob_and_entropy
 from tests.distributed import cases_fused_head as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -28,8 +28,8 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import site, slurm
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import save_resolved
-from tests.distributed.runner import ROOT
-from tests.tiny import VOCAB, save_tokenizer
+from tests.harness.ranks import ROOT
+from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 SIGNS = "abcXYZ019 _-./:=@%+,;|&<>(){}[]#'\"\\$`~*?!^äß日本\u2028\t"
 ODD = [

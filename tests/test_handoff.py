@@ -12,7 +12,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.shell import check_interfaces, of_a_job, of_a_submission, of_one_machine
 from a3po_megatron.ranks.handoff import VARIABLES, WHEELS, Handoff
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 USERS = {
     "PATH": "/usr/bin",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 PACKAGE = ROOT / "a3po_megatron"
 NAMES = "files/run_folder.py"  # where steps are written in names

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 FOLDERS = ("a3po_megatron", "launchers", "slurm", "tests", "tools")
 

@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from a3po_megatron.model.precision import TE_WINDOW
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 # Where the two differ, and why.
 EXCEPTIONS = {

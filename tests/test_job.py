@@ -21,7 +21,7 @@ from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.launch.signals import KEPT, Signals
 from a3po_megatron.launch.starts import idle_starts, reached
 from a3po_megatron.run.manifest import Manifest, inputs_of
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 from tests.test_launch import catches
 
 pytestmark = pytest.mark.alone

@@ -19,7 +19,7 @@ from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.telemetry.catalogue import METRICS
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 # Small steps: what is trained is not the subject.
 SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]

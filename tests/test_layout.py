@@ -22,7 +22,7 @@ from a3po_megatron.model.facts import Experts, ModelFacts
 from a3po_megatron.model.layout import Layout, check_layout, padded_vocab
 from a3po_megatron.model.read import NEUTRAL, facts_of, read_facts
 from a3po_megatron.model.rope import RopeScaling
-from tests.tiny import tensor_pieces
+from tests.harness.tiny_models import tensor_pieces
 
 VOCABULARY = {"embedding.word_embeddings.weight", "output_layer.weight"}
 REAL = ("Qwen3-8B", "Qwen3-8B-Base", "Qwen2.5-Math-7B", "DeepSeek-R1-Distill-Qwen-7B")

@@ -9,8 +9,8 @@ import pytest
 
 from tests.distributed import cases_learner
 from tests.distributed.cases_learner import CASES, CROSSING
-from tests.distributed.runner import run_ranks
-from tests.tiny import KINDS, make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import KINDS, make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import resume_tools as tools
-from tests.resume_tools import INTERRUPTED, LAYOUTS, STEPS, Ended, Interrupt, Launched
+from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import INTERRUPTED, LAYOUTS, STEPS, Ended, Interrupt, Launched
 
 pytestmark = [pytest.mark.soak, pytest.mark.alone]
 

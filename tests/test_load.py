@@ -15,8 +15,8 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import check_checkpoint, load_shards
+from tests.harness.tiny_models import VOCAB, make_checkpoint, tensor_pieces
 from tests.test_layout import megatron_parameters
-from tests.tiny import VOCAB, make_checkpoint, tensor_pieces
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_logits as cases
-from tests.distributed.runner import run_ranks
-from tests.tiny import KINDS, YARNS, make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import KINDS, YARNS, make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import backend_of, select_backend
 from a3po_megatron.rollout.vllm_engine import engine_arguments
 from a3po_megatron.schedule.packing import token_multiple
-from tests.tiny import make_checkpoint
+from tests.harness.tiny_models import make_checkpoint
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "configs/arithmetic.yaml"
 BF16 = ModelOptions(path="x", dtype="bfloat16")

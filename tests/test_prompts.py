@@ -23,7 +23,7 @@ from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
-from tests.tiny import VOCAB, save_tokenizer
+from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
 

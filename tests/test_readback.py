@@ -16,8 +16,8 @@ from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout.engine import local_experts
 from a3po_megatron.weights.receipt import shard_checksums, tensor_checksum, wrap
 from tests.distributed import cases_readback as cases
-from tests.distributed.runner import run_ranks
-from tests.tiny import make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import make_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.weights import receipt
 from a3po_megatron.weights.receipt import block_checksum, shard_checksums, tensor_checksum
+from tests.harness.tiny_models import tensor_pieces
 from tests.test_layout import megatron_parameters
-from tests.tiny import tensor_pieces
 
 NUMPY_BITS = {torch.float32: (torch.int32, np.uint32), torch.bfloat16: (torch.int16, np.uint16)}
 FAMILY = ModelFacts(

@@ -24,7 +24,7 @@ from a3po_megatron.model.read import facts_of, read_facts
 from a3po_megatron.reward.math import grade
 from a3po_megatron.schedule.packing import pack
 from a3po_megatron.weights.load import check_checkpoint
-from tests.tiny import make_checkpoint
+from tests.harness.tiny_models import make_checkpoint
 
 LEAST = "model: {path: .}\ndata: {path: builtin:arithmetic}\n"
 

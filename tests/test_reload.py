@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from a3po_megatron.compat.megatron import holders, owners
 from tests.distributed import cases_resume as cases
-from tests.distributed.runner import run_ranks
-from tests.tiny import make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")

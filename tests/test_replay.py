@@ -23,8 +23,8 @@ from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.rollouts import save_rejected
 from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAYERS, PER_TOKEN
-from tests.distributed.runner import Case, run_ranks
-from tests.tiny import make_checkpoint, make_collected
+from tests.harness.ranks import Case, run_ranks
+from tests.harness.tiny_models import make_checkpoint, make_collected
 
 SIZES = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS, "num_experts_per_tok": PER_TOKEN}
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from a3po_megatron import cli
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.launch import local
-from tests.tiny import VOCAB, make_checkpoint, save_tokenizer
+from tests.harness.tiny_models import VOCAB, make_checkpoint, save_tokenizer
 
 STARTED = "the ranks would start now"
 

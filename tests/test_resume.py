@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import resume_tools as tools
-from tests.resume_tools import EVERY, LAYOUTS, STEPS, Interrupt
+from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import EVERY, LAYOUTS, STEPS, Interrupt
 
 
 def point(

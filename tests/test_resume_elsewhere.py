@@ -14,8 +14,8 @@ import pytest
 from a3po_megatron.files.run_folder import step_files
 from a3po_megatron.run.journal import read_frames, write_frame
 from a3po_megatron.run.manifest import read_manifest
-from tests import resume_tools as tools
-from tests.resume_tools import LAYOUTS, STEPS, VOLATILE, Interrupt
+from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import LAYOUTS, STEPS, VOLATILE, Interrupt
 
 pytestmark = [pytest.mark.soak, pytest.mark.alone]
 

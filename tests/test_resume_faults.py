@@ -20,8 +20,8 @@ import pytest
 from a3po_megatron.config import load_resolved
 from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.run.manifest import check_whole
-from tests import resume_tools as tools
-from tests.resume_tools import LAYOUTS, STEPS, Ended, Interrupt
+from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import LAYOUTS, STEPS, Ended, Interrupt
 
 TP2 = LAYOUTS["tp2"]
 HOUR = 3600.0

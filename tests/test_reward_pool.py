@@ -18,7 +18,7 @@ import pytest
 from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.reward import math
 from a3po_megatron.reward.pool import GraderPool
-from tests import graders
+from tests.harness import misbehaving_graders as graders
 
 pytestmark = pytest.mark.alone
 
@@ -230,7 +230,7 @@ def test_workers_die_with_their_parent_even_while_they_grade(tmp_path: Path) -> 
         tmp_path,
         """
         from a3po_megatron.reward.pool import GraderPool
-        from tests import graders
+        from tests.harness import misbehaving_graders as graders
         pool = GraderPool(graders.obey, 2, 60.0, 1 << 30)
         print(*{v.reason for v in pool.grade_all([("sleep 0.5", "")] * 2)}, flush=True)
         pool.grade_all([("busy", ""), ("hang", "")])
@@ -253,7 +253,7 @@ def test_workers_do_not_run_the_main_script_again_and_refuse_its_functions(tmp_p
         print("main runs", flush=True)  # no `if __name__` guard: multiprocessing's spawn would come back here
         from a3po_megatron.errors import RequestError
         from a3po_megatron.reward.pool import GraderPool
-        from tests import graders
+        from tests.harness import misbehaving_graders as graders
         with GraderPool(graders.obey, 1, 5.0, 1 << 30) as pool:
             print(pool.grade_all([("a", "a")])[0].outcome)
         def mine(response, answer): ...

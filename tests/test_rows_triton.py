@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 CODE = """
-from tests.rows_cases import differences
+from tests.harness.rows_of_logits import differences
 for name, error in differences("cpu"):
     print(f"{error:.3e} {name}")
 """
@@ -39,7 +39,7 @@ def test_the_kernels_compile_for_hopper_within_its_registers_and_spill_none(whic
         if "A3PO_TRITON_CUDA" not in os.environ:
             pytest.skip("A3PO_TRITON_CUDA names no folder with the Triton of constraints/h200.txt")
         folder = [os.environ["A3PO_TRITON_CUDA"]]
-    command = [sys.executable, "-m", "tests.triton_ahead", *folder]
+    command = [sys.executable, "-m", "tests.harness.triton_ahead", *folder]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ import torch
 
 from a3po_megatron.algorithm.shaping import rho, token_weights
 from a3po_megatron.config import ShapingOptions
-from tests.tiny import literal_token_weights
+from tests.harness.tiny_models import literal_token_weights
 
 
 def laid_out(values: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:

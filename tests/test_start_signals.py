@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests import resume_tools as tools
-from tests.resume_tools import Interrupt, Launched
+from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import Interrupt, Launched
 
 DP2 = tools.LAYOUTS["dp2"]
 NEW = "VLLM_CACHE_ROOT"  # where vLLM remembers models' classes: in a new one it inspects them in a process of its own

@@ -20,7 +20,7 @@ from a3po_megatron.launch.status import status
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import save_resolved
 from a3po_megatron.telemetry.clock import Clock
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 SECONDS = {"rollout": 4.0, "reward": 0.5, "score": 1.0, "update": 3.0, "publish": 1.0, "checkpoint": 0.5}
 

@@ -17,7 +17,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import LEAD
 from a3po_megatron.launch import slurm
 from a3po_megatron.launch.site import gpus_of
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 
 def planned(folder: Path, *overrides: str) -> slurm.Plan:

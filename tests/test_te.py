@@ -1,6 +1,7 @@
 """The learner on Megatron's Transformer Engine spec: updates, FP8, names and checkpoints.
 
-Transformer Engine's own Python runs; its kernels are stand-ins: tests/te_harness says what that can and cannot show.
+Transformer Engine's own Python runs; its kernels are stand-ins: tests/harness/te_on_cpu says what that can and
+cannot show.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_te as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 # Sums in another order than plain PyTorch's, and nothing more: as tools/bringup/te.py asks of a GPU.
 WITHIN = 1.5

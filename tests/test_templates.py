@@ -16,7 +16,7 @@ from a3po_megatron.data.fields import Turn
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokens import Tokens
 from a3po_megatron.errors import RequestError
-from tests.tiny import VOCAB, save_tokenizer
+from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 CHATML = """\
 {%- if messages[0].role == 'system' %}

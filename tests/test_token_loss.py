@@ -13,8 +13,8 @@ import torch
 from a3po_megatron.algorithm.sums import Kind, Max, Report, Sum
 from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
 from tests.distributed import cases_objective as cases
-from tests.distributed.runner import run_ranks
-from tests.tiny import make_checkpoint
+from tests.harness.ranks import run_ranks
+from tests.harness.tiny_models import make_checkpoint
 
 CPU = torch.device("cpu")
 

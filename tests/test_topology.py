@@ -14,7 +14,7 @@ from a3po_megatron.config import ParallelOptions
 from a3po_megatron.errors import RequestError
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.ranks.topology import Coordinates, Kind, Role, Topology, topology_of
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -35,9 +35,9 @@ from a3po_megatron.weights import transfer
 from a3po_megatron.weights.fuse import FusedExperts
 from a3po_megatron.weights.route import Plan, plan
 from a3po_megatron.weights.transfer import Allocate, fresh, gather
-from tests.collectives import Call, FakeDist, replica_groups
+from tests.harness.threads_as_ranks import Call, FakeDist, replica_groups
+from tests.harness.tiny_models import make_checkpoint
 from tests.test_layout import CONFIG, MOE, layouts, numbered, window
-from tests.tiny import make_checkpoint
 
 DATA = os.environ.get("A3PO_TEST_DATA")
 DTYPE = torch.float32

@@ -10,7 +10,7 @@ import torch
 
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
 from tests.distributed import cases_vocab_parallel as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

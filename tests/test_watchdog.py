@@ -15,7 +15,7 @@ import pytest
 from a3po_megatron.config import TelemetryOptions
 from a3po_megatron.telemetry.clock import Clock
 from a3po_megatron.telemetry.watchdog import Watchdog, position
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 from tests.test_launch import ended, rank_processes, start, wait_for_phase  # noqa: F401
 
 pytestmark = pytest.mark.alone

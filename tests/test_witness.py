@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from a3po_megatron.telemetry.clock import CLOCK
 from a3po_megatron.telemetry.host import available_bytes
 from a3po_megatron.weights import witness
-from tests.tiny import make_checkpoint
+from tests.harness.tiny_models import make_checkpoint
 
 PROMPT, RESPONSE = (3, 1, 4), (1, 5)
 

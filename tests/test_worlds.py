@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import cases_worlds as cases
-from tests.distributed.runner import run_ranks
+from tests.harness.ranks import run_ranks
 
 pytestmark = pytest.mark.alone
 

@@ -33,7 +33,7 @@ fi
 echo "setup: everything else"
 pip_install -r constraints/cpu.txt || fail "a package of constraints/cpu.txt cannot be installed (see above)"
 pip_install --no-build-isolation --editable . 2>/dev/null || pip_install --no-build-isolation --editable .
-# Transformer Engine's Python, for the tests, where no import finds it: tests/te_harness puts it on a CPU.
+# Transformer Engine's Python, for the tests, where no import finds it: tests/harness/te_on_cpu puts it on a CPU.
 pip_install --target .venv/transformer-engine --upgrade "$(grep '^transformer-engine==' constraints/h200.txt)" ||
   fail "cannot get the wheel of Transformer Engine's Python"
 .venv/bin/python -c 'import torch; assert torch.version.cuda is None' || fail "the torch in .venv is a build for CUDA: remove .venv"

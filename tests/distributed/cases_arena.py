@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from a3po_megatron.learner.learner import Learner
 from tests.distributed.cases_resume import SAVED, _learner, _read, _update, save
-from tests.distributed.runner import Ranks
-from tests.tiny import make_collected
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import make_collected
 
 CYCLES = 3
 

@@ -18,8 +18,8 @@ from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from tests.distributed.cases_circle import InProcess
-from tests.distributed.runner import Ranks
-from tests.tiny import hf_model, resolved
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import hf_model, resolved
 
 # World size → name → (model, dtype, layout): a covering choice, every family and every kind of parallelism.
 SAVED: dict[int, dict[str, tuple[str, str, dict[str, Any]]]] = {

@@ -28,8 +28,8 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from a3po_megatron.weights import publish, witness
-from tests.distributed.runner import ROOT, Ranks
-from tests.tiny import make_checkpoint, resolved, save_tokenizer
+from tests.harness.ranks import ROOT, Ranks
+from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.

@@ -17,7 +17,7 @@ from a3po_megatron.errors import RunFailed
 from a3po_megatron.ranks.agree import same
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.ranks.groups import Cluster, arrange
-from tests.distributed.runner import Ranks
+from tests.harness.ranks import Ranks
 
 # By rank. Floats whose decimal forms are long, numbers above 2^53, text, nothing, nested values.
 VALUES: tuple[tuple[Any, Any], ...] = (

@@ -26,8 +26,8 @@ from a3po_megatron.model.families.moe import QWEN3_MOE
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.publish import Publisher
-from tests.distributed.runner import Ranks
-from tests.tiny import make_checkpoint, resolved
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import make_checkpoint, resolved
 
 BIAS = "mlp.gate.e_score_correction_bias"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from a3po_megatron.learner.fused_head import logprob_and_entropy
 from tests.distributed.cases_vocab_parallel import relative
-from tests.distributed.runner import Ranks
+from tests.harness.ranks import Ranks
 
 VOCAB, HIDDEN, TOKENS = 67, 24, 20
 

@@ -17,8 +17,8 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
-from tests.distributed.runner import Case, Ranks
-from tests.tiny import (
+from tests.harness.ranks import Case, Ranks
+from tests.harness.tiny_models import (
     CLIPPED,
     hf_logprobs,
     hf_model,

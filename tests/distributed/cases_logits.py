@@ -12,8 +12,8 @@ from a3po_megatron.model.cut import pieces
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import load_shards
-from tests.distributed.runner import Ranks
-from tests.tiny import KINDS, VOCAB, YARNS, hf_model
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import KINDS, VOCAB, YARNS, hf_model
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 97, 200, 256)  # below, at and beyond the original context of 16 of llama31 and YARNS
 

@@ -20,8 +20,8 @@ from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from tests.distributed.cases_learner import TEMPERATURE, as_hf, batch_of, literal_old, settings, share
-from tests.distributed.runner import Ranks
-from tests.tiny import hf_logprobs, hf_model, hf_tensors_of, make_collected, trained_places, with_tools
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import hf_logprobs, hf_model, hf_tensors_of, make_collected, trained_places, with_tools
 
 CLIP, CONSTANT = 0.1, 32
 LAYOUTS: tuple[dict[str, int], ...] = ({"data": 2}, {"context": 2}, {"tensor": 2}, {"pipeline": 2})

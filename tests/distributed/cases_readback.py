@@ -29,8 +29,8 @@ from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
-from tests.distributed.runner import Ranks
-from tests.tiny import hf_model, make_checkpoint, resolved
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import hf_model, make_checkpoint, resolved
 
 # As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
 NARROW = {

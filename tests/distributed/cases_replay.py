@@ -42,8 +42,8 @@ from tests.distributed.cases_learner import (
     settings,
     share,
 )
-from tests.distributed.runner import Ranks
-from tests.tiny import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
+from tests.harness.ranks import Ranks
+from tests.harness.tiny_models import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 
 LAYERS, EXPERTS, PER_TOKEN = 5, 8, 3
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -30,9 +30,9 @@ from a3po_megatron.run.stop import Interrupt, Stop
 from a3po_megatron.run.store import Saving
 from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
-from tests.distributed.runner import Ranks
-from tests.distributed.saving import write_whole
-from tests.tiny import CLIPPED, make_collected
+from tests.harness.ranks import Ranks
+from tests.harness.saves_at_once import write_whole
+from tests.harness.tiny_models import CLIPPED, make_collected
 
 # name → (model, dtype, layout, optimizer): each way to keep an optimizer's state, and every kind of parallelism.
 SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {

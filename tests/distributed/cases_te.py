@@ -1,4 +1,5 @@
-"""The learner on Transformer Engine's layer spec: its own Python over stand-ins for its kernels (tests/te_harness)."""
+"""The learner on Transformer Engine's layer spec: its own Python over stand-ins for its kernels, which are those of
+tests/harness/te_on_cpu."""
 
 from __future__ import annotations
 
@@ -31,10 +32,10 @@ from tests.distributed.cases_learner import (
     settings,
     share,
 )
-from tests.distributed.runner import Case, Ranks
-from tests.distributed.saving import write_whole
-from tests.quantised import quantised
-from tests.tiny import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
+from tests.harness.fp8_rounding import quantised
+from tests.harness.ranks import Case, Ranks
+from tests.harness.saves_at_once import write_whole
+from tests.harness.tiny_models import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 from tools.bringup.measure import relative
 from tools.bringup.rank import TINY, make_model
 from tools.bringup.te import whole

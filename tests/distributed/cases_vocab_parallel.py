@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
-from tests.distributed.runner import Ranks
+from tests.harness.ranks import Ranks
 
 
 def dense(

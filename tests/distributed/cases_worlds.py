@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tests.distributed.runner import Ranks
+from tests.harness.ranks import Ranks
 
 
 def fails_on_rank_1(ranks: Ranks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.rows_cases import differences
+from tests.harness.rows_of_logits import differences
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,8 +27,8 @@ from a3po_megatron.cli import main
 from a3po_megatron.config import load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import slurm as launched
-from tests import resume_tools as tools
-from tests.distributed.runner import ROOT
+from tests.harness import interrupted_runs as tools
+from tests.harness.ranks import ROOT
 
 sys.path.insert(0, str(ROOT / "slurm" / "test_cluster"))
 import cluster

@@ -28,9 +28,9 @@ from .report import Report
 # Against float64, Transformer Engine may err as much as plain PyTorch does when it computes the same in bf16, in the
 # same order of operations but for the kernels' own sums: half as much again for those.
 WITHIN = 1.5
-# Rounding to e4m3 alone, imitated in plain PyTorch (tests/quantised.py), moves this model's gradient by 0.21 to
-# 0.22 and its log-probs by a mean exp |Δ| of 1.13 to 1.15. Kernels that do no more than round stay within a third of
-# that; a wrong scale or a stale weight is beyond 0.5.
+# Rounding to e4m3 alone, imitated in plain PyTorch (tests/harness/fp8_rounding.py), moves this model's gradient by 0.21
+# to 0.22 and its log-probs by a mean exp |Δ| of 1.13 to 1.15. Kernels that do no more than round stay within a third
+# of that; a wrong scale or a stale weight is beyond 0.5.
 FP8_GRADIENT = 0.3
 FP8_RATIO = 1.2
 

@@ -1,9 +1,9 @@
 """What holds on a newer Megatron-Core and Transformer Engine: docs/evidence/megatron_next.json.
 
-    .venv-next/bin/python -m tests.next_cells      `make test-next` makes the environment first
+    .venv-next/bin/python -m tests.harness.next_versions      `make test-next` makes the environment first
 
-Runs layout, learner, conversion and checkpoint tests, and those on tests/te_harness, as they are; every one that fails
-is in the file with its last words. Exit code: 0 if all hold, 1 if not.
+Runs layout, learner, conversion and checkpoint tests, and those on tests/harness/te_on_cpu, as they are; every one that
+fails is in the file with its last words. Exit code: 0 if all hold, 1 if not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.runner import ROOT
+from tests.harness.ranks import ROOT
 
 EVIDENCE = ROOT / "docs/evidence/megatron_next.json"
 CELLS = ("layout", "learner", "convert", "checkpoint", "te")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.distributed import tidying
-from tests.distributed.worlds import ROOT, Task, World, world_of
+from tests.harness import tidying
+from tests.harness.worlds import ROOT, Task, World, world_of
 
 __all__ = ["ROOT", "Case", "Ranks", "run_ranks"]
 
@@ -72,7 +72,7 @@ def run_ranks(
     """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
 
     `fresh`: in processes that nothing was done in before, and nothing is after; say why. `te`: so, too, and with the
-    layer spec of Transformer Engine, of which tests/te_harness is a stand-in.
+    layer spec of Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     for stale in folder.glob("rank-*.log"):  # of other ranks that ran in this folder

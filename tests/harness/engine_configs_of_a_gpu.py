@@ -3,7 +3,7 @@
 vLLM's `create_engine_config` is real; the platform is vLLM's own for CUDA, with the answers of an H200 node put in as
 there is none here, and two C extensions are empty, which the configuration only looks for.
 
-    python -m tests.engine_configs
+    python -m tests.harness.engine_configs_of_a_gpu
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Writes docs/evidence/te_harness.json: what tests/te_harness gives for every case of tests/test_te.py, and both faults
-of cached copies when they are provoked.
+"""Writes docs/evidence/te_harness.json: what tests/harness/te_on_cpu gives for every case of tests/test_te.py, and both
+faults of cached copies when they are provoked.
 
-    python -m tests.te_evidence
+    python -m tests.harness.te_evidence
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from tests.distributed import cases_te as cases
-from tests.distributed.runner import ROOT, run_ranks
+from tests.harness.ranks import ROOT, run_ranks
 from tests.test_bringup import on_cpu
 
 EVIDENCE = ROOT / "docs/evidence/te_harness.json"

@@ -1,4 +1,5 @@
-"""Put first on PYTHONPATH, this hits a training run with a signal at one exact point (tests/resume_tools.py).
+"""Put first on PYTHONPATH, this hits a training run with a signal at one exact point, as
+tests/harness/interrupted_runs.py asks.
 
 Where A3PO_TEST_DRAWS is 1, every random stream of a rank is drawn from in every update, as dropout would. Where
 A3PO_TEST_CLOCK is set, the clock on the wall is set back by so many seconds when step 3 begins.

@@ -30,13 +30,14 @@ from unittest import mock
 
 import psutil
 
+import tests.distributed  # noqa: F401  # prepares this process, before anything imports Megatron
 from a3po_megatron.launch.environment import die_with_parent
 from a3po_megatron.launch.local import rendezvous
-from tests.distributed import tidying
-from tests.distributed.tidying import ROOT
+from tests.harness import tidying
+from tests.harness.tidying import ROOT
 
-HARNESS = [str(ROOT / "tests/te_harness")]
-PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.tiny"]
+HARNESS = [str(ROOT / "tests/harness/te_on_cpu")]
+PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.harness.tiny_models"]
 OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
 RANK_BYTES = 3 << 29  # a larger rank is replaced, and a new one is started where so much is free, or others are ended
 
@@ -219,7 +220,7 @@ def _answer(task: Task, rank: int, size: int, store: Any, as_new: Callable[[], N
     """What the cases returned and what went wrong, as JSON."""
     import torch.distributed as dist
 
-    from tests.distributed.runner import Ranks
+    from tests.harness.ranks import Ranks
 
     values: dict[str, Any] = {}
     doing = "they could not begin"

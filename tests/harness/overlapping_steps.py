@@ -3,7 +3,7 @@
 vLLM's LLMEngine, EngineCore with its queue of batches, and AsyncScheduler are real; the model is not run: a made-up
 executor answers every request with the tokens that it is told, and is a step behind as on a device.
 
-    python -m tests.async_steps FOLDER drained|before       prints what is left in flight, as JSON
+    python -m tests.harness.overlapping_steps FOLDER drained|before       prints what is left in flight, as JSON
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The loss's Triton kernels compiled for sm_90 without a GPU: their registers, spilled bytes and shared memory.
 
-python -m tests.triton_ahead [FOLDER]     JSON: kernel → figures; FOLDER: another Triton's, before the installed one
+python -m tests.harness.triton_ahead [FOLDER]     JSON: kernel → figures; FOLDER: another Triton's, before ours
 """
 
 from __future__ import annotations

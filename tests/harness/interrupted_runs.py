@@ -1,40 +1,39 @@
-"""Runs that are interrupted at one exact point, and the comparison of two runs bit for bit.
+"""Runs that are interrupted at one exact point, on folders that a whole session shares.
 
 A run is driven from outside only: the command line, signals, and what it leaves in its folder. What interrupts it is
-tests/interrupting/sitecustomize.py, inside the rank.
+tests/harness/interrupting/sitecustomize.py, inside the rank.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import io
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import psutil
 import pytest
-import torch
 
 from a3po_megatron import cli
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.run.stop import SIGNALS
-from tests.distributed.runner import ROOT
+from tests.harness import bit_for_bit
+from tests.harness.bit_for_bit import VOLATILE, objects_differ, read_chunks, rows_of
+from tests.harness.ranks import ROOT
+
+__all__ = ["VOLATILE", "objects_differ", "read_chunks", "rows_of"]  # with the rest of this, under one name
 
 STEPS, EVERY = 6, 2  # saves after steps 1, 3 and 5: between them, a kill loses what only a replay brings back
 SMALL = (
@@ -53,8 +52,6 @@ LAYOUTS = {
 }
 RUN_SECONDS = 240.0  # more than ten times what a run takes on two cores with nothing else to do
 INTERRUPTED = 85  # the exit code of a run that was asked to stop, and saved
-VOLATILE = ("perf/", "startup/", "memory/", "refit/seconds")  # metrics that measure the machine
-TIME_STAMPS = ("time",)  # of a rollout
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def environment(point: str | None = None) -> dict[str, str]:
     """This checkout's code, and before it the module that draws from every random stream in a rank's updates and, with
     a point, interrupts a rank there."""
-    path = [str(ROOT / "tests" / "interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT / "tests/harness/interrupting"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     around = {name: value for name, value in os.environ.items() if name != "A3PO_TEST_INTERRUPT"}
     around.setdefault("A3PO_TEST_DRAWS", "1")
     if point is not None:
@@ -279,11 +276,6 @@ def steps_shown(ended: Ended) -> list[int]:
     return [int(words[1].partition("/")[0]) for words in lines if len(words) > 1 and words[0] == "step"]
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics."""
-    return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
-
-
 def rollouts_of(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """Step → its rollouts, of all ranks; carried-over groups stand in the step that trained on them."""
     files = rollout_files(folder)
@@ -328,151 +320,6 @@ def flip_a_bit_of_a_weight(checkpoint: Path) -> None:
     raise AssertionError(f"{checkpoint}: the weight is in none of its files")
 
 
-# ---------------------------------------------------------------------------------------------- bit for bit
-
-
 def assert_same_run(found: Path, wanted: Path, steps: int = STEPS) -> None:
-    """Fails with every difference (of each kind the first few) between two finished runs; times do not count."""
-    wrong: list[str] = []
-    for compare in (_metrics_differ, _rollouts_differ, _checkpoints_differ):
-        differences = list(compare(found, wanted, steps))
-        wrong += differences[:8]
-        if len(differences) > 8:
-            wrong.append(f"… and {len(differences) - 8} more")
-    assert not wrong, "\n".join([f"{found} is not {wanted}:", *wrong])
-
-
-def _metrics_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
-    rows, others = ([json.loads(line) for line in _lines(folder / "metrics.jsonl")] for folder in (found, wanted))
-    for which, name in ((rows, found), (others, wanted)):
-        if [row["step"] for row in which] != list(range(steps)):
-            yield f"{name}/metrics.jsonl: the steps are {[row['step'] for row in which]}, not 0 to {steps - 1}"
-    by_step = {row["step"]: row for row in others}
-    for row in rows:
-        other = by_step.get(row["step"], {})
-        if list(row) != list(other):
-            yield f"step {row['step']}: the metrics are named otherwise: {sorted(row.keys() ^ other.keys())}"
-        for name in (name for name in row if name in other):
-            if not name.startswith(VOLATILE) and _bits(row[name]) != _bits(other[name]):
-                yield f"step {row['step']}: metric {name} is {row[name]!r}, not {other[name]!r}"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _bits(value: Any) -> Any:
-    """Numbers as they are written: 0 and 0.0, 0.0 and -0.0 differ."""
-    return repr(value)
-
-
-def _rollouts_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
-    ours, theirs = (
-        {path.name: path for files in rollout_files(folder).values() for path in files} for folder in (found, wanted)
-    )
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        yield f"rollouts/{name} is only in {found if name in ours else wanted}"
-    for name in sorted(ours.keys() & theirs.keys()):
-        notes: list[str] = []
-        records, others = (list(read_rollouts(path, notes)) for path in (ours[name], theirs[name]))
-        yield from notes
-        if len(records) != len(others):
-            yield f"rollouts/{name}: {len(records)} rollouts, not {len(others)}"
-        for number, (record, other) in enumerate(zip(records, others, strict=False)):
-            where = f"rollouts/{name}, rollout {number} (prompt {other['prompt_id']}, sample {other['sample']})"
-            if list(record) != list(other):
-                yield f"{where}: its keys are {list(record)}, not {list(other)}"
-            for key in (key for key in record if key in other):
-                if key not in TIME_STAMPS:
-                    yield from objects_differ(record[key], other[key], f"{where}: {key}")
-    if set(rollout_files(wanted)) != set(range(steps)):
-        yield f"{wanted}: rollouts of the steps {sorted(rollout_files(wanted))}, not 0 to {steps - 1}"
-
-
-def _checkpoints_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
-    name = f"step-{steps:06d}"
-    ours, theirs = found / "checkpoints" / name, wanted / "checkpoints" / name
-    if missing := [str(path) for path in (ours, theirs) if not path.is_dir()]:
-        yield f"no such checkpoint: {', '.join(missing)}"
-        return
-    chunks, others = read_chunks(ours), read_chunks(theirs)
-    for key in sorted(chunks.keys() ^ others.keys()):
-        yield f"{name}: {key} is only in {found if key in chunks else wanted}"
-    for key in sorted(chunks.keys() & others.keys()):
-        yield from objects_differ(chunks[key], others[key], f"{name}: {key}")
-    common, other = (torch.load(folder / "common.pt", weights_only=False) for folder in (ours, theirs))
-    yield from objects_differ(common, other, f"{name}/common.pt")
-    manifest, other = (json.loads((folder / "manifest.json").read_text()) for folder in (ours, theirs))
-    for part in ("step", "weight_version", "inputs", "state"):
-        yield from objects_differ(manifest[part], other[part], f"{name}/manifest.json: {part}")
-    for path in sorted(theirs.glob("rank-*.json")):  # the random streams
-        streams, other = (json.loads((folder / path.name).read_text()) for folder in (ours, theirs))
-        yield from objects_differ(streams, other, f"{name}/{path.name}")
-    for path in sorted(theirs.glob("surplus.rank-*")):
-        if (ours / path.name).read_bytes() != path.read_bytes():
-            yield f"{name}/{path.name}: other groups are carried over"
-
-
-def read_chunks(checkpoint: Path) -> dict[str, Any]:
-    """Everything that a torch_dist checkpoint holds, weights, optimiser state and objects: "key at offsets" → value.
-
-    Chunk by chunk, not tensor by tensor: the runs compared have one layout, and a chunk that one of them lacks shows.
-    """
-    with (checkpoint / ".metadata").open("rb") as file:
-        metadata = pickle.load(file)
-    found: dict[str, Any] = {}
-    for index, place in metadata.storage_data.items():
-        where = "" if index.offset is None else f" at {list(index.offset)}"
-        with (checkpoint / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            data = io.BytesIO(file.read(place.length))
-        value = torch.load(data, map_location="cpu", weights_only=False)
-        if isinstance(value, io.BytesIO):  # an object was pickled before it was given to the writer
-            value.seek(0)
-            value = torch.load(value, map_location="cpu", weights_only=False)
-        key = f"{index.fqn}{where}"
-        assert key not in found, f"{checkpoint}: {key} is there twice"
-        found[key] = value
-    return found
-
-
-def objects_differ(found: Any, wanted: Any, where: str) -> Iterator[str]:
-    """Where two values differ, to the bit: NaN equals itself, 0.0 is not -0.0, and 1 is not 1.0."""
-    if type(found) is not type(wanted):
-        yield f"{where} is {found!r}, not {wanted!r}"
-    elif isinstance(found, torch.Tensor | np.ndarray):
-        yield from _tensors_differ(torch.as_tensor(found), torch.as_tensor(wanted), where)
-    elif isinstance(found, dict):
-        for key in sorted(found.keys() ^ wanted.keys(), key=repr):
-            yield f"{where}[{key!r}] is only in the {'first' if key in found else 'second'}"
-        for key in (key for key in found if key in wanted):
-            yield from objects_differ(found[key], wanted[key], f"{where}[{key!r}]")
-    elif isinstance(found, list | tuple):
-        if len(found) != len(wanted):
-            yield f"{where} has {len(found)} entries, not {len(wanted)}"
-        for number, (one, other) in enumerate(zip(found, wanted, strict=False)):
-            yield from objects_differ(one, other, f"{where}[{number}]")
-    elif isinstance(found, argparse.Namespace) or (is_dataclass(found) and not isinstance(found, type)):
-        yield from objects_differ(vars(found), vars(wanted), where)
-    elif isinstance(found, io.BytesIO):
-        yield from objects_differ(found.getvalue(), wanted.getvalue(), where)
-    elif isinstance(found, Enum | set | frozenset):
-        if found != wanted:
-            yield f"{where} is {found!r}, not {wanted!r}"
-    elif repr(found) != repr(wanted):
-        yield f"{where} is {found!r}, not {wanted!r}"
-
-
-def _tensors_differ(found: torch.Tensor, wanted: torch.Tensor, where: str) -> Iterator[str]:
-    if (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
-        yield f"{where} is {found.dtype} {list(found.shape)}, not {wanted.dtype} {list(wanted.shape)}"
-        return
-    one, other = found.detach().contiguous().reshape(-1), wanted.detach().contiguous().reshape(-1)
-    bits = [value.view(torch.uint8).reshape(one.numel(), -1) for value in (one, other)] if one.numel() else [one, other]
-    wrong = torch.nonzero((bits[0] != bits[1]).reshape(one.numel(), -1).any(1))[:, 0].tolist() if one.numel() else []
-    if wrong:
-        first = wrong[0]
-        yield (
-            f"{where} ({found.dtype} {list(found.shape)}): {len(wrong)} of {one.numel()} elements differ, the first at "
-            f"{first}: {one[first].item()!r}, not {other[first].item()!r}"
-        )
+    """Fails with every difference between two finished runs; times do not count."""
+    bit_for_bit.assert_same_run(found, wanted, steps)

@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(f"the stand-in for transformer_engine_torch has no {name}")
 
     def missing(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"transformer_engine_torch.{name} (tests/te_harness)")
+        raise NotImplementedError(f"transformer_engine_torch.{name} (tests/harness/te_on_cpu)")
 
     return missing
 

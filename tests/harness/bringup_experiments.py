@@ -167,7 +167,7 @@ def two_ranks(report: Report, folder: Path) -> None:
 def layouts_on_cpu(report: Report) -> None:
     from tools.bringup.layouts import against_one
 
-    against_one(report, 2, "tests.bringup_cases:one_rank", "tests.bringup_cases:two_ranks")
+    against_one(report, 2, "tests.harness.bringup_experiments:one_rank", "tests.harness.bringup_experiments:two_ranks")
 
 
 def saves_and_dies(report: Report, folder: Path) -> None:
@@ -190,7 +190,7 @@ def resumes(report: Report, folder: Path) -> None:
 def saving_on_cpu(report: Report) -> None:
     from tools.bringup.saving import saving
 
-    saving(report, "tests.bringup_cases:saves_and_dies", "tests.bringup_cases:resumes")
+    saving(report, "tests.harness.bringup_experiments:saves_and_dies", "tests.harness.bringup_experiments:resumes")
 
 
 def _head(report: Report, folder: Path, head: str) -> None:
@@ -216,7 +216,7 @@ def heads_on_cpu(report: Report) -> None:
     folder = Path(os.environ["TMPDIR"])
     make_model(folder=folder / "model", logits=LOGITS)
     for name in ("float32_head", "bf16_head"):
-        together(report, f"tests.bringup_cases:{name}", 1, folder, 100)
+        together(report, f"tests.harness.bringup_experiments:{name}", 1, folder, 100)
     compare(report, folder)
 
 
@@ -240,7 +240,7 @@ def one_of_two(report: Report, folder: Path) -> None:
 def engine_over_two_ranks_on_cpu(report: Report) -> None:
     from tools.bringup.several import start
 
-    start(report, "tests.bringup_cases:one_of_two")
+    start(report, "tests.harness.bringup_experiments:one_of_two")
 
 
 def dies_alone(report: Report, folder: Path) -> None:
@@ -253,4 +253,4 @@ def dies_alone(report: Report, folder: Path) -> None:
 def a_rank_dies(report: Report) -> None:
     from tools.bringup.ranks import together
 
-    together(report, "tests.bringup_cases:dies_alone", 2, Path(os.environ["TMPDIR"]), 60, megatron=False)
+    together(report, "tests.harness.bringup_experiments:dies_alone", 2, Path(os.environ["TMPDIR"]), 60, megatron=False)
