@@ -15,13 +15,13 @@ from .algorithm.token_loss import Objective, known
 from .batch import Batch, Collected
 from .config import Settings
 from .data.prompts import Prompts
-from .data.tokens import Tokens
+from .data.tokenizer import Tokenizer
 from .files.run_folder import RunFolder, step_of
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
 from .model.read import read_facts
-from .ranks.groups import Cluster
+from .ranks.groups import Ranks
 from .residency import Residency
 from .rollout.engine import local_experts
 from .rollout.intake import Graders, Intake
@@ -41,9 +41,9 @@ from .weights.publish import Publish, Publisher
 @dataclass(frozen=True)
 class Parts:
     settings: Settings
-    cluster: Cluster
+    ranks: Ranks
     facts: ModelFacts
-    tokens: Tokens
+    tokenizer: Tokenizer
     prompts: Prompts
     engine: VllmEngine
     learner: Learner
@@ -63,7 +63,7 @@ class Parts:
 def build(
     folder: Path,
     settings: Settings,
-    cluster: Cluster,
+    ranks: Ranks,
     graders: Graders,
     *,
     started: float | None = None,  # when the command was given, seconds since the epoch; None: now
@@ -78,22 +78,22 @@ def build(
     started = time.time() if started is None else started
     place, model = RunFolder(folder), Path(settings.model.path)
     dtype = DTYPES[settings.model.dtype]
-    stop = Stop(cluster, interrupt)
+    stop = Stop(ranks, interrupt)
     facts = read_facts(model)
-    tokens = Tokens.of(settings.data, model, facts.vocab, facts.eos)
-    prompts = Prompts(settings.data, tokens, settings.trainer.seed, settings.rollout.max_prompt_tokens)
+    tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
+    prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, settings.rollout.max_prompt_tokens)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     with phase(Phase.ENGINE):
-        engine = engine_of(model, facts, tokens.stops, settings.rollout, dtype, cluster.backend)
+        engine = engine_of(model, facts, tokenizer.stops, settings.rollout, dtype, ranks.backend)
     stop.while_starting(folder)
-    checkpoint = resumed_from(folder, cluster)
+    checkpoint = resumed_from(folder, ranks)
     with phase(Phase.MODEL):
-        learner = learner_of(cluster, facts, settings, checkpoint)
+        learner = learner_of(ranks, facts, settings, checkpoint)
     stop.while_starting(folder)
-    journal = Journal(place.journal, cluster.rank, identity(settings), settings.checkpoint.replay == "all")
+    journal = Journal(place.journal, ranks.rank, identity(settings), settings.checkpoint.replay == "all")
     intake = Intake(
-        cluster,
-        tokens,
+        ranks,
+        tokenizer,
         settings.trainer,
         settings.rollout,
         settings.reward,
@@ -103,17 +103,17 @@ def build(
         prompts,
         graders,
     )
-    rejected = Rejected(cluster, place.rejected, settings.trainer.max_rejected_updates)
+    rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    recorder = Recorder(folder, settings, cluster, tokens, rejected, prompts.way_of, started, first_step)
-    publisher = _publisher(settings, cluster, facts, learner, prompts)
+    recorder = Recorder(folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step)
+    publisher = _publisher(settings, ranks, facts, learner, prompts)
     publish = Publish(publisher, learner, engine, journal, model, dtype, place.witness, recorder.say)
     checkpoints = Checkpoints(
         folder,
         settings,
-        cluster,
+        ranks,
         prompts,
-        tokens,
+        tokenizer,
         learner,
         intake,
         publisher,
@@ -131,17 +131,17 @@ def build(
     interrupt.limit(settings.checkpoint.time_limit_seconds, max(0.0, time.time() - started))
     return Parts(
         settings=settings,
-        cluster=cluster,
+        ranks=ranks,
         facts=facts,
-        tokens=tokens,
+        tokenizer=tokenizer,
         prompts=prompts,
         engine=engine,
         learner=learner,
-        residency=Residency(engine, learner.arena, cluster.backend, settings.learner.offload),
+        residency=Residency(engine, learner.arena, ranks.backend, settings.learner.offload),
         journal=journal,
         intake=intake,
         assemble=assembled,
-        scores=Scores(cluster, journal, rejected),
+        scores=Scores(ranks, journal, rejected),
         shape=functools.partial(shape, options=settings.shaping),
         objective=known(Clipped(settings.objective, settings.correction)),
         publish=publish,
@@ -151,13 +151,11 @@ def build(
     )
 
 
-def _publisher(
-    settings: Settings, cluster: Cluster, facts: ModelFacts, learner: Learner, prompts: Prompts
-) -> Publisher:
+def _publisher(settings: Settings, ranks: Ranks, facts: ModelFacts, learner: Learner, prompts: Prompts) -> Publisher:
     canary = [prompts.at(number).tokens for number in range(settings.publish.canary_prompts)]
     rollout, experts = settings.rollout, facts.experts.count if facts.experts else 0
 
     def engine_experts(rank: int) -> tuple[int, int]:
         return local_experts(rank, rollout.tensor, rollout.expert, experts)
 
-    return Publisher(cluster, facts, learner.layout, settings.publish, canary, engine_experts)
+    return Publisher(ranks, facts, learner.layout, settings.publish, canary, engine_experts)

@@ -60,7 +60,7 @@ def _run(folder: Path, loop: Loop) -> None:
     check_interfaces()
     with math_graders(settings.reward, settings.grader_pool) as graders:
         with phase(Phase.GROUPS):
-            cluster = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
+            ranks = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
-        loop(build(folder, settings, cluster, graders, started=Handoff.of().started))
+        loop(build(folder, settings, ranks, graders, started=Handoff.of().started))
     del lock

@@ -28,7 +28,7 @@ from a3po_megatron.model.cut import LearnerRank, Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
-from tests.harness.ranks import Ranks, run_ranks
+from tests.harness.ranks import CaseRanks, run_ranks
 from tests.harness.tiny_models import KINDS, hf_model, hf_tensors_of, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -428,7 +428,7 @@ MEGATRON_READS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def megatron_reads(ranks: Ranks) -> list[str]:
+def megatron_reads(ranks: CaseRanks) -> list[str]:
     """The parameters that Megatron's own loader fills otherwise than our loader does from the HF folder."""
     from megatron.core import dist_checkpointing
 
@@ -457,7 +457,7 @@ def megatron_reads(ranks: Ranks) -> list[str]:
     return wrong
 
 
-def a_router_with_a_bias(ranks: Ranks) -> str:
+def a_router_with_a_bias(ranks: CaseRanks) -> str:
     """What is said of a model whose routers have a bias, which Megatron keeps in a buffer."""
     from a3po_megatron.config import MegatronOptions, ModelSettings, ParallelOptions
     from a3po_megatron.errors import RequestError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
 from a3po_megatron.model.cut import pieces
 from a3po_megatron.model.layout import Layout
@@ -322,7 +322,7 @@ def test_chat_templates_of_every_name_and_processor_files_survive(source: Path, 
     back = there_and_back(folder, tmp_path)
     assert {name: (back / name).read_text() for name in beside} == beside
     assert {path.name for path in (back / "additional_chat_templates").iterdir()} == {"tool_use.jinja", "rag.jinja"}
-    tokenizer = Tokens(back, 67, (1,), "raw")._tokenizer
+    tokenizer = Tokenizer(back, 67, (1,), "raw")._tokenizer
     assert tokenizer.chat_template == {"default": "{{ 1 }}", "tool_use": "{{ 2 }}", "rag": "{{ 3 }}"}
 
 
@@ -338,7 +338,7 @@ def test_a_git_lfs_pointer_is_called_by_its_name(source: Path, tmp_path: Path, n
     )
     if name == "tokenizer.json":
         with pytest.raises(RequestError, match="git-lfs pointer"):
-            Tokens(folder, 67, (1,), "raw")
+            Tokenizer(folder, 67, (1,), "raw")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_in_one_line_with_its_folder(
     folder = copy_hf(source, tmp_path / "folder")
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | change))
     with pytest.raises(RequestError) as caught:
-        Tokens(folder, 67, (1,), "raw")
+        Tokenizer(folder, 67, (1,), "raw")
     said = str(caught.value)
     assert said.startswith(f"{folder}: the tokenizer cannot be read by ") and "\n" not in said and "newer" in said
 

@@ -32,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from a3po_megatron.convert import convert as convert_module
-from tests.harness.ranks import Ranks, run_ranks
+from tests.harness.ranks import CaseRanks, run_ranks
 from tests.harness.saves_at_once import write_whole
 from tests.test_convert import (
     INDEX,
@@ -199,7 +199,7 @@ def test_chunks_beside_each_other_that_overlap_are_refused(megatron: Path, tmp_p
     assert_refused("export", folder, WORDS, "overlap")
 
 
-def transposed_shard(ranks: Ranks) -> list[bool]:
+def transposed_shard(ranks: CaseRanks) -> list[bool]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from a3po_megatron.files.torch_dist import Box

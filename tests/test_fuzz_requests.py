@@ -23,7 +23,7 @@ import yaml
 from a3po_megatron.config import load_config, load_resolved, resolve
 from a3po_megatron.config.fields import known_options
 from a3po_megatron.config.sbatch_options import KNOWN, split
-from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch import site, slurm
 from a3po_megatron.ranks.backend import CPU
@@ -234,7 +234,7 @@ class Tokenizers:
         self.files = {
             name: (folder / "whole" / name).read_text() for name in ("tokenizer.json", "tokenizer_config.json")
         }
-        self.expected = Tokens(folder / "whole", VOCAB, (1,), "raw").encode("1+2")
+        self.expected = Tokenizer(folder / "whole", VOCAB, (1,), "raw").encode("1+2")
 
     def draw(self, random_: random.Random) -> Case:
         name = random_.choice(list(self.files))
@@ -265,7 +265,7 @@ class Tokenizers:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(self.folder / "whole", folder)
             (folder / name).write_text(content)
-            return Tokens(folder, VOCAB, (1,), "chat" if chat else "raw").encode("1+2")
+            return Tokenizer(folder, VOCAB, (1,), "chat" if chat else "raw").encode("1+2")
 
         expected = {"whole": self.expected, "template": (*self.expected, self.expected[1])}
         return Case(what, encode, expected.get(kind, ANY))

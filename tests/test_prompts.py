@@ -20,7 +20,7 @@ from a3po_megatron.config import ARITHMETIC, DataOptions
 from a3po_megatron.data.load import load
 from a3po_megatron.data.order import named_order, rollout_seed
 from a3po_megatron.data.prompts import Prompts
-from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
 from tests.harness.tiny_models import VOCAB, save_tokenizer
@@ -43,8 +43,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer: Path) -> Tokens:
-    return Tokens(tokenizer, VOCAB, (1,), "raw")
+def tokens(tokenizer: Path) -> Tokenizer:
+    return Tokenizer(tokenizer, VOCAB, (1,), "raw")
 
 
 def rows(folder: Path, count: int) -> Path:
@@ -53,7 +53,7 @@ def rows(folder: Path, count: int) -> Path:
     return path
 
 
-def prompts(path: Path | str, tokens: Tokens, seed: int = 0, limit: int = 64, **options: Any) -> Prompts:
+def prompts(path: Path | str, tokens: Tokenizer, seed: int = 0, limit: int = 64, **options: Any) -> Prompts:
     return Prompts(DataOptions(path=str(path), **options), tokens, seed, limit)
 
 
@@ -135,7 +135,9 @@ def test_the_fields_can_have_other_names(tmp_path: Path) -> None:
     assert "'gold' is missing" in refusal(rows(tmp_path, 1), answer_field="gold")
 
 
-def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(tmp_path: Path, tokens: Tokens) -> None:
+def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(
+    tmp_path: Path, tokens: Tokenizer
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join([GOOD, '{"problem": "11111", "answer": "x"}', '{"problem": "1111", "answer": "x"}']))
     with pytest.raises(RequestError) as caught:
@@ -155,7 +157,7 @@ def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(
 # --- order -------------------------------------------------------------------------------------------------------
 
 
-def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Path, tokens: Tokens) -> None:
+def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Path, tokens: Tokenizer) -> None:
     source = prompts(rows(tmp_path, 20), tokens)
     epochs = [source.take(20) for _ in range(3)]
     texts = [[prompt.text for prompt in epoch] for epoch in epochs]
@@ -166,7 +168,7 @@ def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Pat
     assert [prompt.index for prompt in everything] == list(range(60))
 
 
-def test_the_order_depends_on_the_seed_and_not_on_history(tmp_path: Path, tokens: Tokens) -> None:
+def test_the_order_depends_on_the_seed_and_not_on_history(tmp_path: Path, tokens: Tokenizer) -> None:
     path = rows(tmp_path, 7)
     straight = prompts(path, tokens).take(40)
     pieces = prompts(path, tokens)
@@ -177,7 +179,7 @@ def test_the_order_depends_on_the_seed_and_not_on_history(tmp_path: Path, tokens
 
 
 @pytest.mark.parametrize("builtin", [False, True])
-def test_a_restored_position_gives_the_same_sequel(tmp_path: Path, tokens: Tokens, builtin: bool) -> None:
+def test_a_restored_position_gives_the_same_sequel(tmp_path: Path, tokens: Tokenizer, builtin: bool) -> None:
     path = ARITHMETIC if builtin else rows(tmp_path, 7)
     source = prompts(path, tokens, seed=3)
     source.take(9)
@@ -189,7 +191,7 @@ def test_a_restored_position_gives_the_same_sequel(tmp_path: Path, tokens: Token
     assert again.take(25) == sequel
 
 
-def test_without_shuffling_the_order_is_the_files(tmp_path: Path, tokens: Tokens) -> None:
+def test_without_shuffling_the_order_is_the_files(tmp_path: Path, tokens: Tokenizer) -> None:
     source = prompts(rows(tmp_path, 5), tokens, shuffle=False)
     assert [prompt.text for prompt in source.take(10)] == [f"{n}+{n}" for n in range(5)] * 2
 
@@ -222,7 +224,7 @@ def test_every_rollout_has_a_seed_of_its_own() -> None:
 # --- the built-in task -------------------------------------------------------------------------------------------
 
 
-def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmetic(tokens: Tokens) -> None:
+def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmetic(tokens: Tokenizer) -> None:
     taken = prompts(ARITHMETIC, tokens).take(300)
     for prompt in taken:
         expression = prompt.text.removesuffix(":")
@@ -238,7 +240,7 @@ def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmeti
     assert prompts(ARITHMETIC, tokens, seed=1).take(300) != taken
 
 
-def test_the_first_built_in_problems_are_pinned(tokens: Tokens) -> None:
+def test_the_first_built_in_problems_are_pinned(tokens: Tokenizer) -> None:
     first = prompts(ARITHMETIC, tokens).take(2)
     assert [(prompt.id, prompt.text, prompt.answer) for prompt in first] == [
         ("arithmetic/0", "5-4:", "1"),
@@ -267,10 +269,10 @@ def test_a_template_renders_the_problem_word_for_word(tokenizer: Path, template:
     # One token a character: the rendered text, not only its length, is seen; unknown characters are <unk>.
     names = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
     wanted = tuple(names.get(character, names["<unk>"]) for character in text)
-    assert Tokens(tokenizer, VOCAB, (1,), template).encode("what is {x}?") == wanted
+    assert Tokenizer(tokenizer, VOCAB, (1,), template).encode("what is {x}?") == wanted
 
 
-def test_a_response_is_decoded_without_special_tokens_and_shown_with_them(tokens: Tokens) -> None:
+def test_a_response_is_decoded_without_special_tokens_and_shown_with_them(tokens: Tokenizer) -> None:
     ids = [*tokens.encode("3+4"), 1]
     assert tokens.decode(ids) == "3+4"
     assert tokens.pieces(ids) == ["3", "+", "4", "<eos>"]
@@ -289,28 +291,28 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(
     tokenizer: Path, vocab: int, eos: tuple[int, ...], template: str, says: str
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        Tokens(tokenizer, vocab, eos, template)
+        Tokenizer(tokenizer, vocab, eos, template)
     assert says in str(caught.value)
     assert str(tokenizer) in str(caught.value)
 
 
 def test_a_response_ends_at_every_end_token_of_the_model_and_at_the_tokenizers_own(tokenizer: Path) -> None:
-    assert Tokens(tokenizer, VOCAB, (1,), "raw").stops == (1,)  # <eos> is the tokenizer's own
-    assert Tokens(tokenizer, VOCAB, (5, 3), "raw").stops == (1, 3, 5)
+    assert Tokenizer(tokenizer, VOCAB, (1,), "raw").stops == (1,)  # <eos> is the tokenizer's own
+    assert Tokenizer(tokenizer, VOCAB, (5, 3), "raw").stops == (1, 3, 5)
 
 
 def test_a_folder_without_a_readable_tokenizer_or_chat_template_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no tokenizer"):
-        Tokens(tmp_path, VOCAB, (1,), "raw")
+        Tokenizer(tmp_path, VOCAB, (1,), "raw")
     save_tokenizer(tmp_path, VOCAB)
     with pytest.raises(RequestError, match="chat"):
-        Tokens(tmp_path, VOCAB, (1,), "chat")
+        Tokenizer(tmp_path, VOCAB, (1,), "chat")
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(RequestError, match="cannot be read"):
-        Tokens(tmp_path, VOCAB, (1,), "raw")
+        Tokenizer(tmp_path, VOCAB, (1,), "raw")
 
 
-def test_prompts_of_a_file_carry_their_tokens_and_gold_answer(tmp_path: Path, tokens: Tokens) -> None:
+def test_prompts_of_a_file_carry_their_tokens_and_gold_answer(tmp_path: Path, tokens: Tokenizer) -> None:
     for prompt in prompts(rows(tmp_path, 5), tokens).take(5):
         number = int(prompt.text.partition("+")[0])
         wanted = Prompt(
@@ -426,7 +428,7 @@ def test_a_tokenizer_of_newer_or_damaged_make_is_refused_in_one_line_with_the_ve
     tmp_path: Path, tokenizer: Path, changes: dict[str, Any]
 ) -> None:
     with pytest.raises(RequestError) as caught:
-        Tokens(altered(tokenizer, tmp_path / "t", **changes), VOCAB, (1,), "raw")
+        Tokenizer(altered(tokenizer, tmp_path / "t", **changes), VOCAB, (1,), "raw")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 't'}: the tokenizer cannot be read by transformers ")
     assert f"tokenizers {tokenizers.__version__}: " in message
@@ -451,7 +453,7 @@ def test_a_chat_template_that_raises_is_one_message_with_its_words_and_the_optio
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
     with pytest.raises(RequestError) as caught:
-        Tokens(folder, VOCAB, (1,), "chat").encode("1+1")
+        Tokenizer(folder, VOCAB, (1,), "chat").encode("1+1")
     message = str(caught.value)
     assert message.startswith(f"{folder}/tokenizer_config.json: chat_template, line 1: the chat template ")
     assert says in message
@@ -465,4 +467,4 @@ def test_a_problem_of_which_the_tokenizer_makes_nothing_is_named(tmp_path: Path,
     path = tmp_path / "rows.jsonl"
     path.write_text('{"problem": "xxx", "answer": "2"}\n')
     with pytest.raises(RequestError, match=f"{path}:1: the tokenizer makes no token at all"):
-        prompts(path, Tokens(folder, VOCAB, (1,), "raw"))
+        prompts(path, Tokenizer(folder, VOCAB, (1,), "raw"))

@@ -14,7 +14,7 @@ import transformers
 from a3po_megatron.config import DataOptions
 from a3po_megatron.data.fields import Turn
 from a3po_megatron.data.prompts import Prompts
-from a3po_megatron.data.tokens import Tokens
+from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
 from tests.harness.tiny_models import VOCAB, save_tokenizer
 
@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bytewise(tmp_path_factory.mktemp("bytewise"))
 
 
-def tokens(folder: Path, template: str = "chat", **options: Any) -> Tokens:
-    return Tokens(folder, 400, (1,), template, **options)
+def tokens(folder: Path, template: str = "chat", **options: Any) -> Tokenizer:
+    return Tokenizer(folder, 400, (1,), template, **options)
 
 
 def refusal(folder: Path, **options: Any) -> str:

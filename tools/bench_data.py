@@ -68,7 +68,7 @@ def start(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     from a3po_megatron.config import DataOptions
     from a3po_megatron.data.prompts import Prompts
-    from a3po_megatron.data.tokens import Tokens
+    from a3po_megatron.data.tokenizer import Tokenizer
     from a3po_megatron.model.read import read_facts
 
     data = DataOptions(
@@ -79,7 +79,7 @@ def start(options: argparse.Namespace) -> None:
         cache=str(options.folder / "cache"),
     )
     facts = read_facts(str(options.tokenizer))
-    tokens = Tokens.of(data, options.tokenizer, facts.vocab, facts.eos)
+    tokens = Tokenizer.of(data, options.tokenizer, facts.vocab, facts.eos)
     imported = time.perf_counter() - begin
     prompts = Prompts(data, tokens, 0, options.limit, check_golds=True)
     prompts.take(128)

@@ -26,7 +26,7 @@ from .golds import unreadable
 from .load import Loaded, load
 from .order import named_order
 from .table import Row
-from .tokens import Tokens
+from .tokenizer import Tokenizer
 
 COUNTED_TOGETHER = 512  # prompts
 LARGEST_BLOCK = 10_000  # draws over which weights come out exactly
@@ -39,12 +39,12 @@ class Prompts:
     """
 
     def __init__(
-        self, options: DataOptions, tokens: Tokens, seed: int, max_tokens: int, check_golds: bool = False
+        self, options: DataOptions, tokenizer: Tokenizer, seed: int, max_tokens: int, check_golds: bool = False
     ) -> None:
-        self._options, self._tokens, self._seed, self._limit = options, tokens, seed, max_tokens
+        self._options, self._tokenizer, self._seed, self._limit = options, tokenizer, seed, max_tokens
         self.remarks: list[str] = []
         self._data = None if options.path == ARITHMETIC else self._loaded(check_golds)
-        if self._data is None and (length := len(tokens.encode(arithmetic.LONGEST))) > max_tokens:
+        if self._data is None and (length := len(tokenizer.encode(arithmetic.LONGEST))) > max_tokens:
             raise RequestError(
                 f"{ARITHMETIC}: its longest prompt has {length} tokens, rollout.max_prompt_tokens is {max_tokens}"
             )
@@ -64,15 +64,15 @@ class Prompts:
         """The prompt at a position of the endless order."""
         if self._data is None:
             problem, answer = arithmetic.problem(index, self._seed)
-            text = self._tokens.render(problem)
-            return Prompt(f"arithmetic/{index}", text, answer, self._tokens.tokens_of(text), index)
+            text = self._tokenizer.render(problem)
+            return Prompt(f"arithmetic/{index}", text, answer, self._tokenizer.tokens_of(text), index)
         source, draw = self._source(index)
         first, end = (0, len(self._data.rows)) if source is None else self._data.bounds[source : source + 2]
         epoch, place = divmod(draw, end - first)
         row = self._data.rows[first + self._order(source, epoch, end - first)[place]]
         # The id names the draw of a rollout's seed: the same problem in a later epoch is another draw.
         name, text = self._data.id(row), self._rendered(self._data, row)
-        return Prompt(f"{name}@{epoch}" if epoch else name, text, row.gold, self._tokens.tokens_of(text), index)
+        return Prompt(f"{name}@{epoch}" if epoch else name, text, row.gold, self._tokenizer.tokens_of(text), index)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -152,20 +152,20 @@ class Prompts:
 
     def _fitting(self, data: Loaded, cache: Cache) -> Loaded:
         """Without what is too long. Only prompts of more bytes than the limit are tokenised, where that is exact."""
-        name = f"{name_of(data.key, data.rows.digest(), self._tokens.digest(), self._limit)}.npy"
+        name = f"{name_of(data.key, data.rows.digest(), self._tokenizer.digest(), self._limit)}.npy"
         if data.large and (there := cache.find(name)) is not None:
             return self._shortened(data, np.load(there))
         lengths = np.zeros(len(data.rows), np.uint32)  # 0: not counted, surely within
         size, ascii_ = data.rows.problem_bytes()
-        unsure = size > np.where(ascii_, *self._tokens.sure_bytes(self._limit))
+        unsure = size > np.where(ascii_, *self._tokenizer.sure_bytes(self._limit))
         to_count = (
             (number, text)
             for number, row in zip(np.flatnonzero(unsure), data.rows.only(unsure), strict=True)
-            if not self._tokens.surely_within(text := self._rendered(data, row), self._limit)
+            if not self._tokenizer.surely_within(text := self._rendered(data, row), self._limit)
         )
         while batch := list(itertools.islice(to_count, COUNTED_TOGETHER)):
             numbers, texts = zip(*batch, strict=True)
-            lengths[list(numbers)] = counts = self._tokens.counts_of(texts)
+            lengths[list(numbers)] = counts = self._tokenizer.counts_of(texts)
             if 0 in counts:
                 where = data.where(data.rows[numbers[counts.index(0)]])
                 raise RequestError(f"{where}: the tokenizer makes no token at all of the problem")
@@ -195,7 +195,7 @@ class Prompts:
 
     def _rendered(self, data: Loaded, row: Row) -> str:
         try:
-            return self._tokens.render(row.problem)
+            return self._tokenizer.render(row.problem)
         except RequestError as error:
             raise RequestError(f"{data.where(row)}: {error}") from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import compat
 from ..config import Settings
 from ..data.prompts import Prompts
-from ..data.tokens import Tokens
+from ..data.tokenizer import Tokenizer
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
@@ -24,9 +24,9 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     model = Path(settings.model.path)
     facts = read_facts(model)
     check_checkpoint(model, facts)
-    tokens = Tokens.of(settings.data, model, facts.vocab, facts.eos)
+    tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
     limit = settings.rollout.max_prompt_tokens
-    prompts = Prompts(settings.data, tokens, settings.trainer.seed, limit, check_golds=True)
+    prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
     _check_extra(settings, facts, backend)
     return prompts.remarks
 

@@ -14,7 +14,7 @@ from ..data.fields import Problem
 from ..data.golds import unreadable
 from ..data.load import Loaded, load, place_name
 from ..data.order import named_order
-from ..data.tokens import Tokens
+from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
 from ..files.cache import Cache
 from ..files.sources import files_of
@@ -30,7 +30,7 @@ def data_check(options: DataOptions, model: Path | None, benchmarks: list[Path])
     """The lines to print. Raises RequestError for what is no row, and at the end for what a run would refuse."""
     cache = Cache(options.cache)
     data = load(options.model_copy(update={"conflicts": "drop"}), cache)
-    tokens = _tokens(options, model)
+    tokenizer = _tokenizer(options, model)
     refused: list[str] = []
     counts = data.counts
     yield f"files       {len(data.files)}: {', '.join(data.names[:SHOWN])}{' …' if len(data.names) > SHOWN else ''}"
@@ -50,30 +50,30 @@ def data_check(options: DataOptions, model: Path | None, benchmarks: list[Path])
         yield f"            {data.where(row)}: {row.gold!r:.80}"
     if rows and options.unreadable_golds == "error":
         refused.append(f"{len(rows)} gold answers cannot be read (data.unreadable_golds: drop)")
-    yield from _lengths(data, tokens)
+    yield from _lengths(data, tokenizer)
     for path in benchmarks:
         yield from overlap(data, path)
     for number in named_order(len(data.rows), 0, 0)[:SHOWN]:
         row = data.rows[number]
         yield f"--- {data.where(row)}, gold {row.gold!r}"
-        yield tokens.render(row.problem) if tokens else text_of(row.problem)
+        yield tokenizer.render(row.problem) if tokenizer else text_of(row.problem)
     if refused:
         raise RequestError(f"a run would refuse this data: {'; '.join(refused)}")
 
 
-def _tokens(options: DataOptions, model: Path | None) -> Tokens | None:
+def _tokenizer(options: DataOptions, model: Path | None) -> Tokenizer | None:
     if model is None:
         return None
     facts = read_facts(str(model))
-    return Tokens.of(options, model, facts.vocab, facts.eos)
+    return Tokenizer.of(options, model, facts.vocab, facts.eos)
 
 
-def _lengths(data: Loaded, tokens: Tokens | None) -> Iterator[str]:
+def _lengths(data: Loaded, tokenizer: Tokenizer | None) -> Iterator[str]:
     characters = np.array([len(text_of(row.problem)) for row in data.rows])
     yield f"characters  {_spread(characters)}"
-    if tokens is not None:
+    if tokenizer is not None:
         numbers = np.unique(np.linspace(0, len(data.rows) - 1, min(COUNTED, len(data.rows))).astype(int))
-        counted = np.array([len(tokens.encode(data.rows[int(number)].problem)) for number in numbers])
+        counted = np.array([len(tokenizer.encode(data.rows[int(number)].problem)) for number in numbers])
         yield f"tokens      {_spread(counted)}, of {len(numbers)} prompts"
 
 

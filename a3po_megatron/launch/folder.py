@@ -52,7 +52,7 @@ def make_folder(folder: Path, settings: Settings, command: list[str]) -> tuple[I
         raise RequestError(f"{folder}: cannot make the run folder: {error.strerror}") from error
     lock = hold(folder, LEASE_SECONDS if "SLURM_JOB_ID" in os.environ else LOCK_SECONDS)
     try:
-        remarks = _go_on(folder, settings)
+        remarks = _resume(folder, settings)
         _save_identity(run.identity, settings)
         save_resolved(settings, run.config)
         _save_provenance(run.provenance, command)
@@ -70,7 +70,7 @@ def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
     return lock
 
 
-def _go_on(folder: Path, settings: Settings) -> list[str]:
+def _resume(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
     from ..run.journal import check_format, cut_torn_frames  # with numpy, which a submission does not wait for
 

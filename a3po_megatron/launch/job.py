@@ -56,7 +56,7 @@ def main(folder: Path, signals: Signals) -> None:
         outcome = None
     except A3POError as error:
         outcome = error
-    if isinstance(outcome, Interrupted) and (idle := idle_starts(folder, before, _goes_on(settings))) >= IDLE_STARTS:
+    if isinstance(outcome, Interrupted) and (idle := idle_starts(folder, before, _resumes(settings))) >= IDLE_STARTS:
         outcome = RunFailed(
             f"{outcome}. The run got no further in {idle} starts in a row, so it is not started again: give a start "
             "more time (slurm.time), see logs/ for what takes it, and submit again"
@@ -78,7 +78,7 @@ def main(folder: Path, signals: Signals) -> None:
         sys.exit(outcome.exit_code)
 
 
-def _goes_on(settings: Settings) -> bool:
+def _resumes(settings: Settings) -> bool:
     """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
     numbers = [int(os.environ.get("SLURM_RESTART_COUNT", "0")), Handoff.of().attempt or 0]
     if settings.slurm.resume == "array":

@@ -40,7 +40,7 @@ from ..model.facts import ModelFacts
 from ..model.layout import layout_of
 from ..model.precision import token_grain
 from ..ranks.agree import first
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..run.store import SHARDING, load_sharded
 from ..schedule.packing import pack, token_multiple
 from ..telemetry.catalogue import Phase
@@ -64,16 +64,16 @@ class Update:
 
 
 class Learner:
-    def __init__(self, cluster: Cluster, facts: ModelFacts, config: Settings, checkpoint: Path | None = None) -> None:
+    def __init__(self, ranks: Ranks, facts: ModelFacts, config: Settings, checkpoint: Path | None = None) -> None:
         """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
-        self.cluster, self.facts = cluster, facts
+        self.ranks, self.facts = ranks, facts
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
-        self.layout = layout_of(config.parallel, cluster.backend.spec)
-        self.pieces = pieces(facts, self.layout, self.layout.place(cluster.coordinates.pipeline, cluster.within))
+        self.layout = layout_of(config.parallel, ranks.backend.spec)
+        self.pieces = pieces(facts, self.layout, self.layout.place(ranks.coordinates.pipeline, ranks.within))
         settings = transformer_config(
-            facts, config.parallel, config.model, config.megatron, config.learner, cluster.backend
+            facts, config.parallel, config.model, config.megatron, config.learner, ranks.backend
         )
-        chunks = build_model(facts, self.layout, settings, cluster.backend)
+        chunks = build_model(facts, self.layout, settings, ranks.backend)
         if checkpoint is None:
             self._read(Path(config.model.path), _named(chunks))
         self.chunks = [
@@ -93,16 +93,16 @@ class Learner:
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.replay = config.rollout.routing_replay
-        self.pipeline = Pipeline(cluster, self.chunks, facts.vocab, self.replay)
-        self.arena = Arena(self.chunks, self.optimizer, cluster.backend.local())
+        self.pipeline = Pipeline(ranks, self.chunks, facts.vocab, self.replay)
+        self.arena = Arena(self.chunks, self.optimizer, ranks.backend.local())
         if checkpoint is not None:
             self._load(checkpoint)
         grain = token_grain(config.learner.precision)
-        self.multiple = token_multiple(grain, cluster.tensor, settings.sequence_parallel)
+        self.multiple = token_multiple(grain, ranks.tensor, settings.sequence_parallel)
 
     def _read(self, folder: Path, parameters: dict[tuple[int, str], Tensor]) -> None:
         """Weights from an HF folder: the first rank that holds a shard reads it, and sends it to the others."""
-        expert, shared = self.cluster.expert_copies, self.cluster.tokens_group
+        expert, shared = self.ranks.expert_copies, self.ranks.tokens_group
         copies = {key: shared if getattr(p, "allreduce", True) else expert for key, p in parameters.items()}
         mine = {key: parameters[key] for key, group in copies.items() if group.rank() == 0}
         failure = None
@@ -110,7 +110,7 @@ class Learner:
             load_shards(folder, self.facts, [piece for piece in self.pieces if piece.key in mine], mine)
         except RequestError as error:
             failure = str(error)
-        if wrong := self.cluster.agree("weights read", failure, first):
+        if wrong := self.ranks.agree("weights read", failure, first):
             raise RequestError(wrong)
         for key, group in copies.items():
             if group.size() > 1:
@@ -132,7 +132,7 @@ class Learner:
         """Weights and optimizer as Megatron's sharded state dict: what a checkpoint stores of this rank."""
         self.arena.ready()
         GATHERED.clear()  # of a state that was not saved
-        sharding = SHARDING | {"dp_cp_group": self.cluster.tokens_group}
+        sharding = SHARDING | {"dp_cp_group": self.ranks.tokens_group}
         states = [chunk.module.sharded_state_dict(metadata=sharding) for chunk in self.chunks]
         state: dict[str, Any] = {self._chunk(number): each for number, each in enumerate(states)}
         # Megatron wants one chunk's state bare, and several by name.
@@ -169,7 +169,7 @@ class Learner:
             rerouted = torch.zeros(len(batch.rollouts), dtype=torch.int64) if self.replay else None
             results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True, rerouted=rerouted)
             if rerouted is not None:  # the ranks of a batch group hold different tokens or layers of its rollouts
-                batch.rerouted = self.cluster.sum_over_batch_group(rerouted)
+                batch.rerouted = self.ranks.sum_over_batch_group(rerouted)
             batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())
             return batch
 
@@ -193,7 +193,7 @@ class Learner:
         """
         whole = torch.zeros(len(results), tokens)
         whole[:, torch.cat([part.index for part in micro_batches])] = results
-        return self.cluster.sum_over_context(whole)
+        return self.ranks.sum_over_context(whole)
 
     def update(self, batch: Batch, objective: Objective) -> Update:
         """One optimiser step per mini-batch. Collective.
@@ -214,8 +214,8 @@ class Learner:
                 whole.sums += part.sums
                 norms.append(self._step(number))
             # Ranks of a tensor- or pipeline-parallel group computed the same sums.
-            whole.sums = self.cluster.sum_over_tokens(whole.sums)
-            whole.take(self.cluster.agree("largest values", whole.largest, largest_of_each))
+            whole.sums = self.ranks.sum_over_tokens(whole.sums)
+            whole.take(self.ranks.agree("largest values", whole.largest, largest_of_each))
             return Update(
                 reported=whole.metrics(),
                 gradient_norm=sum(norms) / len(norms) if norms else None,
@@ -260,14 +260,14 @@ class Learner:
             **{name: value.to(logprobs.device) for name, value in values.items()},
             rollouts=len(batch.rollouts),
             mini_batch=number,
-            context=self.cluster.context_group,
+            context=self.ranks.context_group,
         )
 
     def _is_broken(self, sums: Tensor) -> bool:
         """Whether the loss or a gradient is not finite on any rank, or so large that its norm would not be."""
         buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         sound = bool(torch.isfinite(sums).all()) and all(_is_usable(buffer.grad_data) for buffer in buffers)
-        return bool(self.cluster.agree("update", not sound, any))
+        return bool(self.ranks.agree("update", not sound, any))
 
     def _step(self, number: int) -> float:
         self.arena.ready()
@@ -282,7 +282,7 @@ class Learner:
         joins every collective."""
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
-        grain = 2 * self.cluster.context if self.cluster.context > 1 else 1  # every sequence is padded to that
+        grain = 2 * self.ranks.context if self.ranks.context > 1 else 1  # every sequence is padded to that
         lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
         bins = pack(lengths, self.limit)
         routed = [(i, self._routes(batch.rollouts[i])) for i in chosen] if self.replay else []
@@ -306,9 +306,9 @@ class Learner:
         the longest will do, because all ranks between which activations travel hold the same micro-batches.
         """
         count, multiple = len(contents), self.multiple
-        context = self.cluster.context, self.cluster.coordinates.context
+        context = self.ranks.context, self.ranks.coordinates.context
         if self.layout.expert > 1:
-            count = self.cluster.agree("micro-batches", count, max)
+            count = self.ranks.agree("micro-batches", count, max)
         if self.layout.virtual > 1:
             count = -(-count // self.layout.pipeline) * self.layout.pipeline
             multiple = max(micro_batch(held, at, multiple, context).tokens.shape[1] for held, at, _ in contents)

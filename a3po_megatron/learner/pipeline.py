@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ..model.modules import GPT
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
@@ -27,11 +27,11 @@ class Pipeline:
     stages those of one call must be equally long, and as many as a multiple of the pipeline's size."""
 
     def __init__(
-        self, cluster: Cluster, chunks: list[DistributedDataParallel], vocab_size: int, replay: bool = False
+        self, ranks: Ranks, chunks: list[DistributedDataParallel], vocab_size: int, replay: bool = False
     ) -> None:
-        self.cluster, self.chunks, self.vocab_size = cluster, chunks, vocab_size
-        self.device = cluster.backend.local()
-        at = cluster.tensor, cluster.coordinates.tensor
+        self.ranks, self.chunks, self.vocab_size = ranks, chunks, vocab_size
+        self.device = ranks.backend.local()
+        at = ranks.tensor, ranks.coordinates.tensor
         self.replays = {chunk: ChunkReplay(chunk.module, at) for chunk in chunks if replay}
         for chunk in chunks:
             chunk.module.headless = True
@@ -77,7 +77,7 @@ class Pipeline:
             hidden[:, 0],  # [T, H], or this rank's share of T under sequence parallelism
             model.output_weight(),
             batch.targets,
-            self.cluster.tensor_group if self.cluster.tensor > 1 else None,
+            self.ranks.tensor_group if self.ranks.tensor > 1 else None,
             temperature,
             vocab_size=self.vocab_size,
             with_entropy=with_entropy,
@@ -115,7 +115,7 @@ class Pipeline:
                 model=self.chunks,
                 num_microbatches=len(micro_batches),
                 # With virtual stages the length of all, which Megatron divides by the context ranks; else ignored.
-                seq_length=micro_batches[0].tokens.shape[1] * self.cluster.context,
+                seq_length=micro_batches[0].tokens.shape[1] * self.ranks.context,
                 micro_batch_size=1,
                 **options,
             )
@@ -125,7 +125,7 @@ class Pipeline:
 
     def from_last_stage(self, values: Tensor) -> Tensor:
         """The last pipeline stage's values, on every stage; all give a host tensor of the same shape."""
-        group = self.cluster.pipeline_group
+        group = self.ranks.pipeline_group
         if group.size() > 1:
             dist.broadcast(values, dist.get_global_rank(group, group.size() - 1), group=group)
         return values

@@ -1,4 +1,4 @@
-"""What the decisions of all ranks are made with: operations for `Cluster.agree`."""
+"""What the decisions of all ranks are made with: operations for `Ranks.agree`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from .handoff import Handoff
 from .topology import Kind, topology_of
 
 
-class Cluster:
+class Ranks:
     """One rank's view of all ranks. Built once per process by `connect`."""
 
     def __init__(self, backend: Backend, parallel: ParallelOptions, engine_ranks: int, store: dist.Store) -> None:
@@ -63,7 +63,7 @@ class Cluster:
 
         `op` makes the decision from the list of values by rank, on rank 0: any, all, min, max, sum, list, `same`, or a
         function of one's own. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a
-        hang) or one does not come within the cluster's time limit. Goes through the store: no rank opens connections to
+        hang) or one does not come within the ranks's time limit. Goes through the store: no rank opens connections to
         all others.
         """
         self._round += 1
@@ -92,7 +92,7 @@ class Cluster:
         """A part of the store by itself, through a connection of its own, for a thread."""
         return dist.PrefixStore(name, self._connection.clone())  # type: ignore[attr-defined]  # torch's stubs lack it
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """Every rank's last call: rank 0, which holds the store, leaves after all others have heard what it said."""
         self._store.set(f"left/{self.rank}", "")
         if self.rank == 0:
@@ -139,7 +139,7 @@ class Cluster:
         return values
 
 
-def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Cluster:
+def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Ranks:
     """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups."""
 
     backend = select_backend(options.device)
@@ -160,7 +160,7 @@ def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: in
     return arrange(backend, parallel, engine_ranks, seed, store)
 
 
-def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed: int, store: dist.Store) -> Cluster:
+def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed: int, store: dist.Store) -> Ranks:
     """Megatron's groups for `parallel` over the ranks that are connected already (tests lay them out many times)."""
     from megatron.core import parallel_state, tensor_parallel
 
@@ -175,4 +175,4 @@ def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed
     random.seed(seed)
     np.random.seed(seed % 2**32)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-    return Cluster(backend, parallel, engine_ranks, store)
+    return Ranks(backend, parallel, engine_ranks, store)

@@ -22,10 +22,10 @@ from ..config import RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
-from ..data.tokens import Tokens
+from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RunFailed
 from ..ranks.agree import first
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..reward.reward import score
 from ..run.journal import Journal
 from ..run.stop import Interrupt
@@ -52,8 +52,8 @@ class Intake:
 
     def __init__(
         self,
-        cluster: Cluster,
-        tokens: Tokens,
+        ranks: Ranks,
+        tokenizer: Tokenizer,
         trainer: TrainerOptions,
         rollout: RolloutOptions,
         reward: RewardOptions,
@@ -63,7 +63,7 @@ class Intake:
         prompts: Prompts,
         graders: Graders,
     ) -> None:
-        self.cluster, self.tokens = cluster, tokens
+        self.ranks, self.tokenizer = ranks, tokenizer
         self.engine, self.prompts, self.graders = engine, prompts, graders
         self.trainer, self.rollout, self.reward = trainer, rollout, reward
         self.journal, self.interrupt = journal, interrupt
@@ -94,17 +94,17 @@ class Intake:
             if leave is None:
                 self._grade(grading, step)
                 leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
-            if leave := self.cluster.agree("leave the rollout", leave, first):
+            if leave := self.ranks.agree("leave the rollout", leave, first):
                 raise Interrupted(leave)
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
-            outcome = self.cluster.agree("round", _outcome(groups, self.prompts.way_of), _merge)
+            outcome = self.ranks.agree("round", _outcome(groups, self.prompts.way_of), _merge)
             kept += outcome["spread"]
             totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
             rounds, tried = rounds + 1, tried + count
         accepted, self._surplus = kept[:wanted], kept[wanted:]
         mine = [self._own.pop(index) for index in accepted if index in self._own]
-        groups = [group for part in self.cluster.gather_batch_group(mine) for group in part]
+        groups = [group for part in self.ranks.gather_batch_group(mine) for group in part]
         self._check(step, totals, bool(accepted))
         return Collected(
             groups=sorted(groups, key=lambda group: group.prompt.index),
@@ -115,7 +115,7 @@ class Intake:
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
                 "rollout/rounds": rounds,
-                "perf/recalled_groups": self.cluster.agree("recalled", self._recalled, sum),
+                "perf/recalled_groups": self.ranks.agree("recalled", self._recalled, sum),
             },
         )
 
@@ -126,11 +126,11 @@ class Intake:
         All ranks of an engine hold the same completions: its leaders share them out.
         """
         with phase(Phase.ROLLOUT):
-            start, before, leaders = time.monotonic(), CLOCK.seconds[Phase.ROLLOUT], self.cluster.engine_leaders
-            mine = prompts[self.cluster.engine :: self.cluster.engines]
-            place = leaders.index(self.cluster.rank) if self.cluster.rank in leaders else len(mine)
+            start, before, leaders = time.monotonic(), CLOCK.seconds[Phase.ROLLOUT], self.ranks.engine_leaders
+            mine = prompts[self.ranks.engine :: self.ranks.engines]
+            place = leaders.index(self.ranks.rank) if self.ranks.rank in leaders else len(mine)
             led = {prompt.index for prompt in mine[place :: len(leaders)]}
-            known = {prompt.index: self.journal.group(step, prompt, self.tokens.decode) for prompt in mine}
+            known = {prompt.index: self.journal.group(step, prompt, self.tokenizer.decode) for prompt in mine}
             found = {index: entry for index, entry in known.items() if entry is not None}
             self._recalled += len(led & found.keys())
             asked = [prompt for prompt in mine if prompt.index not in found]
@@ -158,7 +158,7 @@ class Intake:
                                     tokens=completion.tokens,
                                     logprobs=completion.logprobs,
                                     finish=completion.finish,
-                                    text=self.tokens.decode(completion.tokens),
+                                    text=self.tokenizer.decode(completion.tokens),
                                     segments=(sampled,),
                                     routes=completion.routes,
                                 )
@@ -183,7 +183,7 @@ class Intake:
         leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
         worth = self.interrupt.worth_finishing(Phase.ROLLOUT, before + elapsed, elapsed, Phase.REWARD, Phase.SCORE)
         wants = leave is not None and not worth
-        return (leave or "another rank of the engine") if self.cluster.any_of_engine(wants) else None
+        return (leave or "another rank of the engine") if self.ranks.any_of_engine(wants) else None
 
     def _grade(self, grading: list[_Grading], step: int) -> None:
         """Waits for the last verdicts: most came while others were sampled."""

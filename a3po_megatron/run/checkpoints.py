@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from ..batch import Group
 from ..config import Settings
 from ..data.prompts import Prompts
-from ..data.tokens import Tokens
+from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RequestError, RunFailed
 from ..files.hashed import HashedFile, Written, digest_of
 from ..files.replace import partial_of, sync, whole_folder
@@ -28,7 +28,7 @@ from ..files.run_folder import MANIFEST, RunFolder, rank_of, step_files, step_fo
 from ..files.side_files import HF, copy_side_files
 from ..files.torch_dist import indexes
 from ..ranks.agree import same, sum_lists
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
 from .background import Background
@@ -91,20 +91,20 @@ class _Pending:
     background: Background
 
 
-def resumed_from(folder: Path, cluster: Cluster) -> Path | None:
+def resumed_from(folder: Path, ranks: Ranks) -> Path | None:
     """Returns the checkpoint that a run resumes from, the newest that the launcher left; None: it begins anew.
 
     Rank 0 says which: another node's file system may still show the folder as it was. Raises RunFailed if one does not
     have it as rank 0 does.
     """
     checkpoints = RunFolder(folder).checkpoints
-    newest = newest_whole(checkpoints, check_saved)[0] if cluster.rank == 0 else None
-    name = cluster.agree("checkpoint", newest.name if newest else None, _of_rank_0)
+    newest = newest_whole(checkpoints, check_saved)[0] if ranks.rank == 0 else None
+    name = ranks.agree("checkpoint", newest.name if newest else None, _of_rank_0)
     if name is None:
         return None
     checkpoint = checkpoints / str(name)
     manifest = checkpoint / MANIFEST
-    cluster.agree(f"{name}/{MANIFEST}", digest_of(manifest).blake3 if manifest.exists() else "missing", same)
+    ranks.agree(f"{name}/{MANIFEST}", digest_of(manifest).blake3 if manifest.exists() else "missing", same)
     return checkpoint
 
 
@@ -113,9 +113,9 @@ class Checkpoints:
         self,
         folder: Path,
         settings: Settings,
-        cluster: Cluster,
+        ranks: Ranks,
         prompts: Prompts,
-        tokens: Tokens,
+        tokenizer: Tokenizer,
         learner: Weights,
         intake: Holder,
         publisher: Versioned,
@@ -126,15 +126,15 @@ class Checkpoints:
         export: Callable[[Path], None],  # writes the weights as an HF folder; collective
         checkpoint: Path | None = None,  # where the run resumes from; the learner has its share
     ) -> None:
-        self.folder, self._settings, self._cluster = RunFolder(folder), settings, cluster
-        self._prompts, self._tokens = prompts, tokens
+        self.folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
+        self._prompts, self._tokenizer = prompts, tokenizer
         self._learner, self._intake, self._publisher = learner, intake, publisher
         self._recorder, self._journal, self._stop, self._export = recorder, journal, stop, export
         # What all ranks know alike and must survive a restart. Later parts register here.
         self.inventory: dict[str, Stateful] = {"prompts": prompts, "collector": intake, "learner": learner, **others}
         self._pending: _Pending | None = None
         self._streams: dict[str, Any] | None = None  # as the run left them, for the first step's beginning
-        self._inputs = inputs_of(settings) if cluster.rank == 0 else {}  # as they are when the run reads them
+        self._inputs = inputs_of(settings) if ranks.rank == 0 else {}  # as they are when the run reads them
         first_step = 0 if checkpoint is None else self._resume(checkpoint)
         self._saved = first_step  # the step of the last checkpoint that is in place
         self._boundary = self._state(first_step)
@@ -167,12 +167,12 @@ class Checkpoints:
             if last:
                 self._complete_save(wait=True)
         self._stop.interrupt.observe(CLOCK.seconds)
-        if self._cluster.rank == 0:  # what a job's signal should come before its end, for the next submission
+        if self._ranks.rank == 0:  # what a job's signal should come before its end, for the next submission
             self._stop.interrupt.save(self.folder.path)
         if not last:
             self._stop.if_due(Phase.SCORE)
 
-    def leave(self, reason: Interrupted) -> None:
+    def stop(self, reason: Interrupted) -> None:
         """Saves what the weights in memory belong to, and ends the run so: raises Interrupted. Collective."""
         boundary = self._boundary
         with phase(Phase.CHECKPOINT):
@@ -189,7 +189,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Ends a run, whichever way. Collective."""
-        self._cluster.leave()
+        self._ranks.end()
         self._recorder.close()
 
     def _resume(self, checkpoint: Path) -> int:
@@ -205,12 +205,12 @@ class Checkpoints:
         self._publisher.version = manifest.weight_version - 1  # the publish of every start gives it again
         before = Settings.model_validate(manifest.config)
         if (before.parallel, before.rollout.tensor) == (self._settings.parallel, self._settings.rollout.tensor):
-            self._streams = json.loads((checkpoint / f"rank-{self._cluster.rank}.json").read_text())
-            self._intake.take_over(self._surplus(checkpoint / f"surplus.rank-{self._cluster.rank}"))
-        elif self._cluster.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
+            self._streams = json.loads((checkpoint / f"rank-{self._ranks.rank}.json").read_text())
+            self._intake.take_over(self._surplus(checkpoint / f"surplus.rank-{self._ranks.rank}"))
+        elif self._ranks.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
             files = sorted(checkpoint.glob("surplus.rank-*"))
             groups = sorted((g for file in files for g in self._surplus(file)), key=lambda g: g.prompt.index)
-            self._intake.take_over(groups[self._cluster.coordinates.data :: self._cluster.data])
+            self._intake.take_over(groups[self._ranks.coordinates.data :: self._ranks.data])
         return manifest.step
 
     def _surplus(self, file: Path) -> list[Group]:
@@ -219,7 +219,7 @@ class Checkpoints:
         frames = list(read_frames(file))
         for group, verdicts in zip(frames[::2], frames[1::2], strict=True):
             prompt = self._prompts.at(group.header["prompt"])
-            whole = read_group(group, verdicts, prompt, self._tokens.decode)
+            whole = read_group(group, verdicts, prompt, self._tokenizer.decode)
             if whole is None:
                 raise RequestError(f"{file}: the group of prompt {group.header['prompt']} is not of this run's prompts")
             groups.append(whole)
@@ -234,14 +234,14 @@ class Checkpoints:
     def _save(self, boundary: _Boundary) -> None:
         """Begins a checkpoint, which is written while the run goes on. It appears whole or not at all."""
         self._complete_save(wait=True)
-        if found := self._cluster.agree("finite weights", self._learner.broken(), sum_lists):
+        if found := self._ranks.agree("finite weights", self._learner.broken(), sum_lists):
             raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
-        self._cluster.agree(f"state of step {boundary.step}", json.dumps(boundary.state, sort_keys=True), same)
+        self._ranks.agree(f"state of step {boundary.step}", json.dumps(boundary.state, sort_keys=True), same)
         target = step_folder(self.folder.checkpoints, boundary.step)
         whole, partial = contextlib.ExitStack(), partial_of(target)
-        if self._cluster.rank == 0:
+        if self._ranks.rank == 0:
             whole.enter_context(whole_folder(target))
-        self._cluster.agree("checkpoint folder", True, all)
+        self._ranks.agree("checkpoint folder", True, all)
         saving = Saving(self._learner.sharded_state(), partial)
 
         def write() -> Share:
@@ -256,7 +256,7 @@ class Checkpoints:
                 self._save_manifest(boundary, partial, [file for share in shares for file in share.files])
             self._drop_older(target)
 
-        background = Background(self._cluster.store_of(f"save {boundary.step}"), write, end)
+        background = Background(self._ranks.store_of(f"save {boundary.step}"), write, end)
         self._pending, self._stop.interrupt.saves = _Pending(boundary.step, saving, background), 2
 
     def _complete_save(self, wait: bool) -> None:
@@ -266,7 +266,7 @@ class Checkpoints:
         pending, background = self._pending, self._pending.background
         if wait:
             background.wait(CLOCK.beat, lambda: pending.saving.bytes)
-        over, failure, seconds = self._cluster.agree(
+        over, failure, seconds = self._ranks.agree(
             "saved", [background.over, background.failure, background.seconds], _of_rank_0
         )
         if over:
@@ -286,7 +286,7 @@ class Checkpoints:
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
         """What this rank alone holds; returns the files. On the disk then, and with them what steps since the last save
         left elsewhere and a run that goes on from this checkpoint counts on."""
-        rank = self._cluster.rank
+        rank = self._ranks.rank
         with HashedFile(folder / f"rank-{rank}.json") as random:
             random.write(json.dumps(boundary.random).encode())
         with HashedFile(folder / f"surplus.rank-{rank}") as surplus:
@@ -301,10 +301,10 @@ class Checkpoints:
         """Files that this rank wrote in some steps, all done, and their folders."""
         run = self.folder
         for part in (run.rollouts, run.rejected):
-            mine = (path for path in step_files(part) if rank_of(path) == self._cluster.rank)
+            mine = (path for path in step_files(part) if rank_of(path) == self._ranks.rank)
             yield from (path for path in mine if step_of(path) in steps)
             yield from (path for path in [part] if path.exists())
-        yield from (path for path in [run.metrics] if self._cluster.rank == 0 and path.exists())
+        yield from (path for path in [run.metrics] if self._ranks.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
         copy_side_files(Path(self._settings.model.path), folder / HF, self._settings.model.dtype)
@@ -313,7 +313,7 @@ class Checkpoints:
         Manifest(
             step=boundary.step,
             weight_version=boundary.weight_version,
-            ranks=self._cluster.world,
+            ranks=self._ranks.world,
             config=self._settings.model_dump(mode="json"),
             inputs=self._inputs,
             state=boundary.state,

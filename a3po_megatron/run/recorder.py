@@ -16,10 +16,10 @@ import torch
 from ..algorithm.statistics import batch_metrics, batch_sums
 from ..batch import Batch, Collected
 from ..config import Settings
-from ..data.tokens import Tokens
+from ..data.tokenizer import Tokenizer
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
 from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Phase
 from ..telemetry.clock import CLOCK
@@ -36,27 +36,27 @@ class Recorder:
         self,
         folder: Path,
         settings: Settings,
-        cluster: Cluster,
-        tokens: Tokens,
+        ranks: Ranks,
+        tokenizer: Tokenizer,
         rejected: Rejected,
         way_of: Callable[[str], str] | None,  # of a task that names ways of answering
         started: float,  # when the command was given, seconds since the epoch
         first_step: int = 0,
     ) -> None:
-        self._folder, self._settings, self._cluster = RunFolder(folder), settings, cluster
-        self._tokens, self._rejected, self._way_of = tokens, rejected, way_of
+        self._folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
+        self._tokenizer, self._rejected, self._way_of = tokenizer, rejected, way_of
         self._started, self._startup = started, 0.0
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
         self._warned = False
-        if cluster.rank == 0:
+        if ranks.rank == 0:
             self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
 
     def say(self, text: str) -> None:
         """Shows a line that stays, on rank 0."""
-        if self._cluster.rank == 0:
+        if self._ranks.rank == 0:
             self._progress.say(text)
 
     def started(self, step: int) -> None:
@@ -77,17 +77,17 @@ class Recorder:
         """
         self._rejected.keep(step, batch, self.say)
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
-        sums = self._cluster.sum_over_data(batch_sums(batch, receipt.version - 1))
+        sums = self._ranks.sum_over_data(batch_sums(batch, receipt.version - 1))
         # A step's row is written before its own checkpoint: what it shows is the time of the one before.
-        seconds = self._cluster.agree(
+        seconds = self._ranks.agree(
             "seconds", CLOCK.seconds | {Phase.CHECKPOINT: CLOCK.before.get(Phase.CHECKPOINT, 0.0)}, _slowest
         )
-        elapsed = self._cluster.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
-        memory = self._cluster.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
-        if self._settings.telemetry.rollouts and self._cluster.rank in self._cluster.engine_leaders:
+        elapsed = self._ranks.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
+        memory = self._ranks.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
+        if self._settings.telemetry.rollouts and self._ranks.rank in self._ranks.engine_leaders:
             self._save_rollouts(step, collected, batch)
         row = None
-        if self._cluster.rank == 0:
+        if self._ranks.rank == 0:
             sampled = collected.metrics["rollout/tokens"] or 0.0
             row = self._metrics.write(
                 step,
@@ -113,7 +113,7 @@ class Recorder:
             self._progress.step(step + 1, row)
             self._warn(row)
         if self._rejected.too_many:
-            self._cluster.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
+            self._ranks.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
             raise RunFailed(
                 f"step {step}: {self._settings.trainer.max_rejected_updates} updates in a row were not finite "
                 f"(trainer.max_rejected_updates); none was applied, and {self._rejected.folder} holds what went into "
@@ -123,33 +123,33 @@ class Recorder:
 
     def bytes(self) -> int:
         """Returns the size of metrics.jsonl; 0 on ranks that do not write it."""
-        return self._metrics.bytes() if self._cluster.rank == 0 else 0
+        return self._metrics.bytes() if self._ranks.rank == 0 else 0
 
     def close(self) -> None:
-        if self._cluster.rank == 0:
+        if self._ranks.rank == 0:
             self._progress.close()
             self._metrics.close()
 
     def _peak_bytes(self) -> int:
         """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""
-        if self._cluster.backend.device == "cpu":
+        if self._ranks.backend.device == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._peak = max(self._peak, *CLOCK.bytes.values(), torch.cuda.max_memory_reserved())
         return self._peak
 
     def _save_rollouts(self, step: int, collected: Collected, batch: Batch) -> None:
         # All ranks of a batch group hold its carried-over groups: the first of them, a leader too, writes them down.
-        writer = self._cluster.batch_group.rank() == 0
+        writer = self._ranks.batch_group.rank() == 0
         carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
         save_rollouts(
             self._folder.rollouts,
             step,
-            self._cluster.rank,
+            self._ranks.rank,
             [*carried, *collected.sampled],
             set(collected.accepted),
             batch,
             self._settings.telemetry.texts_per_step,
-            self._tokens.pieces,
+            self._tokenizer.pieces,
             self._way_of,
         )
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..batch import Batch
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..telemetry.rollouts import save_rejected
 
 
 class Rejected:
-    def __init__(self, cluster: Cluster, folder: Path, limit: int) -> None:
+    def __init__(self, ranks: Ranks, folder: Path, limit: int) -> None:
         """`folder`: where batches are kept; `limit`: trainer.max_rejected_updates."""
-        self.folder, self._cluster, self._limit = folder, cluster, limit
+        self.folder, self._ranks, self._limit = folder, ranks, limit
         self._in_a_row = 0  # the same on all ranks
         self.too_many = False
 
@@ -30,9 +30,9 @@ class Rejected:
 
     def save(self, step: int, mini_batch: int, batch: Batch) -> None:
         """Saves one mini-batch, bit for bit. Collective."""
-        if self._cluster.batch_group.rank() == 0:
-            save_rejected(self.folder, step, mini_batch, self._cluster.rank, batch)
-        self._cluster.agree("rejected", True, all)  # who raises first must not end another's writing
+        if self._ranks.batch_group.rank() == 0:
+            save_rejected(self.folder, step, mini_batch, self._ranks.rank, batch)
+        self._ranks.agree("rejected", True, all)  # who raises first must not end another's writing
 
     def state(self) -> dict[str, Any]:
         return {"in_a_row": self._in_a_row}

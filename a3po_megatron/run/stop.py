@@ -1,7 +1,7 @@
 """Leaving a run before its end and coming back: on USR1, TERM or Ctrl-C, or shortly before the time limit.
 
 A signal only sets a flag, however often it comes. Ranks look at it where they can leave without losing finished work,
-and leave together (`due` is one rank's opinion; cluster.agree decides):
+and leave together (`due` is one rank's opinion; ranks.agree decides):
 
     in a rollout        after any engine step; what was sampled is in the journal
     before an update    the scored batch is in the journal, the weights are still those of the step's beginning
@@ -35,7 +35,7 @@ from ..ranks.agree import first
 from ..telemetry.catalogue import Phase
 
 if TYPE_CHECKING:  # this module is imported before torch is
-    from ..ranks.groups import Cluster
+    from ..ranks.groups import Ranks
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 CAUTION = 1.5  # a phase may take longer than it ever did
@@ -131,7 +131,7 @@ INTERRUPT = Interrupt()
 class Stoppable(Protocol):
     """What `Stop.saving` saves: the checkpoints."""
 
-    def leave(self, reason: Interrupted) -> None: ...
+    def stop(self, reason: Interrupted) -> None: ...
 
     def close(self) -> None: ...
 
@@ -139,13 +139,13 @@ class Stoppable(Protocol):
 class Stop:
     """When all ranks stop: any one's reason counts, and all hear of it at the same place."""
 
-    def __init__(self, cluster: Cluster, interrupt: Interrupt) -> None:
-        self.interrupt, self._cluster = interrupt, cluster
+    def __init__(self, ranks: Ranks, interrupt: Interrupt) -> None:
+        self.interrupt, self._ranks = interrupt, ranks
 
     def if_due(self, *ahead: str) -> None:
         """Raises Interrupted where it is time to stop rather than go through the phases `ahead`. Collective."""
         tag = f"stop before {' and '.join(ahead) or 'the start'}"
-        if reason := self._cluster.agree(tag, self.interrupt.due(*ahead), first):
+        if reason := self._ranks.agree(tag, self.interrupt.due(*ahead), first):
             raise Interrupted(reason)
 
     def while_starting(self, folder: Path) -> None:
@@ -163,5 +163,5 @@ class Stop:
         try:
             yield
         except Interrupted as reason:
-            checkpoints.leave(reason)
+            checkpoints.stop(reason)
         checkpoints.close()

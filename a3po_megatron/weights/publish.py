@@ -34,7 +34,7 @@ from ..model.cut import HfTensor, Piece, pieces, tensors
 from ..model.facts import ModelFacts
 from ..model.layout import Layout
 from ..ranks.agree import first, same
-from ..ranks.groups import Cluster
+from ..ranks.groups import Ranks
 from ..rollout.engine import Engine, Request
 from ..run.journal import Journal
 from ..telemetry.catalogue import Phase
@@ -66,24 +66,24 @@ class Publisher:
 
     def __init__(
         self,
-        cluster: Cluster,
+        ranks: Ranks,
         facts: ModelFacts,
         layout: Layout,
         options: PublishSettings,
         canary: Sequence[Sequence[int]],
         engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
     ) -> None:
-        self.cluster, self.facts, self.options = cluster, facts, options
+        self.ranks, self.facts, self.options = ranks, facts, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
         self.version = 0
         self.scored: Scored = {}  # the last canary, as the learner scored it
         self._strength: str | None = None
         by_rank = [pieces(facts, layout, place) for place in layout.places()]
-        self.rank = cluster.replica_group.rank()
+        self.rank = ranks.replica_group.rank()
         self.pieces = by_rank[self.rank]
         every = (0, facts.experts.count if facts.experts else 0)
-        self.ranks = dist.get_process_group_ranks(cluster.replica_group)
-        experts = [engine_experts(rank) if engine_experts else every for rank in self.ranks]
+        self.replica = dist.get_process_group_ranks(ranks.replica_group)
+        experts = [engine_experts(rank) if engine_experts else every for rank in self.replica]
         self.tensors = tensors(facts)
         self.plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, 4, experts)
         self.export_plan = self.plan  # whole models, for who writes them down
@@ -93,11 +93,11 @@ class Publisher:
         # Both follow from the plan alone, and take a second where it is a large one.
         self.digest, self.received = self.plan.digest(), self.plan.received(self.rank)
         self.groups = Groups(
-            stage=cluster.coordinates.pipeline,
-            within=cluster.within,
-            stages=cluster.pipeline_group,
-            tensor=cluster.tensor_group,
-            experts=cluster.expert_group,
+            stage=ranks.coordinates.pipeline,
+            within=ranks.within,
+            stages=ranks.pipeline_group,
+            tensor=ranks.tensor_group,
+            experts=ranks.expert_group,
         )
 
     def publish(
@@ -109,7 +109,7 @@ class Publisher:
         """Brings the shards into the engine; returns the receipt. Raises PublishError on every rank if unproven."""
         with phase(Phase.PUBLISH):
             start, timings = time.perf_counter(), Timings()
-            self.cluster.agree("publish plan", [self.ranks, self.digest], one_plan_a_replica)
+            self.ranks.agree("publish plan", [self.replica, self.digest], one_plan_a_replica)
             coming = {tensor.name: tensor for tensor in self.plan.tensors(self.rank)}
             if {tensor.name: tensor for tensor in self.export_plan.tensors(self.rank)} != self.tensors:
                 raise RunFailed("the publish plan does not hold exactly the tensors of the model")
@@ -142,7 +142,7 @@ class Publisher:
             timings.resume = time.perf_counter()
             engine.forget()
             timings.resume = time.perf_counter() - timings.resume
-            strength = self.cluster.agree("receipt strength", engine.receipt_strength, same)
+            strength = self.ranks.agree("receipt strength", engine.receipt_strength, same)
             if self._strength not in (None, strength):
                 raise PublishError(f"the receipt's strength changed from {self._strength} to {strength}")
             self._strength = strength
@@ -168,16 +168,16 @@ class Publisher:
 
     def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
         """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
-        if 0 in self.ranks:
+        if 0 in self.replica:
             stream = gather(self.export_plan, parameters, self.groups, dtype)
             order = self.export_plan.tensors(self.rank)
-            export_stream(stream, order, dtype, source, target if self.cluster.rank == 0 else None)
-        self.cluster.agree("export", True, all)
+            export_stream(stream, order, dtype, source, target if self.ranks.rank == 0 else None)
+        self.ranks.agree("export", True, all)
 
     def lacks_room_for_witness(self, dtype: torch.dtype) -> str | None:
         """Why the witness cannot be asked, the same on all ranks; None: it can."""
-        lacking = lacks_room(self.facts, dtype) if self.cluster.rank == 0 else None
-        return self.cluster.agree("room for the witness", lacking, first)
+        lacking = lacks_room(self.facts, dtype) if self.ranks.rank == 0 else None
+        return self.ranks.agree("room for the witness", lacking, first)
 
     def witness(self, parameters: Parameters, dtype: torch.dtype, source: Path, scratch: Path) -> float:
         """Holds the learner against transformers on the last canary. Raises PublishError on every rank if they differ.
@@ -187,12 +187,12 @@ class Publisher:
         with phase(Phase.PUBLISH):
             self.export(parameters, dtype, source, scratch)
             worst = 0.0
-            if self.cluster.rank == 0:
+            if self.ranks.rank == 0:
                 try:
                     worst = largest_difference(scratch, self.scored, dtype)
                 finally:
                     shutil.rmtree(scratch)
-            worst, bound = self.cluster.agree("witness", worst, lambda values: values[0]), self.options.witness_bound
+            worst, bound = self.ranks.agree("witness", worst, lambda values: values[0]), self.options.witness_bound
             if not worst <= bound:  # NaN too
                 raise PublishError(
                     f"publish {self.version}: the learner and transformers, on an export of the learner's weights, "
@@ -204,13 +204,13 @@ class Publisher:
     def _expected(self, parameters: Parameters, dtype: torch.dtype) -> dict[str, int]:
         names = list(self.tensors)
         sums = shard_checksums(self.pieces, parameters, dtype, names)
-        if self.cluster.replica_group.size() > 1:
-            dist.all_reduce(sums, group=self.cluster.replica_group)  # int64 sums wrap modulo 2^64, as they should
+        if self.ranks.replica_group.size() > 1:
+            dist.all_reduce(sums, group=self.ranks.replica_group)  # int64 sums wrap modulo 2^64, as they should
         return dict(zip(names, sums.tolist(), strict=True))
 
     def _compare(self, expected: dict[str, int], got: dict[str, int]) -> None:
         wrong = [name for name, value in expected.items() if got.get(name) != value]
-        verdicts = self.cluster.agree("receipt", wrong, list)
+        verdicts = self.ranks.agree("receipt", wrong, list)
         for rank, names in enumerate(verdicts):
             if names:
                 raise PublishError(
@@ -225,8 +225,8 @@ class Publisher:
         whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
         cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
         sums = torch.stack([shard_checksums(cut, tensors, None, names), _held(cut, names)])
-        if self.cluster.engine_group is not None:
-            dist.all_reduce(sums, group=self.cluster.engine_group)
+        if self.ranks.engine_group is not None:
+            dist.all_reduce(sums, group=self.ranks.engine_group)
         shapes = {piece.tensor: piece.shape for piece in cut}
         wanted = dict(expected)
         for name, held in zip(names, sums[1].tolist(), strict=True):
@@ -236,7 +236,7 @@ class Publisher:
         found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
         here = {piece.tensor for piece in pieces}
         wrong = [name for name in names if name in here and found[name] != wanted[name]]
-        for rank, missed in enumerate(self.cluster.agree("engine's tensors", wrong, list)):
+        for rank, missed in enumerate(self.ranks.agree("engine's tensors", wrong, list)):
             if missed:
                 raise PublishError(
                     f"publish {self.version + 1}: the engine of rank {rank} was sent {missed[0]}, but does not hold it"
@@ -253,7 +253,7 @@ class Publisher:
             for request, completion in zip(self.canary, completions, strict=True)
         ]
         # Engines of one replica should have drawn the same tokens; where one did not, the learner scores its own too.
-        asked = {_key(*one): one for part in self.cluster.gather_batch_group(mine) for one in part}
+        asked = {_key(*one): one for part in self.ranks.gather_batch_group(mine) for one in part}
         routes = [r for _, r in asked.values() if r is not None] or None  # of all, or of none
         learner = dict(zip(asked, logprobs([pair for pair, _ in asked.values()], routes), strict=True))
         differences = [
@@ -265,7 +265,7 @@ class Publisher:
         self.scored = dict(zip(pairs, logprobs(pairs, None) if routes else learner.values(), strict=True))
         apart = torch.cat(differences).abs()
         found = [float(apart.max()), float(apart.mean())]  # torch keeps a NaN, Python's max loses it
-        by_rank = self.cluster.agree("canary", found, list)
+        by_rank = self.ranks.agree("canary", found, list)
         for rank, (largest, mean) in enumerate(by_rank):
             if not (largest <= bound and mean <= bound * MEAN_SHARE):  # NaN too
                 raise PublishError(

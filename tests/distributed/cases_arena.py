@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from a3po_megatron.learner.learner import Learner
 from tests.distributed.cases_resume import SAVED, _learner, _read, _update, save
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import make_collected
 
 CYCLES = 3
@@ -40,7 +40,7 @@ def _held_bytes(learner: Learner) -> dict[str, int]:
     }
 
 
-def leaves_and_returns(ranks: Ranks) -> dict[str, Any]:
+def leaves_and_returns(ranks: CaseRanks) -> dict[str, Any]:
     """Per way to keep an optimizer: is all gone, readable while away, and the next step the same, bit for bit?"""
     collected, found = make_collected(groups=5, size=4), {}
     for name, (_, _, layout, _) in SAVED.items():

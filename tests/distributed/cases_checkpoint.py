@@ -18,7 +18,7 @@ from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from tests.distributed.cases_circle import InProcess
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import hf_model, resolved
 
 # World size → name → (model, dtype, layout): a covering choice, every family and every kind of parallelism.
@@ -70,7 +70,7 @@ class NoEngine(VllmEngine):
         pass
 
 
-def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
+def saved_and_read_again(ranks: CaseRanks) -> dict[str, list[str]]:
     """Saves as a run does; returns the parameters that another layout's learner then reads otherwise than from HF."""
     wrong: dict[str, list[str]] = {}
     for name, (kind, dtype, parallel) in SAVED[ranks.world].items():
@@ -97,7 +97,7 @@ def saved_and_read_again(ranks: Ranks) -> dict[str, list[str]]:
     return wrong
 
 
-def greedy_tokens(ranks: Ranks) -> dict[str, dict[str, list[list[int]]]]:
+def greedy_tokens(ranks: CaseRanks) -> dict[str, dict[str, list[list[int]]]]:
     """What vLLM and transformers continue prompts with, each by itself, from an exported folder."""
     from vllm import LLM, SamplingParams
 

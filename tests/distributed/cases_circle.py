@@ -28,7 +28,7 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from a3po_megatron.weights import publish, witness
-from tests.harness.ranks import ROOT, Ranks
+from tests.harness.ranks import ROOT, CaseRanks
 from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
@@ -76,15 +76,15 @@ WIDE = (
 )
 
 
-def publishes_into_engines_of_one_rank(ranks: Ranks) -> dict[str, Any]:
+def publishes_into_engines_of_one_rank(ranks: CaseRanks) -> dict[str, Any]:
     return {" ".join([kind, *options]): _publishes(ranks, kind, options) for kind, options in NARROW}
 
 
-def publishes_into_engines_of_two_ranks(ranks: Ranks) -> dict[str, Any]:
+def publishes_into_engines_of_two_ranks(ranks: CaseRanks) -> dict[str, Any]:
     return {" ".join([kind, *layout]): _publishes(ranks, kind, [*layout, "rollout.tensor=2"]) for kind, layout in WIDE}
 
 
-def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
+def _publishes(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, Any]:
     """Three publishes in a row, with other weights each time: canaries, and bytes that came from the other rank."""
     folder = ranks.folder / kind
     if ranks.rank == 0 and not folder.exists():
@@ -108,7 +108,7 @@ def _publishes(ranks: Ranks, kind: str, options: list[str]) -> dict[str, Any]:
 
 
 def parts(
-    ranks: Ranks,
+    ranks: CaseRanks,
     tensor: int,
     data: int,
     *overrides: str,
@@ -121,7 +121,7 @@ def parts(
 
 
 def built(
-    ranks: Ranks,
+    ranks: CaseRanks,
     name: str,
     options: Sequence[str],
     graders: InProcess,
@@ -137,7 +137,7 @@ def built(
     return build(folder, config, cluster, graders, interrupt=Interrupt(), **of)
 
 
-def publish_faults(ranks: Ranks) -> dict[str, Any]:
+def publish_faults(ranks: CaseRanks) -> dict[str, Any]:
     """What each fault between learner and engine is reported as; tensor parallel 2."""
     made = parts(ranks, tensor=2, data=1)
     engine, learner = made.engine, made.learner
@@ -202,7 +202,7 @@ def publish_faults(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def witness_faults(ranks: Ranks) -> dict[str, str]:
+def witness_faults(ranks: CaseRanks) -> dict[str, str]:
     """What transformers says of a sound learner, and of one whose map of tensors is wrong in every room alike."""
     found = {}
     whole = cut._cut_block
@@ -240,7 +240,7 @@ def _publish_without_room(made: Parts) -> str:
     said: list[str] = []
     made.publish._first = True
     with mock.patch.object(witness, "available_bytes", return_value=1000):
-        if made.cluster.rank == 0:
+        if made.ranks.rank == 0:
             with mock.patch.object(made.recorder._progress, "say", said.append):
                 receipt = made.publish()
         else:
@@ -253,7 +253,7 @@ def _gather_arguments(made: Parts) -> tuple[Any, ...]:
     return made.publish.publisher.plan, made.learner.parameters(), made.publish.publisher.groups, torch.float32
 
 
-def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
+def one_step_of_rollouts(ranks: CaseRanks) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
     made = parts(ranks, tensor=1, data=ranks.world)
     engine = made.engine
@@ -277,7 +277,7 @@ def one_step_of_rollouts(ranks: Ranks) -> dict[str, Any]:
     return result
 
 
-def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
+def logprobs_are_of_the_sampling_distribution(ranks: CaseRanks) -> float:
     """Largest difference of kept log-probs from the learner's, at a temperature that is not 1."""
     made = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
     engine, learner, prompts = made.engine, made.learner, made.prompts
@@ -292,7 +292,7 @@ def logprobs_are_of_the_sampling_distribution(ranks: Ranks) -> float:
     return worst
 
 
-def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
+def layouts_train_alike(ranks: CaseRanks) -> dict[str, Any]:
     """Two steps of the whole loop for every dense layout of two ranks: what they wrote down."""
     rows = {}
     for tensor, data, pipeline, context in ((2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)):
@@ -308,7 +308,7 @@ def layouts_train_alike(ranks: Ranks) -> dict[str, Any]:
     return rows
 
 
-def run_with(ranks: Ranks, name: str, learner: type[Learner], grader: Any, *options: str) -> tuple[str, Path]:
+def run_with(ranks: CaseRanks, name: str, learner: type[Learner], grader: Any, *options: str) -> tuple[str, Path]:
     """The whole loop with another learner in it: what the run died of, and its folder."""
     folder = ranks.folder / name
     try:
@@ -332,12 +332,12 @@ class Patterned(Learner):
         found = super()._accumulate(*args)
         letter = self.pattern[min(self.calls, len(self.pattern) - 1)]
         self.calls += 1
-        if self.cluster.rank == 1 and letter == "B":
+        if self.ranks.rank == 1 and letter == "B":
             next(iter(self.parameters().values())).main_grad.view(-1)[0] = float("inf")
         return found
 
 
-def never_finite(ranks: Ranks) -> dict[str, Any]:
+def never_finite(ranks: CaseRanks) -> dict[str, Any]:
     """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
     options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3")
     said, folder = run_with(ranks, "never-finite", Patterned, grade, *options)
@@ -352,7 +352,7 @@ def never_finite(ranks: Ranks) -> dict[str, Any]:
 SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8")
 
 
-def rejected_in_a_row(ranks: Ranks) -> dict[str, Any]:
+def rejected_in_a_row(ranks: CaseRanks) -> dict[str, Any]:
     """Patterns of sound (g) and broken (B) updates under a limit: what the run says, and its steps' counts."""
     found = {}
     for limit, pattern in ((2, "BggBgBgBBg"), (1, "gBg")):
@@ -367,7 +367,7 @@ def rejected_in_a_row(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def score_never_finite(ranks: Ranks) -> dict[str, Any]:
+def score_never_finite(ranks: CaseRanks) -> dict[str, Any]:
     """A run of two replicas, in whose second step one rank's scores hold one NaN: what it says and leaves."""
     made: list[Any] = []
 
@@ -381,7 +381,7 @@ def score_never_finite(ranks: Ranks) -> dict[str, Any]:
             batch = super().score(batch)
             assert batch.old_logprobs is not None
             if self.scored == 1:
-                if self.cluster.rank == 1:
+                if self.ranks.rank == 1:
                     batch.old_logprobs[3] = float("nan")
                 self.batch, self.steps = batch, 0
                 self.before = [p.detach().clone() for p in self.parameters().values()]
@@ -417,7 +417,7 @@ def score_never_finite(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def gsm8k_through_the_loop(ranks: Ranks) -> dict[str, Any]:
+def gsm8k_through_the_loop(ranks: CaseRanks) -> dict[str, Any]:
     """Real text, a byte-pair tokenizer and random weights: one step with the real grader, one with spread."""
     data = Path(os.environ["A3PO_TEST_DATA"])
     model = ranks.folder / "bpe-model"

@@ -16,8 +16,8 @@ from a3po_megatron.config import ParallelOptions
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.ranks.agree import same
 from a3po_megatron.ranks.backend import CPU
-from a3po_megatron.ranks.groups import Cluster, arrange
-from tests.harness.ranks import Ranks
+from a3po_megatron.ranks.groups import Ranks, arrange
+from tests.harness.ranks import CaseRanks
 
 # By rank. Floats whose decimal forms are long, numbers above 2^53, text, nothing, nested values.
 VALUES: tuple[tuple[Any, Any], ...] = (
@@ -39,7 +39,7 @@ def failure(action: Callable[[], Any]) -> str:
         return str(error)
 
 
-def operations(ranks: Ranks) -> dict[str, Any]:
+def operations(ranks: CaseRanks) -> dict[str, Any]:
     """Every operation on every pair of values, and a function of one's own that sees all values by rank."""
     cluster = ranks.arrange(tensor=1, data=2)
     found: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def operations(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def disagreements(ranks: Ranks) -> dict[str, Any]:
+def disagreements(ranks: CaseRanks) -> dict[str, Any]:
     """What a disagreement is reported as on this rank, and that the next decision is possible."""
     cluster = ranks.arrange(tensor=1, data=2)
     tags = ("checkpoint", "publish")
@@ -64,13 +64,13 @@ def disagreements(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def absences(ranks: Ranks) -> dict[str, str]:
+def absences(ranks: CaseRanks) -> dict[str, str]:
     """Each rank in turn comes to a decision alone: what it says after the time limit."""
     found = {}
     for alone in range(2):
         store = dist.PrefixStore(f"alone-{alone}", ranks.store)
         ranks.arrange()
-        cluster = Cluster(CPU, ParallelOptions(), 1, store)
+        cluster = Ranks(CPU, ParallelOptions(), 1, store)
         dist.barrier()
         if ranks.rank == alone:
             store.set_timeout(LATE)
@@ -80,7 +80,7 @@ def absences(ranks: Ranks) -> dict[str, str]:
     return found
 
 
-def layouts(ranks: Ranks) -> dict[str, Any]:
+def layouts(ranks: CaseRanks) -> dict[str, Any]:
     """Every way to lay these ranks out, with engines of one rank and of two: "tensor/data/engine ranks" → what I am."""
     found: dict[str, Any] = {}
     for tensor in (1, 2, 4):
@@ -91,7 +91,7 @@ def layouts(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def _seen(ranks: Ranks, tensor: int, data: int, engine_ranks: int) -> dict[str, Any]:
+def _seen(ranks: CaseRanks, tensor: int, data: int, engine_ranks: int) -> dict[str, Any]:
     cluster = ranks.arrange(tensor=tensor, data=data, engine_ranks=engine_ranks)
     place = cluster.coordinates
     total = cluster.sum_over_data(torch.tensor([1.0 + place.data, 10.0]))
@@ -120,7 +120,7 @@ HELD: list[dict[str, int]] = [
 ]
 
 
-def groups_held(ranks: Ranks) -> list[dict[str, list[list[int]]]]:
+def groups_held(ranks: CaseRanks) -> list[dict[str, list[list[int]]]]:
     """By layout and kind: who is in the group that this rank holds, and who is by the topology."""
     found = []
     for layout in HELD:
@@ -147,7 +147,7 @@ def groups_held(ranks: Ranks) -> list[dict[str, list[list[int]]]]:
     return found
 
 
-def coordinates_told(ranks: Ranks) -> list[list[list[int]]]:
+def coordinates_told(ranks: CaseRanks) -> list[list[list[int]]]:
     """By layout: where Megatron says that this rank is, and where the topology does."""
     from megatron.core import parallel_state as megatron
 
@@ -164,7 +164,7 @@ def coordinates_told(ranks: Ranks) -> list[list[list[int]]]:
     return found
 
 
-def data_follows_from_the_number_of_ranks(ranks: Ranks) -> int:
+def data_follows_from_the_number_of_ranks(ranks: CaseRanks) -> int:
     """`parallel.data` is not given: the ranks that tensor parallelism leaves over."""
     ranks.arrange()  # frees what the case before laid out
     from megatron.core import parallel_state

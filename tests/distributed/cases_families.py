@@ -26,7 +26,7 @@ from a3po_megatron.model.families.moe import QWEN3_MOE
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.publish import Publisher
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import make_checkpoint, resolved
 
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -108,12 +108,12 @@ def _bits_differ(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[st
     ]
 
 
-def a_routers_bias(ranks: Ranks) -> dict[str, Any]:
+def a_routers_bias(ranks: CaseRanks) -> dict[str, Any]:
     with mock.patch.dict(FAMILIES, {BIASED.architecture: BIASED}):
         return _loaded_published_and_saved(ranks)
 
 
-def _loaded_published_and_saved(ranks: Ranks) -> dict[str, Any]:
+def _loaded_published_and_saved(ranks: CaseRanks) -> dict[str, Any]:
     source = ranks.folder / "model"
     stored = load_file(source / "model.safetensors")
     found = {}
@@ -157,7 +157,7 @@ def _loaded_published_and_saved(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def _saved_otherwise(ranks: Ranks, name: str, learner: Learner) -> list[str]:
+def _saved_otherwise(ranks: CaseRanks, name: str, learner: Learner) -> list[str]:
     """What a checkpoint of Megatron's gives back otherwise."""
     folder = ranks.folder / f"{name}-saved"
     folder.mkdir(exist_ok=True)

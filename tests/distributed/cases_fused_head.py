@@ -9,7 +9,7 @@ from torch import Tensor
 
 from a3po_megatron.learner.fused_head import logprob_and_entropy
 from tests.distributed.cases_vocab_parallel import relative
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 
 VOCAB, HIDDEN, TOKENS = 67, 24, 20
 
@@ -33,7 +33,7 @@ def dense(
     return taken.detach(), entropy.detach(), x.grad, w.grad
 
 
-def heads(ranks: Ranks) -> dict[str, float]:
+def heads(ranks: CaseRanks) -> dict[str, float]:
     """Worst relative errors over dtypes, temperatures, scales, chunks, rows, sequence parallelism and main_grad."""
     world, rank, group = ranks.world, ranks.rank, torch.distributed.group.WORLD
     columns = -(-VOCAB // world) + 3  # the last slice is padded, by more than rounding up

@@ -17,7 +17,7 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
-from tests.harness.ranks import Case, Ranks
+from tests.harness.ranks import Case, CaseRanks
 from tests.harness.tiny_models import (
     CLIPPED,
     hf_logprobs,
@@ -100,7 +100,7 @@ def batch_of(collected: Collected, mine: Collected, mini_batches: int = 1) -> Ba
 
 def as_hf(learner: Learner, values: dict[tuple[int, str], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Per-parameter tensors of all ranks of a replica, laid out as HF tensors."""
-    group = learner.cluster.replica_group
+    group = learner.ranks.replica_group
     gathered: list[Any] = [None] * group.size()
     mine = [(p, values[p.key].detach().narrow(p.dim, p.offset, p.length).clone()) for p in learner.pieces if p.owner]
     dist.all_gather_object(gathered, mine, group=group)
@@ -142,7 +142,7 @@ def literal_update(folder: Path, tools: bool) -> Literal:
     return Literal(float(loss), float(norm), logprobs, gradients, moved, float(second))
 
 
-def one_update(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
+def one_update(ranks: CaseRanks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
     tools = parallel.pop("tools", False)
@@ -192,7 +192,7 @@ def padding_moves(learner: Learner, batch: Batch) -> float:
     """By how much micro-batches of padding alone, before and after the others, change gradients and sums."""
     parts = learner._micro_batches(batch, range(len(batch.rollouts)))
     long = parts[0].tokens.shape[1] if learner.layout.virtual > 1 else learner.multiple
-    at = learner.cluster.context, learner.cluster.coordinates.context
+    at = learner.ranks.context, learner.ranks.coordinates.context
     padding = [micro_batch([], [], long, at) for _ in range(learner.layout.pipeline)]
     found = []
     for micro_batches in (parts, [*padding, *parts, *padding]):
@@ -247,7 +247,7 @@ def literal_halves(folder: Path) -> Halves:
     return halves
 
 
-def share_of_padding(ranks: Ranks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
+def share_of_padding(ranks: CaseRanks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Two mini-batches over two replicas of which one has no rollout of the first and the other none of the second,
     or of which one has nothing at all: differences from the literal mini-batches, one after the other."""
     folder = ranks.folder / kind
@@ -294,7 +294,7 @@ def literal_step(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     return float(loss), hf_tensors_of({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def whole_steps(ranks: Ranks) -> dict[str, Any]:
+def whole_steps(ranks: CaseRanks) -> dict[str, Any]:
     """Score, shape and update in one go, for layouts of this many ranks: errors against the literal step, and what
     each rollout's tokens were given."""
     folder, found = ranks.folder / "qwen3", {}
@@ -346,7 +346,7 @@ class Broken(Learner):
     def _accumulate(self, *args: Any) -> Any:
         found = super()._accumulate(*args)
         named = {name: p.main_grad for (_, name), p in self.parameters().items()}
-        if self.cluster.rank == 1 and len(self.finite) == self.breaks:
+        if self.ranks.rank == 1 and len(self.finite) == self.breaks:
             # The last of all, or of an expert: in the last chunk, or in the buffer that experts have to themselves.
             [g for name, g in named.items() if ".experts." in name or not self.facts.experts][-1].view(-1)[3] = NAN
         self.finite += (all(bool(torch.isfinite(g).all()) for g in named.values()),)
@@ -384,7 +384,7 @@ REJECTING: dict[str, tuple[str, int, int, dict[str, Any]]] = {
 FAULTS = ("gradient", "advantage", "token weight", "overflow")
 
 
-def rejected_updates(ranks: Ranks) -> dict[str, Any]:
+def rejected_updates(ranks: CaseRanks) -> dict[str, Any]:
     """Of three mini-batches one breaks on one rank: what every layout's ranks hold and say afterwards."""
     found: dict[str, Any] = {}
     collected = make_collected(groups=6, size=4)
@@ -508,7 +508,7 @@ SHARES: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
 
 
 def _case(of: Any, name: str, kind: str, tensor: int, data: int, parallel: dict[str, Any]) -> Case:
-    def case(ranks: Ranks) -> dict[str, float]:
+    def case(ranks: CaseRanks) -> dict[str, float]:
         return of(ranks, kind, tensor, data, **parallel)
 
     case.__qualname__ = case.__name__ = name

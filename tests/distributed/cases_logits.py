@@ -12,7 +12,7 @@ from a3po_megatron.model.cut import pieces
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.weights.load import load_shards
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import KINDS, VOCAB, YARNS, hf_model
 
 LENGTHS = (1, 2, 15, 16, 17, 40, 97, 200, 256)  # below, at and beyond the original context of 16 of llama31 and YARNS
@@ -24,7 +24,7 @@ def sequences() -> list[list[int]]:
 
 
 @torch.no_grad()
-def our_logits(ranks: Ranks, kind: str, dtype: str) -> Tensor:
+def our_logits(ranks: CaseRanks, kind: str, dtype: str) -> Tensor:
     """[T, V] float32, all sequences in one packed micro-batch."""
     folder, parallel, megatron = ranks.folder / kind, ParallelOptions(), MegatronOptions()
     facts, layout = read_facts(folder), layout_of(parallel)
@@ -38,13 +38,13 @@ def our_logits(ranks: Ranks, kind: str, dtype: str) -> Tensor:
 
 
 @torch.no_grad()
-def hf_logits(ranks: Ranks, kind: str, dtype: torch.dtype) -> Tensor:
+def hf_logits(ranks: CaseRanks, kind: str, dtype: torch.dtype) -> Tensor:
     """[T, V] float32, each sequence by itself."""
     model = hf_model(ranks.folder / kind, dtype)
     return torch.cat([model(torch.tensor([tokens])).logits[0] for tokens in sequences()]).float()
 
 
-def differences(ranks: Ranks) -> dict[str, dict[str, float]]:
+def differences(ranks: CaseRanks) -> dict[str, dict[str, float]]:
     """For each kind of model: the error in float32, and that of bfloat16 beside transformers' own."""
     ranks.arrange()
     found = {}

@@ -20,7 +20,7 @@ from a3po_megatron.config import Config
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from tests.distributed.cases_learner import TEMPERATURE, as_hf, batch_of, literal_old, settings, share
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import hf_logprobs, hf_model, hf_tensors_of, make_collected, trained_places, with_tools
 
 CLIP, CONSTANT = 0.1, 32
@@ -89,7 +89,7 @@ def literal(folder: Path, tools: bool) -> Literal:
     return Literal(float(total) / len(losses), high, max(ratios), len(losses), tokens, hf_tensors_of(named))
 
 
-def by_sequence(ranks: Ranks) -> dict[str, Any]:
+def by_sequence(ranks: CaseRanks) -> dict[str, Any]:
     """Differences from the literal computation, by layout and normaliser."""
     folder, found = ranks.folder / "qwen3", {}
     for layout, tools in CELLS:

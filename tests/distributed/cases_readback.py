@@ -29,7 +29,7 @@ from a3po_megatron.rollout.engine import Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import hf_model, make_checkpoint, resolved
 
 # As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
@@ -88,28 +88,28 @@ class Readable(Forgetful):
 FOUR = {"qwen3": ["parallel.pipeline=2", "parallel.data=2", "rollout.tensor=4"]}
 
 
-def four(ranks: Ranks) -> dict[str, Any]:
+def four(ranks: CaseRanks) -> dict[str, Any]:
     return _all(ranks, FOUR)
 
 
-def narrow(ranks: Ranks) -> dict[str, Any]:
+def narrow(ranks: CaseRanks) -> dict[str, Any]:
     return _all(ranks, NARROW)
 
 
-def wide(ranks: Ranks) -> dict[str, Any]:
+def wide(ranks: CaseRanks) -> dict[str, Any]:
     return _all(ranks, WIDE)
 
 
-def dealt(ranks: Ranks) -> dict[str, Any]:
+def dealt(ranks: CaseRanks) -> dict[str, Any]:
     return _all(ranks, DEALT)
 
 
-def _all(ranks: Ranks, kinds: dict[str, list[str]]) -> dict[str, Any]:
+def _all(ranks: CaseRanks, kinds: dict[str, list[str]]) -> dict[str, Any]:
     with weights_kept():
         return {kind: _reads_back(ranks, kind, options) for kind, options in kinds.items()}
 
 
-def _reads_back(ranks: Ranks, kind: str, options: list[str]) -> dict[str, str]:
+def _reads_back(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, str]:
     """What publishes say of a sound engine, and of one that fails in every way that a stream's checksum cannot see."""
     folder = ranks.folder / kind
     if ranks.rank == 0 and not folder.exists():
@@ -187,7 +187,7 @@ def _greedy(folder: Path, engine: Readable) -> str:
     return "equal" if tokens == wanted[0, len(prompt) :].tolist() else f"{tokens}, not {wanted.tolist()}"
 
 
-def _parts(kind: type[Forgetful], ranks: Ranks, *options: str) -> Parts:
+def _parts(kind: type[Forgetful], ranks: CaseRanks, *options: str) -> Parts:
     return circle.parts(ranks, 1, 1, *options, engine_of=kind, receipt_strength="engine")
 
 
@@ -197,7 +197,7 @@ def _swapped(pieces: Iterable[Piece]) -> Iterator[Piece]:
         yield dataclasses.replace(piece, offset=half - piece.offset) if half else piece
 
 
-def keeps_the_process(ranks: Ranks) -> list[str]:
+def keeps_the_process(ranks: CaseRanks) -> list[str]:
     """What is not as it was after a first engine was built in this process (vLLM is not imported before)."""
     import random
 
@@ -226,7 +226,7 @@ def keeps_the_process(ranks: Ranks) -> list[str]:
     return [name for name in before if before[name] != after[name]]
 
 
-def checks_quantised(ranks: Ranks) -> dict[str, Any]:
+def checks_quantised(ranks: CaseRanks) -> dict[str, Any]:
     """vLLM's own quantiser: what it makes of whole HF tensors and of an engine rank's stacked shards of them."""
     from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
@@ -315,7 +315,7 @@ class NotedArena:
         return call
 
 
-def sleeps(ranks: Ranks) -> dict[str, Any]:
+def sleeps(ranks: CaseRanks) -> dict[str, Any]:
     """In which order memory changes hands over two steps, for each of what the learner may take away."""
     found: dict[str, Any] = {}
     with weights_kept():
@@ -326,7 +326,7 @@ def sleeps(ranks: Ranks) -> dict[str, Any]:
             engine._state = "asleep"  # as its construction leaves it
             engine.calls.clear()
             arena: Any = NotedArena(made.learner.arena, engine.calls)
-            residency = Residency(engine, arena, made.cluster.backend, offload)
+            residency = Residency(engine, arena, made.ranks.backend, offload)
             found[offload] = _two_steps(made, residency)
         engine._state = "asleep"
         try:

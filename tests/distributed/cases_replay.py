@@ -42,7 +42,7 @@ from tests.distributed.cases_learner import (
     settings,
     share,
 )
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import CLIPPED, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 
 LAYERS, EXPERTS, PER_TOKEN = 5, 8, 3
@@ -150,7 +150,7 @@ def literal_update(folder: Path) -> Literal:
 
 
 def replayed(
-    ranks: Ranks, kind: str, tensor: int, data: int, extra: dict[str, Any] | None = None, **parallel: Any
+    ranks: CaseRanks, kind: str, tensor: int, data: int, extra: dict[str, Any] | None = None, **parallel: Any
 ) -> dict[str, float]:
     """Score and update along injected routes: differences from transformers sent the same way, and what stays."""
     folder = ranks.folder / kind
@@ -189,7 +189,7 @@ def bits(learner: Learner, collected: Collected, mine: Collected) -> list[torch.
     return [scored.old_logprobs, scored.entropy, *gradients, *(p.detach() for p in learner.parameters().values())]
 
 
-def own_routes_change_nothing(ranks: Ranks) -> dict[str, Any]:
+def own_routes_change_nothing(ranks: CaseRanks) -> dict[str, Any]:
     """With replay of what the router chooses itself, in this order or another, and without replay."""
     folder, found = ranks.folder / "moe", {}
     sent = Sent(folder)
@@ -207,7 +207,7 @@ def own_routes_change_nothing(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def each_micro_batch_has_its_own(ranks: Ranks) -> dict[str, Any]:
+def each_micro_batch_has_its_own(ranks: CaseRanks) -> dict[str, Any]:
     """One rank: which experts count for what."""
     folder = ranks.folder / "moe"
     cluster, sent = ranks.arrange(1), Sent(folder)
@@ -255,7 +255,7 @@ def each_micro_batch_has_its_own(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def an_exception_leaves_nothing(ranks: Ranks) -> bool:
+def an_exception_leaves_nothing(ranks: CaseRanks) -> bool:
     folder = ranks.folder / "moe"
     cluster = ranks.arrange(1)
     learner = Learner(cluster, read_facts(folder), config_of(folder, 1, 1, {}))
@@ -286,7 +286,7 @@ class Probed:
         return completions
 
 
-def canary(ranks: Ranks) -> dict[str, Any]:
+def canary(ranks: CaseRanks) -> dict[str, Any]:
     """The canary of an engine that chose as it says, of one that did not, and of one that says nothing."""
     folder = ranks.folder / "moe"
     cluster, facts, sent = ranks.arrange(1, data=2, expert=2), read_facts(folder), Sent(folder)
@@ -359,7 +359,7 @@ class Watched(VllmEngine):
                     yield [(number, dataclasses.replace(completion, routes=routes))]
 
 
-def the_loop(ranks: Ranks) -> dict[str, Any]:
+def the_loop(ranks: CaseRanks) -> dict[str, Any]:
     """Two steps of the whole loop with routes of the real engine; then the second one again, from the journal alone."""
     folder, found = ranks.folder / "loop", {}
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take

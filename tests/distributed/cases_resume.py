@@ -30,7 +30,7 @@ from a3po_megatron.run.stop import Interrupt, Stop
 from a3po_megatron.run.store import Saving
 from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 from tests.harness.saves_at_once import write_whole
 from tests.harness.tiny_models import CLIPPED, make_collected
 
@@ -50,7 +50,7 @@ SAVED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 ELSEWHERE = {"tp2": ({"pipeline": 2}, {"data": 2}), "pp2 tied": ({"tensor": 2},), "dp2 bf16": ({"tensor": 2},)}
 
 
-def _config(ranks: Ranks, name: str, layout: dict[str, Any]) -> Config:
+def _config(ranks: CaseRanks, name: str, layout: dict[str, Any]) -> Config:
     kind, dtype, _, optimizer = SAVED[name]
     parallel = {key: value for key, value in layout.items() if key not in ("tensor", "data")}
     sizes = layout.get("tensor", 1), layout.get("data", 1)
@@ -58,13 +58,13 @@ def _config(ranks: Ranks, name: str, layout: dict[str, Any]) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
-def _learner(ranks: Ranks, name: str, layout: dict[str, Any], checkpoint: Path | None = None) -> Learner:
+def _learner(ranks: CaseRanks, name: str, layout: dict[str, Any], checkpoint: Path | None = None) -> Learner:
     config, cluster = _config(ranks, name, layout), ranks.arrange(**layout)
     return Learner(cluster, read_facts(ranks.folder / SAVED[name][0]), config, checkpoint)
 
 
 def _update(learner: Learner, collected: Collected) -> Update:
-    mine = share(collected, learner.cluster.coordinates.data, learner.cluster.data)
+    mine = share(collected, learner.ranks.coordinates.data, learner.ranks.data)
     return learner.update(batch_of(collected, mine), CLIPPED)
 
 
@@ -76,7 +76,7 @@ def save(learner: Learner, folder: Path) -> None:
     write_whole(Saving(learner.sharded_state(), folder))
 
 
-def goes_on(ranks: Ranks) -> dict[str, Any]:
+def goes_on(ranks: CaseRanks) -> dict[str, Any]:
     """Saved after n updates, overwritten by another update before it is on the disk, loaded, three more of each."""
     collected, found = make_collected(groups=5, size=4), {}
     for name, (_, _, layout, _) in SAVED.items():
@@ -116,7 +116,7 @@ def _moments_asked(learner: Learner) -> int:
     return sum(each.data.nbytes for each in asked if str(getattr(each, "key", "")).startswith("optimizer.state."))
 
 
-def goes_on_elsewhere(ranks: Ranks) -> dict[str, Any]:
+def goes_on_elsewhere(ranks: CaseRanks) -> dict[str, Any]:
     """The same weights and moments in another layout; then two more updates, which must agree to rounding."""
     collected, found = make_collected(groups=5, size=4), {}
     for name, layouts in ELSEWHERE.items():
@@ -192,7 +192,7 @@ def held_back(seconds: float) -> Iterator[threading.Event]:
         HashedFile.write = write  # type: ignore[method-assign]
 
 
-def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
+def goes_on_meanwhile(ranks: CaseRanks) -> dict[str, Any]:
     """An update from beginning to end while not a byte of the state before it has been written."""
     collected, name, found = make_collected(groups=5, size=4), "tp2", {}  # both ranks have a share to write
     layout = SAVED[name][2]
@@ -206,7 +206,7 @@ def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
     dist.barrier()
     with held_back(seconds=30.0) as event:
         saving = Saving(learner.sharded_state(), folder)
-        store = learner.cluster.store_of("held back")
+        store = learner.ranks.store_of("held back")
         background = Background(store, saving.write, lambda shares, _: saving.complete(shares))
         found["over at once"] = background.over
         _update(learner, collected)
@@ -231,13 +231,13 @@ def goes_on_meanwhile(ranks: Ranks) -> dict[str, Any]:
 # --- a run's checkpoints, put in place or not -----------------------------------------------------------------------
 
 
-def _run(ranks: Ranks, learner: Learner, folder: Path, name: str, **checkpoint: Any) -> Checkpoints:
+def _run(ranks: CaseRanks, learner: Learner, folder: Path, name: str, **checkpoint: Any) -> Checkpoints:
     """As much of them as saves: no engine, no data."""
     run = Checkpoints.__new__(Checkpoints)
     config = _config(ranks, name, SAVED[name][2])
     run._settings = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
-    run.folder, run._cluster, run._learner = RunFolder(folder), learner.cluster, learner
-    run._stop = Stop(learner.cluster, Interrupt())
+    run.folder, run._ranks, run._learner = RunFolder(folder), learner.ranks, learner
+    run._stop = Stop(learner.ranks, Interrupt())
     run._journal = Journal(folder / "journal", ranks.rank, "run")
     run._pending, run._saved, run._inputs = None, 0, {}
     return run
@@ -287,7 +287,7 @@ def _caught(act: Callable[[], None]) -> str:
     return "it did not fail"
 
 
-def fails_on_one_rank(ranks: Ranks) -> dict[str, Any]:
+def fails_on_one_rank(ranks: CaseRanks) -> dict[str, Any]:
     """The disk of one rank is full, at once or in the middle; then there is room again."""
     found: dict[str, Any] = {}
     learner = _learner(ranks, "tp2", SAVED["tp2"][2])
@@ -305,7 +305,7 @@ def fails_on_one_rank(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def keeps(ranks: Ranks) -> dict[str, Any]:
+def keeps(ranks: CaseRanks) -> dict[str, Any]:
     """Five saves; what is left of checkpoints and journals after each."""
     learner = _learner(ranks, "dp2", SAVED["dp2"][2])
     folder = ranks.folder / "keeps"

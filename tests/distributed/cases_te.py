@@ -33,7 +33,7 @@ from tests.distributed.cases_learner import (
     share,
 )
 from tests.harness.fp8_rounding import quantised
-from tests.harness.ranks import Case, Ranks
+from tests.harness.ranks import Case, CaseRanks
 from tests.harness.saves_at_once import write_whole
 from tests.harness.tiny_models import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 from tools.bringup.measure import relative
@@ -102,7 +102,7 @@ def literal_gradients(
 
 
 def one_update(
-    ranks: Ranks, kind: str, tensor: int, data: int, precision: str = "bf16", **parallel: Any
+    ranks: CaseRanks, kind: str, tensor: int, data: int, precision: str = "bf16", **parallel: Any
 ) -> dict[str, Any]:
     """Of one update: the gradient's distance from float64, ours and that of rounding alone; how far the weights are
     from AdamW's in float64 along our own gradient; which products were computed in what."""
@@ -166,7 +166,7 @@ UPDATES = {
 }
 
 
-def named(ranks: Ranks) -> list[str]:
+def named(ranks: CaseRanks) -> list[str]:
     """Parameters of the model that the map lacks, and entries of the map that the model lacks, over layouts."""
     wrong = []
     for kind, (tensor, pipeline, expert) in itertools.product(MODELS, ((2, 1, 1), (1, 2, 1), (1, 1, 2))):
@@ -182,7 +182,7 @@ def named(ranks: Ranks) -> list[str]:
     return wrong
 
 
-def packed(ranks: Ranks) -> dict[str, list[int]]:
+def packed(ranks: CaseRanks) -> dict[str, list[int]]:
     """Tokens of every micro-batch under tensor and sequence parallelism, by precision."""
     collected, found = make_collected(groups=GROUPS, size=SIZE), {}
     folder = ranks.folder / "dense"
@@ -195,7 +195,7 @@ def packed(ranks: Ranks) -> dict[str, list[int]]:
     return found
 
 
-def saved(ranks: Ranks) -> dict[str, bool]:
+def saved(ranks: CaseRanks) -> dict[str, bool]:
     """A checkpoint with Transformer Engine's extra states comes back as it was, and trains on as it would have."""
     folder, target = ranks.folder / "dense", ranks.folder / "saved"
     cluster, facts = ranks.arrange(1, data=2), read_facts(folder)

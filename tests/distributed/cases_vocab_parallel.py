@@ -7,7 +7,7 @@ import itertools
 import torch
 
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 
 
 def dense(
@@ -26,7 +26,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def values_and_gradients(ranks: Ranks) -> dict[str, float]:
+def values_and_gradients(ranks: CaseRanks) -> dict[str, float]:
     """Worst relative errors over temperatures, scales, chunks, paddings and dtypes."""
     group, world, rank = torch.distributed.group.WORLD, ranks.world, ranks.rank
     worst: dict[str, float] = {}

@@ -13,23 +13,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from tests.harness.ranks import Ranks
+from tests.harness.ranks import CaseRanks
 
 
-def fails_on_rank_1(ranks: Ranks) -> None:
+def fails_on_rank_1(ranks: CaseRanks) -> None:
     if ranks.rank == 1:
         raise ValueError("what it was")
     dist.barrier()  # waits for it
 
 
-def dies_on_rank_1(ranks: Ranks) -> None:
+def dies_on_rank_1(ranks: CaseRanks) -> None:
     print("last words", flush=True)
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
-def hangs_on_rank_1(ranks: Ranks) -> None:
+def hangs_on_rank_1(ranks: CaseRanks) -> None:
     if ranks.rank == 1:
         waits_for_ever()
     dist.barrier()
@@ -40,11 +40,11 @@ def waits_for_ever() -> None:
         time.sleep(1)
 
 
-def returns_no_json(ranks: Ranks) -> object:
+def returns_no_json(ranks: CaseRanks) -> object:
     return object()
 
 
-def seen(ranks: Ranks) -> dict[str, Any]:
+def seen(ranks: CaseRanks) -> dict[str, Any]:
     """What a case can see of this process."""
     from megatron.core import parallel_state
 
@@ -68,7 +68,7 @@ def seen(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def leaves_everything_behind(ranks: Ranks) -> None:
+def leaves_everything_behind(ranks: CaseRanks) -> None:
     ranks.arrange(tensor=ranks.world)
     ranks.store.set("said", "something")
     os.environ["LEFT_BEHIND"] = "1"
@@ -86,7 +86,7 @@ def leaves_everything_behind(ranks: Ranks) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
 
-def adds_up(ranks: Ranks) -> float:
+def adds_up(ranks: CaseRanks) -> float:
     """Over a group of all and one of Megatron's, made anew."""
     total = torch.tensor([1.0 + ranks.rank])
     dist.all_reduce(total)

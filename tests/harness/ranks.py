@@ -1,7 +1,8 @@
 """Runs cases in n real ranks, which stay for the next ones (worlds.py): a start takes longer than most cases do.
 
-A case is a module-level function `case(ranks: Ranks) -> JSON value`, called on every rank with all of them connected
-over gloo. `run_ranks` returns what each case returned on each rank, or raises with the traceback of the first failure.
+A case is a module-level function `case(ranks: CaseRanks) -> JSON value`, called on every rank with all of them
+connected over gloo. `run_ranks` returns what each case returned on each rank, or raises with the traceback of the first
+failure.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Any, TypeVar
 from tests.harness import tidying
 from tests.harness.worlds import ROOT, Task, World, world_of
 
-__all__ = ["ROOT", "Case", "Ranks", "run_ranks"]
+__all__ = ["ROOT", "Case", "CaseRanks", "run_ranks"]
 
-Case = Callable[["Ranks"], Any]
+Case = Callable[["CaseRanks"], Any]
 T = TypeVar("T")
 
 
 @dataclass
-class Ranks:
+class CaseRanks:
     """What a case gets: this rank, the store all share, and a folder all can read and write."""
 
     rank: int
@@ -32,7 +33,7 @@ class Ranks:
     folder: Path
 
     def arrange(self, tensor: int = 1, **parallel: int) -> Any:
-        """A Cluster for one layout, in place of the one before."""
+        """The ranks of one layout, in place of the one before."""
         import dataclasses
 
         from megatron.core import parallel_state

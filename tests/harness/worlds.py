@@ -220,14 +220,14 @@ def _answer(task: Task, rank: int, size: int, store: Any, as_new: Callable[[], N
     """What the cases returned and what went wrong, as JSON."""
     import torch.distributed as dist
 
-    from tests.harness.ranks import Ranks
+    from tests.harness.ranks import CaseRanks
 
     values: dict[str, Any] = {}
     doing = "they could not begin"
     faulthandler.dump_traceback_later(task.timeout - 5, exit=True)  # a hang ends with every thread's stack in the log
     try:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
-        ranks = Ranks(rank, size, dist.PrefixStore("cases", store), task.folder)
+        ranks = CaseRanks(rank, size, dist.PrefixStore("cases", store), task.folder)
         for name in task.cases:
             module, _, function = name.partition(":")
             doing = f"{name} failed"

@@ -20,7 +20,7 @@ from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import layout_of
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
-from a3po_megatron.ranks.groups import Cluster
+from a3po_megatron.ranks.groups import Ranks
 from a3po_megatron.residency import Residency
 from a3po_megatron.rollout.engine import Completion, Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
@@ -34,7 +34,7 @@ CANARY = [tuple(range(2 + n, 12 + n)) for n in range(4)]
 
 @dataclass
 class Colocated:
-    cluster: Cluster
+    cluster: Ranks
     facts: ModelFacts
     folder: Path
     engine: VllmEngine
@@ -51,7 +51,7 @@ class Colocated:
 
     def replace_learner(self, **learner: Any) -> None:
         """Another learner of the same weights, in another precision."""
-        self.learner = make_learner(self.cluster, self.folder, learner=learner)
+        self.learner = make_learner(self.ranks, self.folder, learner=learner)
 
     def scores(self, requests: Sequence[Request], completions: Sequence[Completion], replayed: bool = False) -> Tensor:
         """The learner's log-probs [T] of what the engine sampled; `replayed`: by the engine's routes."""
@@ -66,7 +66,7 @@ def colocate(
     learner: dict[str, Any] | None = None,
     *,
     stops: Sequence[int] = (),  # what ends a response besides its length
-    cluster: Cluster | None = None,  # None: this rank alone
+    cluster: Ranks | None = None,  # None: this rank alone
     sections: dict[str, dict[str, Any]] | None = None,  # of the configuration: parallel, optimizer, publish
     **rollout: Any,
 ) -> Colocated:

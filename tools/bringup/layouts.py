@@ -72,7 +72,7 @@ def measured(backend: Backend, folder: Path, model: str, precision: str, layout:
 
 
 def whole_gradient(learner: Learner) -> dict[str, Tensor]:
-    group, parameters = learner.cluster.replica_group, learner.parameters()
+    group, parameters = learner.ranks.replica_group, learner.parameters()
     gathered: list[Any] = [None] * group.size()
     mine = []
     for piece in learner.pieces:

@@ -31,7 +31,7 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
-from a3po_megatron.ranks.groups import Cluster, arrange
+from a3po_megatron.ranks.groups import Ranks, arrange
 from a3po_megatron.ranks.handoff import Handoff
 
 CLIPPED = Clipped(ObjectiveOptions(), TisOptions())
@@ -77,7 +77,7 @@ MOE = TINY | {
 }
 
 
-def alone(backend: Backend = CUDA) -> Cluster:
+def alone(backend: Backend = CUDA) -> Ranks:
     """This process as the one rank there is."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if Handoff.of().store_fd is None:  # ranks.together has set where to meet
@@ -88,7 +88,7 @@ def alone(backend: Backend = CUDA) -> Cluster:
 _connected: list[Any] = []  # the store, once there is one, and a layout for each that there has been
 
 
-def join(backend: Backend, parallel: ParallelOptions | None = None, engine_ranks: int = 1) -> Cluster:
+def join(backend: Backend, parallel: ParallelOptions | None = None, engine_ranks: int = 1) -> Ranks:
     """This rank (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) among the others, laid out so; every call after the first
     lays the same ranks out anew. Collective."""
     rank, world, limit = environment.rank(), environment.world(), timedelta(seconds=120)
@@ -146,7 +146,7 @@ def config(folder: Path, backend: Backend, **sections: dict[str, Any]) -> Settin
     return resolve(Config.model_validate(values), read_facts(folder), backend)
 
 
-def make_learner(cluster: Cluster, folder: Path, **sections: dict[str, Any]) -> Learner:
+def make_learner(cluster: Ranks, folder: Path, **sections: dict[str, Any]) -> Learner:
     return Learner(cluster, read_facts(folder), config(folder, cluster.backend, **sections))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CUDA, Backend
-from a3po_megatron.ranks.groups import Cluster
+from a3po_megatron.ranks.groups import Ranks
 
 from . import oracle
 from .measure import largest, relative
@@ -55,7 +55,7 @@ def whole(values: dict[str, Tensor]) -> Tensor:
     return torch.cat([values[name].flatten().double() for name in sorted(values)])
 
 
-def against_oracle(report: Report, cluster: Cluster, folder: Path) -> None:
+def against_oracle(report: Report, cluster: Ranks, folder: Path) -> None:
     facts = read_facts(folder)
     sequences = draw_sequences(facts.vocab, LENGTHS)
     lengths = [len(response) for _, response in sequences]
@@ -121,7 +121,7 @@ def bf16_against_oracle(report: Report) -> None:
     against_oracle(report, alone(), make_model())
 
 
-def fp8_step(report: Report, cluster: Cluster, folder: Path, precisions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def fp8_step(report: Report, cluster: Ranks, folder: Path, precisions: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Every precision's step against that in bf16. Returns each one's errors."""
     facts = read_facts(folder)
     sequences = draw_sequences(facts.vocab, LENGTHS)

@@ -29,7 +29,7 @@ TEMPLATES = {
 }
 
 
-class Tokens:
+class Tokenizer:
     """Text ↔ token ids, with the special tokens that end a response left out of the text.
 
     `stops` are the tokens that end a response: the model's (config.json, generation_config.json) and the tokenizer's.
@@ -72,7 +72,7 @@ class Tokens:
         self._known = _known_signs(tree)
 
     @classmethod
-    def of(cls, options: DataOptions, folder: Path, vocab: int, eos: tuple[int, ...]) -> Tokens:
+    def of(cls, options: DataOptions, folder: Path, vocab: int, eos: tuple[int, ...]) -> Tokenizer:
         """As a configuration has it."""
         arguments, file = options.template_arguments, options.template_file
         return cls(folder, vocab, eos, options.template, template_file=file, arguments=arguments, system=options.system)
