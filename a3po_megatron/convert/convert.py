@@ -267,9 +267,13 @@ def newest_checkpoint(folder: Path) -> Path:
             raise RequestError(f"{folder}: there is no such folder")
         return folder
     # All of it is read later, and held against its digests: a damaged one is refused then, and no older one taken.
-    checkpoint, _ = newest_whole(run.checkpoints, check_saved)
+    nothing = f"{folder}: this run has not saved any weights (checkpoint.every_steps)"
+    try:
+        checkpoint, _ = newest_whole(run.checkpoints, check_saved)
+    except RequestError as error:  # what there is was never finished
+        raise RequestError(f"{nothing}: {error}") from error
     if checkpoint is None:
-        raise RequestError(f"{folder}: this run has not saved any weights (checkpoint.every_steps)")
+        raise RequestError(nothing)
     return checkpoint
 
 
