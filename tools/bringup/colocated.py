@@ -34,7 +34,7 @@ CANARY = [tuple(range(2 + n, 12 + n)) for n in range(4)]
 
 @dataclass
 class Colocated:
-    cluster: Ranks
+    ranks: Ranks
     facts: ModelFacts
     folder: Path
     engine: VllmEngine
