@@ -24,10 +24,7 @@ def submit(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Print what would be submitted, do nothing; weights and data are not read.",
-        ),
+        typer.Option("--dry-run", help="Print what would be submitted, do nothing; weights and data are not read."),
     ] = False,
     write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
 ) -> None:

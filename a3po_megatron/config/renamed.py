@@ -1,4 +1,4 @@
-"""Options that had another name, or another word for off, in versions before 0.2."""
+"""Options that had another name, or another word for off, in an earlier version."""
 
 from __future__ import annotations
 

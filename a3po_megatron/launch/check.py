@@ -23,7 +23,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     Raises RequestError with one clear message if such a run cannot work.
     """
     facts = read_facts(config.model.path)
-    _check_ranks(config, facts, ranks)
+    _check_as_given(config, facts, ranks)
     settings = resolve(config, facts, backend, ranks)
     _check_options(settings)
     _check_layout(settings, facts)
@@ -70,7 +70,7 @@ def _check_device(settings: Settings, facts: ModelFacts, backend: Backend) -> No
         )
 
 
-def _check_ranks(config: Config, facts: ModelFacts, ranks: int | None) -> None:
+def _check_as_given(config: Config, facts: ModelFacts, ranks: int | None) -> None:
     """As the options were given: what follows from them would say of an option what nobody asked for."""
     parallel, trainer = config.parallel, config.trainer
     topology = topology_of(parallel, config.rollout.tensor, ranks)

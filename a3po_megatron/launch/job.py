@@ -64,10 +64,7 @@ def main(folder: Path, signals: Signals) -> None:
         _take_back_array(settings)
     if isinstance(outcome, Interrupted):
         print(f"{outcome}", flush=True)
-        if (
-            settings.slurm.resume == "requeue"
-            and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < settings.slurm.attempts
-        ):
+        if settings.slurm.resume == "requeue" and _restarts() < settings.slurm.attempts:
             subprocess.run(["scontrol", "requeue", job], check=True)
             time.sleep(600)  # Slurm ends this job now
         sys.exit(Interrupted.exit_code)
@@ -78,9 +75,14 @@ def main(folder: Path, signals: Signals) -> None:
         sys.exit(outcome.exit_code)
 
 
+def _restarts() -> int:
+    """Returns how often Slurm has queued this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _resumes(settings: Settings) -> bool:
     """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
-    numbers = [int(os.environ.get("SLURM_RESTART_COUNT", "0")), Handoff.of().attempt or 0]
+    numbers = [_restarts(), Handoff.of().attempt or 0]
     if settings.slurm.resume == "array":
         numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)
     return any(numbers)
