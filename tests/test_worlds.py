@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed import cases_worlds as cases
 from tests.harness.ranks import run_ranks
+from tests.harness.worlds import end_worlds
 
 pytestmark = pytest.mark.alone
 
@@ -20,7 +21,9 @@ def processes() -> list[int]:
 
 
 def test_cases_find_the_same_processes_as_new_ones_whatever_was_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    new = run_ranks(2, cases.seen, fresh=True)["seen"]
+    end_worlds()
+    new = run_ranks(2, cases.seen)["seen"]
+    end_worlds()
     before = run_ranks(2, cases.seen)["seen"]
     run_ranks(2, cases.leaves_everything_behind, cases.adds_up)
     after = run_ranks(2, cases.seen)["seen"]

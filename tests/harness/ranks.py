@@ -72,8 +72,8 @@ def run_ranks(
 ) -> dict[str, list[Any]]:
     """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
 
-    `fresh`: in processes that nothing was done in before, and nothing is after; say why. `te`: so, too, and with the
-    layer spec of Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
+    `fresh`: in processes that have imported nothing, and do nothing after; say why. `te`: so, too, and with the layer
+    spec of Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     for stale in folder.glob("rank-*.log"):  # of other ranks that ran in this folder
@@ -81,7 +81,7 @@ def run_ranks(
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
     task = Task(names, folder, timeout, dict(os.environ))
     if te or fresh:
-        new = World(world, folder, te)
+        new = World(world, folder, te, fresh)
         try:
             results = new.run(task)
         finally:

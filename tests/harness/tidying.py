@@ -121,7 +121,5 @@ def kept() -> Callable[[], None]:
         gc.collect()
         with contextlib.suppress(AttributeError):  # glibc's
             ctypes.CDLL(None).malloc_trim(0)
-        gc.freeze()  # what was imported: an engine is built with several collections, 0.1 s each without this
 
-    gc.freeze()
     return as_new

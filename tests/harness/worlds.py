@@ -1,6 +1,7 @@
 """Ranks that stay: forked once for a session, they take one group of cases after the other.
 
-Ranks are forked off a process that has imported torch, Megatron-Core and transformers (6 s) and done nothing with them.
+Ranks are forked off a process that has imported torch, Megatron-Core, transformers and vLLM (11 s) and done nothing
+with them (tests/harness/preloaded.py).
 A group of cases finds a process as if it were new, but for what is imported, which takes the seconds: groups of
 processes, Megatron's and vLLM's are destroyed, and random streams, environment, folder, threads, signal handlers and
 the clock are those of the beginning. Whatever fails, dies or hangs takes its world down, and others come after it.
@@ -37,7 +38,7 @@ from tests.harness import tidying
 from tests.harness.tidying import ROOT
 
 HARNESS = [str(ROOT / "tests/harness/te_on_cpu")]
-PRELOADED = ["tests.distributed", "a3po_megatron.parts", "tests.harness.tiny_models"]
+PRELOADED = ["tests.harness.preloaded"]
 OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
 RANK_BYTES = 3 << 29  # a larger rank is replaced, and a new one is started where so much is free, or others are ended
 
@@ -55,11 +56,12 @@ class Task:
 class World:
     """So many connected ranks, which do what they are told until they are ended."""
 
-    def __init__(self, size: int, logs: Path, te: bool = False) -> None:
+    def __init__(self, size: int, logs: Path, te: bool = False, fresh: bool = False) -> None:
+        """`fresh`: in processes that have imported nothing. Transformer Engine (`te`) must be found before anything
+        imports Megatron-Core."""
         self.size = size
         meeting = rendezvous(0)
-        # Transformer Engine must be found before anything imports Megatron-Core: such ranks start afresh.
-        context = multiprocessing.get_context("spawn" if te else "forkserver")
+        context = multiprocessing.get_context("spawn" if te or fresh else "forkserver")
         multiprocessing.set_forkserver_preload(PRELOADED)
         self._processes, self._pipes = [], []
         for rank in range(size):
