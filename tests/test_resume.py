@@ -4,8 +4,8 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take about half a minute; two points are always tested, and one of a start by
-tests/test_start_signals.py; all twenty by `make soak`.
+An interrupted run and its resume take a minute; two points are always tested, one of them with its resume in ranks of
+the session, and one of a start by tests/test_start_signals.py; all twenty by `make soak`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,26 @@ import pytest
 import torch
 
 from tests.harness import interrupted_runs as tools
-from tests.harness.interrupted_runs import EVERY, LAYOUTS, STEPS, Interrupt
+from tests.harness.interrupted_runs import EVERY, LAYOUTS, STEPS, Ended, Interrupt
 
 
 def point(
-    layout: str, phase: str, step: int, signal: str, to: str, *, always: bool = False, times: int = 1, **more: Any
+    layout: str,
+    phase: str,
+    step: int,
+    signal: str,
+    to: str,
+    *,
+    always: bool = False,
+    resume: Callable[..., Ended] = tools.trained,
+    times: int = 1,
+    **more: Any,
 ) -> Any:
     """One row of the table, as a case for pytest. `to`: "rank N", "launcher" or "all" (rank 0 then sends)."""
     where, _, rank = to.partition(" ")
     interrupt = Interrupt(phase, step, signal, where, rank=int(rank or 0), times=times, **more)
     name = f"{layout}-{phase}-of-step-{step}-{signal}-to-{to.replace(' ', '-')}"
-    return pytest.param(layout, interrupt, id=name, marks=() if always else pytest.mark.soak)
+    return pytest.param(layout, interrupt, resume, id=name, marks=() if always else pytest.mark.soak)
 
 
 # Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
@@ -38,7 +47,7 @@ POINTS = [
     #     layout  phase    step  signal     to
     point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True),  # also tests/test_resume_faults.py's
     point("tp2", "save", 3, "SIGKILL", "all"),
-    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True),
+    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True, resume=tools.trained_here),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),
     point("dp2", "reward", 2, "SIGKILL", "all"),
     point("dp2", "score", 4, "SIGTERM", "rank 1"),
@@ -96,10 +105,11 @@ def assert_finished_work_is_taken_over(folder: Path, point: Interrupt, saved: in
 
 
 @pytest.mark.interruption
-@pytest.mark.parametrize(("layout", "interrupt"), POINTS)
+@pytest.mark.parametrize(("layout", "interrupt", "resume"), POINTS)
 def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
     layout: str,
     interrupt: Interrupt,
+    resume: Callable[..., Ended],
     whole: Callable[..., Path],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -108,7 +118,7 @@ def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one
     folder = tools.copy_run(tools.stopped(layout, interrupt, tmp_path_factory), tmp_path / "run")
     saved = tools.saved_steps(folder)
     assert least_saved(interrupt) <= saved < STEPS
-    again = tools.trained(folder, *LAYOUTS[layout])
+    again = resume(folder, *LAYOUTS[layout])
     shown = tools.steps_shown(again)  # what lies in the newest checkpoint is not done again
     assert saved + 1 <= shown[0] and shown == list(range(shown[0], STEPS + 1)), again.all
     tools.assert_same_run(folder, wanted)

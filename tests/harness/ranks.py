@@ -32,7 +32,7 @@ class CaseRanks:
     store: Any
     folder: Path
 
-    def arrange(self, tensor: int = 1, **parallel: int) -> Any:
+    def arrange(self, tensor: int = 1, *, seed: int = 0, **parallel: int) -> Any:
         """The ranks of one layout, in place of the one before."""
         import dataclasses
 
@@ -50,7 +50,7 @@ class CaseRanks:
         self.rounds = getattr(self, "rounds", 0) + 1
         store = dist.PrefixStore(f"layout-{self.rounds}", self.store)
         backend = dataclasses.replace(CPU, spec=os.environ.get("A3PO_TEST_SPEC", "local"))
-        return arrange(backend, ParallelOptions(tensor=tensor, **parallel), engine_ranks, 0, store)
+        return arrange(backend, ParallelOptions(tensor=tensor, **parallel), engine_ranks, seed, store)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returns, made by one rank for all of them, and for whatever asks later in this folder.

@@ -124,29 +124,6 @@ def install(point: dict[str, Any]) -> None:
     setattr(os, name, call_and_hit)
 
 
-def install_draws() -> None:
-    from a3po_megatron.telemetry.clock import Clock
-
-    announce = Clock._announce
-
-    def announce_and_draw(clock: Clock) -> None:
-        announce(clock)
-        if clock._stack[-1] == "update":
-            import random
-
-            import numpy
-            import torch
-            from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-            random.random()
-            numpy.random.random()
-            torch.rand(1)
-            with get_cuda_rng_tracker().fork():
-                torch.rand(1)
-
-    Clock._announce = announce_and_draw
-
-
 def install_clock(seconds: float) -> None:
     from a3po_megatron.telemetry.clock import CLOCK, Clock
 
@@ -163,6 +140,8 @@ def install_clock(seconds: float) -> None:
 if is_rank() and "A3PO_TEST_CLOCK" in os.environ:
     install_clock(float(os.environ["A3PO_TEST_CLOCK"]))
 if is_rank() and os.environ.get("A3PO_TEST_DRAWS") == "1":
+    from draws import install_draws  # beside this file
+
     install_draws()
 if is_rank() and "A3PO_TEST_INTERRUPT" in os.environ:
     wanted = json.loads(os.environ["A3PO_TEST_INTERRUPT"])

@@ -1,0 +1,31 @@
+"""A whole run in ranks that stay, in a folder that was made ready (tests/harness/interrupted_runs.py)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from a3po_megatron.config import load_resolved
+from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.parts import build
+from a3po_megatron.reward.graders import math_graders
+from a3po_megatron.run.stop import Interrupt
+from a3po_megatron.train import train
+from tests.harness.interrupting.draws import install_draws
+from tests.harness.ranks import CaseRanks
+
+FOLDER = "A3PO_TEST_RUN"
+
+
+def trains(ranks: CaseRanks) -> None:
+    """As rank.py does, from the groups on."""
+    folder = Path(os.environ[FOLDER])
+    settings = load_resolved(RunFolder(folder).config)
+    take_out = install_draws()
+    try:
+        with math_graders(settings.reward, settings.grader_pool) as graders:
+            layout = settings.parallel.model_dump()
+            made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
+            train(build(folder, settings, made, graders, interrupt=Interrupt()))
+    finally:
+        take_out()
