@@ -14,6 +14,8 @@ import os
 import pickle
 import pickletools
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ from a3po_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark, benchmark_o
 from a3po_megatron.evaluate.problems import Problem, file_of, problems_of
 from a3po_megatron.files.cache import Cache
 from a3po_megatron.reward.math import grade
+from tests.harness.ranks import ROOT
 
 Row = dict[str, Any]
 DATED = {"release": "v5", "window": "2024-08-01:2025-01-31"}
@@ -315,6 +318,11 @@ def test_a_number_of_live_code_needs_release_and_window_and_both_stand_in_its_ve
             {n: cases(("1", "2"), kind="functional") for n in ("public_test_cases", "private_test_cases")},
             "the field 'metadata' names no function",
         ),
+        (
+            {"metadata": {"func_name": "f()"}}
+            | {n: cases(("1", "2"), kind="functional") for n in ("public_test_cases", "private_test_cases")},
+            "the field 'metadata' names no function",
+        ),
         ({"private_test_cases": 7}, "the field 'private_test_cases' is no list of tests"),
     ],
 )
@@ -393,6 +401,7 @@ def test_a_benchmarks_file_is_found_in_every_form(tmp_path: Path, ending: str, f
         path.write_bytes(packing.get(path.suffix, bytes)(text.encode()))
     write(tmp_path / "aime24_train.jsonl", rows)
     (tmp_path / "aime24.txt").touch()
+    (tmp_path / "aime24.arrow").mkdir()
     assert file_of("aime24", tmp_path) == path
     assert [problem.gold for problem in problems_of(BENCHMARKS["aime24"], path, 0)] == ["2", "3"]
 
@@ -489,3 +498,12 @@ def test_the_real_files_are_read_and_their_golds_by_their_graders(name: str) -> 
             parts = [gold["prompt"] + "    pass\n", gold["test"]] if gold["kind"] == "check" else gold["tests"]
             for part in parts:
                 compile(part, problem.id, "exec")
+
+
+def test_reading_and_comparing_import_nothing_heavy() -> None:
+    program = (
+        "import sys; import a3po_megatron.evaluate.compare, a3po_megatron.evaluate.summary\n"
+        "print([name for name in ('torch', 'transformers', 'vllm', 'megatron') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..convert.verify import Verified
+    from ..evaluate.compare import Comparison
 
 
 def layout_tables(found: Verified) -> Iterator[Table]:
@@ -42,6 +43,37 @@ def layout_tables(found: Verified) -> Iterator[Table]:
             there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
             parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
             table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
+        yield table
+
+
+def comparison_tables(found: Comparison, names: tuple[str, str], shown: int) -> Iterator[Table]:
+    """Which of two models is better on a benchmark, and on which problems; at most `shown` of these."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    gap, better = found.difference, sum(pair.difference > 0 for pair in found.changed)
+    table = Table(title=escape(f"{found.version}: {gap.problems} problems"), show_header=False, title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("meaning", overflow="fold")
+    table.add_row("A", f"{found.first:.2%}", escape(f"avg@{found.n} of {names[0]}"))
+    table.add_row("B", f"{found.second:.2%}", escape(f"avg@{found.n} of {names[1]}"))
+    table.add_row("B - A", f"{gap.value:+.2%}", f"95 % interval {gap.low:+.2%} to {gap.high:+.2%} (paired bootstrap)")
+    table.add_row("p", f"{found.p:.2g}", "how often two equal models would be as far apart (paired permutation test)")
+    worse = len(found.changed) - better
+    table.add_row("changed", str(len(found.changed)), f"problems: B is better on {better}, worse on {worse}")
+    if found.left_out:
+        table.add_row("left out", str(found.left_out), "problems without a valid sample in A or in B")
+    yield table
+    if found.changed and shown:
+        table = Table("problem")
+        for name in ("A", "B", "B - A"):
+            table.add_column(name, justify="right")
+        for pair in found.changed[:shown]:
+            counts = (f"{right}/{valid}" for right, valid in (pair.first, pair.second))
+            table.add_row(escape(pair.id), *counts, f"{pair.difference:+.1%}")
+        if len(found.changed) > shown:
+            table.add_row(f"… and {len(found.changed) - shown} more (--changed lists more)", "", "", "")
         yield table
 
 
