@@ -87,6 +87,11 @@ def test_responses_that_are_spelled_alike_vote_alike(
     assert len(votes) == (1 if alike else len(texts))
 
 
+def test_a_line_that_was_cut_off_does_not_vote() -> None:
+    assert vote(sample("Answer: 12"), "choice", "answer") is not None
+    assert vote(sample("Answer: 12", finish="length"), "choice", "answer") is None  # of Answer: 123, maybe
+
+
 def test_a_response_without_an_answer_does_not_vote_and_a_hostile_one_takes_no_time() -> None:
     assert vote(sample("It is 12."), "math", "boxed") is None
     assert vote(sample("It is 12.", "correct"), "math", "boxed") == vote(boxed("x", "correct"), "math", "boxed")
