@@ -78,8 +78,8 @@ def test_difference_interval_and_p_are_those_of_an_oracle(tmp_path: Path) -> Non
         f"{found.version}: 40 problems",
         f"{found.first:.2%} │ avg@8 of {tmp_path}/a.json",
         f"{found.second:.2%} │ avg@8 of {tmp_path}/b[1].json",
-        f"{float(mean):+.2%} │ 95 % interval {low:+.2%} to {high:+.2%} (paired bootstrap)",
-        f"{found.p:.2g} │ how often two equal models would be as far apart",
+        f"{100 * float(mean):+.2f} │ points (of 100); 95 % interval {100 * low:+.2f} to {100 * high:+.2f} (paired",
+        f"{found.p:.2g} │ how often two equal models are as far apart",
         "9 │ problems: B is better on 6, worse on 3",
     ):
         assert words in output
@@ -111,8 +111,8 @@ def test_problems_that_changed_are_listed_by_size_with_their_counts(tmp_path: Pa
     first = [(4, 8), (0, 8), (8, 8), (3, 8), (1, 4), (0, 0)]
     second = [(5, 8), (8, 8), (2, 8), (3, 8), (2, 8), (8, 8)]
     output, _ = printed(tmp_path, result_with(first), result_with(second))
-    rows = re.findall(r"│ (p\d) +│ +(\d/\d) │ +(\d/\d) │ +([-+]\d+\.\d%) │", output)
-    assert rows == [("p1", "0/8", "8/8", "+100.0%"), ("p2", "8/8", "2/8", "-75.0%"), ("p0", "4/8", "5/8", "+12.5%")]
+    rows = re.findall(r"│ (p\d) +│ +(\d/\d) │ +(\d/\d) │ +([-+]\d+\.\d) │", output)
+    assert rows == [("p1", "0/8", "8/8", "+100.0"), ("p2", "8/8", "2/8", "-75.0"), ("p0", "4/8", "5/8", "+12.5")]
     assert "3 │ problems: B is better on 2, worse on 1" in output
     assert re.search(r"left out │ +1 │ problems without a valid sample in A or in B", output)
     assert ": 5 problems" in output

@@ -15,7 +15,7 @@ def compare(
     second: Annotated[Path, path_argument(metavar="B.json", help="Another one, of the same benchmark and protocol.")],
     changed: Annotated[int, typer.Option(min=0, help="How many of the problems that changed are listed.")] = 20,
 ) -> None:
-    """Whether B is better than A: the paired difference with its interval, a p-value, and the problems that changed."""
+    """Say whether B is better than A: the paired difference, its interval, a p-value, the problems that changed."""
     from rich.console import Console
 
     from ..evaluate.compare import compare

@@ -76,8 +76,8 @@ class Benchmark:
         """Returns all that a number depends on beside the file, the seed and the model, as plain JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {"reading": self.reading.__name__, "layouts": [list(layout) for layout in self.layouts]}
-        unused = () if self.dated else ("dated", "release", "window")
-        return {name: value for name, value in fields.items() if name not in unused}
+        idle = () if self.dated else ("dated", "release", "window")
+        return {name: value for name, value in fields.items() if name not in idle}
 
     @property
     def version(self) -> str:

@@ -59,7 +59,7 @@ def compare(first: Result, second: Result, names: tuple[str, str] = ("the first"
     if not pairs:
         raise RequestError(f"{names[0]} and {names[1]} cannot be compared: no problem has a valid sample in both")
     differences = np.array([pair.difference for pair in pairs])
-    changed = sorted((pair for pair in pairs if pair.difference), key=lambda pair: (-abs(pair.difference), pair.id))
+    changes = sorted((pair for pair in pairs if pair.difference), key=lambda pair: (-abs(pair.difference), pair.id))
     return Comparison(
         first.version,
         int(first.protocol["n"]),
@@ -67,13 +67,13 @@ def compare(first: Result, second: Result, names: tuple[str, str] = ("the first"
         float(np.mean([pair.second[0] / pair.second[1] for pair in pairs])),
         Estimate(float(differences.mean()), *interval(differences, first.version, "difference"), len(pairs)),
         permutation_p(differences, first.version, "difference"),
-        tuple(changed),
+        tuple(changes),
         len(first.problems) - len(pairs),
     )
 
 
 def _unlike(first: Result, second: Result, names: tuple[str, str]) -> Iterator[str]:
-    """What makes two results no pair, one thing after another."""
+    """Yields what makes two results no pair, one thing after another."""
 
     def differ(what: str, one: object, other: object) -> str:
         return f"{what} is {_shown(one)} in {names[0]} and {_shown(other)} in {names[1]}"

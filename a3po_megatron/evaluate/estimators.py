@@ -91,8 +91,8 @@ def interval(
     count, means = numbers.size, []
     block = max(1, BLOCK // count)
     for start in range(0, resamples, block):
-        drawn = generator.integers(0, count, (min(block, resamples - start), count))
-        means.append(numbers[drawn].mean(axis=1))
+        picks = generator.integers(0, count, (min(block, resamples - start), count))
+        means.append(numbers[picks].mean(axis=1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -114,13 +114,13 @@ def permutation_p(
     if not count:
         return 1.0
     # Sums of the same numbers in another order differ in their last bits, and equal ones must count as equal.
-    seen = abs(numbers.sum()) - 1e-9 * np.abs(numbers).sum()
+    size = abs(numbers.sum()) - 1e-9 * np.abs(numbers).sum()
     if count <= EXACT:
         masks = np.arange(1 << count)[:, None] >> np.arange(count) & 1
-        return float(np.mean(np.abs((1 - 2 * masks) @ numbers) >= seen))
+        return float(np.mean(np.abs((1 - 2 * masks) @ numbers) >= size))
     generator = np.random.default_rng(named_seed("permutation", *name))
-    reached, block = 0, max(1, BLOCK // count)
+    extreme, block = 0, max(1, BLOCK // count)
     for start in range(0, flips, block):
         signs = 1 - 2 * generator.integers(0, 2, (min(block, flips - start), count), np.int8)
-        reached += int((np.abs(signs @ numbers) >= seen).sum())
-    return (1 + reached) / (1 + flips)
+        extreme += int((np.abs(signs @ numbers) >= size).sum())
+    return (1 + extreme) / (1 + flips)

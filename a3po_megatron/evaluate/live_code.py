@@ -33,8 +33,8 @@ RELEASES = {"v1": 400, "v2": 511, "v3": 612, "v4": 713, "v5": 880}
 def live_code(row: Row, layout: Layout, about: About) -> Item | None:
     """Reads a problem whose date lies in the window. With a function's name the tests call it, else they run the
     program on an input."""
-    content, public, private, dated = layout
-    if not _within(value_at(row, dated), dated, about.window):
+    content, public, private, date = layout
+    if not _within(value_at(row, date), date, about.window):
         return None
     cases = [case for field in (public, private) for case in _cases(value_at(row, field), field)]
     if not cases:
@@ -72,7 +72,7 @@ def checked_window(text: str) -> str:
 
 
 def _within(value: Any, field: str, window: str) -> bool:
-    """Whether a contest's day lies in the window, its ends included."""
+    """Tells whether a contest's day lies in the window, its ends included."""
     try:
         day = datetime.datetime.fromisoformat(str(value)).date()
     except ValueError:
@@ -127,7 +127,7 @@ def unpacked(text: str, field: str) -> str:
 
 
 def _function(row: Row) -> str:
-    """The name of the function that is tested, from the row's metadata."""
+    """Returns the name of the function that is tested, from the row's metadata."""
     metadata = row.get("metadata")
     try:
         tree = json.loads(metadata) if isinstance(metadata, str) else metadata

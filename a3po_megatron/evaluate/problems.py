@@ -92,12 +92,12 @@ def problems_of(
     if not problems:
         inside = f" from {benchmark.window}" if benchmark.dated else ""
         raise RequestError(f"{file}: none of its {count} rows is a problem of {benchmark.name}{inside}")
-    expected, number = benchmark.problems, len(problems)
+    usual, number = benchmark.problems, len(problems)
     if benchmark.dated and benchmark.release in RELEASES:
-        expected, number = RELEASES[benchmark.release], count
-    if expected not in (None, number):
+        usual, number = RELEASES[benchmark.release], count
+    if usual not in (None, number):
         which = f"{benchmark.name} {benchmark.release}".strip()
-        remark(f"{file}: {number} problems, {which} has {expected}: numbers of other files are not comparable")
+        remark(f"{file}: {number} problems, {which} has {usual}: numbers of other files are not comparable")
     golds = {gold: problem for problem in problems if problem.grader == "math" for gold in _each(problem.gold)}
     if bad := unreadable(golds, Cache("")):
         gold, why = next(iter(bad.items()))

@@ -60,11 +60,12 @@ class Graded(_Exact):
 
     @property
     def valid(self) -> int:
-        """Samples that were graded: an invalid one says nothing of the model."""
+        """Counts the samples that were graded: an invalid one says nothing of the model."""
         return sum(sample.outcome != "invalid" for sample in self.samples)
 
     @property
     def correct(self) -> int:
+        """Counts the correct samples."""
         return sum(sample.outcome == "correct" for sample in self.samples)
 
 

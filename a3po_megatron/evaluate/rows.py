@@ -9,8 +9,8 @@ A gold answer is a text, or several of which any is right. Of code it is JSON te
     {"kind": "calls", "function": …, "cases": [{"input", "output"}, …]}    LiveCodeBench, with starter code
     {"kind": "stdin", "cases": [{"input", "output"}, …]}                   LiveCodeBench
 
-and of a number with a tolerance {"value", "tolerance", "unit"}. Every function raises RequestError with the field, and
-without the row's place, which who reads rows knows.
+and of a number with a tolerance {"value": its text, "tolerance": a number}. Every function raises RequestError with the
+field, and without the row's place, which who reads rows knows.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def olympiad(row: Row, layout: Layout, about: About) -> Item:
             tolerance = float(error)
         except ValueError:
             raise RequestError(f"the field 'error' is no number: {error!r}") from None
-        return Item(parts, json.dumps({"value": gold, "tolerance": tolerance, "unit": unit}), "numeric")
+        return Item(parts, json.dumps({"value": gold, "tolerance": tolerance}), "numeric")
     return Item(parts, (gold, f"{gold} {unit}") if unit and not several else gold)
 
 

@@ -50,7 +50,7 @@ def _estimate(values: list[float], *name: object) -> Estimate | None:
 
 
 def _majorities(problems: Sequence[Graded], protocol: dict[str, Any]) -> list[float]:
-    """Of each problem with a valid sample; of none where an answer is a program, of which no two are alike."""
+    """Returns that of each problem with a valid sample; none where an answer is a program: no two are alike."""
     if protocol["grader"] == "code":
         return []
     values = []
@@ -69,12 +69,12 @@ def vote(sample: Sample, grader: str, extract: str) -> object | None:
     """
     if sample.outcome == "correct":
         return GOLD
-    named = find(sample.text, extract, finished=sample.finish == "stop").named
-    if not named:
+    answers = find(sample.text, extract, finished=sample.finish == "stop").named
+    if not answers:
         return None
-    text = named[-1].strip().strip("$*. ")
+    text = answers[-1].strip().strip("$*. ")
     if grader == "choice" and (letters := _LETTER.findall(text)):
-        return letters[0]
+        return str(letters[0])
     if len(text) > MAX_ANSWER_CHARS or nesting(text) > MAX_NESTING:
         return text
     return spell(text)

@@ -86,8 +86,7 @@ def kind_of(path: Path) -> str:
 
 def stem_of(path: Path) -> str:
     """Returns the name of a file of rows without the suffixes that say what it is."""
-    packed = path.suffix.lower() in PACKED
-    return path.with_suffix("").stem if packed else path.stem
+    return path.with_suffix("").stem if path.suffix.lower() in PACKED else path.stem
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

@@ -46,34 +46,38 @@ def layout_tables(found: Verified) -> Iterator[Table]:
         yield table
 
 
-def comparison_tables(found: Comparison, names: tuple[str, str], shown: int) -> Iterator[Table]:
-    """Which of two models is better on a benchmark, and on which problems; at most `shown` of these."""
+def comparison_tables(comparison: Comparison, names: tuple[str, str], shown: int) -> Iterator[Table]:
+    """Yields tables that say which of two models is better, and on which problems; at most `shown` of these."""
     from rich.markup import escape
     from rich.table import Table
 
-    gap, better = found.difference, sum(pair.difference > 0 for pair in found.changed)
-    table = Table(title=escape(f"{found.version}: {gap.problems} problems"), show_header=False, title_justify="left")
+    gap, better = comparison.difference, sum(pair.difference > 0 for pair in comparison.changed)
+    table = Table(
+        title=escape(f"{comparison.version}: {gap.problems} problems"), show_header=False, title_justify="left"
+    )
     table.add_column("what")
     table.add_column("value", justify="right")
     table.add_column("meaning", overflow="fold")
-    table.add_row("A", f"{found.first:.2%}", escape(f"avg@{found.n} of {names[0]}"))
-    table.add_row("B", f"{found.second:.2%}", escape(f"avg@{found.n} of {names[1]}"))
-    table.add_row("B - A", f"{gap.value:+.2%}", f"95 % interval {gap.low:+.2%} to {gap.high:+.2%} (paired bootstrap)")
-    table.add_row("p", f"{found.p:.2g}", "how often two equal models would be as far apart (paired permutation test)")
-    worse = len(found.changed) - better
-    table.add_row("changed", str(len(found.changed)), f"problems: B is better on {better}, worse on {worse}")
-    if found.left_out:
-        table.add_row("left out", str(found.left_out), "problems without a valid sample in A or in B")
+    table.add_row("A", f"{comparison.first:.2%}", escape(f"avg@{comparison.n} of {names[0]}"))
+    table.add_row("B", f"{comparison.second:.2%}", escape(f"avg@{comparison.n} of {names[1]}"))
+    low, high = 100 * gap.low, 100 * gap.high
+    within = f"points (of 100); 95 % interval {low:+.2f} to {high:+.2f} (paired bootstrap)"
+    table.add_row("B - A", f"{100 * gap.value:+.2f}", within)
+    table.add_row("p", f"{comparison.p:.2g}", "how often two equal models are as far apart (paired permutation test)")
+    worse = len(comparison.changed) - better
+    table.add_row("changed", str(len(comparison.changed)), f"problems: B is better on {better}, worse on {worse}")
+    if comparison.left_out:
+        table.add_row("left out", str(comparison.left_out), "problems without a valid sample in A or in B")
     yield table
-    if found.changed and shown:
+    if comparison.changed and shown:
         table = Table("problem")
         for name in ("A", "B", "B - A"):
             table.add_column(name, justify="right")
-        for pair in found.changed[:shown]:
+        for pair in comparison.changed[:shown]:
             counts = (f"{right}/{valid}" for right, valid in (pair.first, pair.second))
-            table.add_row(escape(pair.id), *counts, f"{pair.difference:+.1%}")
-        if len(found.changed) > shown:
-            table.add_row(f"… and {len(found.changed) - shown} more (--changed lists more)", "", "", "")
+            table.add_row(escape(pair.id), *counts, f"{100 * pair.difference:+.1f}")
+        if len(comparison.changed) > shown:
+            table.add_row(f"… and {len(comparison.changed) - shown} more (--changed lists more)", "", "", "")
         yield table
 
 
