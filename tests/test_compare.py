@@ -29,9 +29,9 @@ def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed(folder: Path, first: Result, second: Result, *options: str) -> tuple[str, BaseException | None]:
-    for name, result in (("a.json", first), ("b[1].json", second)):
+    for name, result in (("a.json", first), ("b[red].json", second)):
         write(folder / name, result)
-    done = CliRunner().invoke(app, ["compare", str(folder / "a.json"), str(folder / "b[1].json"), *options])
+    done = CliRunner().invoke(app, ["compare", str(folder / "a.json"), str(folder / "b[red].json"), *options])
     return done.output, done.exception
 
 
@@ -77,7 +77,7 @@ def test_difference_interval_and_p_are_those_of_an_oracle(tmp_path: Path) -> Non
     for words in (
         f"{found.version}: 40 problems",
         f"{found.first:.2%} │ avg@8 of {tmp_path}/a.json",
-        f"{found.second:.2%} │ avg@8 of {tmp_path}/b[1].json",
+        f"{found.second:.2%} │ avg@8 of {tmp_path}/b[red].json",
         f"{100 * float(mean):+.2f} │ points (of 100); 95 % interval {100 * low:+.2f} to {100 * high:+.2f} (paired",
         f"{found.p:.2g} │ how often two equal models are as far apart",
         "9 │ problems: B is better on 6, worse on 3",
@@ -159,7 +159,7 @@ def test_what_is_no_pair_is_refused_with_the_first_difference(
 ) -> None:
     output, error = printed(tmp_path, A, change())
     assert isinstance(error, RequestError) and error.exit_code == 2
-    names = {"A": f"{tmp_path}/a.json", "B": f"{tmp_path}/b[1].json"}
+    names = {"A": f"{tmp_path}/a.json", "B": f"{tmp_path}/b[red].json"}
     assert str(error).startswith(f"{names['A']} and {names['B']} cannot be compared: ")
     assert re.sub(r"(?<=in )([AB])(?= and| in|$)", lambda match: names[match[1]], says) in str(error)
     assert "B - A" not in output

@@ -35,7 +35,7 @@ FUNCTION = (
     "Complete the following Python function. Answer with the whole function, and all that it imports, in one ```python "
     "block.\n\n```python\n{problem}\n```"
 )
-# Austin et al., arXiv 2108.07732, section 4: the task, then all of its tests.
+# As Austin et al. ask (arXiv 2108.07732): the task, then all of its tests.
 TASK = (
     "You are an expert Python programmer, and here is your task: {problem} Your code should pass these tests:\n\n"
     "{tests}\n\nAnswer with the code, and all that it imports, in one ```python block."

@@ -30,7 +30,7 @@ from ..reward.math import gold_text
 Row = dict[str, Any]
 Layout = tuple[str, ...]  # fields: the problem's, then whatever its reading needs
 ID_FIELDS = ("id", "unique_id", "task_id", "question_id", "Record ID")
-MBPP_TEST = range(11, 511)  # task ids (Austin et al., arXiv 2108.07732, appendix A)
+MBPP_TEST = range(11, 511)  # task ids (the README of google-research/mbpp)
 # Their set-up code makes trees of Node, a class that the solution itself defines (google-research/mbpp, mbpp.jsonl).
 MBPP_SET_UP_AFTER = (367, 927)
 
