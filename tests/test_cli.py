@@ -44,6 +44,7 @@ COMMANDS = [
     ["train"],
     ["submit"],
     ["report"],
+    ["compare"],
     ["doctor"],
     ["convert"],
     ["convert", "import"],

@@ -15,6 +15,9 @@ import torch
 from a3po_megatron.algorithm import token_loss
 from a3po_megatron.algorithm.sums import Report
 from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
+from a3po_megatron.errors import RequestError
+from a3po_megatron.evaluate.benchmarks import BENCHMARKS, benchmark_of
+from a3po_megatron.evaluate.problems import file_of, problems_of
 from a3po_megatron.model.cut import EngineRank, cut, hf_tensors, pieces, tensors
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.layout import Layout
@@ -79,6 +82,26 @@ def test_an_objective_is_a_file_and_a_metric_a_line(monkeypatch: pytest.MonkeyPa
     report = Report(objective.metrics)
     report.sums += report.vector(sums, torch.device("cpu"))
     assert report.metrics() == {"learner/loss": 5.5 / 2, metric.name: -3.5 / 2}
+
+
+def test_a_benchmark_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark = run(example("evaluate/benchmarks.py"))["CLAIMS"]
+    monkeypatch.setitem(BENCHMARKS, benchmark.name, benchmark)
+    rows = [{"claim": "2 + 2 = 4", "holds": True}, {"claim": "All {primes} are odd.", "holds": False}]
+    (tmp_path / "claims.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    remarks: list[str] = []
+    problems = problems_of(benchmark_of("claims"), file_of("claims", tmp_path), 0, remark=remarks.append)
+    assert remarks == []
+    assert [(problem.id, problem.gold, problem.grader) for problem in problems] == [
+        ("claims/1", "A", "choice"),
+        ("claims/2", "B", "choice"),
+    ]
+    assert problems[1].text.startswith("All {primes} are odd.\n\nIs this so?\n\nA) yes\n")
+    assert re.fullmatch("claims-[0-9a-f]{8}", benchmark.version)
+    assert benchmark.chosen(samples=4).version != benchmark.version
+    (tmp_path / "claims.jsonl").write_text('{"claim": "1 = 1"}')
+    with pytest.raises(RequestError, match=r"claims\.jsonl:1: claims: expected the fields claim \+ holds"):
+        problems_of(benchmark, file_of("claims", tmp_path), 0)
 
 
 def test_a_launcher_is_a_script(tmp_path: Path) -> None:

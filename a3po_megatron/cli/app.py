@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import A3POError
+from .compare import compare
 from .convert import convert_app
 from .data import data_app
 from .doctor import doctor
@@ -44,7 +45,7 @@ def a3po(version: Version = False) -> None:
     """A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM."""
 
 
-for _command in (train, submit, report, status, options, doctor):
+for _command in (train, submit, report, compare, status, options, doctor):
     app.command()(_command)
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")

@@ -84,6 +84,11 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes and suffixes[-1] in KINDS else ""
 
 
+def stem_of(path: Path) -> str:
+    """Returns the name of a file of rows without the suffixes that say what it is."""
+    return path.with_suffix("").stem if path.suffix.lower() in PACKED else path.stem
+
+
 def names_of(files: Sequence[Path]) -> list[str]:
     """What files are called in the ids of their rows: the name, with as many folders as tell them apart."""
     deepest = max((len(file.parts) for file in files), default=1)

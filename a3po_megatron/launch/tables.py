@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..convert.verify import Verified
+    from ..evaluate.compare import Comparison
 
 
 def layout_tables(found: Verified) -> Iterator[Table]:
@@ -42,6 +43,41 @@ def layout_tables(found: Verified) -> Iterator[Table]:
             there = f"{axis} {piece.start}–{piece.start + piece.length - 1}"
             parameter = piece.parameter if layout.virtual == 1 else f"chunk {piece.chunk}: {piece.parameter}"
             table.add_row(str(rank), parameter, here, there, "yes" if piece.owner else "")
+        yield table
+
+
+def comparison_tables(comparison: Comparison, names: tuple[str, str], shown: int) -> Iterator[Table]:
+    """Yields tables that say which of two models is better, and on which problems; at most `shown` of these."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    gap, better = comparison.difference, sum(pair.difference > 0 for pair in comparison.changed)
+    table = Table(
+        title=escape(f"{comparison.version}: {gap.problems} problems"), show_header=False, title_justify="left"
+    )
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    table.add_column("meaning", overflow="fold")
+    table.add_row("A", f"{comparison.first:.2%}", escape(f"avg@{comparison.n} of {names[0]}"))
+    table.add_row("B", f"{comparison.second:.2%}", escape(f"avg@{comparison.n} of {names[1]}"))
+    low, high = 100 * gap.low, 100 * gap.high
+    within = f"points (of 100); 95 % interval {low:+.2f} to {high:+.2f} (paired bootstrap)"
+    table.add_row("B - A", f"{100 * gap.value:+.2f}", within)
+    table.add_row("p", f"{comparison.p:.2g}", "how often two equal models are as far apart (paired permutation test)")
+    worse = len(comparison.changed) - better
+    table.add_row("changed", str(len(comparison.changed)), f"problems: B is better on {better}, worse on {worse}")
+    if comparison.left_out:
+        table.add_row("left out", str(comparison.left_out), "problems without a valid sample in A or in B")
+    yield table
+    if comparison.changed and shown:
+        table = Table("problem")
+        for name in ("A", "B", "B - A"):
+            table.add_column(name, justify="right")
+        for pair in comparison.changed[:shown]:
+            counts = (f"{right}/{valid}" for right, valid in (pair.first, pair.second))
+            table.add_row(escape(pair.id), *counts, f"{100 * pair.difference:+.1f}")
+        if len(comparison.changed) > shown:
+            table.add_row(f"… and {len(comparison.changed) - shown} more (--changed lists more)", "", "", "")
         yield table
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks, what their numbers say, and how two of them are held against each other."""
