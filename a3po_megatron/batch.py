@@ -41,6 +41,8 @@ class Answered(NamedTuple):
     response: str
     answer: Gold
     finished: bool = True  # False: the response was cut off
+    grader: str = ""  # its name (reward/grader.py); empty: the pool's own
+    extract: str = ""  # where the answer is looked for; likewise
 
 
 @dataclass(frozen=True)

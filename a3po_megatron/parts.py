@@ -16,6 +16,7 @@ from .batch import Batch, Collected
 from .config import Settings
 from .data.prompts import Prompts
 from .data.tokenizer import Tokenizer
+from .evaluate.sampling import Evaluation
 from .files.run_folder import RunFolder, step_of
 from .learner.learner import Learner
 from .model.build import DTYPES
@@ -149,6 +150,39 @@ def build(
         checkpoints=checkpoints,
         stop=stop,
     )
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The parts of a rank that only samples."""
+
+    folder: Path
+    settings: Settings
+    ranks: Ranks
+    facts: ModelFacts
+    engine: VllmEngine
+    evaluation: Evaluation
+
+
+def build_serving(
+    folder: Path,
+    settings: Settings,
+    ranks: Ranks,
+    graders: Graders,
+    *,
+    started: float | None = None,
+    interrupt: Interrupt = INTERRUPT,
+    engine_of: type[VllmEngine] = VllmEngine,
+) -> Serving:
+    """Builds the parts of an evaluation, but for what only learns. Collective."""
+    model = Path(settings.model.path)
+    facts = read_facts(model)
+    tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
+    with phase(Phase.ENGINE):
+        engine = engine_of(model, facts, tokenizer.stops, settings.rollout, DTYPES[settings.model.dtype], ranks.backend)
+    sequences = settings.rollout.max_sequences
+    evaluation = Evaluation(ranks, engine, tokenizer, graders, interrupt, folder, sequences)
+    return Serving(folder, settings, ranks, facts, engine, evaluation)
 
 
 def _publisher(settings: Settings, ranks: Ranks, facts: ModelFacts, learner: Learner, prompts: Prompts) -> Publisher:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .launch import environment
 
 if TYPE_CHECKING:
-    from .parts import Parts
+    Loop = Callable[[Any], None]
+    Build = Callable[..., Any]
 
-    Loop = Callable[[Parts], None]
 
+def start(folder: Path, loop: Loop, build: Build | None = None) -> None:
+    """Runs a rank of the run in `folder`, with the loop of its role, and ends the process.
 
-def start(folder: Path, loop: Loop) -> None:
-    """Runs a rank of the run in `folder`, with the loop of its role, and ends the process."""
+    build: what makes the loop's parts (parts.py), called as `parts.build` is, which is the default
+    """
     environment.prepare()
     from .run.stop import INTERRUPT
 
@@ -29,20 +31,20 @@ def start(folder: Path, loop: Loop) -> None:
     from . import compat
 
     compat.prepare()
-    environment.report_failures(folder, functools.partial(_run, loop=loop))
+    environment.report_failures(folder, functools.partial(_run, loop=loop, build=build))
 
 
-def _run(folder: Path, loop: Loop) -> None:
+def _run(folder: Path, loop: Loop, build: Build | None) -> None:
     from .config import load_resolved
     from .files.run_folder import RunFolder, rank_file
     from .launch.folder import prepare_folder
     from .launch.hardware import find_hardware
     from .launch.shell import check_interfaces
     from .model.precision import check_hardware
-    from .parts import build
+    from .parts import build as build_learner
     from .ranks.groups import connect
     from .ranks.handoff import Handoff
-    from .reward.graders import math_graders
+    from .reward.graders import graders_of
     from .telemetry.catalogue import Phase
     from .telemetry.clock import CLOCK, phase
     from .telemetry.watchdog import Watchdog
@@ -58,9 +60,9 @@ def _run(folder: Path, loop: Loop) -> None:
     CLOCK.seconds[Phase.IMPORTS] = environment.since_start()
     check_hardware(settings.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     check_interfaces()
-    with math_graders(settings.reward, settings.grader_pool) as graders:
+    with graders_of(settings.reward, settings.grader_pool) as graders:
         with phase(Phase.GROUPS):
             ranks = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
-        loop(build(folder, settings, ranks, graders, started=Handoff.of().started))
+        loop((build or build_learner)(folder, settings, ranks, graders, started=Handoff.of().started))
     del lock

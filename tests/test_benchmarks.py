@@ -27,11 +27,14 @@ import pytest
 import zstandard
 
 from a3po_megatron.batch import Gold
+from a3po_megatron.config import Config, config_of_model
+from a3po_megatron.data.arithmetic import apply, parse
+from a3po_megatron.data.arithmetic import problem as arithmetic
 from a3po_megatron.data.golds import unreadable
 from a3po_megatron.errors import RequestError
 from a3po_megatron.evaluate import live_code
 from a3po_megatron.evaluate.benchmarks import BENCHMARKS, Benchmark, benchmark_of
-from a3po_megatron.evaluate.problems import Problem, file_of, problems_of
+from a3po_megatron.evaluate.problems import Problem, arithmetic_problems, file_of, problems_of
 from a3po_megatron.files.cache import Cache
 from a3po_megatron.reward.math import grade
 from tests.harness.ranks import ROOT
@@ -52,7 +55,9 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def read(folder: Path, name: str, *rows: Row, seed: int = 0, **options: Any) -> list[Problem]:
-    return problems_of(BENCHMARKS[name], write(folder / f"{name}.jsonl", list(rows)), seed, **options)
+    dates = {option: options.pop(option, "") for option in ("release", "window")}
+    benchmark = BENCHMARKS[name].chosen(**dates)
+    return problems_of(benchmark, write(folder / f"{name}.jsonl", list(rows)), seed, **options)
 
 
 def correct(problem: Problem, response: str) -> bool:
@@ -419,21 +424,44 @@ def test_a_folder_without_the_file_or_with_two_is_refused_by_name(tmp_path: Path
         file_of("gsm8k", tmp_path / "nowhere")
 
 
-def test_a_file_of_ones_own_is_a_benchmark(tmp_path: Path) -> None:
+def configured(*options: str) -> Config:
+    return config_of_model(str(ROOT / "configs/models/tiny-guesser"), options)
+
+
+def test_a_file_of_ones_own_is_put_sampled_and_graded_as_training_does(tmp_path: Path) -> None:
     row = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
     path = write(tmp_path / "own.rows.jsonl", [row, {**row, "id": "b"}])
-    benchmark = benchmark_of(str(path))
+    options = ("data.template=qwen", "rollout.temperature=0.5", "rollout.top_p=0.9", "rollout.max_tokens=77")
+    benchmark = benchmark_of(str(path), configured(*options, "reward.extract=boxed"))
     assert (benchmark.name, benchmark.n, benchmark.grader, benchmark.extract) == ("own.rows", 1, "math", "boxed")
+    how = (benchmark.template, benchmark.temperature, benchmark.top_p, benchmark.max_tokens)
+    assert how == ("qwen", 0.5, 0.9, 77)
     remarks: list[str] = []
     problems = problems_of(benchmark, path, 0, remark=remarks.append)
     assert [(problem.id, problem.gold) for problem in problems] == [("own.rows/1", "2"), ("b", "2")]
+    assert [problem.text for problem in problems] == ["1+1?"] * 2
     assert remarks == []
-    assert benchmark_of("x/own.csv.gz").name == "own"
-    assert benchmark_of("aime25") is BENCHMARKS["aime25"]
+    assert benchmark_of("x/own.csv.gz", configured()).name == "own"
+    assert benchmark_of("aime25", configured()) is BENCHMARKS["aime25"]
     with pytest.raises(RequestError, match="--benchmark aime23: no benchmark has this name; did you mean aime2"):
-        benchmark_of("aime23")
+        benchmark_of("aime23", configured())
     with pytest.raises(RequestError, match="there are aime24, aime25, .*, and files of rows"):
-        benchmark_of("xyz")
+        benchmark_of("xyz", configured())
+
+
+def test_problems_of_the_built_in_task_are_none_that_a_run_trains_on() -> None:
+    benchmark = benchmark_of("builtin:arithmetic", configured("data.template=raw"))
+    problems = arithmetic_problems(benchmark, 0)
+    assert len({problem.id for problem in problems}) == benchmark.problems == 500
+    for problem in problems:
+        value, steps = parse(problem.text)
+        for operator, operand in steps:
+            value = apply(value, operator, operand)
+        assert problem.gold == str(value)
+    trained = {arithmetic(index, 0)[0] for index in range(3000)}
+    long = [problem.text for problem in problems if len(problem.text) > 8]  # short ones are few, and meet by chance
+    assert sum(text in trained for text in long) < len(long) / 20
+    assert problems != arithmetic_problems(benchmark, 1)
 
 
 CHANGES: dict[str, Any] = {
@@ -448,6 +476,7 @@ CHANGES: dict[str, Any] = {
     "temperature": 0.7,
     "top_p": 1.0,
     "max_tokens": 1024,
+    "template": "raw",
     "reading": BENCHMARKS["olympiadbench"].reading,
     "edition": 2,
 }
@@ -468,7 +497,7 @@ def test_a_version_changes_with_every_part_of_the_protocol() -> None:
 
 def test_a_version_does_not_depend_on_the_process() -> None:
     """If this changes, every number of AIME 2024 that stands somewhere is of another protocol: is that meant?"""
-    assert BENCHMARKS["aime24"].version == "aime24-0548c649"
+    assert BENCHMARKS["aime24"].version == "aime24-63e6e62e"
 
 
 REAL = {"aime24": 0, "aime25": 0, "math500": 0, "olympiadbench": 2, "gsm8k": 0, "humaneval": 0, "mbpp": 0}

@@ -16,7 +16,7 @@ from a3po_megatron.algorithm import token_loss
 from a3po_megatron.algorithm.sums import Report
 from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
 from a3po_megatron.errors import RequestError
-from a3po_megatron.evaluate.benchmarks import BENCHMARKS, benchmark_of
+from a3po_megatron.evaluate.benchmarks import BENCHMARKS
 from a3po_megatron.evaluate.problems import file_of, problems_of
 from a3po_megatron.model.cut import EngineRank, cut, hf_tensors, pieces, tensors
 from a3po_megatron.model.families.registry import FAMILIES
@@ -90,7 +90,7 @@ def test_a_benchmark_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows = [{"claim": "2 + 2 = 4", "holds": True}, {"claim": "All {primes} are odd.", "holds": False}]
     (tmp_path / "claims.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     remarks: list[str] = []
-    problems = problems_of(benchmark_of("claims"), file_of("claims", tmp_path), 0, remark=remarks.append)
+    problems = problems_of(BENCHMARKS["claims"], file_of("claims", tmp_path), 0, remark=remarks.append)
     assert remarks == []
     assert [(problem.id, problem.gold, problem.grader) for problem in problems] == [
         ("claims/1", "A", "choice"),

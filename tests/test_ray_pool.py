@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from a3po_megatron.config import LocalPool, RayPool, RewardOptions
-from a3po_megatron.reward.graders import local_graders, math_graders, ray_graders
+from a3po_megatron.reward.graders import graders_of, local_graders, ray_graders
 from a3po_megatron.reward.ray_pool import RayGraders
 
 pytestmark = pytest.mark.alone  # actors that are slow to answer count as dead
@@ -40,7 +40,7 @@ def test_ray_gives_the_verdicts_of_the_local_pool_in_their_order(graders: RayGra
         wanted = local.grade_all(ITEMS)
     assert graders.grade_all(ITEMS) == wanted
     assert graders.grade_all([]) == []
-    with math_graders(RewardOptions(), RayPool(address="local")) as beside:  # as a run asks: from a thread
+    with graders_of(RewardOptions(), RayPool(address="local")) as beside:  # as a run asks: from a thread
         assert beside.submit(ITEMS).result() == wanted
 
 

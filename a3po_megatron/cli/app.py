@@ -14,6 +14,7 @@ from .compare import compare
 from .convert import convert_app
 from .data import data_app
 from .doctor import doctor
+from .eval import evaluate
 from .options import options
 from .report import report
 from .status import status
@@ -45,6 +46,7 @@ def a3po(version: Version = False) -> None:
     """A3PO reinforcement learning from verifiable rewards, on Megatron-Core and vLLM."""
 
 
+app.command("eval")(evaluate)
 for _command in (train, submit, report, compare, status, options, doctor):
     app.command()(_command)
 app.add_typer(data_app, name="data")

@@ -16,7 +16,7 @@ from .checkpoint import CheckpointOptions
 from .cluster import ClusterOptions, ParallelOptions, ParallelSettings, even_stages, stage_ranks
 from .data import ARITHMETIC, DataOptions
 from .learner import AdamOptions, CosineSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule, SgdOptions
-from .load import data_options, load_config, load_resolved, resolved_text
+from .load import config_of_model, data_options, load_config, load_resolved, resolved_text
 from .model import MegatronOptions, ModelOptions, ModelSettings
 from .resolve import resolve
 from .resume import lasting, unlike
@@ -64,6 +64,7 @@ __all__ = [
     "TelemetryOptions",
     "TisOptions",
     "TrainerOptions",
+    "config_of_model",
     "data_options",
     "even_stages",
     "lasting",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,19 @@ def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     Raises RequestError (exit 2) for an unreadable file, an unknown option (with the nearest valid one), a value of the
     wrong type or range, a missing model or data path, and an option that has no effect beside the others.
     """
-    values = _read_file(Path(path), ())
+    return _checked(_read_file(Path(path), ()), overrides)
+
+
+def config_of_model(folder: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a model that has none: all by default, but what `overrides` say. It trains on nothing.
+
+    Raises RequestError as `load_config` does.
+    """
+    model, data = (Given(value, "the command line", Path.cwd(), asked=False) for value in (folder, ARITHMETIC))
+    return _checked({"model.path": model, "data.path": data}, overrides)
+
+
+def _checked(values: Values, overrides: Sequence[str]) -> Config:
     for text in overrides:
         _override(text, values)
     values = _located(values)

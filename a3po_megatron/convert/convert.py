@@ -192,7 +192,7 @@ def _write_records(folder: Path, name: str, records: Sequence[_Record], count: C
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """One HF tensor to be written, and the rows of the checkpoint that it is made of, in its own order."""
 
     name: str
@@ -209,7 +209,7 @@ class _Wanted:
 @dataclass(frozen=True)
 class _File:
     name: str
-    tensors: list[_Wanted]
+    tensors: list[Wanted]
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def export_checkpoint(
     side_files(hf)
     with Reader(source) as reader:
         chunked = [source / name for name in reader.check_folder()]
-        wanted = _wanted(facts, reader, options)
+        wanted = wanted_tensors(facts, reader, options)
     files = _files(wanted, options.shard_bytes, dtype)
     total = sum(_bytes(tensor, None) for tensor in wanted)
     check_free(target, sum(_bytes(tensor, dtype) for tensor in wanted))
@@ -277,7 +277,7 @@ def newest_checkpoint(folder: Path) -> Path:
     return checkpoint
 
 
-def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_Wanted]:
+def wanted_tensors(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[Wanted]:
     """Every HF tensor, after the checkpoint's keys and shapes were held against the configuration's."""
     parameters = stored_parameters(facts)
     expected = stored_shapes(facts, parameters)
@@ -302,7 +302,7 @@ def _wanted(facts: ModelFacts, reader: Reader, options: ExportOptions) -> list[_
         for span in parameter.spans:
             parts.setdefault(span.tensor, []).append((parameter.key, parameter.lead, span))
     return [
-        _Wanted(
+        Wanted(
             name,
             tensor.shape,
             reader.dtypes[parts[name][0][0]],
@@ -328,11 +328,11 @@ def _check_padding(reader: Reader, key: str, vocab: int, bucket_bytes: int) -> N
             )
 
 
-def _bytes(tensor: _Wanted, dtype: torch.dtype | None) -> int:
+def _bytes(tensor: Wanted, dtype: torch.dtype | None) -> int:
     return math.prod(tensor.shape) * tensor.written(dtype).itemsize
 
 
-def _files(wanted: Sequence[_Wanted], shard_bytes: int, dtype: torch.dtype | None) -> list[_File]:
+def _files(wanted: Sequence[Wanted], shard_bytes: int, dtype: torch.dtype | None) -> list[_File]:
     groups = split_files({tensor.name: _bytes(tensor, dtype) for tensor in wanted}, shard_bytes)
     by_name = {tensor.name: tensor for tensor in wanted}
     names = file_names(len(groups))
@@ -347,7 +347,7 @@ def _write_files(
 
         def parts(file: _File) -> Iterator[Tensor]:
             for tensor in file.tensors:
-                for values in _read_tensor(reader, tensor, buffer):
+                for values in read_rows_of(reader, tensor, buffer):
                     cast = values.to(tensor.written(options.dtype))
                     if not all_finite(cast):
                         raise RequestError(f"{source}: {tensor.name} holds a value that is not finite as {cast.dtype}")
@@ -366,7 +366,7 @@ def _write_files(
         ]
 
 
-def _read_tensor(reader: Reader, tensor: _Wanted, buffer: bytearray) -> Iterator[Tensor]:
+def read_rows_of(reader: Reader, tensor: Wanted, buffer: bytearray) -> Iterator[Tensor]:
     """A tensor's rows in order, in parts that fit the buffer (or of one row); each is overwritten by the next."""
     width = math.prod(tensor.shape[1:])
     if width * tensor.dtype.itemsize > len(buffer):

@@ -29,6 +29,11 @@ TEMPLATES = {
 }
 
 
+def has_chat_template(folder: Path) -> bool:
+    """Returns whether the tokenizer in a folder has a chat template of its own."""
+    return bool(_read(folder).chat_template)
+
+
 class Tokenizer:
     """Text ↔ token ids, with the special tokens that end a response left out of the text.
 

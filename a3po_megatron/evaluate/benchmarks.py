@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from ..config import ARITHMETIC, Config
 from ..data.fields import LAYOUTS
 from ..data.tokenizer import TEMPLATES
 from ..errors import RequestError
@@ -48,6 +49,7 @@ STARTER = (
     "Solve the following programming problem in Python. Begin with the starter code. Answer with the whole code in one "
     "```python block.\n\n{problem}\n\n```python\n{starter}\n```"
 )
+ARITHMETIC_PROBLEMS = 500
 QUESTION = (("problem", "answer"), ("question", "answer"))
 
 
@@ -66,6 +68,7 @@ class Benchmark:
     temperature: float = 0.6
     top_p: float = 0.95
     max_tokens: int = 32768
+    template: str = "chat"  # how the user's turn becomes a prompt (data.template); chat: of the tokenizer
     reading: Callable[..., rows.Item | None] = rows.one_answer  # takes (row, layout, rows.About)
     edition: int = 1  # another number where `reading` makes something else of the same file
     dated: bool = False  # a number needs a release and a window of dates
@@ -85,8 +88,15 @@ class Benchmark:
         canonical = json.dumps(self.protocol(), sort_keys=True, separators=(",", ":"))
         return f"{self.name}-{blake3(canonical.encode()).hexdigest()[:8]}"
 
-    def chosen(self, samples: int | None = None, release: str = "", window: str = "") -> Benchmark:
-        """Returns the benchmark as options have it: another n, the release and the window of dates.
+    def chosen(
+        self,
+        samples: int | None = None,
+        max_tokens: int | None = None,
+        release: str = "",
+        window: str = "",
+        template: str = "",
+    ) -> Benchmark:
+        """Returns the benchmark as options have it: another n or length, release and window of dates, form of prompts.
 
         Raises RequestError for an option without effect, and where a benchmark that needs dates has none.
         """
@@ -103,7 +113,14 @@ class Benchmark:
             )
         if self.dated:
             release, window = checked_release(release), checked_window(window)
-        return dataclasses.replace(self, n=samples or self.n, release=release, window=window)
+        return dataclasses.replace(
+            self,
+            n=samples or self.n,
+            max_tokens=max_tokens or self.max_tokens,
+            release=release,
+            window=window,
+            template=template or self.template,
+        )
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -170,21 +187,35 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-def benchmark_of(text: str) -> Benchmark:
-    """Returns the benchmark of that name, or that which a file of rows is.
+def benchmark_of(text: str, config: Config) -> Benchmark:
+    """Returns the benchmark of that name, or that which a file of rows is, or the built-in task.
 
     Raises RequestError with the nearest name for what is neither.
     """
     if text in BENCHMARKS:
         return BENCHMARKS[text]
+    if text == ARITHMETIC:
+        return as_training_asks("arithmetic", config, ARITHMETIC_PROBLEMS)
     if kind_of(Path(text)):
-        return of_file(Path(text))
+        return as_training_asks(stem_of(Path(text)), config)
     close = difflib.get_close_matches(text, BENCHMARKS, n=1)
     hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(BENCHMARKS)}, and files of rows"
     raise RequestError(f"--benchmark {text}: no benchmark has this name{hint}")
 
 
-def of_file(path: Path) -> Benchmark:
-    """Returns the benchmark that a file of one's own is: in the layouts of training data, one sample of each problem,
-    and all else as the benchmarks of mathematics have it."""
-    return Benchmark(stem_of(path), LAYOUTS, n=1, problems=None)
+def as_training_asks(name: str, config: Config, problems: int | None = None) -> Benchmark:
+    """Returns the benchmark that rows of one's own are: in the layouts of training data, put, sampled and graded as a
+    configuration has it for training, once each."""
+    rollout = config.rollout
+    return Benchmark(
+        name,
+        LAYOUTS,
+        n=1,
+        problems=problems,
+        prompt="{problem}",
+        extract=config.reward.extract,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_tokens=rollout.max_tokens,
+        template=config.data.template,
+    )

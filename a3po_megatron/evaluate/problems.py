@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..batch import Gold
-from ..data import read
+from ..data import arithmetic, read
 from ..data.fields import id_of
 from ..data.golds import unreadable
 from ..data.load import place_name
+from ..data.order import named_seed
 from ..errors import RequestError
 from ..files.cache import Cache
 from ..files.sources import KINDS, PACKED, kind_of, stem_of
@@ -61,8 +62,6 @@ def problems_of(
     file: Path,
     seed: int,
     *,
-    release: str = "",
-    window: str = "",
     remark: Callable[[str], None] = lambda text: None,
 ) -> list[Problem]:
     """Returns the problems in the file's order.
@@ -72,7 +71,6 @@ def problems_of(
 
     Raises RequestError with file and place for a bad row, for an id that stands twice, and for a file without problems.
     """
-    benchmark = benchmark.chosen(release=release, window=window)
     lined = read.has_lines(file)
     problems: list[Problem] = []
     places: dict[str, int] = {}
@@ -104,6 +102,15 @@ def problems_of(
         where = place_name(file, places[golds[gold].id], lined)
         remark(f"{where}: {why}: {gold!r:.80} ({len(bad)} in all): verdicts on them will be invalid")
     return problems
+
+
+def arithmetic_problems(benchmark: Benchmark, seed: int) -> list[Problem]:
+    """Returns problems of the built-in task that no run trains on: their draws have another name."""
+    drawn = [arithmetic.problem(number, named_seed("evaluation", seed)) for number in range(benchmark.problems or 0)]
+    return [
+        Problem(f"arithmetic/{number}", benchmark.prompt.format(problem=text), answer, "math", benchmark.extract)
+        for number, (text, answer) in enumerate(drawn)
+    ]
 
 
 def _problem(benchmark: Benchmark, row: dict[str, Any], place: int, seed: int) -> Problem | None:

@@ -37,7 +37,7 @@ def take(file: IO[Any] | int, seconds: float = math.inf) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def hold(folder: Path, seconds: float = 0.0) -> IO[str]:
+def hold(folder: Path, seconds: float = 0.0, advice: str = "choose another --run-dir") -> IO[str]:
     """Returns the lock of an existing run folder: nobody else can have it while this file is open.
 
     Waits for it for so long; raises RequestError if a run is live in the folder even then, or it cannot be locked.
@@ -52,7 +52,7 @@ def hold(folder: Path, seconds: float = 0.0) -> IO[str]:
         return lock
     except BlockingIOError as error:
         lock.close()
-        raise RequestError(f"{folder}: a run is live in this folder; choose another --run-dir") from error
+        raise RequestError(f"{folder}: a run is live in this folder; {advice}") from error
     except OSError as error:
         lock.close()
         raise RequestError(

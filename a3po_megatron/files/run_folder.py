@@ -6,6 +6,7 @@
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
     journal/step-00012.rank-0
     logs/rank-0.{log,phase,beat,stacks}  stall  starts.json attempt-3/rank-0.{log,words}
+    evaluations/step-000012/                                of that checkpoint: a result each benchmark
     lead_seconds  witness/  job.sbatch                      sweep.json: in the folder above the runs of a sweep
 
 A step has six digits where it names a folder and five where it names a file, more where it needs them; it is read as a
@@ -43,6 +44,7 @@ class RunFolder:
         self.rollouts, self.rejected = path / "rollouts", path / "rejected"
         self.checkpoints, self.journal, self.hf = path / "checkpoints", path / "journal", path / "hf"
         self.latest = self.checkpoints / LATEST
+        self.evaluations = path / "evaluations"  # of its checkpoints, a folder each
         self.witness = path / "witness"  # while the weights are shown to transformers
         self.lead_seconds = path / LEAD
         self.logs = path / "logs"

@@ -74,20 +74,30 @@ class _Rank:
         return None
 
 
-def run_local(folder: Path, settings: Settings, started: float, lock: IO[str], signals: Signals) -> None:
-    """Runs all ranks to their end, each holding the folder's lock.
+def run_local(
+    folder: Path,
+    settings: Settings,
+    started: float,
+    lock: IO[str],
+    signals: Signals,
+    program: tuple[str, ...] = PROGRAM,
+) -> None:
+    """Runs all ranks of `program` to their end, each holding the folder's lock.
 
     Raises the failed rank's error, naming rank and phase, or Interrupted when the ranks left because they were told to.
     """
-    if (error := supervise(_Processes(folder, settings, started, lock), folder, signals)) is not None:
+    if (error := supervise(_Processes(folder, settings, started, lock, program), folder, signals)) is not None:
         raise error
 
 
 class _Processes(Start):
     poll_seconds, through_srun = 0.1, False
 
-    def __init__(self, folder: Path, settings: Settings, started: float, lock: IO[str]) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, started: float, lock: IO[str], program: tuple[str, ...]
+    ) -> None:
         super().__init__()
+        self._program = program
         self._folder, self._settings, self._started, self._lock = folder, settings, started, lock
         self._ranks: list[_Rank] = []
         self._meeting: socket.socket | None = None
@@ -116,7 +126,7 @@ class _Processes(Start):
             os.set_inheritable(descriptor, True)
         with rank_file(RunFolder(self._folder).logs, rank, "log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, *PROGRAM, str(self._folder)],
+                [sys.executable, *self._program, str(self._folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

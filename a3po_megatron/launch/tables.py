@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from ..convert.verify import Verified
     from ..evaluate.compare import Comparison
+    from ..evaluate.result import Estimate, Result
 
 
 def layout_tables(found: Verified) -> Iterator[Table]:
@@ -79,6 +80,37 @@ def comparison_tables(comparison: Comparison, names: tuple[str, str], shown: int
         if len(comparison.changed) > shown:
             table.add_row(f"… and {len(comparison.changed) - shown} more (--changed lists more)", "", "", "")
         yield table
+
+
+def result_table(result: Result) -> Table:
+    """Returns what an evaluation came to: means over problems, in percent, with their 95 % intervals."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    summary, n = result.summary, result.protocol["n"]
+    title = f"{result.version}: {result.file.problems} problems, {n} sample{'s' * (n > 1)} each"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("number")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval, or what it is")
+
+    def add(name: str, estimate: Estimate | None) -> None:
+        if estimate is not None:
+            low, high = 100 * estimate.low, 100 * estimate.high
+            table.add_row(name, f"{100 * estimate.value:.1f}", f"{low:.1f} to {high:.1f} (bootstrap over problems)")
+
+    add(f"avg@{n}", summary.avg)
+    for k, estimate in summary.pass_at.items():
+        if k > 1:
+            add(f"pass@{k}", estimate)
+    if n > 1:
+        add(f"majority@{n}", summary.majority)
+    table.add_section()
+    table.add_row("length", f"{summary.length_mean:.0f}", "tokens of a response, in the mean")
+    table.add_row("cut off", f"{100 * summary.truncated_rate:.1f}", "% of responses, at max_tokens")
+    table.add_row("invalid", str(summary.invalid), "responses whose grading failed: left out above")
+    table.add_row("speed", f"{summary.tokens_per_second:.0f}", f"tokens/s, over {summary.seconds:.0f} s")
+    return table
 
 
 def runs(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""The graders of a run: math verdicts, each given in a process that can be killed."""
+"""The graders of a run, each verdict given in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import functools
 
 from ..config import GraderPoolOptions, RayPool, RewardOptions
 from .beside import Beside
-from .math import grade
+from .grader import grade
 from .pool import GraderPool
 from .ray_pool import RayGraders
 
 
-def math_graders(options: RewardOptions, pool: GraderPoolOptions) -> Beside:
+def graders_of(options: RewardOptions, pool: GraderPoolOptions) -> Beside:
     """What grades responses, here or on all nodes of a job, while others are sampled. Use it as a context manager."""
     return Beside(ray_graders(options, pool) if isinstance(pool, RayPool) else local_graders(options, pool))
 

@@ -143,7 +143,7 @@ def _compare(found: Found, gold: str) -> Verdict:
     from .equal import equal
 
     why = "no answer found" if not found.named else "the answer cannot be read"
-    for text in found.named or _ends(found.tail):
+    for text in answers_of(found):
         try:
             read = readings(text)
             if not read and (stated := _STATED.fullmatch(text)) and found.prose:
@@ -168,6 +168,11 @@ def _compare(found: Found, gold: str) -> Verdict:
         except Exception as error:  # of sympy, for something that only a response holds
             why = f"the answer cannot be compared: {type(error).__name__}: {str(error)[:200]}"
     return Verdict("wrong", why)
+
+
+def answers_of(found: Found) -> list[str]:
+    """The texts that may be a response's answer, in the order in which they count."""
+    return found.named or _ends(found.tail)
 
 
 def _ends(tail: str) -> list[str]:

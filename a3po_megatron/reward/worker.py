@@ -2,7 +2,8 @@
 
 It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
 
-    parent → worker   the pickled grade function, once; then JSON lists of [response, answer, finished]
+    parent → worker   the pickled grade function, once; then JSON lists of [response, answer, finished, grader,
+                      extract]
     worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason] per item, in order, each
                       as soon as it is known
 
@@ -41,17 +42,26 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def judge(grade: Callable[..., Verdict], response: str, answer: str | Sequence[str], finished: bool = True) -> Verdict:
+def judge(
+    grade: Callable[..., Verdict],
+    response: str,
+    answer: str | Sequence[str],
+    finished: bool = True,
+    grader: str = "",
+    extract: str = "",
+) -> Verdict:
     """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller.
 
     Of several gold answers any makes a response correct; wrong it is only if it is so by all of them.
     """
     if not isinstance(answer, str):
-        verdicts = [judge(grade, response, each, finished) for each in answer]
+        verdicts = [judge(grade, response, each, finished, grader, extract) for each in answer]
         rank = {"correct": 0, "invalid": 1, "wrong": 2}
         return min(verdicts, key=lambda verdict: rank[verdict.outcome])
+    named = {"grader": grader, "extract": extract, "finished": "" if finished else False}
+    options = {name: value for name, value in named.items() if value != ""}  # what is as usual a grader need not know
     try:
-        verdict = grade(response, answer) if finished else grade(response, answer, finished=False)
+        verdict = grade(response, answer, **options)
     except MemoryError:
         raise
     except Exception as error:

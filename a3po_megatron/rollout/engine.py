@@ -26,6 +26,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """What is drawn from, and how much at most."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all
+    max_tokens: int = 1024
+
+
+@dataclass(frozen=True)
 class Completion:
     tokens: np.ndarray  # [n] int64, with the stop token if there is one
     logprobs: np.ndarray  # [n] float32, of the distribution that was sampled from
@@ -57,8 +67,14 @@ class Engine(Protocol):
     weight_version: int  # of the weights it holds; set by a publish
     fused_experts: bool  # takes a layer's experts as one tensor (weights/fuse.py)
 
-    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
-        """After every engine step, what it finished: (which request, its completion). Closing it drops the rest."""
+    def sample(
+        self, requests: Iterable[Request], sampling: Sampling | None = None, room: int | None = None
+    ) -> Generator[list[tuple[int, Completion]]]:
+        """After every engine step, what it finished: (which request, its completion). Closing it drops the rest.
+
+        sampling: None: as the run's rollouts are sampled
+        room: how many requests it holds at once, and so how far ahead it takes them; None: all
+        """
 
     def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
         """Short completions at temperature 1 from the whole distribution, for the canary of a publish."""

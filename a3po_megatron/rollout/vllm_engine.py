@@ -14,6 +14,7 @@ until a reload has written it anew: hence the reload of whole layers, the receip
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ from ..model.families.moe import ROUTER
 from ..model.rope import vllm_parameters
 from ..ranks.backend import Backend
 from ..ranks.handoff import Handoff
-from .engine import Completion, Request, in_order, local_experts
+from .engine import Completion, Request, Sampling, in_order, local_experts
 
 # What the package decides besides the arguments it sets: `rollout.engine_args` must not.
 OWNED = {
@@ -96,12 +97,15 @@ class VllmEngine:
         self._state = "awake"
         self.sleep()
 
-    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
+    def sample(
+        self, requests: Iterable[Request], sampling: Sampling | None = None, room: int | None = None
+    ) -> Generator[list[tuple[int, Completion]]]:
         options = self._options
-        return self._complete(requests, options.temperature, options.top_p, options.top_k, options.max_tokens)
+        own = Sampling(options.temperature, options.top_p, options.top_k, options.max_tokens)
+        return self._complete(requests, sampling or own, room)
 
     def probe(self, requests: Sequence[Request], max_tokens: int) -> list[Completion]:
-        return in_order(self._complete(requests, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=max_tokens))
+        return in_order(self._complete(requests, Sampling(max_tokens=max_tokens)))
 
     def load(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         assert self._state in ("weights", "awake"), f"an engine that is {self._state} has no memory to load into"
@@ -149,28 +153,32 @@ class VllmEngine:
                 yield HEAD, tensor
 
     def _complete(
-        self, requests: Sequence[Request], temperature: float, top_p: float, top_k: int, max_tokens: int
+        self, requests: Iterable[Request], how: Sampling, room: int | None = None
     ) -> Generator[list[tuple[int, Completion]]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
         devices = [torch.cuda.current_device()] if self._backend.device == "cuda" else []
+        coming = enumerate(requests)
         try:
-            for number, request in enumerate(requests):
-                parameters = SamplingParams(
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    max_tokens=max_tokens,
-                    seed=request.seed,
-                    logprobs=0,  # of the sampled token alone
-                    stop_token_ids=self._stops,
-                    detokenize=False,
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                )
-                engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
-            while engine.has_unfinished_requests():
+            while True:
+                space = None if room is None else max(0, room - engine.get_num_unfinished_requests())
+                for number, request in itertools.islice(coming, space):
+                    parameters = SamplingParams(
+                        temperature=how.temperature,
+                        top_p=how.top_p,
+                        top_k=how.top_k,
+                        max_tokens=how.max_tokens,
+                        seed=request.seed,
+                        logprobs=0,  # of the sampled token alone
+                        stop_token_ids=self._stops,
+                        detokenize=False,
+                        output_kind=RequestOutputKind.FINAL_ONLY,
+                    )
+                    engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
+                if not engine.has_unfinished_requests():
+                    return
                 # vLLM draws for the whole batch before it draws anew for requests with a seed: this process' streams
                 # would go on with every engine step, of which a resumed run has fewer.
                 with torch.random.fork_rng(devices, device_type="cuda"):

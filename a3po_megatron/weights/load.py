@@ -60,7 +60,7 @@ def _check_tied(embedding: Stored, head: Stored) -> None:
     same = (embedding.shape, embedding.code) == (head.shape, head.code)
     if same:
         with OpenFiles() as files:
-            for row, rows in _parts(embedding, 0, embedding.shape[0]):
+            for row, rows in parts_of(embedding, 0, embedding.shape[0]):
                 parts = [torch.empty((rows, embedding.shape[1]), dtype=embedding.dtype) for _ in range(2)]
                 read_values(files, embedding, row, parts[0])
                 read_values(files, head, row, parts[1])
@@ -88,7 +88,7 @@ def load_shards(
             stored = places[piece.tensor]
             target = parameters[piece.key].narrow(piece.dim, piece.offset, piece.length)
             first = piece.start if piece.dim == 0 else 0
-            for begin, rows in _parts(stored, first, target.shape[0]):
+            for begin, rows in parts_of(stored, first, target.shape[0]):
                 values = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
                 files.read(stored, begin, values)
                 if piece.dim == 1:
@@ -111,8 +111,8 @@ def all_finite(values: Tensor) -> bool:
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
 
 
-def _parts(stored: Stored, first: int, count: int) -> Iterator[tuple[int, int]]:
-    """(row, number of rows) of bounded parts of `count` rows from `first` on."""
+def parts_of(stored: Stored, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yields (row, number of rows) of bounded parts of `count` rows from `first` on."""
     step = max(1, PART_BYTES // (math.prod(stored.shape[1:]) * stored.dtype.itemsize))
     for row in range(first, first + count, step):
         yield row, min(step, first + count - row)

