@@ -42,7 +42,7 @@ def _held_bytes(learner: Learner) -> dict[str, int]:
 
 def leaves_and_returns(ranks: CaseRanks) -> dict[str, Any]:
     """Per way to keep an optimizer: is all gone, readable while away, and the next step the same, bit for bit?"""
-    collected, found = make_collected(groups=5, size=4), {}
+    collected, found = make_collected(groups=3, size=4), {}
     for name, (_, _, layout, _) in SAVED.items():
         stays = _learner(ranks, name, layout)
         rows = [_update(stays, collected) for _ in range(CYCLES)]

@@ -77,8 +77,8 @@ def save(learner: Learner, folder: Path) -> None:
 
 
 def goes_on(ranks: CaseRanks) -> dict[str, Any]:
-    """Saved after n updates, overwritten by another update before it is on the disk, loaded, three more of each."""
-    collected, found = make_collected(groups=5, size=4), {}
+    """Saved after n updates, overwritten by another update before it is on the disk, loaded, two more of each."""
+    collected, found = make_collected(groups=3, size=4), {}
     for name, (_, _, layout, _) in SAVED.items():
         for before in (0, 2):
             stopped = _learner(ranks, name, layout)
@@ -91,12 +91,12 @@ def goes_on(ranks: CaseRanks) -> dict[str, Any]:
             state, sharded = stopped.state(), stopped.sharded_state()
             gathered = sum(tensor.nbytes for tensor in GATHERED)
             saving = Saving(sharded, folder)
-            rows = [_update(stopped, collected) for _ in range(3)]  # before it is written
+            rows = [_update(stopped, collected) for _ in range(2)]  # before it is written
             written = sum(file.bytes for file in write_whole(saving).files)
             again = _learner(ranks, name, layout, folder)
             again.restore(state)
             found[f"{name} {before}"] = {
-                "rows": [_update(again, collected) for _ in range(3)] == rows,
+                "rows": [_update(again, collected) for _ in range(2)] == rows,
                 "weights": all(
                     torch.equal(a, b)
                     for a, b in zip(stopped.parameters().values(), again.parameters().values(), strict=True)
@@ -118,7 +118,7 @@ def _moments_asked(learner: Learner) -> int:
 
 def goes_on_elsewhere(ranks: CaseRanks) -> dict[str, Any]:
     """The same weights and moments in another layout; then two more updates, which must agree to rounding."""
-    collected, found = make_collected(groups=5, size=4), {}
+    collected, found = make_collected(groups=3, size=4), {}
     for name, layouts in ELSEWHERE.items():
         stopped = _learner(ranks, name, SAVED[name][2])
         for _ in range(2):
@@ -194,7 +194,7 @@ def held_back(seconds: float) -> Iterator[threading.Event]:
 
 def goes_on_meanwhile(ranks: CaseRanks) -> dict[str, Any]:
     """An update from beginning to end while not a byte of the state before it has been written."""
-    collected, name, found = make_collected(groups=5, size=4), "tp2", {}  # both ranks have a share to write
+    collected, name, found = make_collected(groups=3, size=4), "tp2", {}  # both ranks have a share to write
     layout = SAVED[name][2]
     learner = _learner(ranks, name, layout)
     _update(learner, collected)
