@@ -4,6 +4,7 @@ Files that take long come first, so that of two processes none is left with one 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,13 @@ LONG = (
     *("test_resume_faults", "test_reload", "test_checkpoint", "test_te", "test_start_signals", "test_engine_config"),
     *("test_convert_damage", "test_convert", "test_engine_steps", "test_convert_forms", "test_requests"),
 )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """To collect all files takes 15 s, and tests that have the machine to themselves stand in a few."""
+    if not config.option.markexpr.startswith("alone ") or not collection_path.name.startswith("test_"):
+        return None
+    return True if "mark.alone" not in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
