@@ -17,6 +17,7 @@ from .config import Settings
 from .data.prompts import Prompts
 from .data.tokenizer import Tokenizer
 from .evaluate.sampling import Evaluation
+from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
 from .learner.learner import Learner
 from .model.build import DTYPES
@@ -34,7 +35,7 @@ from .run.recorder import Recorder
 from .run.rejected import Rejected
 from .run.scores import Scores
 from .run.stop import INTERRUPT, Interrupt, Stop
-from .telemetry.catalogue import Phase
+from .telemetry.catalogue import Phase, evaluation_metrics
 from .telemetry.clock import phase
 from .weights.publish import Publish, Publisher
 
@@ -56,6 +57,7 @@ class Parts:
     shape: Callable[[Batch, int], Batch]
     objective: Objective
     publish: Publish
+    evaluate: Callable[[int], dict[str, float | None]]
     recorder: Recorder
     checkpoints: Checkpoints
     stop: Stop
@@ -83,9 +85,11 @@ def build(
     facts = read_facts(model)
     tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, settings.rollout.max_prompt_tokens)
+    asked = asked_of_run(settings, facts, lambda text: None)  # a launcher has said what there is to say
+    length = engine_length(settings, asked, tokenizer.counts_of)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     with phase(Phase.ENGINE):
-        engine = engine_of(model, facts, tokenizer.stops, settings.rollout, dtype, ranks.backend)
+        engine = engine_of(model, facts, tokenizer.stops, settings.rollout, dtype, ranks.backend, length)
     stop.while_starting(folder)
     checkpoint = resumed_from(folder, ranks)
     with phase(Phase.MODEL):
@@ -106,7 +110,19 @@ def build(
     )
     rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
-    recorder = Recorder(folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step)
+    further = evaluation_metrics([each.benchmark for each in asked])
+    recorder = Recorder(folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step, further)
+    evaluation = functools.partial(
+        Evaluation,
+        ranks,
+        engine,
+        tokenizer,
+        graders,
+        interrupt,
+        max_sequences=settings.rollout.max_sequences,
+    )
+    numerics = [str(dtype), settings.rollout.quantization]
+    evaluating = WhileTraining(folder, settings.evaluation, asked, evaluation, numerics, recorder.say)
     publisher = _publisher(settings, ranks, facts, learner, prompts)
     publish = Publish(publisher, learner, engine, journal, model, dtype, place.witness, recorder.say)
     checkpoints = Checkpoints(
@@ -123,11 +139,15 @@ def build(
         journal,
         stop,
         publish.export,
+        evaluating.best,
         checkpoint,
     )
 
     def assembled(collected: Collected) -> Batch:
         return assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
+
+    def evaluate(step: int) -> dict[str, float | None]:
+        return evaluating(step, journal.weights)
 
     interrupt.limit(settings.checkpoint.time_limit_seconds, max(0.0, time.time() - started))
     return Parts(
@@ -146,6 +166,7 @@ def build(
         shape=functools.partial(shape, options=settings.shaping),
         objective=known(Clipped(settings.objective, settings.correction)),
         publish=publish,
+        evaluate=evaluate,
         recorder=recorder,
         checkpoints=checkpoints,
         stop=stop,

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import Interrupted
+
 if TYPE_CHECKING:
     from .parts import Serving
 
@@ -22,7 +24,13 @@ def serve(parts: Serving) -> None:
     parts.engine.wake()
     weights = load_weights(request.source, parts.ranks, parts.facts, parts.engine, rollout.tensor, rollout.expert)
     for asked in request.asked:
-        parts.evaluation.run(asked, request.source, weights, [str(parts.engine.dtype), rollout.quantization])
+        try:
+            parts.evaluation.run(asked, request.source, weights, [str(parts.engine.dtype), rollout.quantization])
+        except Interrupted as reason:
+            raise Interrupted(
+                f"{parts.folder}: interrupted by {reason} while it asked {asked.benchmark}; the same command goes on "
+                "from the last finished problem"
+            ) from reason
     parts.ranks.end()
 
 

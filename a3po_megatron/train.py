@@ -20,12 +20,14 @@ def train(parts: Parts) -> None:
     intake, assemble, scores, shape = parts.intake, parts.assemble, parts.scores, parts.shape
     learner, objective, residency, publish = parts.learner, parts.objective, parts.residency, parts.publish
     recorder, checkpoints, stop = parts.recorder, parts.checkpoints, parts.stop
+    evaluate, last = parts.evaluate, parts.settings.trainer.steps
 
     with stop.saving(checkpoints):  # when all ranks agreed that time is up
         with residency.publishing():
             publish()  # also after a resume: never sample from weights that were not proven
         for step in checkpoints.steps():
             with residency.rollout():  # engine awake, learner asleep
+                evaluated = evaluate(step)  # when due: benchmarks, with the weights that the step begins with
                 groups = intake.next(step)  # sample, grade, keep groups with spread
             with residency.training():  # learner awake, engine asleep
                 batch = assemble(groups)  # group-normalised advantage per rollout
@@ -35,8 +37,10 @@ def train(parts: Parts) -> None:
                 update = learner.update(batch, objective)  # one optimiser step a mini-batch; not finite: not applied
             with residency.publishing():  # parameters and engine weights, nothing else
                 receipt = publish()  # reshard, load, compare
-            recorder.step(step, groups, batch, update, receipt)
+            recorder.step(step, groups, batch, update, receipt, evaluated)
             checkpoints.step(step)  # when due, or when all ranks agreed that time is up
+        with residency.rollout():
+            evaluate(last)  # the weights that it ends with
 
 
 if __name__ == "__main__":

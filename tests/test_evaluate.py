@@ -207,3 +207,80 @@ def test_the_command_is_killed_and_goes_on_and_two_results_are_compared(
     assert lasting(read(tmp_path / "a.json")) == alone
     ended = subprocess.run(command("compare", "a.json", "a.json"), cwd=tmp_path, env=around, capture_output=True)
     assert ended.returncode == 0 and b"B - A" in ended.stdout
+
+
+def evaluating(file: Path, every: int) -> list[str]:
+    return [f"evaluation.every_steps={every}", f"evaluation.benchmarks=[{file}]", "evaluation.samples=2"]
+
+
+def test_a_run_that_evaluates_itself_is_bit_for_bit_the_one_that_does_not(
+    file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, layout = tmp_path / "run", tools.LAYOUTS["dp2"]
+    asked = [*evaluating(file, every=2), "evaluation.keep_best=sums", "checkpoint.keep_last=1"]
+    said = tools.trained_here(folder, *layout, *asked).out
+    wanted = tools.uninterrupted("dp2", tmp_path_factory)
+    rows, others = tools.rows_of(folder), tools.rows_of(wanted)
+    names = [f"eval/sums_{kind}" for kind in ("avg", "pass", "length")]
+    assert list(rows[0]) == [*others[0], *names]
+    averages: dict[int, float] = {}
+    for row in rows:
+        results = [row.pop(name) for name in names]
+        path = folder / "evaluations" / f"step-{row['step']:06d}" / "sums.json"
+        if row["step"] % 2:
+            assert results == [None] * 3 and not path.exists()
+            continue
+        result = read(path)
+        assert result.summary.avg is not None and result.protocol["n"] == 2
+        assert results == [result.summary.avg.value, result.summary.pass_at[2].value, result.summary.length_mean]
+        averages[row["step"]] = result.summary.avg.value
+        assert f"step {row['step']}: {result.version}" in said
+    last = read(folder / "evaluations" / f"step-{tools.STEPS:06d}" / "sums.json").summary.avg  # of the last weights
+    assert last is not None
+    averages[tools.STEPS] = last.value
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tools.assert_same_run(folder, wanted)
+    # Of the checkpoints after steps 2, 4 and 6 the best is kept beside the last; the model before training has none.
+    best = json.loads((folder / "evaluations/best.json").read_text())
+    assert best["step"] == max(averages, key=lambda step: (averages[step], -step))
+    assert "selection" in best["note"] and best["file"] == file.name
+    saved = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    assert saved == {f"step-{step:06d}" for step in {best["step"], tools.STEPS} - {0}}
+    # What it found is what the command finds: the same samples, of the same weights.
+    again = evaluated(tmp_path / "again", folder, file, "rollout.max_sequences=8", ranks=2)
+    assert isinstance(again, Result)
+    of_run = read(folder / "evaluations" / f"step-{tools.STEPS:06d}" / "sums.json")
+    assert again.model == of_run.model
+    for one, other in zip(again.problems, of_run.problems, strict=True):
+        assert one.samples[:2] == other.samples
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["evaluation.every_steps=2"], "evaluation.benchmarks names nothing"),
+        (["evaluation.samples=2"], "has no effect, because evaluation.every_steps is 0"),
+        (["evaluation.every_steps=2", "evaluation.benchmarks=[gsm8k]"], "--data names the folder"),
+        (
+            [
+                "evaluation.every_steps=3",
+                "evaluation.benchmarks=[builtin:arithmetic]",
+                "evaluation.keep_best=arithmetic",
+            ],
+            "is no multiple of checkpoint.every_steps = 2",
+        ),
+        (
+            ["evaluation.every_steps=2", "evaluation.benchmarks=[builtin:arithmetic]", "evaluation.keep_best=sums"],
+            "none of the benchmarks: arithmetic",
+        ),
+        (
+            ["evaluation.every_steps=2", "evaluation.benchmarks=[builtin:arithmetic]", "evaluation.max_tokens=5000"],
+            "more than the model's context",
+        ),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_the_run_starts(
+    options: list[str], words: str, tmp_path: Path
+) -> None:
+    ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *options)
+    assert ended.code == 2 and words in ended.err, ended.all

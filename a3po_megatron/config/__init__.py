@@ -15,6 +15,7 @@ from .algorithm import (
 from .checkpoint import CheckpointOptions
 from .cluster import ClusterOptions, ParallelOptions, ParallelSettings, even_stages, stage_ranks
 from .data import ARITHMETIC, DataOptions
+from .evaluation import EvaluationOptions
 from .learner import AdamOptions, CosineSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule, SgdOptions
 from .load import config_of_model, data_options, load_config, load_resolved, resolved_text
 from .model import MegatronOptions, ModelOptions, ModelSettings
@@ -37,6 +38,7 @@ __all__ = [
     "Correction",
     "CosineSchedule",
     "DataOptions",
+    "EvaluationOptions",
     "GraderPoolOptions",
     "LearnerOptions",
     "LearnerSettings",

@@ -29,6 +29,8 @@ _PATHS = {
     "data.path": paths.existing,
     "data.template_file": paths.existing,
     "data.cache": paths.to_make,
+    "evaluation.benchmarks": paths.benchmark,
+    "evaluation.data": paths.existing,
     "slurm.cache": paths.to_make,
     "slurm.python": paths.program,
     "slurm.container": paths.image,

@@ -102,3 +102,8 @@ def mount(option: str, text: str, where: str, folder: Path) -> str:
             path = existing(option, source, where, folder)
         entries.append(":".join([path, *(expanded(part, where) for part in rest)]))
     return ",".join(entries)
+
+
+def benchmark(option: str, text: str, where: str, folder: Path) -> str:
+    """A benchmark: its name, or a file of rows, which has an ending or stands in a folder."""
+    return existing(option, text, where, folder) if "." in text or "/" in text else text

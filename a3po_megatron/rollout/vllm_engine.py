@@ -67,7 +67,9 @@ class VllmEngine:
         options: RolloutOptions,
         dtype: torch.dtype,
         backend: Backend,
+        length: int | None = None,
     ) -> None:
+        """`length`: of the longest sequence, in tokens; None: of the run's rollouts."""
         if (os.environ.get("VLLM_BATCH_INVARIANT", "0") == "1") is not options.batch_invariant:
             raise RequestError(
                 f"rollout.batch_invariant is {options.batch_invariant}, but VLLM_BATCH_INVARIANT is "
@@ -93,7 +95,7 @@ class VllmEngine:
                 if options.expert > 1:
                     map_experts()
             rope = vllm_parameters(facts.rope_theta, facts.rope_scaling)
-            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, facts.layers, rope))
+            self._llm = LLM(**engine_arguments(folder, options, dtype, backend, facts.layers, rope, length))
         self._state = "awake"
         self.sleep()
 
@@ -214,10 +216,11 @@ def engine_arguments(
     backend: Backend,
     layers: int,
     rope: dict[str, Any] | None = None,  # in place of config.json's
+    length: int | None = None,  # of the longest sequence; None: of the run's rollouts
 ) -> dict[str, Any]:
     """What vLLM is built with. Raises RequestError for an entry of `rollout.engine_args` that it does not know, or that
     follows from other options."""
-    length = options.max_prompt_tokens + options.max_tokens
+    length = length or options.max_prompt_tokens + options.max_tokens
     ours: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",

@@ -124,12 +124,14 @@ class Checkpoints:
         journal: Journal,
         stop: Stop,
         export: Callable[[Path], None],  # writes the weights as an HF folder; collective
+        best: Callable[[], int | None],  # the step whose checkpoint is kept beside the last ones
         checkpoint: Path | None = None,  # where the run resumes from; the learner has its share
     ) -> None:
         self.folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
         self._prompts, self._tokenizer = prompts, tokenizer
         self._learner, self._intake, self._publisher = learner, intake, publisher
         self._recorder, self._journal, self._stop, self._export = recorder, journal, stop, export
+        self._best = best
         # What all ranks know alike and must survive a restart. Later parts register here.
         self.inventory: dict[str, Stateful] = {"prompts": prompts, "collector": intake, "learner": learner, **others}
         self._pending: _Pending | None = None
@@ -280,7 +282,7 @@ class Checkpoints:
         """Names the newest checkpoint, and removes what it makes needless: older ones, and what led to it."""
         options = self._settings.checkpoint
         name_latest(newest.parent, newest.name)
-        prune(newest.parent, options.keep_last, options.keep_every)
+        prune(newest.parent, options.keep_last, options.keep_every, self._best())
         self._journal.forget(step_of(step_folders(newest.parent)[-options.keep_last :][0]))
 
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:

@@ -57,12 +57,12 @@ def name_latest(checkpoints: Path, name: str) -> None:
     write_whole(checkpoints / LATEST, f"{name}\n", synced=True)
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int) -> None:
-    """Removes all checkpoints but the last few, and those whose step is a multiple of `keep_every` (0: none); also
-    what was put aside, once its step is saved again or past."""
+def prune(checkpoints: Path, keep_last: int, keep_every: int, best: int | None = None) -> None:
+    """Removes all checkpoints but the last few, those whose step is a multiple of `keep_every` (0: none), and that of
+    the step `best`; also what was put aside, once its step is saved again or past."""
     saved = step_folders(checkpoints)
     for folder in saved[:-keep_last]:
-        if not keep_every or step_of(folder) % keep_every:
+        if step_of(folder) != best and (not keep_every or step_of(folder) % keep_every):
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half a checkpoint must not look like one
             shutil.rmtree(folder)
     for aside in torn_folders(checkpoints):

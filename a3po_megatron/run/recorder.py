@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import RunFailed
 from ..files.run_folder import RunFolder
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
-from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Phase
+from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import MetricsWriter, read_metric
 from ..telemetry.progress import ProgressLine, open_console
@@ -42,6 +42,7 @@ class Recorder:
         way_of: Callable[[str], str] | None,  # of a task that names ways of answering
         started: float,  # when the command was given, seconds since the epoch
         first_step: int = 0,
+        further: Sequence[Metric] = (),  # metrics beside the catalogue's
     ) -> None:
         self._folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
         self._tokenizer, self._rejected, self._way_of = tokenizer, rejected, way_of
@@ -50,7 +51,7 @@ class Recorder:
         self._peak = 0  # bytes of the device
         self._warned = False
         if ranks.rank == 0:
-            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step)
+            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step, further)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
 
@@ -67,13 +68,19 @@ class Recorder:
         self.say(f"started in {self._startup:.0f} s{goes_on}: {self._settings.trainer.steps - step} steps to go")
 
     def step(
-        self, step: int, collected: Collected, batch: Batch, update: Any, receipt: Any
+        self,
+        step: int,
+        collected: Collected,
+        batch: Batch,
+        update: Any,
+        receipt: Any,
+        evaluated: Mapping[str, float | None] | None = None,
     ) -> dict[str, float | None] | None:
         """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere. Collective.
 
         `update`: what the learner says of it (learner/learner.py); `receipt`: of the publish after it
-        (weights/receipt.py). Raises RunFailed, with the row written, when
-        too many updates in a row were not finite.
+        (weights/receipt.py); `evaluated`: metrics of the weights that it began with. Raises RunFailed, with the row
+        written, when too many updates in a row were not finite.
         """
         self._rejected.keep(step, batch, self.say)
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
@@ -108,6 +115,7 @@ class Recorder:
                     "startup/seconds": self._startup,
                     **self._stages,
                     **{f"memory/{name}_bytes": value for name, value in memory.items()},
+                    **(evaluated or {}),
                 },
             )
             self._progress.step(step + 1, row)

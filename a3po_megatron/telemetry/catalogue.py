@@ -6,6 +6,7 @@ here is refused (telemetry/metrics.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -102,3 +103,18 @@ CATALOGUE = (
     Metric("memory/training_bytes", "bytes", "in use after training", "Peak memory", "while training"),
 )
 METRICS = tuple(metric.name for metric in CATALOGUE)
+EVALUATION = "eval/"  # before the name of a benchmark and what is said of it
+
+
+def evaluation_metrics(benchmarks: Sequence[str]) -> tuple[Metric, ...]:
+    """Returns the metrics of a run that evaluates itself: null in steps that do not."""
+    says = {
+        "avg": ("share", "mean share of correct samples of the weights that the step began with"),
+        "pass": ("share", "problems that at least one of n samples solves (pass@n), of these weights"),
+        "length": ("tokens", "mean length of the samples"),
+    }
+    return tuple(
+        Metric(f"{EVALUATION}{name}_{kind}", unit, f"{name}: {meaning}")
+        for name in benchmarks
+        for kind, (unit, meaning) in says.items()
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
-from .catalogue import METRICS
+from .catalogue import METRICS, Metric
 
 
 def read_metric(folder: Path, name: str) -> list[float | None]:
@@ -24,8 +25,10 @@ def read_metric(folder: Path, name: str) -> list[float | None]:
 
 
 class MetricsWriter:
-    def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0) -> None:
+    def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0, further: Sequence[Metric] = ()) -> None:
+        """`further`: metrics beside the catalogue's, in every row behind them."""
         run = RunFolder(folder)
+        self._names = (*METRICS, *(metric.name for metric in further))
         self._file = run.metrics.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
@@ -35,10 +38,10 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float | None]) -> dict[str, float | None]:
         """Writes one row with every metric, in the fixed order; returns it."""
-        if unknown := values.keys() - set(METRICS):
+        if unknown := values.keys() - set(self._names):
             raise KeyError(f"not in telemetry/catalogue.py: {sorted(unknown)}")
         row: dict[str, float | None] = {"step": step}
-        for name in METRICS:
+        for name in self._names:
             value = values.get(name)
             if value is not None and not math.isfinite(value):
                 raise RunFailed(f"step {step}: the metric {name} is {value}")
