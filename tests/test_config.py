@@ -379,11 +379,22 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.system", "Be brief.", {"data.template": "raw"}),
     ("advantage.ddof", 0, {"advantage.normalise_std": False}),
     ("advantage.eps", 1e-3, {"advantage.normalise_std": False}),
+    ("evaluation.benchmarks", ["gsm8k"], {}),
+    ("evaluation.data", str(Path(__file__).resolve().parent), {}),
+    ("evaluation.samples", 2, {}),
+    ("evaluation.max_tokens", 64, {}),
+    ("evaluation.release", "v5", {}),
+    ("evaluation.window", "2024-08-01:2025-01-31", {}),
+    ("evaluation.keep_best", "gsm8k", {}),
 ]
 # The same options where they do something.
 ACTIVE: dict[str, dict[str, Any]] = {
     "reward.overlong_penalty": {"reward.overlong_tokens": 16},
     "data.weights": {"data.path": ["rows.jsonl", "rows.jsonl"]},
+    **{
+        f"evaluation.{name}": {"evaluation.every_steps": 10}
+        for name in ("benchmarks", "data", "samples", "max_tokens", "release", "window", "keep_best")
+    },
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
     "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }

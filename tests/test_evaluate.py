@@ -49,7 +49,7 @@ def evaluated(
     """The result, from ranks of the session; or what they were interrupted with after so many engine steps."""
     source, _ = source_of(model)
     config = config_of(source, None, [*([] if source.kind == "run" else SMALL), *overrides])
-    wishes = Wishes((str(file),), None, SAMPLES)
+    wishes = Wishes((str(file),), samples=SAMPLES)
     settings, request = plan_evaluation(source, config, CPU, wishes, lambda name: folder / f"{name}.json", pytest.fail)
     asked = {cases.FOLDER: str(folder)} | ({} if steps is None else {cases.STEPS: str(steps)})
     with make_evaluation(folder, settings, request), mock.patch.dict(os.environ, asked):
@@ -157,12 +157,12 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_pat
     config = config_of(source, None, SMALL)
 
     def refusal(benchmarks: str, **wishes: object) -> str:
-        asked = Wishes(tuple(benchmarks.split(",")), **{"data": None, **wishes})  # type: ignore[arg-type]
+        asked = Wishes(tuple(benchmarks.split(",")), **wishes)  # type: ignore[arg-type]
         with pytest.raises(RequestError) as error:
             plan_evaluation(source, config, CPU, asked, lambda name: tmp_path / name, pytest.fail)
         return str(error.value)
 
-    assert "--data names the folder" in refusal("gsm8k")
+    assert "--data (evaluation.data) names its folder" in refusal("gsm8k")
     assert "did you mean gsm8k" in refusal("gsm8")
     assert "there is no such file" in refusal(str(tmp_path / "none.jsonl"))
     assert "sums is asked for twice" in refusal(f"{file},{file}")
@@ -260,7 +260,7 @@ def test_a_run_that_evaluates_itself_is_bit_for_bit_the_one_that_does_not(
     [
         (["evaluation.every_steps=2"], "evaluation.benchmarks names nothing"),
         (["evaluation.samples=2"], "has no effect, because evaluation.every_steps is 0"),
-        (["evaluation.every_steps=2", "evaluation.benchmarks=[gsm8k]"], "--data names the folder"),
+        (["evaluation.every_steps=2", "evaluation.benchmarks=[gsm8k]"], "--data (evaluation.data) names its folder"),
         (
             [
                 "evaluation.every_steps=3",

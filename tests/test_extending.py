@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from a3po_megatron.algorithm import token_loss
 from a3po_megatron.algorithm.sums import Report
 from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
+from a3po_megatron.batch import Verdict
 from a3po_megatron.errors import RequestError
 from a3po_megatron.evaluate.benchmarks import BENCHMARKS
 from a3po_megatron.evaluate.problems import file_of, problems_of
@@ -22,6 +24,7 @@ from a3po_megatron.model.cut import EngineRank, cut, hf_tensors, pieces, tensors
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.model.read import facts_of
+from a3po_megatron.reward.grader import GRADERS, Grader, grade
 from a3po_megatron.telemetry.catalogue import METRICS
 from tests.harness.ranks import ROOT
 from tests.test_layout import CONFIG, MOE
@@ -102,6 +105,21 @@ def test_a_benchmark_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "claims.jsonl").write_text('{"claim": "1 = 1"}')
     with pytest.raises(RequestError, match=r"claims\.jsonl:1: claims: expected the fields claim \+ holds"):
         problems_of(benchmark, file_of("claims", tmp_path), 0)
+
+
+def test_a_grader_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = re.search(r'in GRADERS: "(\w+)": Grader\("(\w+)", "(.*?)", extracts=\(\)\)', DOCS)
+    assert line is not None
+    module = ModuleType(line[2])
+    vars(module).update(run(example("reward/words_at_most.py")))
+    monkeypatch.setitem(sys.modules, f"a3po_megatron.reward.{line[2]}", module)
+    monkeypatch.setitem(GRADERS, line[1], Grader(line[2], line[3], extracts=()))
+    assert grade("two words", "2", grader="words") == Verdict("correct")
+    assert grade("not two words", "2", grader="words") == Verdict("wrong", "3 words")
+    assert grade("two words", "2", grader="words", finished=False) == Verdict("wrong", "cut off")
+    assert grade("two words", "two", grader="words").outcome == "invalid"
+    with pytest.raises(RequestError, match="no grader: there are math, choice, numeric, words"):
+        grade("", "", grader="word")
 
 
 def test_a_launcher_is_a_script(tmp_path: Path) -> None:

@@ -43,21 +43,20 @@ def evaluate(
     from ..evaluate.ask import Wishes
     from ..evaluate.result import read
     from ..launch.check import check_machine
-    from ..launch.evaluate import PROGRAM, config_of, make_evaluation, plan_evaluation, source_of
+    from ..launch.evaluate import PROGRAM, config_of, make_evaluation, plan_evaluation, source_of, wishes_of
     from ..launch.local import rendezvous, run_local
     from ..launch.tables import result_table
 
     source, folder = source_of(model)
     settings = config_of(source, config, set_ or [])
-    names = tuple(filter(None, (name.strip() for name in benchmark.split(","))))
+    wishes = wishes_of(settings, benchmark, Wishes((), data, samples, max_tokens, release, window, seed))
     rendezvous(settings.cluster.port).close()
 
     def result(name: str) -> Path:
         if json is None:
             return (folder / f"{name}.json").resolve()
-        return (json if len(names) == 1 else json.with_name(f"{json.stem}.{name}{json.suffix}")).resolve()
+        return (json if len(wishes.benchmarks) == 1 else json.with_name(f"{json.stem}.{name}{json.suffix}")).resolve()
 
-    wishes = Wishes(names, data, samples, max_tokens, release, window, seed)
     resolved, request = plan_evaluation(
         source, settings, check_machine(settings), wishes, result, lambda text: print(f"data: {text}")
     )

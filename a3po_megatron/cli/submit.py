@@ -22,6 +22,9 @@ def submit(
     export: Annotated[
         Path | None, path_option(help="Export the weights there as an HF folder when it is done.")
     ] = None,
+    evaluate: Annotated[
+        str, typer.Option("--eval", metavar="NAME[,NAME…]", help="Evaluate the weights on these when it is done.")
+    ] = "",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Print what would be submitted, do nothing; weights and data are not read."),
@@ -36,8 +39,9 @@ def submit(
     overrides = slurm.swept(sweep or [])
     configs = [load_config(config, [*(set_ or []), *each]) for each in overrides]
     folder = (run_dir or default_folder(configs[0].name)).resolve()
-    if export is not None and (sweep or configs[0].slurm.resume == "chain"):
-        raise RequestError("--export waits for one job: not with --sweep or slurm.resume chain")
+    for option, wanted in (("--export", export is not None), ("--eval", bool(evaluate))):
+        if wanted and (sweep or configs[0].slurm.resume == "chain"):
+            raise RequestError(f"{option} waits for one job: not with --sweep or slurm.resume chain")
     plan = slurm.plan([slurm.settled(each) for each in configs], folder, bool(sweep))
     if dry_run:
         sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
@@ -46,16 +50,22 @@ def submit(
     from ..ranks.backend import backend_of
 
     found = [remark for run in plan.runs for remark in check_files(run, backend_of(run.cluster.device))]
+    if evaluate:
+        from ..launch.evaluate import check_benchmarks
+
+        found += check_benchmarks(configs[0], evaluate)
     for remark in dict.fromkeys(found):
         print(f"data: {remark}", file=sys.stderr)
     if not write:
-        for remark in slurm.check_cluster(plan, export):
+        for remark in slurm.check_cluster(plan, export, evaluate):
             print(f"warning: {remark}", file=sys.stderr)
     slurm.write(plan, overrides)
     if write:
         print(f"made, not submitted: {folder / slurm.SCRIPT}")
         return
-    numbers = slurm.submit(plan, export)
+    numbers = slurm.submit(plan, export, evaluate)
     print(f"submitted job {numbers[0]}: {folder}")
     if export is not None:
         print(f"submitted job {numbers[1]}, after it: export to {export}")
+    if evaluate:
+        print(f"submitted job {numbers[-1]}, after it: evaluation on {evaluate}")

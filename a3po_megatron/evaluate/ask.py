@@ -27,7 +27,7 @@ class Wishes:
     """The options of the command."""
 
     benchmarks: tuple[str, ...]  # names, or files of rows
-    data: Path | None  # the folder with the benchmarks' files
+    data: Path | None = None  # the folder with the benchmarks' files
     samples: int | None = None
     max_tokens: int | None = None
     release: str = ""
@@ -97,7 +97,7 @@ def _problems(
             raise RequestError(f"--benchmark {text}: there is no such file")
     else:
         if wishes.data is None:
-            raise RequestError(f"--benchmark {text}: its file is yours: --data names the folder that it is in")
+            raise RequestError(f"--benchmark {text}: its file is yours: --data (evaluation.data) names its folder")
         path = file_of(benchmark.name, wishes.data)
     problems = problems_of(benchmark, path, wishes.seed, remark=remark)
     return problems, File(path.name, digest_of(path).blake3, len(problems))

@@ -16,7 +16,7 @@ from typing import IO
 
 from blake3 import blake3
 
-from ..config import Config, Settings, config_of_model, load_config
+from ..config import Config, ParallelOptions, Settings, config_of_model, load_config
 from ..convert.convert import newest_checkpoint
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
@@ -29,6 +29,7 @@ from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
+from ..ranks.topology import topology_of
 from ..run.folder import save_resolved
 from .check import settle
 
@@ -98,9 +99,11 @@ def plan_evaluation(
         "max_prompt_tokens": prompt,
         "kv_cache_bytes": max(config.rollout.kv_cache_bytes, LONGEST * per_token * (prompt + response)),
     }
+    world = topology_of(config.parallel, config.rollout.tensor).world
     changed = config.model_copy(
         update={
-            "rollout": config.rollout.model_copy(update=rollout),
+            "parallel": ParallelOptions(data=min(world, backend.visible() or world)),  # nothing is cut but engines
+            "rollout": config.rollout.model_copy(update=rollout | {"data": None}),
             "reward": config.reward.model_copy(update={"overlong_tokens": 0}),
         }
     )
@@ -115,6 +118,28 @@ def _check_length(asked: Asked, prompt: int, facts: ModelFacts) -> None:
             f"more than the model's context of {facts.max_positions}: --max-tokens "
             f"{max(1, facts.max_positions - prompt)} asks for shorter ones, which is another version of the benchmark"
         )
+
+
+def wishes_of(config: Config, benchmarks: str, wishes: Wishes | None = None) -> Wishes:
+    """Returns what is wished for on a command line, and where it says nothing what the configuration does."""
+    own, given = config.evaluation, wishes or Wishes(())
+    return Wishes(
+        tuple(filter(None, (name.strip() for name in benchmarks.split(",")))),
+        given.data or (Path(own.data) if own.data else None),
+        given.samples if given.samples is not None else own.samples or None,
+        given.max_tokens or own.max_tokens or None,
+        given.release or own.release,
+        given.window or own.window,
+        given.seed,
+    )
+
+
+def check_benchmarks(config: Config, benchmarks: str) -> list[str]:
+    """Returns remarks on what a run will be evaluated on when it is done. Raises RequestError where it cannot be."""
+    remarks: list[str] = []
+    facts = read_facts(config.model.path)
+    ask(wishes_of(config, benchmarks), config, Path(config.model.path), facts, Path, remarks.append)
+    return remarks
 
 
 def make_evaluation(folder: Path, settings: Settings, request: Request) -> IO[str]:

@@ -229,35 +229,54 @@ def _write(plan: Plan, overrides: list[list[str]]) -> None:
     (plan.top / SCRIPT).write_text(plan.script, encoding="utf-8")
 
 
-def check_cluster(plan: Plan, export: Path | None) -> list[str]:
+def check_cluster(plan: Plan, export: Path | None, benchmarks: str = "") -> list[str]:
     """Raises RequestError for what this cluster would not take; returns what there is to say of what may wait."""
     slurm = plan.runs[0].slurm
     index = slurm.attempts if slurm.resume == "array" else len(plan.folders) - 1
     remarks = check_site(slurm, plan.script, index)
     if export is not None:
         remarks += try_out(slurm.partition, *_export_job(plan, export))
+    if benchmarks:
+        remarks += try_out(slurm.partition, *_evaluation_job(plan, benchmarks))
     return remarks
 
 
-def submit(plan: Plan, export: Path | None) -> list[str]:
-    """Submits what was written; returns the numbers of the jobs."""
+def submit(plan: Plan, export: Path | None, benchmarks: str = "") -> list[str]:
+    """Submits what was written, and what is to follow it; returns the numbers of the jobs."""
     numbers = [sbatch(str(plan.top / SCRIPT))]
+    after = (f"--dependency=afterok:{numbers[0]}", "--kill-on-invalid-dep=yes")
     if export is not None:
-        after = (f"--dependency=afterok:{numbers[0]}", "--kill-on-invalid-dep=yes")
         numbers.append(sbatch(*after, *_export_job(plan, export)))
+    if benchmarks:
+        numbers.append(sbatch(*after, *_evaluation_job(plan, benchmarks)))
     return numbers
 
 
 def _export_job(plan: Plan, export: Path) -> list[str]:
-    """The job that exports the weights, for sbatch: where and on whose account as the run itself."""
+    """The job that exports the weights."""
+    words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(plan.top), str(export.resolve())]
+    return [*_after_job(plan, "export"), "--wrap", shlex.join(words)]
+
+
+def _evaluation_job(plan: Plan, benchmarks: str) -> list[str]:
+    """The job that evaluates the newest weights, on one node as the run's are."""
+    slurm = plan.runs[0].slurm
+    options = ["--nodes=1", f"--cpus-per-task={slurm.cpus_per_task * slurm.ranks_per_node()}", f"--time={slurm.time}"]
+    if slurm.gpus_per_node:
+        options += [f"--gpus-per-node={slurm.gpus_per_node}", "--mem=0"]
+    words = [sys.executable, "-m", "a3po_megatron", "eval", str(plan.top), "--benchmark", benchmarks]
+    commands = [*whole_commands(slurm.setup), f"exec {shlex.join(words)}"]
+    return [*_after_job(plan, "eval"), *options, "--wrap", "\n".join(commands)]
+
+
+def _after_job(plan: Plan, name: str) -> list[str]:
+    """What a job that follows a run is, for sbatch: where and on whose account as the run itself."""
     slurm, top = plan.runs[0].slurm, plan.top
     named = {"partition": slurm.partition, "account": slurm.account, "qos": slurm.qos}
     further = [option for line in slurm.extra for option in options_of(line) if option[0] in ALL_JOBS]
     options = [f"--{name}={value}" for name, value in [*named.items(), *further] if value]
-    options += ["--ntasks=1", f"--output={filename(str(top))}/logs/export-%j.out"]
-    options += [f"--job-name={plan.runs[0].name}-export"]
-    words = [sys.executable, "-m", "a3po_megatron", "convert", "export", str(top), str(export.resolve())]
-    return [*options, "--wrap", shlex.join(words)]
+    options += ["--ntasks=1", f"--output={filename(str(top))}/logs/{name}-%j.out"]
+    return [*options, f"--job-name={plan.runs[0].name}-{name}"]
 
 
 def swept(sweep: list[str]) -> list[list[str]]:

@@ -15,7 +15,7 @@ from .spelling import spell
 
 # Behind the letter: nothing, a mark, or the option's own text behind a mark.
 _LETTER = re.compile(
-    r"[\s*_$({\[\\]*(?:text|mathrm|mathbf)?[\s{(]*(?:option|choice|answer)?[\s:({]*(?P<letter>[A-Ja-j])(?:[\s*_$]*$|\s*[)}\].:].*)",
+    r"[\s*_$({\[\\]*(?:text|mathrm|mathbf)?[\s{(]*(?i:option|choice|answer)?[\s:({]*(?P<letter>[A-Ja-j])(?:[\s*_$]*$|\s*[)}\].:].*)",
     re.DOTALL,
 )
 
