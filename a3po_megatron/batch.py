@@ -33,6 +33,7 @@ class Prompt:
     answer: Gold
     tokens: tuple[int, ...] = ()
     index: int = -1
+    grader: str = "math"  # its name (reward/grader.py)
 
 
 class Answered(NamedTuple):

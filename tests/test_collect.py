@@ -345,13 +345,14 @@ def test_many_small_groups_are_graded_in_few_calls_and_each_gets_its_own_verdict
 
 def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thoughts() -> None:
     def answered(prompt: str, response: str, finish: str) -> Any:
-        rollout = SimpleNamespace(prompt=SimpleNamespace(text=prompt, answer="4"), text=response, finish=finish)
+        asked = Prompt("p", prompt, "4", grader="choice")
+        rollout = SimpleNamespace(prompt=asked, text=response, finish=finish)
         return collect._answered(rollout)
 
-    assert answered("2+2=", "4", "stop") == ("4", "4", True)
-    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False)
+    assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "")
+    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "")
     opened = answered("<|im_start|>assistant\n<think>\n", "2 * 2 = 4", "length")
-    assert opened == ("<think>2 * 2 = 4", "4", False)
+    assert opened == ("<think>2 * 2 = 4", "4", False, "choice", "")
     assert grade(*opened[:2]).outcome == "wrong"  # its thoughts never came to an end
     assert grade(answered("…<think>\n", "5?</think>4", "stop").response, "4").outcome == "correct"
 

@@ -366,6 +366,8 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.problem_field", "question", {"data.path": "builtin:arithmetic"}),
     ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),
     ("data.id_field", "name", {"data.path": "builtin:arithmetic"}),
+    ("data.grader", "choice", {"data.path": "builtin:arithmetic"}),
+    ("data.grader_field", "grader", {"data.path": "builtin:arithmetic"}),
     ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
     ("shaping.source", "rollout", {"shaping.metric": "entropy"}),
     ("data.drop_long_prompts", True, {"data.path": "builtin:arithmetic"}),

@@ -19,7 +19,7 @@ import zstandard
 
 from a3po_megatron.config import DataOptions, load_config
 from a3po_megatron.data import load as loading
-from a3po_megatron.data.golds import unreadable
+from a3po_megatron.data.golds import unreadable, unreadable_rows
 from a3po_megatron.data.load import Loaded, load
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
@@ -285,6 +285,32 @@ def test_of_several_gold_answers_any_makes_a_response_correct_and_none_that_fail
         judge(grade, "so it may be 7", ["7", "8"], False).outcome
         == grade("so it may be 7", "7", finished=False).outcome
     )
+
+
+def test_a_row_names_its_grader_which_reads_its_gold_answer_and_another_name_is_refused(
+    tmp_path: Path, cache: Cache
+) -> None:
+    kinds = [("math", "1/2"), ("choice", "B"), ("numeric", '{"value": "3", "tolerance": 0.1}')]
+    rows = [{"id": str(n), "problem": f"p{n}", "answer": gold, "by": name} for n, (name, gold) in enumerate(kinds)]
+    path = written(tmp_path, "jsonl", rows)
+    data = load(DataOptions(path=str(path), grader_field="by"), cache)
+    assert [(row.grader, row.gold) for row in data.rows] == kinds
+    assert {name: data.golds(name) for name in data.graders()} == {name: [gold] for name, gold in kinds}
+    assert unreadable_rows(data, "math", cache) == []
+    # The same gold answers by another one's rules; rows that name none are of the configured grader.
+    mixed = [("choice", "1/2"), ("numeric", "{}"), ("math", "))((")]
+    rows = [{"id": str(n), "problem": f"p{n}", "answer": gold, "by": name} for n, (name, gold) in enumerate(mixed)]
+    found = unreadable_rows(
+        load(DataOptions(path=str(written(tmp_path, "jsonl", rows)), grader_field="by"), cache), "math", cache
+    )
+    assert [(bad.row.grader, bad.gold) for bad in found] == mixed
+    plain = load(DataOptions(path=str(written(tmp_path, "jsonl", rows))), cache)
+    assert plain.graders() == [""]
+    assert [bad.gold for bad in unreadable_rows(plain, "choice", cache)] == ["1/2", "{}", "))(("]
+    for value, says in (("maths", "'maths' is no grader: there are math, choice"), (7, "'by' names no grader")):
+        path = written(tmp_path, "jsonl", [rows[0] | {"by": value}])
+        assert refusal(path, cache, grader_field="by").startswith(f"{path}:1: ")
+        assert says in refusal(path, cache, grader_field="by")
 
 
 def test_unreadable_golds_are_those_that_the_grader_calls_so_and_each_is_read_once(

@@ -21,6 +21,8 @@ class DataOptions(Section):
     problem_field: str = option("", "path of the field with the problem; empty: by a known layout")
     answer_field: str = option("", "path of the field with the gold answer; empty: by a known layout")
     id_field: str = option("id", "path of the field that names a row; where a row lacks it: <file name>/<line>")
+    grader: str = option("math", "what grades the responses to rows that name no grader; docs/reward.md")
+    grader_field: str = option("", "path of the field that names a row's grader; empty: none does")
     duplicates: Literal["merge", "error", "all"] = option("merge", "rows with the same problem and gold answer")
     conflicts: Literal["error", "drop"] = option("error", "rows with one problem and different gold answers")
     unreadable_golds: Literal["error", "drop"] = option("error", "rows whose gold answer the grader cannot read")
@@ -30,8 +32,8 @@ class DataOptions(Section):
     without_effect = (
         NoEffect(
             (
-                *("problem_field", "answer_field", "id_field", "shuffle", "drop_long_prompts", "duplicates"),
-                *("conflicts", "unreadable_golds", "cache"),
+                *("problem_field", "answer_field", "id_field", "grader", "grader_field", "shuffle"),
+                *("drop_long_prompts", "duplicates", "conflicts", "unreadable_golds", "cache"),
             ),
             lambda d: d.path == ARITHMETIC,
             f"data.path is {ARITHMETIC}",

@@ -11,18 +11,47 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from blake3 import blake3
 
 from ..files.cache import Cache, name_of
+from ..reward.grader import why_unreadable
 from ..reward.math import gold_text, read_gold
+from .load import Loaded
+from .table import Row
 
 _NUMBER = re.compile(r"[+-]?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 EMPTY = "the gold answer is empty"
 
 
-def unreadable(golds: Iterable[str], cache: Cache) -> dict[str, str]:
+class Unreadable(NamedTuple):
+    """A row whose gold answer its grader cannot read."""
+
+    number: int
+    row: Row
+    gold: str
+    why: str
+
+
+def unreadable_rows(data: Loaded, grader: str, cache: Cache) -> list[Unreadable]:
+    """All such rows; `grader` is that of rows which name none."""
+    bad = {name: unreadable(data.golds(name), cache, name or grader) for name in data.graders()}
+    if not any(bad.values()):
+        return []
+    found = []
+    for number, row in enumerate(data.rows):
+        golds = (row.gold,) if isinstance(row.gold, str) else row.gold
+        if (gold := next((each for each in golds if each in bad[row.grader]), None)) is not None:
+            found.append(Unreadable(number, row, gold, bad[row.grader][gold]))
+    return found
+
+
+def unreadable(golds: Iterable[str], cache: Cache, grader: str = "math") -> dict[str, str]:
     """Gold answer → why the grader cannot read it, of those that it cannot."""
+    if grader != "math":
+        reasons = {gold: why_unreadable(grader, gold) for gold in golds}
+        return {gold: why for gold, why in reasons.items() if why}
     texts = {gold: gold_text(gold) for gold in golds}
     asked = {text for text in texts.values() if not _NUMBER.fullmatch(text)}
     name = f"golds-{name_of(_grader())}.json"

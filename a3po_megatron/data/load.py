@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from blake3 import blake3
 
 from ..batch import Gold
@@ -25,13 +26,14 @@ from ..config import ARITHMETIC, DataOptions
 from ..errors import RequestError
 from ..files.cache import Cache, name_of
 from ..files.sources import files_of, names_of, paths_of
+from ..reward.grader import GRADERS, grader_of
 from ..reward.math import gold_text
 from . import fields, read
 from .fields import Fields, Problem
 from .kinds import what_else
 from .table import ALTERNATIVES, Row, Rows, Writer
 
-FORMAT = 1  # of what is kept: another number, and everything is read anew
+FORMAT = 2  # of what is kept: another number, and everything is read anew
 LARGE_BYTES = 32 << 20  # from here on the rows of a data set are kept in the cache
 SHOWN = 80  # characters of a problem in a message
 SHOWN_CONFLICTS = 10
@@ -96,10 +98,17 @@ class Loaded:
         bounds = [int(before[bound]) for bound in self.bounds]
         return replace(self, rows=self.rows.only(kept), bounds=bounds)
 
-    def golds(self) -> list[str]:
-        """Every gold answer, once; of a list each."""
-        whole = self.rows.column("form").to_numpy() & ALTERNATIVES == 0
-        column = self.rows.column("gold")
+    def graders(self) -> list[str]:
+        """The names of graders that rows have; empty: of those that name none."""
+        return list(self.rows.column("grader").unique().to_pylist())
+
+    def golds(self, grader: str | None = None) -> list[str]:
+        """Every gold answer, once; of a list each. `grader`: of the rows alone that name it."""
+        form, column = self.rows.column("form"), self.rows.column("gold")
+        if grader is not None:
+            mine = pyarrow.compute.equal(self.rows.column("grader"), grader)
+            form, column = form.filter(mine), column.filter(mine)
+        whole = form.to_numpy() & ALTERNATIVES == 0
         lists = column.filter(pyarrow.array(~whole)).unique().to_pylist()
         golds = column.filter(pyarrow.array(whole)).unique().to_pylist()
         return list(dict.fromkeys([*golds, *(gold for each in lists for gold in json.loads(each))]))
@@ -155,7 +164,8 @@ def _made(
 
 def _key(options: DataOptions, files: list[list[Path]]) -> str:
     parts: list[object] = [FORMAT]
-    parts += [options.problem_field, options.answer_field, options.id_field, options.duplicates, options.conflicts]
+    parts += [options.problem_field, options.answer_field, options.id_field, options.grader_field]
+    parts += [options.duplicates, options.conflicts]
     for source in files:
         parts.append(len(source))
         for path in source:
@@ -224,6 +234,7 @@ class _Reader:
             try:
                 named = names or fields.fields_of(row, options.problem_field, options.answer_field, options.id_field)
                 problem, gold = fields.problem_of(row, named.problem), fields.answer_of(row, named.answer)
+                grader = grader_of_row(row, options.grader_field)
             except RequestError as error:
                 missing = names is None and fields.value_at(row, named.problem) is fields.MISSING
                 kind = what_else(path) if missing else None
@@ -232,7 +243,7 @@ class _Reader:
             if names is None:
                 self.counts.fields.append(named)
             names = named
-            yield Row(fields.id_of(row, names.id), problem, gold, file, place)
+            yield Row(fields.id_of(row, names.id), problem, gold, grader, file, place)
 
     def _columns(self) -> list[str] | None:
         """Of tables: those that can be asked for; none are left out while the layout is not known."""
@@ -241,7 +252,11 @@ class _Reader:
             known = [path for layout in fields.LAYOUTS for path in layout]
         else:
             known = []
-        given = [path for path in (options.problem_field, options.answer_field, options.id_field) if path]
+        given = [
+            path
+            for path in (options.problem_field, options.answer_field, options.id_field, options.grader_field)
+            if path
+        ]
         return [name for path in (*known, *given) for name in dict.fromkeys((path, str(fields.steps(path)[0])))]
 
     def _add(self, writer: Writer, row: Row) -> None:
@@ -315,6 +330,17 @@ class _Reader:
 
     def _at(self, file: int, place: int, here: int) -> str:
         return _at(self._path(file), place, self._lined[file], file == here)
+
+
+def grader_of_row(row: dict[str, Any], field: str) -> str:
+    """The grader that a row names; empty: no field is to. Raises RequestError for a name that is none."""
+    if not field:
+        return ""
+    name = fields.value_at(row, field)
+    if not isinstance(name, str):
+        raise RequestError(f"the field {field!r} names no grader (data.grader_field): there are {', '.join(GRADERS)}")
+    grader_of(name)
+    return name
 
 
 def place_name(path: Path, place: int, lined: bool) -> str:

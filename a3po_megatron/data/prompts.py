@@ -22,7 +22,7 @@ from ..config import ARITHMETIC, DataOptions
 from ..errors import RequestError
 from ..files.cache import Cache, name_of
 from . import arithmetic
-from .golds import unreadable
+from .golds import unreadable_rows
 from .load import Loaded, load
 from .order import named_order
 from .table import Row
@@ -72,7 +72,8 @@ class Prompts:
         row = self._data.rows[first + self._order(source, epoch, end - first)[place]]
         # The id names the draw of a rollout's seed: the same problem in a later epoch is another draw.
         name, text = self._data.id(row), self._rendered(self._data, row)
-        return Prompt(f"{name}@{epoch}" if epoch else name, text, row.gold, self._tokenizer.tokens_of(text), index)
+        grader, tokens = row.grader or self._options.grader, self._tokenizer.tokens_of(text)
+        return Prompt(f"{name}@{epoch}" if epoch else name, text, row.gold, tokens, index, grader)
 
     def state(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -134,19 +135,17 @@ class Prompts:
         return data
 
     def _with_readable_golds(self, data: Loaded, cache: Cache) -> Loaded:
-        bad = unreadable(data.golds(), cache)
-        if not bad:
+        rows = unreadable_rows(data, self._options.grader, cache)
+        if not rows:
             return data
-        rows = [(n, row) for n, row in enumerate(data.rows) if not bad.keys().isdisjoint(_each(row))]
-        gold = next(each for each in _each(rows[0][1]) if each in bad)
         more = f" (and {len(rows) - 1} more rows like it)" if len(rows) > 1 else ""
         if self._options.unreadable_golds == "error":
             raise RequestError(
-                f"{data.where(rows[0][1])}: {bad[gold]}: {gold!r:.80}{more}: mend it, or set "
+                f"{data.where(rows[0].row)}: {rows[0].why}: {rows[0].gold!r:.80}{more}: mend it, or set "
                 "data.unreadable_golds: drop"
             )
         kept = np.ones(len(data.rows), bool)
-        kept[[number for number, _ in rows]] = False
+        kept[[each.number for each in rows]] = False
         self.remarks.append(f"{len(rows)} of {len(kept)} rows were left out: the grader cannot read their gold answers")
         return data.only(kept)
 
@@ -198,10 +197,6 @@ class Prompts:
             return self._tokenizer.render(row.problem)
         except RequestError as error:
             raise RequestError(f"{data.where(row)}: {error}") from error
-
-
-def _each(row: Row) -> tuple[str, ...]:
-    return (row.gold,) if isinstance(row.gold, str) else row.gold
 
 
 def _save(file: IO[bytes], lengths: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """The rows of a data set in columns: 1.8 million take as many bytes as their text, and can lie on a disk.
 
 problem   text, or a conversation as JSON       gold   text, or a list of alternatives as JSON
+grader    its name, or nothing: as configured
 form      bits: 1 = problem is JSON, 2 = gold is    id     null: <file name>/<place>
 file      which of the files                     place  its line or number there, from 1
 """
@@ -24,6 +25,7 @@ SCHEMA = pyarrow.schema(
         ("id", pyarrow.string()),
         ("problem", pyarrow.string()),
         ("gold", pyarrow.string()),
+        ("grader", pyarrow.string()),
         ("form", pyarrow.uint8()),
         ("file", pyarrow.uint32()),
         ("place", pyarrow.uint64()),
@@ -37,6 +39,7 @@ class Row(NamedTuple):
     id: str | None
     problem: Problem
     gold: Gold
+    grader: str  # its name; empty: as configured
     file: int
     place: int
 
@@ -60,12 +63,14 @@ class Writer:
         self._file.close()
 
     def _flush(self) -> None:
-        ids, problems, golds, files, places = zip(*self._held, strict=True) if self._held else ((),) * len(Row._fields)
+        ids, problems, golds, graders, files, places = (
+            zip(*self._held, strict=True) if self._held else ((),) * len(Row._fields)
+        )
         forms = [
             (0 if isinstance(problem, str) else CONVERSATION) | (0 if isinstance(gold, str) else ALTERNATIVES)
             for problem, gold in zip(problems, golds, strict=True)
         ]
-        columns = ids, map(_text, problems), map(_text, golds), forms, files, places
+        columns = ids, map(_text, problems), map(_text, golds), graders, forms, files, places
         arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
         self._file.write_batch(pyarrow.record_batch(arrays, schema=SCHEMA))
         self._held = []
@@ -89,8 +94,10 @@ class Rows:
 
     def __getitem__(self, number: int) -> Row:
         batch, place = divmod(int(self._chosen[number]), BATCH)
-        id_, problem, gold, form, file, line = (column[place].as_py() for column in self._batches[batch].columns)
-        return _row(id_, problem, gold, form, file, line)
+        id_, problem, gold, grader, form, file, line = (
+            column[place].as_py() for column in self._batches[batch].columns
+        )
+        return _row(id_, problem, gold, grader, form, file, line)
 
     def __iter__(self) -> Iterator[Row]:
         """All rows, in their order; a batch of them is held as Python's objects."""
@@ -123,6 +130,6 @@ class Rows:
         return whole if len(whole) == len(self._chosen) else whole.take(pyarrow.array(self._chosen))
 
 
-def _row(id_: str | None, problem: str, gold: str, form: int, file: int, place: int) -> Row:
+def _row(id_: str | None, problem: str, gold: str, grader: str, form: int, file: int, place: int) -> Row:
     conversation = tuple(Turn(*turn) for turn in json.loads(problem)) if form & CONVERSATION else problem
-    return Row(id_, conversation, tuple(json.loads(gold)) if form & ALTERNATIVES else gold, file, place)
+    return Row(id_, conversation, tuple(json.loads(gold)) if form & ALTERNATIVES else gold, grader, file, place)

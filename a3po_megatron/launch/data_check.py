@@ -11,7 +11,7 @@ import numpy as np
 from ..config import DataOptions
 from ..data import fields, read
 from ..data.fields import Problem
-from ..data.golds import unreadable
+from ..data.golds import unreadable_rows
 from ..data.load import Loaded, load, place_name
 from ..data.order import named_order
 from ..data.tokenizer import Tokenizer
@@ -41,13 +41,12 @@ def data_check(options: DataOptions, model: Path | None, benchmarks: list[Path])
     yield from (f"            {said}" for said in data.conflicts())
     if counts.conflicting and options.conflicts == "error":
         refused.append(f"{counts.conflicting} rows conflict (data.conflicts: drop)")
-    bad = unreadable(data.golds(), cache)
-    rows = [
-        row for row in data.rows if not bad.keys().isdisjoint([row.gold] if isinstance(row.gold, str) else row.gold)
-    ]
+    rows = unreadable_rows(data, options.grader, cache)
+    if (names := data.graders()) != [""]:
+        yield f"graders     {', '.join(sorted(name or options.grader for name in names))}"
     yield f"gold        {len(data.golds())} different; {len(rows)} rows have one that the grader cannot read"
-    for row in rows[:SHOWN]:
-        yield f"            {data.where(row)}: {row.gold!r:.80}"
+    for bad in rows[:SHOWN]:
+        yield f"            {data.where(bad.row)}: {bad.row.gold!r:.80}"
     if rows and options.unreadable_golds == "error":
         refused.append(f"{len(rows)} gold answers cannot be read (data.unreadable_golds: drop)")
     yield from _lengths(data, tokenizer)

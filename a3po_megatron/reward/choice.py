@@ -26,11 +26,16 @@ def letter_of(text: str) -> str | None:
     return match["letter"].upper() if match else None
 
 
+def why_unreadable(answer: str) -> str:
+    """Says why a gold answer is none; empty: it is one."""
+    return "" if letter_of(gold_text(answer)) else "the gold answer is no letter of an option"
+
+
 def grade(response: str, answer: str, *, extract: str = "answer", finished: bool = True) -> Verdict:
     """The verdict on a response whose gold answer is the letter `answer`; `extract` and `finished` as in math.py."""
     wanted = letter_of(gold_text(answer))
     if wanted is None:
-        return Verdict("invalid", f"the gold answer {answer!r:.40} is no letter")
+        return Verdict("invalid", why_unreadable(answer))
     found = find(response, extract, finished)
     if found.why:
         return Verdict("wrong", found.why)

@@ -49,6 +49,12 @@ def grade(response: str, answer: str, *, grader: str = "math", extract: str = "a
     return function(response, answer, finished=finished, **options)
 
 
+def why_unreadable(grader: str, gold: str) -> str:
+    """Says why a grader cannot read a gold answer; empty: it can, or has nothing to say of it."""
+    says = getattr(importlib.import_module(f".{grader_of(grader).module}", __package__), "why_unreadable", None)
+    return str(says(gold)) if says is not None else ""
+
+
 def prepare() -> None:
     """Loads what most grading needs, so that no response's time limit pays for it. Grader processes call this."""
     from .math import prepare

@@ -41,6 +41,20 @@ def read(answer: str) -> tuple[str, float]:
     return value, float(tolerance)
 
 
+def why_unreadable(answer: str) -> str:
+    """Says why a gold answer is none; empty: it is one."""
+    try:
+        value, tolerance = read(answer)
+    except ValueError as error:
+        return str(error)
+    wanted = read_gold(value)
+    if isinstance(wanted, str):
+        return wanted
+    if tolerance and not any(_numbers(each) for each in wanted):
+        return "the gold answer has a tolerance, and is no number"
+    return ""
+
+
 def grade(response: str, answer: str, *, extract: str = "any", finished: bool = True) -> Verdict:
     """The verdict on a response; `extract` and `finished` as in math.py."""
     try:
@@ -53,7 +67,7 @@ def grade(response: str, answer: str, *, extract: str = "any", finished: bool = 
     wanted = read_gold(value)
     golds = [each for each in map(_numbers, wanted) if each] if isinstance(wanted, list) else []
     if not golds:
-        return Verdict("invalid", "the gold answer has a tolerance, and is no number")
+        return Verdict("invalid", why_unreadable(answer))
     for text in answers_of(find(response, extract, finished)):
         try:
             answers = [_numbers(reading) for reading in readings(text)]

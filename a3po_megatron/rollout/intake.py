@@ -233,7 +233,8 @@ def _submitted(graders: Graders, group: Group) -> _Grading:
 def _answered(rollout: Rollout) -> Answered:
     """A prompt may have opened the thoughts that the response closes."""
     opened = THOUGHTS if rollout.prompt.text.rstrip().endswith(THOUGHTS) else ""
-    return Answered(opened + rollout.text, rollout.prompt.answer, rollout.finish == "stop")
+    prompt = rollout.prompt
+    return Answered(opened + rollout.text, prompt.answer, rollout.finish == "stop", prompt.grader)
 
 
 def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[str, Any]:
