@@ -168,6 +168,10 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_pat
     assert "sums is asked for twice" in refusal(f"{file},{file}")
     assert "--release v5 has no effect" in refusal(str(file), release="v5")
     assert "--samples 0" in refusal(str(file), samples=0)
+    (tmp_path / "humaneval.jsonl").write_text(
+        json.dumps({"task_id": "0", "prompt": "def f():", "test": "def check(f): f()", "entry_point": "f"}) + "\n"
+    )
+    assert "'code' is no grader: there are math" in refusal("humaneval", data=tmp_path)
     long = refusal(str(file), max_tokens=100_000)
     assert "more than the model's context" in long and "--max-tokens" in long
     with pytest.raises(RequestError, match="neither an HF folder"):

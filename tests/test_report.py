@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -23,7 +25,7 @@ import zstandard
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report import page
-from a3po_megatron.report.charts import CHARTS, moving_mean
+from a3po_megatron.report.charts import CHARTS, chart_of, moving_mean
 from a3po_megatron.report.page import write_report
 from a3po_megatron.report.read import read_rollouts, read_run
 
@@ -291,6 +293,7 @@ def test_the_page_compares_both_runs_and_loads_nothing(tmp_path: Path) -> None:
         "refit/bytes",
         "startup/seconds",
     }
+    assert all(chart["lines"] for chart in data["charts"])  # without them the page draws none
     assert data["phases"] == ["rollout", "reward", "score", "update", "publish", "checkpoint"]
     text = Scripts(html).text
     assert "6 of 40" in text
@@ -475,3 +478,29 @@ def test_smoothing_keeps_gaps_and_averages_only_what_is_defined() -> None:
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, a3po_megatron.report.page; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_a_run_evaluates_has_a_chart_of_its_own_whose_few_points_are_joined() -> None:
+    average, length = chart_of("eval/math_500_avg"), chart_of("eval/math_500_length")
+    assert (average.section, average.unit, average.scale, average.sparse) == ("On benchmarks", "%", 100.0, True)
+    assert "math_500" in average.says and average.lines == (("eval/math_500_avg", "eval/math_500_avg"),)
+    assert (length.unit, length.scale, length.sparse) == ("tokens", 1.0, True)
+    assert not chart_of("reward/mean").sparse
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="skipped: there is no chromium")
+def test_a_browser_draws_every_chart_and_an_evaluations_few_points_as_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", steps=12)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    values = {step: 0.1 + 0.05 * step for step in (0, 4, 8)}
+    for row in rows:
+        row["eval/sums_avg"] = values.get(row["step"])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = write_report([folder], None)
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
+    around = os.environ | {"HOME": str(tmp_path)}
+    drawn = subprocess.run([*command, report.as_uri()], capture_output=True, text=True, timeout=60, env=around).stdout
+    assert drawn.count('class="line') >= len(page_data(report)["charts"]) > 5, "lines are missing"
+    chart = drawn.partition("eval/sums_avg</h")[2].partition("</svg>")[0]
+    line = re.findall(r'd="(M[^"]+)"', chart)[-1]
+    assert (line.count("M"), line.count("L")) == (1, len(values) - 1)

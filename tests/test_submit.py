@@ -447,15 +447,20 @@ def test_every_job_of_a_run_has_its_account_qos_and_reservation(tmp_path: Path, 
         *("slurm.partition=batch", "slurm.account=0123", "slurm.qos=high"),
         "slurm.extra=['--reservation=maint -C \"a|b\"', '--exclusive', '--wckey x']",
     )
-    slurm.check_cluster(plan, tmp_path / "hf")
+    slurm.check_cluster(plan, tmp_path / "hf", "math500,mine.jsonl")
     slurm.write(plan, [[]])
-    assert slurm.submit(plan, tmp_path / "hf") == ["4242", "4242"]
-    tried, exported = cluster.calls()[1], cluster.calls()[3]
-    for call in (tried, exported):
+    assert slurm.submit(plan, tmp_path / "hf", "math500,mine.jsonl") == ["4242", "4242", "4242"]
+    _, tried, also_tried, _, exported, evaluated = cluster.calls()
+    for call, name in ((tried, "export"), (exported, "export"), (also_tried, "eval"), (evaluated, "eval")):
         for words in ("--partition=batch", "--account=0123", "--qos=high", "--reservation=maint", "--constraint=a|b"):
             assert f" {words} " in call, call
         assert " --wckey=x " in call
         assert "--exclusive" not in call
-        assert f" --output={tmp_path}/lr%%j/logs/export-%j.out " in call
-    assert tried.startswith("--test-only ")
-    assert exported.startswith("--parsable --dependency=afterok:4242 ")
+        assert f" --output={tmp_path}/lr%%j/logs/{name}-%j.out " in call
+    assert tried.startswith("--test-only ") and also_tried.startswith("--test-only ")
+    for call in (exported, evaluated):
+        assert call.startswith("--parsable --dependency=afterok:4242 ")
+    settings = plan.runs[0].slurm
+    cores = settings.cpus_per_task * settings.ranks_per_node()
+    assert f" --nodes=1 --cpus-per-task={cores} --time={settings.time} " in evaluated
+    assert evaluated.strip().endswith(f"-m a3po_megatron eval {folder} --benchmark math500,mine.jsonl")

@@ -16,6 +16,7 @@ from ..errors import RequestError
 from ..files.hashed import digest_of
 from ..files.sources import kind_of
 from ..model.facts import ModelFacts
+from ..reward.grader import grader_of
 from .benchmarks import Benchmark, benchmark_of
 from .problems import Problem, arithmetic_problems, file_of, problems_of
 from .request import Asked
@@ -59,6 +60,8 @@ def ask(
         if benchmark.name in (each.benchmark for each in asked):
             raise RequestError(f"--benchmark {text}: {benchmark.name} is asked for twice")
         problems, file = _problems(text, benchmark, wishes, own, remark)
+        for grader in dict.fromkeys(problem.grader for problem in problems):
+            grader_of(grader)
         options = config.data
         tokenizer = Tokenizer(
             tokenizer_folder,

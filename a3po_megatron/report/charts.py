@@ -16,6 +16,7 @@ class Chart(NamedTuple):
     says: str  # one sentence: what the number is, and how to read it
     unit: str  # of the vertical axis; "%" metrics are stored as fractions
     scale: float = 1.0  # stored value × scale = value in `unit`
+    sparse: bool = False  # few steps have a value: neighbours are joined over the others
 
     @property
     def lines(self) -> tuple[tuple[str, str], ...]:
@@ -189,7 +190,9 @@ def chart_of(metric: str) -> Chart:
     if metric.startswith(EVALUATION):
         (own,) = (m for m in evaluation_metrics([metric[len(EVALUATION) :].rpartition("_")[0]]) if m.name == metric)
         share = own.unit == "share"
-        return Chart("On benchmarks", metric, own.meaning, "%" if share else own.unit, 100.0 if share else 1.0)
+        return Chart(
+            "On benchmarks", metric, own.meaning, "%" if share else own.unit, 100.0 if share else 1.0, sparse=True
+        )
     known = next((each for each in CATALOGUE if each.name == metric), None)
     return Chart("Other metrics", metric, "" if known is None else known.meaning, "" if known is None else known.unit)
 

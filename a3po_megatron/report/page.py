@@ -73,7 +73,7 @@ def render(runs: Sequence[Run]) -> str:
     window = smoothing_window(max(len(run["steps"]) for run in data_runs))
     data = {
         "runs": data_runs,
-        "charts": [chart._asdict() for chart in _charts(runs)],
+        "charts": [{**chart._asdict(), "lines": chart.lines} for chart in _charts(runs)],
         "phases": _phases(runs),
         "phasePrefix": SECONDS,
         "window": window,

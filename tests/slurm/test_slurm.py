@@ -26,6 +26,7 @@ import pytest
 from a3po_megatron.cli import main
 from a3po_megatron.config import load_config
 from a3po_megatron.errors import RequestError
+from a3po_megatron.evaluate.result import read
 from a3po_megatron.launch import slurm as launched
 from tests.harness import interrupted_runs as tools
 from tests.harness.ranks import ROOT
@@ -170,6 +171,15 @@ def test_ranks_land_as_planned_over_nodes_and_devices_and_the_run_ends_as_withou
     for rank, (log, node, local) in enumerate(zip(logs, ("rl0", "rl0", "rl1", "rl1"), (0, 1, 0, 1), strict=True)):
         line = log.read_text().partition("\n")[0]
         assert line == f"rank {rank} of 4, local rank {local}, node {node}, devices 0,1", said(four)
+
+
+@pytest.mark.soak
+def test_a_run_is_evaluated_by_a_job_that_waits_for_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    submit(folder, *ONE_NODE, "trainer.steps=2", words=("--eval", "builtin:arithmetic"))
+    wait_done(*queue())
+    result = read(folder / "evaluations" / "step-000002" / "arithmetic.json")
+    assert (result.model.kind, result.model.step, len(result.problems)) == ("run", 2, 500), said(folder)
 
 
 def test_a_chain_goes_on_with_its_next_job_and_ends_bit_for_bit_as_undisturbed(whole: Path, tmp_path: Path) -> None:
