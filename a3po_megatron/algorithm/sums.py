@@ -56,12 +56,12 @@ class Report:
         """Returns every declared metric; None: a quotient by 0, or a maximum that is not finite."""
         values = self.sums.tolist()
         quotients = zip(values[: len(self._sums)], values[len(self._sums) :], strict=True)
-        found = {
+        means = {
             name: numerator / denominator if denominator else None
             for name, (numerator, denominator) in zip(self._sums, quotients, strict=True)
         }
         finite = {name: v if math.isfinite(v) else None for name, v in zip(self._maxima, self.largest, strict=True)}
-        return found | finite
+        return means | finite
 
 
 def largest_of_each(rows: list[list[float]]) -> list[float]:

@@ -95,14 +95,14 @@ def verify(
     layout = Layout(tensor, pipeline, virtual, expert, expert_tensor, scheme=scheme)  # type: ignore[arg-type]
     with _progress("verify") as progress:
         try:
-            found = verify_layout(hf_dir, layout, progress, show)
+            proof = verify_layout(hf_dir, layout, progress, show)
         except RequestError as error:  # a layout's options have other names in a configuration
             words = str(error).replace("parallel.expert_tensor", "--expert-tensor").replace("parallel.", "--")
             raise RequestError(words) from error
     console = Console(highlight=False)
-    for table in layout_tables(found):
+    for table in layout_tables(proof):
         console.print(table)
-    print(f"{found.tensors} tensors, {found.bytes:,} bytes: every bit survives this layout")
+    print(f"{proof.tensors} tensors, {proof.bytes:,} bytes: every bit survives this layout")
 
 
 @contextlib.contextmanager

@@ -49,12 +49,12 @@ def submit(
     from ..launch.check_files import check_files
     from ..ranks.backend import backend_of
 
-    found = [remark for run in plan.runs for remark in check_files(run, backend_of(run.cluster.device))]
+    remarks = [remark for run in plan.runs for remark in check_files(run, backend_of(run.cluster.device))]
     if evaluate:
         from ..launch.evaluate import check_benchmarks
 
-        found += check_benchmarks(configs[0], evaluate)
-    for remark in dict.fromkeys(found):
+        remarks += check_benchmarks(configs[0], evaluate)
+    for remark in dict.fromkeys(remarks):
         print(f"data: {remark}", file=sys.stderr)
     if not write:
         for remark in slurm.check_cluster(plan, export, evaluate):

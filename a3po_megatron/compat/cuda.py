@@ -22,8 +22,8 @@ LIBRARIES = (
 
 def preload(site: Path) -> list[Path]:
     """Loads the libraries of the packages in `site`, as far as they are there; returns them."""
-    found = [path for pattern in LIBRARIES for path in sorted((site / "nvidia").glob(pattern))]
-    for path in found:
+    libraries = [path for pattern in LIBRARIES for path in sorted((site / "nvidia").glob(pattern))]
+    for path in libraries:
         # Global: a library that names none of these as its own finds their symbols here.
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    return found
+    return libraries

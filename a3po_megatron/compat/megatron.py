@@ -80,14 +80,14 @@ def spread_states(
     # Where several groups hold a parameter, the one that has its main replica writes it: the others plan nothing.
     main = torch.tensor([is_main_replica(described[p].replica_id) for p in parameters], dtype=torch.uint8)
     dist.all_reduce(main, dist.ReduceOp.MAX, group)
-    found: dict[int, dict[str, Any]] = {}
+    by_number: dict[int, dict[str, Any]] = {}
     if is_loading:
         for number, parts in enumerate(held):
             if me in parts:
                 # Megatron refuses to load what does not have exactly one main copy (dist_checkpointing/validation.py).
                 copy = 0 if main[number] and me == min(parts) else 1
-                found[number] = {key: _as_parameter(described[parameters[number]], key, copy) for key in _KEYS}
-        return found
+                by_number[number] = {key: _as_parameter(described[parameters[number]], key, copy) for key in _KEYS}
+        return by_number
     mine = [number for number in range(len(parameters)) if main[number]]
     plan = dict(zip(mine, owners([held[number] for number in mine], size), strict=True))
     waits: list[Any] = []
@@ -97,8 +97,8 @@ def spread_states(
         for which, key in enumerate(_KEYS):
             owner, tag = plan[number][which], number * len(_KEYS) + which
             if owner == me:
-                found.setdefault(number, {})[key] = _as_parameter(form, key, 0)  # the only copy that is written
-                whole = found[number][key].data.view(-1)
+                by_number.setdefault(number, {})[key] = _as_parameter(form, key, 0)  # the only copy that is written
+                whole = by_number[number][key].data.view(-1)
                 GATHERED.append(whole)
                 for rank, part in parts.items():
                     if rank == me:
@@ -111,7 +111,7 @@ def spread_states(
                 waits.append(dist.isend(piece, dist.get_global_rank(group, owner), group, tag))
     for wait in waits:
         wait.wait()
-    return found
+    return by_number
 
 
 def _as_parameter(form: Any, key: str, copy: int) -> Any:

@@ -103,14 +103,14 @@ def map_experts() -> None:
     names = list(inspect.signature(apply).parameters)
 
     def mapped(*args: Any, **kwargs: Any) -> None:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        expert_map = given["expert_map"]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        expert_map = arguments["expert_map"]
         if expert_map is not None:
             # The kernel has no word for "not here": such a choice names the first expert, with weight 0.
-            local = expert_map[given["topk_ids"].long()]
-            given["topk_weights"] = given["topk_weights"] * (local >= 0)
-            given["topk_ids"] = local.clamp(min=0).to(given["topk_ids"].dtype)
-        apply(**given)
+            local = expert_map[arguments["topk_ids"].long()]
+            arguments["topk_weights"] = arguments["topk_weights"] * (local >= 0)
+            arguments["topk_ids"] = local.clamp(min=0).to(arguments["topk_ids"].dtype)
+        apply(**arguments)
 
     mapped.maps_experts = True  # type: ignore[attr-defined]
     CPUUnquantizedExperts.apply = mapped  # type: ignore[method-assign]

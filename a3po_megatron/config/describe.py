@@ -27,14 +27,14 @@ class Option(NamedTuple):
 
 def options(section: str | None) -> list[Option]:
     """The options of one section, or all. Raises RequestError for a section that there is not."""
-    found = list(_all())
-    sections = {*SECTIONS, *(option.name for option in found if "." not in option.name)}
+    described = list(_all())
+    sections = {*SECTIONS, *(option.name for option in described if "." not in option.name)}
     if section is None:
-        return found
+        return described
     if section not in sections:
-        hint = nearest.hint(section, [option.name for option in found], sections)
+        hint = nearest.hint(section, [option.name for option in described], sections)
         raise RequestError(f"there is no section {section}{hint}")
-    return [option for option in found if option.name.partition(".")[0] == section]
+    return [option for option in described if option.name.partition(".")[0] == section]
 
 
 def _all() -> Iterator[Option]:

@@ -81,9 +81,9 @@ def _checked(values: Values, overrides: Sequence[str]) -> Config:
         chosen = getattr(config, section)
         for rule in chosen.without_effect:
             for option in (f"{section}.{name}" for name in rule.options):
-                given = values.get(option)
-                if given and given.asked and given.value != default_of(option) and rule.when(chosen):
-                    raise RequestError(f"{given.where}: {option} {no_effect(rule.because)}")
+                entry = values.get(option)
+                if entry and entry.asked and entry.value != default_of(option) and rule.when(chosen):
+                    raise RequestError(f"{entry.where}: {option} {no_effect(rule.because)}")
     return config
 
 
@@ -96,9 +96,9 @@ def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
     values: Values = {}
     for text in overrides:
         _override(text, values)
-    for option, given in values.items():
+    for option, entry in values.items():
         if not option.startswith("data.") or option == "data.path":
-            raise RequestError(f"{given.where}: expected an option of the section data, but not its path")
+            raise RequestError(f"{entry.where}: expected an option of the section data, but not its path")
     values["data.path"] = Given(paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())
     return _validate({**_located(values), "model.path": Given("none", "", Path.cwd())}).data
 
@@ -129,11 +129,11 @@ def load_resolved(path: Path) -> Settings:
 
 def _located(values: Values) -> Values:
     """Without those that are as by default (null), and paths as they are meant."""
-    values = {option: given for option, given in values.items() if given.value is not None}
+    values = {option: entry for option, entry in values.items() if entry.value is not None}
     for option in _PATHS:
         if option in values:
-            given = values[option]
-            values[option] = given._replace(value=_path(option, given.value, given.where, given.folder))
+            entry = values[option]
+            values[option] = entry._replace(value=_path(option, entry.value, entry.where, entry.folder))
     return values
 
 
@@ -160,10 +160,10 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> Values:
     if (base := as_text(tree.pop("base", None))) is not None:
         if not isinstance(base, str):
             raise RequestError(f"{path}:{lines['base']}: base must be the name of a configuration file")
-        found = paths.existing("base", base, f"{path}:{lines['base']}", path.parent)
-        values = _read_file(Path(found), (*seen, path.resolve()))
-    given = functools.partial(_given, lines, path, asked=not _is_whole(tree))
-    _flatten(tree, "", given, values)
+        base_path = paths.existing("base", base, f"{path}:{lines['base']}", path.parent)
+        values = _read_file(Path(base_path), (*seen, path.resolve()))
+    entry_of = functools.partial(_given, lines, path, asked=not _is_whole(tree))
+    _flatten(tree, "", entry_of, values)
     return values
 
 
@@ -205,16 +205,16 @@ def in_shell(option: str, value: str) -> str:
 
 def _lines(node: yaml.Node | None, path: Path, prefix: str = "") -> dict[str, int]:
     """Dotted option → line number. A key that stands twice is an error: YAML would silently keep the last one."""
-    found: dict[str, int] = {}
+    lines: dict[str, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             option = f"{prefix}{key.value}"
             line = key.start_mark.line + 1
-            if option in found:
-                raise RequestError(f"{path}:{line}: {option} is given twice (first in line {found[option]})")
-            found[option] = line
-            found |= _lines(value, path, f"{option}.")
-    return found
+            if option in lines:
+                raise RequestError(f"{path}:{line}: {option} is given twice (first in line {lines[option]})")
+            lines[option] = line
+            lines |= _lines(value, path, f"{option}.")
+    return lines
 
 
 def _flatten(tree: dict[Any, Any], prefix: str, given: Callable[[str, Any], Given], values: Values) -> None:
@@ -273,12 +273,12 @@ def _path(option: str, value: Any, where: str, folder: Path) -> Any:
 
 def _validate(values: Values) -> Config:
     tree: dict[str, Any] = {}
-    for option, given in values.items():
+    for option, entry in values.items():
         section, _, name = option.partition(".")
         if name:
-            tree.setdefault(section, {})[name] = given.value
+            tree.setdefault(section, {})[name] = entry.value
         else:
-            tree[section] = given.value
+            tree[section] = entry.value
     for section in ("model", "data"):
         if section not in tree:
             raise RequestError(f"{section}.path is not set: the configuration must say which {section} to use")

@@ -41,7 +41,7 @@ def resolve(config: Config, facts: Facts, device: Device, ranks: int | None = No
     exact = CANARY_BOUND[dtype] if not precision.startswith("fp8") else QUANTISED_BOUND
     rounded = exact if rollout.quantization == "none" else QUANTISED_BOUND
     repeatable = device.device == "cpu" or rollout.batch_invariant
-    found: dict[str, dict[str, Any]] = {
+    answers: dict[str, dict[str, Any]] = {
         "model": {"dtype": dtype},
         "cluster": {"device": device.device},
         "parallel": {
@@ -60,9 +60,9 @@ def resolve(config: Config, facts: Facts, device: Device, ranks: int | None = No
         "slurm": {"tasks_per_node": config.slurm.ranks_per_node()},
     }
     if isinstance(shaping, ShapingOptions) and shaping.rho_negative is None:
-        found["shaping"] = {"rho_negative": shaping.rho}
+        answers["shaping"] = {"rho_negative": shaping.rho}
     tree = config.model_dump()
-    return Settings.model_validate({section: _with(values, found.get(section)) for section, values in tree.items()})
+    return Settings.model_validate({section: _with(values, answers.get(section)) for section, values in tree.items()})
 
 
 def _with(values: Any, found: dict[str, Any] | None) -> Any:

@@ -25,7 +25,7 @@ def unlike(before: dict[str, Any], settings: Settings) -> list[str]:
     with contextlib.suppress(ValidationError):  # options that it did not have yet: as they are by default
         before = Settings.model_validate(before).model_dump(mode="json")
     then, now = _flat(before), _flat(settings.model_dump(mode="json"))
-    kept = lasting(before).keys() | lasting(settings.model_dump(mode="json")).keys()
+    fixed = lasting(before).keys() | lasting(settings.model_dump(mode="json")).keys()
     experts = {then.get("parallel.expert"), now["parallel.expert"]}
     reasons = {
         "trainer.steps": ", and the learning rate's schedule ends with it"
@@ -40,7 +40,7 @@ def unlike(before: dict[str, Any], settings: Settings) -> list[str]:
     return [
         f"{name} was {then.get(name)!r}, is {now.get(name)!r}{reasons.get(name, '')}"
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name) and (reasons.get(name) or name in kept)
+        if then.get(name) != now.get(name) and (reasons.get(name) or name in fixed)
     ]
 
 

@@ -152,18 +152,18 @@ def options_of(line: str) -> list[Option]:
     while words:
         word = words.pop(0)
         if word.startswith("--"):
-            given, equals, text = word[2:].partition("=")
-            found = [(_full(given), text if equals else None)]
+            spelling, equals, text = word[2:].partition("=")
+            pairs = [(_full(spelling), text if equals else None)]
         elif word.startswith("-") and len(word) > 1:
-            found = _letters(word[1:])
+            pairs = _letters(word[1:])
         else:
             raise ValueError(f"{word!r} in {line!r} is no option: expected --name=value, or -n value")
-        name, value = found[-1]
+        name, value = pairs[-1]
         # The next word is the value of one that must have it, or may be, of one that is not known.
         wants = name not in KNOWN or KNOWN[name].value == "="
         if value is None and wants and words and (name in KNOWN or not words[0].startswith("-")):
-            found[-1] = (name, words.pop(0))
-        options += found
+            pairs[-1] = (name, words.pop(0))
+        options += pairs
     for name, value in options:
         _refuse_own(name, value)
     if not options:

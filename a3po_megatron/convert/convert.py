@@ -102,8 +102,8 @@ def import_checkpoint(
             for number, share in enumerate(_shares(records, workers))
         ]
         results: list[tuple[list[Kept], Written]] = run_jobs(jobs, count)
-        kept = [item for part, _ in results for item in part]
-        objects = write_metadata(folder, stored_shapes(facts, parameters), kept, stored_objects(facts, parameters))
+        items = [item for part, _ in results for item in part]
+        objects = write_metadata(folder, stored_shapes(facts, parameters), items, stored_objects(facts, parameters))
         if whole is None:
             copy_side_files(source, folder / HF)
         else:
@@ -282,14 +282,19 @@ def wanted_tensors(facts: ModelFacts, reader: Reader, options: ExportOptions) ->
     parameters = stored_parameters(facts)
     expected = stored_shapes(facts, parameters)
     for key, shape in expected.items():
-        found = reader.shapes.get(key)
-        if found is None:
+        stored_shape = reader.shapes.get(key)
+        if stored_shape is None:
             apart = any(other.startswith(MEGATRON_LAYER.format(0)) for other in reader.shapes)
             hint = ": its layers are saved apart (singleton_local_shards), which is not read" if apart else ""
             raise RequestError(f"{reader.folder}: the checkpoint lacks {key}{hint}")
-        padded = key in padded_parameters(facts) and len(found) == 2 and found[0] > shape[0] and found[1] == shape[1]
-        if found != shape and not padded:
-            raise RequestError(f"{reader.folder}: {key} has shape {found}, {HF}/{CONFIG} implies {shape}")
+        padded = (
+            key in padded_parameters(facts)
+            and len(stored_shape) == 2
+            and stored_shape[0] > shape[0]
+            and stored_shape[1] == shape[1]
+        )
+        if stored_shape != shape and not padded:
+            raise RequestError(f"{reader.folder}: {key} has shape {stored_shape}, {HF}/{CONFIG} implies {shape}")
         if reader.dtypes[key] not in CODES:
             raise RequestError(f"{reader.folder}: {key} is stored as {reader.dtypes[key]}, which is not read")
         if padded and not options.drop_padding:

@@ -19,15 +19,15 @@ def no_tokenizer(folder: Path) -> list[str]:
 
 def of_import(source: Path, facts: ModelFacts, named: str | None, stored: dict[str, Stored]) -> list[str]:
     """`named`: the dtype that config.json has for the weights; `stored`: where they were read."""
-    found = no_tokenizer(source)
+    remarks = no_tokenizer(source)
     if codes := [place for place in stored.values() if isinstance(place, Quantised)]:
         kind = name_of(codes[0].dtype)
-        found.append(
+        remarks.append(
             f"dequantised {len(codes)} of {len(stored)} tensors: they were in FP8, and are {kind} from here on"
         )
     if fused := names_of_fused(locate(source), facts):
-        found.append(f"{source} has its experts fused ({fused[0]}): an export has them one by one, as the hub has")
-    return found + _other_dtypes(source, named, stored)
+        remarks.append(f"{source} has its experts fused ({fused[0]}): an export has them one by one, as the hub has")
+    return remarks + _other_dtypes(source, named, stored)
 
 
 def _other_dtypes(source: Path, named: str | None, stored: dict[str, Stored]) -> list[str]:

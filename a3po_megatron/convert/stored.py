@@ -43,7 +43,7 @@ class Parameter:
 
 def stored_parameters(facts: ModelFacts) -> list[Parameter]:
     """Returns every parameter of the model, in the order of the layers."""
-    found = []
+    parameters = []
     by_parameter = itertools.groupby(cut(facts, Stored()), key=lambda p: (p.parameter, p.hf.layer, p.hf.expert))
     for (key, layer, expert), group in by_parameter:
         pieces, spans = list(group), []
@@ -53,8 +53,8 @@ def stored_parameters(facts: ModelFacts) -> list[Parameter]:
             spans.append(Span(piece.tensor, start, row, rows))
         lead = tuple(number for number in (layer, expert) if number is not None)
         shape = (sum(span.rows for span in spans), *pieces[0].shape[1:])
-        found.append(Parameter(key, lead, shape, tuple(spans), pieces[0].hf.linear, pieces[0].hf.dtype))
-    return found
+        parameters.append(Parameter(key, lead, shape, tuple(spans), pieces[0].hf.linear, pieces[0].hf.dtype))
+    return parameters
 
 
 def stored_shapes(facts: ModelFacts, parameters: Iterable[Parameter]) -> dict[str, tuple[int, ...]]:
@@ -69,9 +69,9 @@ def stored_objects(facts: ModelFacts, parameters: Iterable[Parameter]) -> list[s
     Every linear layer of Megatron has an `_extra_state`, whether or not there is any FP8 state to keep in it.
     """
     counts = (facts.layers, facts.experts.count if facts.experts else 0)
-    found = []
+    keys = []
     for parameter in (parameter for parameter in parameters if parameter.linear):
         layer = parameter.key.removesuffix(".weight")
         index, size = (".".join(map(str, numbers)) for numbers in (parameter.lead, counts[: len(parameter.lead)]))
-        found.append(f"{layer}._extra_state/shard_{index}_{size}")
-    return found
+        keys.append(f"{layer}._extra_state/shard_{index}_{size}")
+    return keys

@@ -63,8 +63,8 @@ def verify_layout(folder: Path, layout: Layout, progress: Callable[[int], Count]
             by_tensor[piece.tensor].append((rank, piece))
     total = sum(places[name].bytes for name in shapes)
     count = progress(total)
-    for name, found in by_tensor.items():
-        _check_owners(name, shapes[name], found)
+    for name, pieces_of_tensor in by_tensor.items():
+        _check_owners(name, shapes[name], pieces_of_tensor)
     for parameter in stored_parameters(facts):
         names = list(dict.fromkeys(span.tensor for span in parameter.spans))
         _check_bytes({name: places[name] for name in names}, {name: by_tensor[name] for name in names})

@@ -57,18 +57,18 @@ class Fields(NamedTuple):
 @functools.cache
 def steps(path: str) -> tuple[str | int, ...]:
     """The names and numbers of a path. Raises RequestError for what is none."""
-    found: list[str | int] = []
+    parts: list[str | int] = []
     end = 0
     for match in _STEP.finditer(path):
         if match.start() != end:
             break
-        found.append(int(match[1]) if match[1] else match[2])
+        parts.append(int(match[1]) if match[1] else match[2])
         end = match.end()
-    if not found or end < len(path) or isinstance(found[0], int):
+    if not parts or end < len(path) or isinstance(parts[0], int):
         raise RequestError(
             f"{path!r} is no path of a field, such as answer, reward_model.ground_truth, prompt[0].content"
         )
-    return tuple(found)
+    return tuple(parts)
 
 
 def value_at(row: dict[str, Any], path: str) -> Any:

@@ -39,12 +39,12 @@ def unreadable_rows(data: Loaded, grader: str, cache: Cache) -> list[Unreadable]
     bad = {name: unreadable(data.golds(name), cache, name or grader) for name in data.graders()}
     if not any(bad.values()):
         return []
-    found = []
+    rows = []
     for number, row in enumerate(data.rows):
         golds = (row.gold,) if isinstance(row.gold, str) else row.gold
         if (gold := next((each for each in golds if each in bad[row.grader]), None)) is not None:
-            found.append(Unreadable(number, row, gold, bad[row.grader][gold]))
-    return found
+            rows.append(Unreadable(number, row, gold, bad[row.grader][gold]))
+    return rows
 
 
 def unreadable(golds: Iterable[str], cache: Cache, grader: str = "math") -> dict[str, str]:
@@ -56,8 +56,8 @@ def unreadable(golds: Iterable[str], cache: Cache, grader: str = "math") -> dict
     asked = {text for text in texts.values() if not _NUMBER.fullmatch(text)}
     name = f"golds-{name_of(_grader())}.json"
     known: dict[str, str] = {}
-    if asked and (kept := cache.find(name)) is not None:
-        known = json.loads(kept.read_bytes())
+    if asked and (cached := cache.find(name)) is not None:
+        known = json.loads(cached.read_bytes())
     if new := sorted(asked - known.keys()):
         known |= {text: _why(text) for text in new}
         cache.put(name, lambda file: file.write(json.dumps(known).encode()))

@@ -127,11 +127,11 @@ def load(options: DataOptions, cache: Cache) -> Loaded:
     names = names_of(flat)
     large = sum(path.stat().st_size for path in flat if path.is_file()) >= LARGE_BYTES
     key = _key(options, files) if large else name_of(*flat)
-    if not large or (found := _found(key, cache) or _made(options, files, names, key, cache)) is None:
+    if not large or (tables := _found(key, cache) or _made(options, files, names, key, cache)) is None:
         sink, reader = pyarrow.BufferOutputStream(), _Reader(options, files, names)
         reader.write(sink)
-        found = Rows(sink.getvalue()), reader.told()
-    rows, told = found
+        tables = Rows(sink.getvalue()), reader.told()
+    rows, told = tables
     lists = {
         "fields": [Fields(*each) for each in told["counts"]["fields"]],
         "conflicts": [Conflict(*each) for each in told["counts"]["conflicts"]],
@@ -252,12 +252,12 @@ class _Reader:
             known = [path for layout in fields.LAYOUTS for path in layout]
         else:
             known = []
-        given = [
+        paths = [
             path
             for path in (options.problem_field, options.answer_field, options.id_field, options.grader_field)
             if path
         ]
-        return [name for path in (*known, *given) for name in dict.fromkeys((path, str(fields.steps(path)[0])))]
+        return [name for path in (*known, *paths) for name in dict.fromkeys((path, str(fields.steps(path)[0])))]
 
     def _add(self, writer: Writer, row: Row) -> None:
         key, gold = _digest(_plain(row.problem)), _digest_of_gold(row.gold)

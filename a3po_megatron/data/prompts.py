@@ -144,10 +144,12 @@ class Prompts:
                 f"{data.where(rows[0].row)}: {rows[0].why}: {rows[0].gold!r:.80}{more}: mend it, or set "
                 "data.unreadable_golds: drop"
             )
-        kept = np.ones(len(data.rows), bool)
-        kept[[each.number for each in rows]] = False
-        self.remarks.append(f"{len(rows)} of {len(kept)} rows were left out: the grader cannot read their gold answers")
-        return data.only(kept)
+        readable = np.ones(len(data.rows), bool)
+        readable[[each.number for each in rows]] = False
+        self.remarks.append(
+            f"{len(rows)} of {len(readable)} rows were left out: the grader cannot read their gold answers"
+        )
+        return data.only(readable)
 
     def _fitting(self, data: Loaded, cache: Cache) -> Loaded:
         """Without what is too long. Only prompts of more bytes than the limit are tokenised, where that is exact."""

@@ -93,8 +93,8 @@ def torn_folders(checkpoints: Path) -> list[Path]:
 
 
 def _folders(parent: Path, kind: str) -> list[Path]:
-    found = (path for path in parent.glob(f"{kind}*") if re.fullmatch(f"{kind}[0-9]+", path.name) and path.is_dir())
-    return sorted(found, key=step_of)
+    paths = (path for path in parent.glob(f"{kind}*") if re.fullmatch(f"{kind}[0-9]+", path.name) and path.is_dir())
+    return sorted(paths, key=step_of)
 
 
 # --- files of steps: rollouts/, rejected/, journal/ -----------------------------------------------------------------
@@ -117,8 +117,8 @@ def journal_file(journal: Path, step: int, rank: int) -> Path:
 
 def step_files(parent: Path) -> list[Path]:
     """Lists the files that ranks wrote in their steps, by step and rank."""
-    found = (path for path in parent.glob(f"{STEP}*.*") if _STEP.fullmatch(path.name) and _RANK.fullmatch(path.name))
-    return sorted(found, key=lambda path: (step_of(path), rank_of(path)))
+    paths = (path for path in parent.glob(f"{STEP}*.*") if _STEP.fullmatch(path.name) and _RANK.fullmatch(path.name))
+    return sorted(paths, key=lambda path: (step_of(path), rank_of(path)))
 
 
 def rollout_files(folder: Path) -> dict[int, list[Path]]:

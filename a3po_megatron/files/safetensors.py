@@ -73,19 +73,19 @@ def read_header(path: Path) -> dict[str, Stored]:
         raise refuse(f"its header is not JSON: {error}") from error
     try:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans, found = {}, {}
+        spans, tensors = {}, {}
         for name, entry in entries.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             if any(type(number) is not int or number < 0 for number in (begin, end, *shape)):
                 raise TypeError(f"{name}: sizes must be whole numbers")
             spans[name] = begin, end
-            found[name] = Stored(path, str(entry["dtype"]), shape, 8 + length + begin)
+            tensors[name] = Stored(path, str(entry["dtype"]), shape, 8 + length + begin)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise refuse(f"its header is malformed: {error!r}") from error
     position = 0
     for name, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
-        stored = found[name]
+        stored = tensors[name]
         if begin != position or end < begin:
             raise refuse(f"{name} does not begin where the tensor before it ends")
         if (stored.code in DTYPES or stored.code in QUANTISED) and end - begin != math.prod(
@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         position = end
     if 8 + length + position != size:
         raise refuse(f"it has {size} bytes, its header accounts for {8 + length + position}")
-    return found
+    return tensors
 
 
 def locate(folder: Path) -> dict[str, Stored]:

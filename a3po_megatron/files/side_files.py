@@ -48,8 +48,8 @@ def has_tokenizer(names: Iterable[str]) -> bool:
 def dtype_of(folder: Path) -> str | None:
     """The dtype that config.json names, None where it names none."""
     config = json.loads((folder / CONFIG).read_text())
-    found = next((config[name] for name in _DTYPE_FIELDS if config.get(name) is not None), None)
-    return None if found is None else str(found).removeprefix("torch.")
+    dtype = next((config[name] for name in _DTYPE_FIELDS if config.get(name) is not None), None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def copy_side_files(source: Path, target: Path, dtype: str | None = None, without: Collection[str] = ()) -> None:

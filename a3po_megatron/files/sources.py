@@ -58,22 +58,22 @@ def _described(path: Path, field: str, needed: bool = True) -> list[Any]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path) and path.name not in BESIDE)
-    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not found:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and kind_of(path) and path.name not in BESIDE)
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    if not paths:
         raise RequestError(f"{folder}: the folder holds no file of rows ({', '.join(KINDS)}; also .gz and .zst)")
-    kinds = sorted({kind_of(path) for path in found})
+    kinds = sorted({kind_of(path) for path in paths})
     if len(kinds) > 1:
         raise RequestError(
             f"{folder}: the folder holds files of several kinds ({', '.join(kinds)}): name those to read"
         )
-    splits = {match[1].lower(): path for path in found if (match := SPLIT.match(path.name))}
+    splits = {match[1].lower(): path for path in paths if (match := SPLIT.match(path.name))}
     if len(splits) > 1:
         raise RequestError(
             f"{folder}: the folder holds several splits ({', '.join(sorted(splits))}): name the files to read, such as "
-            f"{splits.get('train', found[0])}"
+            f"{splits.get('train', paths[0])}"
         )
-    return found
+    return paths
 
 
 def kind_of(path: Path) -> str:

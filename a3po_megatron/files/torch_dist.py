@@ -70,7 +70,7 @@ class Kept:
 
 def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) -> tuple[list[Kept], Written]:
     """Writes one file of chunks; each tensor is held no longer than it takes to write it."""
-    kept: list[Kept] = []
+    entries: list[Kept] = []
     checksums = get_crc32_options()
     set_crc32_options(False)  # the archive's own checksum, which nothing reads: the file is hashed as a whole
     file = HashedFile(folder / name)
@@ -81,14 +81,14 @@ def write_chunks(folder: Path, name: str, chunks: Iterable[tuple[Box, Tensor]]) 
                 # torch's reader cuts an archive's tensor along every dimension of the whole (checkpoint/filesystem.py).
                 stacked = values.view(*[1] * len(box.lead), *values.shape)
                 torch.save(stacked, cast(IO[bytes], file))
-                kept.append(Kept(box, tuple(values.shape), values.dtype, name, begin, file.bytes - begin))
+                entries.append(Kept(box, tuple(values.shape), values.dtype, name, begin, file.bytes - begin))
     except RuntimeError as error:
         if file.failure is not None:  # torch's archive writer replaces it by one of its own
             raise file.failure from error
         raise
     finally:
         set_crc32_options(checksums)
-    return kept, file.written()
+    return entries, file.written()
 
 
 def indexes(folder: Path) -> list[Path]:

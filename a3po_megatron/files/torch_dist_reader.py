@@ -110,7 +110,7 @@ class Reader:
         """
         if box.key not in self._indexed:
             self._index(box.key, len(box.lead))
-        found = 0
+        elements = 0
         for column in self._columns.get((box.key, box.lead), ()):
             # The last chunk that begins at the box's first row or above it: those before it end above the box.
             number = max(0, bisect.bisect_right(column.starts, box.row) - 1)
@@ -130,11 +130,11 @@ class Reader:
                     part = torch.empty((end - begin, column.width), dtype=into.dtype)
                     read_into(self._open(chunk.file), start, part)
                     target[:, column.first : column.first + column.width].copy_(part)
-                found += (end - begin) * column.width
+                elements += (end - begin) * column.width
         # No chunks overlap (`_index`): as many elements as were asked for are all of them.
-        if found != into.numel():
+        if elements != into.numel():
             raise RequestError(
-                f"{self.folder}: {box.key} {list(box.lead)} rows {box.row} to {box.row + box.rows}: {found} of "
+                f"{self.folder}: {box.key} {list(box.lead)} rows {box.row} to {box.row + box.rows}: {elements} of "
                 f"{into.numel()} elements are in the checkpoint"
             )
 
@@ -145,7 +145,7 @@ class Reader:
         """
         self._indexed.add(key)
         sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in self._tensors[key].chunks}
-        found: dict[tuple[str, tuple[int, ...]], dict[tuple[int, int], list[_Chunk]]] = {}
+        by_tensor: dict[tuple[str, tuple[int, ...]], dict[tuple[int, int], list[_Chunk]]] = {}
         for offsets, place in self._places.get(key, ()):
             whole = sizes.get(offsets)
             if whole is None or len(whole) <= lead or len(offsets) != len(whole):
@@ -157,8 +157,8 @@ class Reader:
                 index = tuple(offset + inside for offset, inside in zip(offsets, step, strict=False))
                 skip = number * math.prod(shape)
                 chunk = _Chunk(place.relative_path, place.offset, place.length, whole, shape[0], below[0], skip)
-                found.setdefault((key, index), {}).setdefault((first, width), []).append(chunk)
-        for place_of, by_column in found.items():
+                by_tensor.setdefault((key, index), {}).setdefault((first, width), []).append(chunk)
+        for place_of, by_column in by_tensor.items():
             columns = []
             for (first, width), chunks in sorted(by_column.items()):
                 chunks.sort(key=lambda chunk: chunk.row)
@@ -316,9 +316,9 @@ class _Restricted(pickle.Unpickler):
             return super().find_class(module, name)
         # A dotted name is followed attribute by attribute, and could so leave the module.
         if f"{module}.".startswith(self._MODULES) and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:  # nothing that it only imported
-                return found
+            entry = super().find_class(module, name)
+            if isinstance(entry, type) and entry.__module__ == module:  # nothing that it only imported
+                return entry
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint has no use for")
 
 
@@ -329,11 +329,13 @@ def _metadata(folder: Path) -> Metadata:
     form_file = folder / "metadata.json"
     try:
         form = json.loads(form_file.read_text())
-        found = form["sharded_backend"], form.get("sharded_backend_version", 1)
+        form_version = form["sharded_backend"], form.get("sharded_backend_version", 1)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(f"{form_file}: not the description of a checkpoint's format: {error!r}") from error
-    if found != ("torch_dist", 1):
-        raise RequestError(f"{form_file}: the format is {found[0]!r}, version {found[1]!r}; only torch_dist 1 is read")
+    if form_version != ("torch_dist", 1):
+        raise RequestError(
+            f"{form_file}: the format is {form_version[0]!r}, version {form_version[1]!r}; only torch_dist 1 is read"
+        )
     try:
         with (folder / ".metadata").open("rb") as file:
             metadata = _Restricted(file).load()

@@ -122,15 +122,15 @@ def _check_length(asked: Asked, prompt: int, facts: ModelFacts) -> None:
 
 def wishes_of(config: Config, benchmarks: str, wishes: Wishes | None = None) -> Wishes:
     """Returns what is wished for on a command line, and where it says nothing what the configuration does."""
-    own, given = config.evaluation, wishes or Wishes(())
+    own, command = config.evaluation, wishes or Wishes(())
     return Wishes(
         tuple(filter(None, (name.strip() for name in benchmarks.split(",")))),
-        given.data or (Path(own.data) if own.data else None),
-        given.samples if given.samples is not None else own.samples or None,
-        given.max_tokens or own.max_tokens or None,
-        given.release or own.release,
-        given.window or own.window,
-        given.seed,
+        command.data or (Path(own.data) if own.data else None),
+        command.samples if command.samples is not None else own.samples or None,
+        command.max_tokens or own.max_tokens or None,
+        command.release or own.release,
+        command.window or own.window,
+        command.seed,
     )
 
 

@@ -89,10 +89,10 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
         check_same(folder, settings, manifest.config, manifest.inputs)
     elif (started := started_with(folder)) is not None:
         check_same(folder, settings, started["config"], started["inputs"])
-    found = run.metrics.stat().st_size if run.metrics.exists() else 0
-    if found < metrics_bytes:
+    size = run.metrics.stat().st_size if run.metrics.exists() else 0
+    if size < metrics_bytes:
         raise RequestError(
-            f"{run.metrics}: it has {found} bytes, at the newest checkpoint it had {metrics_bytes}: rows are missing; "
+            f"{run.metrics}: it has {size} bytes, at the newest checkpoint it had {metrics_bytes}: rows are missing; "
             "put them back, or choose another --run-dir"
         )
     if checkpoint is not None:
@@ -105,7 +105,7 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
                 "--run-dir"
             )
         remarks.append(f"goes on from {checkpoint.name}")
-    if found:
+    if size:
         os.truncate(run.metrics, metrics_bytes)
     for path in [*step_files(run.rollouts), *step_files(run.rejected)]:
         if step_of(path) >= step or path.suffix == PARTIAL:  # an older version wrote these in the open
@@ -163,13 +163,13 @@ def _save_identity(path: Path, settings: Settings) -> None:
 
 def installed() -> dict[str, str | None]:
     """Version of each package that matters; None where it is missing."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def _save_provenance(path: Path, command: list[str]) -> None:

@@ -47,15 +47,17 @@ def of_one_machine(environ: Mapping[str, str]) -> dict[str, str]:
 def of_a_job(environ: Mapping[str, str], chosen: Mapping[str, str], nodes: int) -> dict[str, str]:
     """For srun and its tasks. `chosen` (slurm.environment) is put back: it was meant for the ranks. Which GPUs a task
     sees is Slurm's to say."""
-    kept = _kept(environ)
-    kept = {name: value for name, value in kept.items() if name not in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")}
-    return (_over_loopback(kept) if nodes == 1 else kept) | dict(chosen)
+    variables = _kept(environ)
+    variables = {
+        name: value for name, value in variables.items() if name not in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    }
+    return (_over_loopback(variables) if nodes == 1 else variables) | dict(chosen)
 
 
 def of_a_submission(environ: Mapping[str, str]) -> dict[str, str]:
     """For sbatch on a login node, whose environment the job gets: what it would take for options, or hand on."""
-    kept = {name: value for name, value in _kept(environ).items() if not OVER_THE_SCRIPT.fullmatch(name)}
-    return {name: value for name, value in kept.items() if not name.startswith("SLURM") or name in OF_THE_CLUSTER}
+    variables = {name: value for name, value in _kept(environ).items() if not OVER_THE_SCRIPT.fullmatch(name)}
+    return {name: value for name, value in variables.items() if not name.startswith("SLURM") or name in OF_THE_CLUSTER}
 
 
 def _over_loopback(environ: Mapping[str, str]) -> dict[str, str]:

@@ -27,8 +27,8 @@ class Signals:
     """What was sent to the launcher: caught from its first moment on, so that it always ends with 85."""
 
     def __init__(self) -> None:
-        kept = os.environ.pop(KEPT, None)
-        self.number: int | None = signal.Signals[kept] if kept else None
+        name = os.environ.pop(KEPT, None)
+        self.number: int | None = signal.Signals[name] if name else None
         self.at_once = False
         self._repeated = 0.0
         self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}

@@ -132,13 +132,13 @@ def _check_array(slurm: SlurmOptions, highest_index: int) -> None:
     if highest_index == 0 or shutil.which("scontrol") is None:
         return
     done = _run("scontrol", "show", "config")
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
-    if done.returncode or found is None or highest_index < int(found[1]):
+    limit = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE)
+    if done.returncode or limit is None or highest_index < int(limit[1]):
         return
     what = "slurm.attempts" if slurm.resume == "array" else "--sweep"
     raise RequestError(
-        f"{what}: the last index of the array would be {highest_index}, and this cluster's MaxArraySize = {found[1]} "
-        f"allows {int(found[1]) - 1}"
+        f"{what}: the last index of the array would be {highest_index}, and this cluster's MaxArraySize = {limit[1]} "
+        f"allows {int(limit[1]) - 1}"
     )
 
 

@@ -103,9 +103,9 @@ class _Head(torch.autograd.Function):
         for span in work.spans:
             chosen = _chosen(whole, rows, span)
             x = work.logits(chosen, weight, temperature)
-            kept = (peak[span], log_z[span], entropy[span])
+            statistics = (peak[span], log_z[span], entropy[span])
             asked = of_entropy[span] if with_entropy else None
-            dx = gradient(x, here[span], column[span], kept, of_logprob[span], asked, work.second(x))
+            dx = gradient(x, here[span], column[span], statistics, of_logprob[span], asked, work.second(x))
             if temperature != 1.0:
                 dx.div_(temperature)
             if sums is not None:
@@ -157,10 +157,10 @@ def _times(dx: Tensor, weight: Tensor, valid: int) -> Tensor:
     """dx weight [t, H] in float32."""
     if _in_tensor_cores(dx, weight):
         return torch.mm(dx.to(weight.dtype), weight[:valid], out_dtype=torch.float32)
-    found = torch.zeros((len(dx), weight.shape[1]), dtype=torch.float32, device=dx.device)
+    product = torch.zeros((len(dx), weight.shape[1]), dtype=torch.float32, device=dx.device)
     for block in _blocks(weight, valid):
-        found.addmm_(dx[:, block], weight[block].to(torch.float32))
-    return found
+        product.addmm_(dx[:, block], weight[block].to(torch.float32))
+    return product
 
 
 def _add_product(sums: Tensor, left: Tensor, right: Tensor, weight: Tensor) -> None:

@@ -334,11 +334,11 @@ def _is_usable(gradients: Tensor) -> bool:
 
 def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:
     """What is loaded and published: (model chunk, Megatron name) → parameter, or buffer that the maps name."""
-    found: dict[tuple[int, str], Tensor] = {}
+    tensors: dict[tuple[int, str], Tensor] = {}
     for number, chunk in enumerate(chunks):
         state = dict(chunk.named_parameters()) | persistent_buffers(chunk)
-        found |= {(number, name): tensor for name, tensor in state.items()}
-    return found
+        tensors |= {(number, name): tensor for name, tensor in state.items()}
+    return tensors
 
 
 def _optimizer(chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:

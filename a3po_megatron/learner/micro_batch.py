@@ -43,8 +43,8 @@ class MicroBatch:
     def only(self, trained: Tensor) -> MicroBatch:
         """Returns it with those targets alone that are trained on; `trained`: [T] bool over the batch's response
         tokens."""
-        kept = trained[self.index]
-        mine = self.predicting[kept], self.targets[kept], self.index[kept]
+        mask = trained[self.index]
+        mine = self.predicting[mask], self.targets[mask], self.index[mask]
         return dataclasses.replace(self, predicting=mine[0], targets=mine[1], index=mine[2])
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -107,8 +107,8 @@ def micro_batch(
     here = local_tokens(ends, size, rank)
     place = torch.full((len(tokens),), -1)  # of each packed token on this rank; -1: another has it
     place[here] = torch.arange(len(here))
-    found = place[torch.tensor(predicting, dtype=torch.int64)]
-    mine = found >= 0
+    places = place[torch.tensor(predicting, dtype=torch.int64)]
+    mine = places >= 0
     routes = rollout = None
     if routed:
         _, layers, experts = routed[0][1].shape
@@ -117,9 +117,9 @@ def micro_batch(
         # Padding takes k experts that differ, as a router's choice does.
         routes = torch.arange(experts, dtype=kind).repeat(len(tokens), layers, 1)
         rollout = torch.full((len(tokens),), -1)
-        for (number, given), begin in zip(routed, ends[:-1], strict=True):
-            routes[begin : begin + len(given)] = torch.from_numpy(given).to(kind)
-            rollout[begin : begin + len(given)] = number
+        for (number, chosen_experts), begin in zip(routed, ends[:-1], strict=True):
+            routes[begin : begin + len(chosen_experts)] = torch.from_numpy(chosen_experts).to(kind)
+            rollout[begin : begin + len(chosen_experts)] = number
         routes, rollout = routes[here], rollout[here]
     packing = PackedSeqParams(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
@@ -128,7 +128,7 @@ def micro_batch(
         tokens=torch.tensor([tokens])[:, here],
         positions=torch.tensor([positions])[:, here],
         packing=packing,
-        predicting=found[mine],
+        predicting=places[mine],
         targets=torch.tensor(targets, dtype=torch.int64)[mine],
         index=torch.tensor(index, dtype=torch.int64)[mine],
         routes=routes,

@@ -85,13 +85,13 @@ def gradient(
     peak, log_z, entropy = kept
     x.sub_(peak[:, None]).sub_(log_z[:, None])  # log p of every column
     if of_entropy is None:
-        found = x.exp_().mul_(-of_logprob[:, None])
+        result = x.exp_().mul_(-of_logprob[:, None])
     else:
         probability = torch.exp(x, out=work)
         # p (log p + H) first: at a logit of -inf it is 0, and stays 0 whatever the incoming gradient.
-        found = x.clamp_(min=LOWEST).add_(entropy[:, None]).mul_(probability)
-        found.mul_(of_entropy[:, None]).addcmul_(probability, of_logprob[:, None]).neg_()
-    return found.scatter_add_(1, column[:, None], torch.where(here, of_logprob, 0.0)[:, None])
+        result = x.clamp_(min=LOWEST).add_(entropy[:, None]).mul_(probability)
+        result.mul_(of_entropy[:, None]).addcmul_(probability, of_logprob[:, None]).neg_()
+    return result.scatter_add_(1, column[:, None], torch.where(here, of_logprob, 0.0)[:, None])
 
 
 def in_slice(targets: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:

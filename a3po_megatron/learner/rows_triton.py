@@ -59,13 +59,13 @@ def _gradient(  # type: ignore[no-untyped-def]
     logp = values - tl.load(peak + row) - tl.load(log_z + row)
     probability = tl.exp(logp)
     wanted = tl.load(of_logprob + row)
-    found = -wanted * probability
+    value = -wanted * probability
     if WITH_ENTROPY:
         # p (log p + H) is 0 at a logit of -inf, whatever the incoming gradient.
         spread = tl.where(probability == 0.0, 0.0, probability * (logp + tl.load(entropy + row)))
-        found -= tl.load(of_entropy + row) * spread
+        value -= tl.load(of_entropy + row) * spread
     target = (at == tl.load(column + row)) & (tl.load(here + row) != 0)
-    tl.store(place, found + tl.where(target, wanted, 0.0), mask=at < columns)
+    tl.store(place, value + tl.where(target, wanted, 0.0), mask=at < columns)
 
 
 def measure(x: Tensor, here: Tensor, column: Tensor, with_entropy: bool, out: Tensor) -> None:
@@ -73,10 +73,10 @@ def measure(x: Tensor, here: Tensor, column: Tensor, with_entropy: bool, out: Te
     tokens, columns = x.shape
     if tokens == 0:
         return
-    found = torch.empty((4, tokens), dtype=torch.float32, device=x.device)
+    rows = torch.empty((4, tokens), dtype=torch.float32, device=x.device)
     flags = here.to(torch.int8)
-    _measure[(tokens,)](x, column, flags, found, columns, x.stride(0), tokens, WITH_ENTROPY=with_entropy, BLOCK=BLOCK)
-    out.copy_(found)
+    _measure[(tokens,)](x, column, flags, rows, columns, x.stride(0), tokens, WITH_ENTROPY=with_entropy, BLOCK=BLOCK)
+    out.copy_(rows)
 
 
 def gradient(

@@ -76,15 +76,15 @@ class _LogprobEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_logprob: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, *kept = ctx.saved_tensors
+        logits, targets, *statistics = ctx.saved_tensors
         here, column = in_slice(targets, *ctx.columns)
         grad, valid = torch.zeros_like(logits), ctx.columns[1]
         for span in ctx.spans if valid else ():
             rows = _scaled(logits[span, :valid], ctx.temperature)
-            kept_here = (kept[0][span], kept[1][span], kept[2][span])
+            kept_here = (statistics[0][span], statistics[1][span], statistics[2][span])
             entropy = of_entropy[span] if ctx.with_entropy else None
-            found = gradient(rows, here[span], column[span], kept_here, of_logprob[span], entropy)
-            grad[span, :valid] = found.div_(ctx.temperature)
+            result = gradient(rows, here[span], column[span], kept_here, of_logprob[span], entropy)
+            grad[span, :valid] = result.div_(ctx.temperature)
         return grad, None, None, None, None, None, None
 
 

@@ -193,14 +193,14 @@ class Arena:
 
     def _optimizer_tensors(self) -> list[Tensor]:
         """What the optimizer works on, each once; step counters, of no dimension, stay where they are."""
-        found: dict[int, Tensor] = {}
+        by_id: dict[int, Tensor] = {}
         for optimizer in _torch_optimizers(self._optimizer):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     for tensor in (parameter, *optimizer.state.get(parameter, {}).values()):
                         if isinstance(tensor, Tensor) and tensor.dim() > 0:
-                            found[id(tensor)] = tensor
-        return list(found.values())
+                            by_id[id(tensor)] = tensor
+        return list(by_id.values())
 
     def _parameter_storages(self) -> list[torch.UntypedStorage]:
         return _storages(b.param_data for b in self._buffers if b.param_data is not None)
@@ -221,8 +221,8 @@ def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
 
 def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
     """Their storages, each once."""
-    found = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
-    return list(found.values())
+    by_address = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    return list(by_address.values())
 
 
 def _at(storage: torch.UntypedStorage, begin: int, like: Tensor) -> Tensor:

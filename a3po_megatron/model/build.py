@@ -199,8 +199,8 @@ def rope_frequencies(facts: ModelFacts) -> torch.Tensor:
     if scaling is None:
         return plain
     if isinstance(scaling, Yarn):
-        kept = 1 - _yarn_blend(facts, scaling)
-        return 1.0 / (scaling.factor * periods) * (1 - kept) + plain * kept
+        share = 1 - _yarn_blend(facts, scaling)
+        return 1.0 / (scaling.factor * periods) * (1 - share) + plain * share
     wavelength = 2 * math.pi / plain
     turns = scaling.original_max_positions / wavelength  # within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

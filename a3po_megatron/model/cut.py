@@ -253,7 +253,7 @@ _Tensors = Mapping[tuple[int | str, int, int, int | None], HfTensor]
 
 @cache
 def _tensors(facts: ModelFacts) -> _Tensors:
-    found: dict[tuple[int | str, int, int, int | None], HfTensor] = {}
+    by_place: dict[tuple[int | str, int, int, int | None], HfTensor] = {}
     by_name: dict[str, HfTensor] = {}
     params = family_of(facts).layer(facts)
     layers = [Block(layer, params) for layer in range(facts.layers)]
@@ -274,8 +274,10 @@ def _tensors(facts: ModelFacts) -> _Tensors:
                     buffer=param.buffer,
                     dtype=param.dtype,
                 )
-                found[block.where, index, number, expert] = by_name.setdefault(name, tensor)  # a copy is no other one
-    return found
+                by_place[block.where, index, number, expert] = by_name.setdefault(
+                    name, tensor
+                )  # a copy is no other one
+    return by_place
 
 
 def family_of(facts: ModelFacts) -> Family:
@@ -320,10 +322,10 @@ def padded_parameters(facts: ModelFacts) -> frozenset[str]:
 def engine_tensors(facts: ModelFacts, parameters: Mapping[str, Any]) -> dict[tuple[int, str], Any]:
     """Returns vLLM's named parameters as pieces name them: every expert of a layer's block of them for itself."""
     stacked = tuple(f".{p.engine.removesuffix('.{}')}" for p in family_of(facts).layer(facts) if p.experts)
-    found: dict[tuple[int, str], Any] = {}
+    by_key: dict[tuple[int, str], Any] = {}
     for name, value in parameters.items():
         if stacked and name.endswith(stacked):
-            found |= {(0, f"{name}.{number}"): expert for number, expert in enumerate(value)}
+            by_key |= {(0, f"{name}.{number}"): expert for number, expert in enumerate(value)}
         else:
-            found[0, name] = value
-    return found
+            by_key[0, name] = value
+    return by_key

@@ -146,11 +146,11 @@ def check_hardware(precision: str | None, hardware: Hardware, ranks: int = 1) ->
     if not is_fp8(precision):
         return
     if hardware.capability < HOPPER:
-        found = "sm_{}{}".format(*hardware.capability)
-        raise RequestError(f"learner.precision: {precision} needs a Hopper GPU (sm_90), and this one is {found}")
+        here = "sm_{}{}".format(*hardware.capability)
+        raise RequestError(f"learner.precision: {precision} needs a Hopper GPU (sm_90), and this one is {here}")
     if precision == "fp8-blockwise" and hardware.cuda < BLOCKWISE_CUDA:
-        found = "CUDA {}.{}".format(*hardware.cuda)
-        raise RequestError(f"learner.precision: fp8-blockwise needs CUDA 12.9, and torch is built for {found}")
+        here = "CUDA {}.{}".format(*hardware.cuda)
+        raise RequestError(f"learner.precision: fp8-blockwise needs CUDA 12.9, and torch is built for {here}")
     if precision == "fp8-blockwise" and os.environ.get(FP32_SCALES) != "1":
         raise RequestError(
             f"learner.precision: fp8-blockwise needs {FP32_SCALES}=1, and it is {os.environ.get(FP32_SCALES)!r}: the "

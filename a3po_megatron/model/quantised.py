@@ -26,10 +26,10 @@ def read_fp8(config: dict[str, Any], where: str) -> Fp8 | None:
 
     Raises RequestError for every other method, and for FP8 with settings that are not known.
     """
-    given = {name: config[name] for name in FIELDS if config.get(name) not in (None, {})}
-    if not given:
+    fields = {name: config[name] for name in FIELDS if config.get(name) not in (None, {})}
+    if not fields:
         return None
-    name, values = next(iter(given.items()))
+    name, values = next(iter(fields.items()))
     if not isinstance(values, dict):
         raise RequestError(f"{where}: {name} = {values!r} is not supported: expected an object")
     method = values.get("quant_method")

@@ -65,10 +65,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _eos(config: dict[str, Any], where: str) -> tuple[int, ...]:
-    given = config.get("eos_token_id")
-    tokens = given if isinstance(given, list) else [] if given is None else [given]
+    value = config.get("eos_token_id")
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in tokens):
-        raise RequestError(f"{where}: eos_token_id = {given!r} is no token id, nor a list of them")
+        raise RequestError(f"{where}: eos_token_id = {value!r} is no token id, nor a list of them")
     return tuple(tokens)
 
 
@@ -193,11 +193,11 @@ def facts_of(config: dict[str, Any], where: str) -> ModelFacts:
 
 def _head_dim(fields: _Fields, family: Family, heads: int, hidden: int) -> int:
     """Its own, or the share of the hidden size; Qwen3 alone has a default."""
-    given, share = fields.config.get("head_dim"), f"hidden_size / num_attention_heads = {hidden} / {heads}"
+    value, share = fields.config.get("head_dim"), f"hidden_size / num_attention_heads = {hidden} / {heads}"
     # transformers' Llama wants it whatever head_dim says.
-    if hidden % heads and (given is None or family.head_dim != "free"):
+    if hidden % heads and (value is None or family.head_dim != "free"):
         raise RequestError(f"{fields.where}: {share} is no whole number")
-    head_dim = hidden // heads if given is None else fields.size("head_dim")
+    head_dim = hidden // heads if value is None else fields.size("head_dim")
     if family.head_dim == "share" and head_dim != hidden // heads:
         raise fields.refuse("head_dim", f"is not supported: vLLM's Qwen2 takes {share}")
     if head_dim % 2:
@@ -207,13 +207,13 @@ def _head_dim(fields: _Fields, family: Family, heads: int, hidden: int) -> int:
 
 def _family(config: dict[str, Any], where: str) -> Family:
     """The family of an architecture; transformers goes by `model_type`, vLLM by `architectures`: they must agree."""
-    given = config.get("architectures")
+    names = config.get("architectures")
     supported = ", ".join(FAMILIES)
-    if not isinstance(given, list) or len(given) != 1 or given[0] not in list(FAMILIES):
-        raise RequestError(f"{where}: architecture {given or 'not given'} is not supported; supported: {supported}")
-    family = FAMILIES[given[0]]
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
+        raise RequestError(f"{where}: architecture {names or 'not given'} is not supported; supported: {supported}")
+    family = FAMILIES[names[0]]
     if config.get("model_type", family.model_type) != family.model_type:
-        raise RequestError(f"{where}: model_type = {config['model_type']!r} contradicts architecture {given[0]}")
+        raise RequestError(f"{where}: model_type = {config['model_type']!r} contradicts architecture {names[0]}")
     return family
 
 

@@ -63,19 +63,19 @@ def read_rope(config: dict[str, Any], where: str, max_positions: int) -> Rope:
     for name, values in forms:
         if not isinstance(values, dict):
             raise RequestError(f"{where}: {name} = {values!r} is not supported: expected an object")
-    found = [
-        Rope(_theta(config, where, name, given), _scaling(where, name, given, max_positions)) for name, given in forms
+    ropes = [
+        Rope(_theta(config, where, name, value), _scaling(where, name, value, max_positions)) for name, value in forms
     ]
-    if not found:
+    if not ropes:
         return Rope(_theta(config, where, "rope_parameters", {}), None)
-    if found[0].theta != found[-1].theta:
+    if ropes[0].theta != ropes[-1].theta:
         raise RequestError(
-            f"{where}: rope_theta is contradictory: {found[0].theta:g} with {forms[0][0]}, {found[-1].theta:g} with "
+            f"{where}: rope_theta is contradictory: {ropes[0].theta:g} with {forms[0][0]}, {ropes[-1].theta:g} with "
             f"{forms[-1][0]} (where neither names it, it is {DEFAULT_THETA:g})"
         )
-    if found[0].scaling != found[-1].scaling:
+    if ropes[0].scaling != ropes[-1].scaling:
         raise RequestError(f"{where}: rope_scaling and rope_parameters contradict each other")
-    return found[0]
+    return ropes[0]
 
 
 def vllm_parameters(theta: float, yarn: RopeScaling | Yarn | None) -> dict[str, Any] | None:
@@ -100,19 +100,19 @@ def is_positive(value: Any) -> bool:
 
 def _theta(config: dict[str, Any], where: str, name: str, values: dict[str, Any]) -> float:
     """The base of one form: its own, else the config's, else the families' default."""
-    given = {
+    bases = {
         label: holder["rope_theta"]
         for label, holder in ((f"{name}.rope_theta", values), ("rope_theta", config))
         if "rope_theta" in holder
     }
-    if not given:
+    if not bases:
         return DEFAULT_THETA
-    first = next(iter(given))  # what transformers takes
-    if given[first] is None:
+    first = next(iter(bases))  # what transformers takes
+    if bases[first] is None:
         raise RequestError(
             f"{where}: {first} = None is no base: transformers and vLLM fail on it; leave it out for {DEFAULT_THETA:g}"
         )
-    known = [theta for theta in given.values() if theta is not None]
+    known = [theta for theta in bases.values() if theta is not None]
     for theta in known:
         if not is_positive(theta):
             raise RequestError(f"{where}: rope_theta = {theta!r} is no positive number")
@@ -159,10 +159,10 @@ def _plain(where: str, values: dict[str, Any], max_positions: int) -> None:
 
 def _llama3(where: str, values: dict[str, Any], max_positions: int) -> RopeScaling:
     _refuse_others(where, "llama3", values, LLAMA3)
-    found = RopeScaling(*(_number(where, "llama3", values, key) for key in LLAMA3))
-    if not found.high_freq_factor > found.low_freq_factor:
+    scaling = RopeScaling(*(_number(where, "llama3", values, key) for key in LLAMA3))
+    if not scaling.high_freq_factor > scaling.low_freq_factor:
         raise RequestError(f"{where}.high_freq_factor must be above low_freq_factor")
-    return found
+    return scaling
 
 
 def _yarn(where: str, values: dict[str, Any], max_positions: int) -> Yarn:

@@ -116,12 +116,12 @@ def select_backend(wanted: str | None) -> Backend:
     without them."""
     import torch
 
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in (None, found):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in (None, device):
         remedy = (
             "torch finds none: see a3po doctor"
             if wanted == "cuda"
             else "torch finds a GPU: set CUDA_VISIBLE_DEVICES= (empty)"
         )
         raise RequestError(f"cluster.device is {wanted}, but {remedy}")
-    return backend_of(found)
+    return backend_of(device)

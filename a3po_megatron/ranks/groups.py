@@ -70,13 +70,13 @@ class Ranks:
         key = f"{self._round}"
         self._store.set(f"{key}/{self.rank}", json.dumps([tag, value]))
         if self.rank == 0:
-            given = []
+            answers = []
             for rank in range(self.world):
                 try:
-                    given.append(json.loads(self._store.get(f"{key}/{rank}")))
+                    answers.append(json.loads(self._store.get(f"{key}/{rank}")))
                 except dist.DistStoreError as error:
                     raise RunFailed(f"rank {rank} did not come to '{tag}' in time") from error
-            self._store.set(key, json.dumps(decide(tag, given, op)))
+            self._store.set(key, json.dumps(decide(tag, answers, op)))
             for rank in range(self.world):
                 self._store.delete_key(f"{key}/{rank}")
             self._store.delete_key(f"{self._round - 2}")  # everyone has read it: all have come to this round

@@ -155,11 +155,11 @@ class Topology:
         if kind == "engine":
             firsts = range(self._first_sampling, self.world, self.engine_ranks)
             return [list(range(first, first + self.engine_ranks)) for first in firsts]
-        found: dict[Hashable, list[int]] = {}
+        members: dict[Hashable, list[int]] = {}
         of = self._of(kind)
         for rank in range(self.learning):
-            found.setdefault(of(rank), []).append(rank)
-        return list(found.values())
+            members.setdefault(of(rank), []).append(rank)
+        return list(members.values())
 
     def _of(self, kind: Kind) -> Callable[[int], Hashable]:
         """What the ranks of one group have in common."""

@@ -115,8 +115,8 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _phases(runs: Sequence[Run]) -> list[str]:
-    found = {name.removeprefix(SECONDS) for run in runs for name in run.metrics if name.startswith(SECONDS)}
-    return [phase for phase in STEP if phase in found] + sorted(found - set(STEP))
+    phases = {name.removeprefix(SECONDS) for run in runs for name in run.metrics if name.startswith(SECONDS)}
+    return [phase for phase in STEP if phase in phases] + sorted(phases - set(STEP))
 
 
 def _summary(run: Run, label: str) -> Record:
@@ -240,9 +240,9 @@ def _sample(record: Record, notes: list[str]) -> Record:
         notes.append(CUT)
     segments = record.get("segments") or []
     sampled, old = record["logprobs"][:end], (record.get("old_logprobs") or [])[:end]
-    kept = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
+    names = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
     return {
-        **{key: _short(record.get(key)) for key in kept},
+        **{key: _short(record.get(key)) for key in names},
         "n": record["sample"],
         "seed": str(record.get("seed")),  # a 64-bit hash: more than a JavaScript number holds
         "versions": sorted({version for _, version, _ in segments}),

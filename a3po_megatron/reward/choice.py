@@ -36,10 +36,10 @@ def grade(response: str, answer: str, *, extract: str = "answer", finished: bool
     wanted = letter_of(gold_text(answer))
     if wanted is None:
         return Verdict("invalid", why_unreadable(answer))
-    found = find(response, extract, finished)
-    if found.why:
-        return Verdict("wrong", found.why)
-    texts = answers_of(found)
+    place = find(response, extract, finished)
+    if place.why:
+        return Verdict("wrong", place.why)
+    texts = answers_of(place)
     if not texts:
         return Verdict("wrong", "no answer found")
     letter = letter_of(texts[-1]) or letter_of(spell(texts[-1]))

@@ -98,11 +98,11 @@ def _mixed(gold: Items, found: Items) -> bool:
 
 
 def _distinct(items: Sequence[Any]) -> list[Any]:
-    kept: list[Any] = []
+    distinct: list[Any] = []
     for item in items:
-        if not any(equal(item, each) for each in kept):
-            kept.append(item)
-    return kept
+        if not any(equal(item, each) for each in distinct):
+            distinct.append(item)
+    return distinct
 
 
 def _matched(gold: list[Any], found: list[Any]) -> bool:

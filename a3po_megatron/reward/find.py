@@ -129,7 +129,7 @@ def boxes(text: str) -> tuple[list[str], bool]:
                     _, content, end, _ = inside[0]  # a box in a box
                 spans.append((start, content, end, token.end()))
     if not spans:
-        bare = [found["token"] for found in _BARE_BOX.finditer(text) if found["token"]]
+        bare = [match["token"] for match in _BARE_BOX.finditer(text) if match["token"]]
         return bare[-1:], any(is_box for is_box, _, _ in stack)
     run: list[str] = []
     for position in range(len(spans) - 1, -1, -1):
@@ -144,10 +144,10 @@ def boxes(text: str) -> tuple[list[str], bool]:
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = None
+    last = None
     for each in pattern.finditer(text):
-        found = each
-    return found
+        last = each
+    return last
 
 
 def _labelled(text: str, finished: bool) -> str | None:
@@ -193,6 +193,6 @@ def _sentence_end(text: str) -> int:
     for position, character in enumerate(text):
         if character == "$" and formulas:
             depth ^= 1
-        elif depth == 0 and (found := _SENTENCE_END.match(text, position)):
-            return found.start()
+        elif depth == 0 and (match := _SENTENCE_END.match(text, position)):
+            return match.start()
     return len(text)

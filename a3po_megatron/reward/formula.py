@@ -83,11 +83,11 @@ def _fraction(text: str) -> Any | None:
     r"""\frac{1}{2} and 1/2, which need no parser."""
     import sympy
 
-    found = _FRACTION.fullmatch(text)
-    if found is None:
+    match = _FRACTION.fullmatch(text)
+    if match is None:
         return None
-    top, bottom = int(found[2] or found[4]), int(found[3] or found[5])
-    return sympy.Rational(-top if found[1].startswith("-") else top, bottom) if top and bottom else None
+    top, bottom = int(match[2] or match[4]), int(match[3] or match[5])
+    return sympy.Rational(-top if match[1].startswith("-") else top, bottom) if top and bottom else None
 
 
 def _repeating(found: re.Match[str], text: str) -> Formula:
@@ -106,19 +106,19 @@ def _without_unit(text: str) -> tuple[str, str]:
         r"\\(?:sin|cos|tan|cot|sec|csc)", text
     ):
         return re.sub(r" ?\^\\circ ?(?:\\text\{ ?[CF] ?\}|[CF])?$", "", text), unit_of("deg")
-    found = _UNIT.search(text)
-    if found is None or not text[: found.start()].strip():
+    match = _UNIT.search(text)
+    if match is None or not text[: match.start()].strip():
         return text, ""
     while (
-        more := re.search(r"\\text\{[^{}]*\}(?: ?\^ ?\{? ?-?\d ?\}?)? ?(?:\\cdot|/)? ?$", text[: found.start()])
+        more := re.search(r"\\text\{[^{}]*\}(?: ?\^ ?\{? ?-?\d ?\}?)? ?(?:\\cdot|/)? ?$", text[: match.start()])
     ) is not None:
-        found = re.compile(r".*", re.DOTALL).match(text, more.start())
-        if found is None:
+        match = re.compile(r".*", re.DOTALL).match(text, more.start())
+        if match is None:
             return text, ""
-    words = TEXT.sub(r" \1 ", found[0])
+    words = TEXT.sub(r" \1 ", match[0])
     names = re.findall(r"[A-Za-z]+", words)
     if any(name.lower() in MEANING or name.lower() in NUMBER_WORDS for name in names):
         return text, ""
     if [name.lower() for name in names] in (["th"], ["st"], ["nd"], ["rd"]):
-        return text[: found.start()].strip(), ""
-    return text[: found.start()].strip(), unit_of(words)
+        return text[: match.start()].strip(), ""
+    return text[: match.start()].strip(), unit_of(words)

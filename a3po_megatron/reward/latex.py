@@ -83,18 +83,18 @@ def parse(text: str) -> Any | None:
     if "\\circ" in text:
         return None
     try:
-        found = converter()(_explicit(text))
+        expression = converter()(_explicit(text))
     except RecursionError as error:
         raise TooLarge from error
     except Exception:  # the parser raises Exception itself
         return None
-    if not isinstance(found, sympy.Expr):
+    if not isinstance(expression, sympy.Expr):
         return None
-    if explodes(found):
+    if explodes(expression):
         raise TooLarge
-    exact = {each: sympy.Rational(str(each)) for each in found.atoms(sympy.Float)}
-    exact |= {each: -((-each.base) ** each.exp) for each in found.atoms(sympy.Pow) if _odd_root_of_negative(each)}
-    return found.xreplace(exact) if exact else found
+    exact = {each: sympy.Rational(str(each)) for each in expression.atoms(sympy.Float)}
+    exact |= {each: -((-each.base) ** each.exp) for each in expression.atoms(sympy.Pow) if _odd_root_of_negative(each)}
+    return expression.xreplace(exact) if exact else expression
 
 
 def _odd_root_of_negative(power: Any) -> bool:

@@ -67,15 +67,15 @@ def grade(response: str, answer: str, *, extract: str = "any", finished: bool = 
     gold = gold_text(answer)
     if not gold.strip("$*. "):
         return Verdict("invalid", "the gold answer is empty")
-    found = find(response, extract, finished)
-    if found.why:
-        return Verdict("wrong", found.why)
-    settled = [_settle(each, gold) for each in found.named]
+    place = find(response, extract, finished)
+    if place.why:
+        return Verdict("wrong", place.why)
+    settled = [_settle(each, gold) for each in place.named]
     if True in settled:
         return Verdict("correct")
     if settled and all(each is False for each in settled):
         return Verdict("wrong", "another value")
-    return _compare(found, gold)
+    return _compare(place, gold)
 
 
 def gold_text(answer: str) -> str:

@@ -96,9 +96,9 @@ class RayGraders:
             ]
             for share, answer in asked:
                 try:
-                    found = self._ray.get(answer)
+                    replies = self._ray.get(answer)
                 except self._ray.exceptions.RayActorError:
                     continue
-                for number, (outcome, reason) in zip(share, found, strict=True):
+                for number, (outcome, reason) in zip(share, replies, strict=True):
                     verdicts[number] = Verdict(outcome, reason)
         return [verdict or Verdict("invalid", "the grader's node died twice") for verdict in verdicts]

@@ -251,17 +251,17 @@ def _arguments(text: str, names: tuple[str, ...], act: Callable[[str], str]) -> 
         rf"\\(?:{'|'.join(re.escape(n) for n in sorted(names, key=len, reverse=True))})(?![A-Za-z])\s*"
     )
     place = len(text)
-    for found in reversed(list(pattern.finditer(text))):
-        if found.start() >= place:
+    for match in reversed(list(pattern.finditer(text))):
+        if match.start() >= place:
             continue
-        begin = found.end()
+        begin = match.end()
         if text[begin : begin + 1] == "{":
             end = closing(text, begin)
             if end < 0:
                 continue
-            text = text[: found.start()] + act(text[begin + 1 : end]) + text[end + 1 :]
+            text = text[: match.start()] + act(text[begin + 1 : end]) + text[end + 1 :]
         elif token := re.match(r"\\[A-Za-z]+|[^\\\s{}]", text[begin:]):
-            text = text[: found.start()] + act(token[0]) + text[begin + token.end() :]
+            text = text[: match.start()] + act(token[0]) + text[begin + token.end() :]
     return text
 
 
@@ -280,12 +280,12 @@ def closing(text: str, opening: int) -> int:
 
 def _infix(text: str, name: str, command: str) -> str:
     r"""{a \over b} → \frac{a}{b}"""
-    while (found := re.search(rf"\\{name}(?![A-Za-z])", text)) is not None:
-        begin = _opening(text, found.start())
+    while (match := re.search(rf"\\{name}(?![A-Za-z])", text)) is not None:
+        begin = _opening(text, match.start())
         end = closing(text, begin) if begin >= 0 else len(text)
         if end < 0:
             return text  # a brace that never closes
-        top, bottom = text[begin + 1 : found.start()], text[found.end() : end]
+        top, bottom = text[begin + 1 : match.start()], text[match.end() : end]
         text = text[: max(begin, 0)] + rf"\{command}{{{top}}}{{{bottom}}}" + text[end + 1 :]
     return text
 
@@ -311,18 +311,18 @@ def _braces(text: str) -> str:
     r"""\frac12 → \frac{1}{2}, \sqrt2 and \sqrt(2) → \sqrt{2}, x^(2) → x^{2}; abs(x) → |x|; in braces 1,000 → 1000."""
     pieces: list[str] = []
     position = 0
-    for found in _TAKES.finditer(text):
-        if found.start() < position:
+    for match in _TAKES.finditer(text):
+        if match.start() < position:
             continue
-        pieces.append(text[position : found.start()])
-        name, position = found[1], found.end()
-        if found[3]:
+        pieces.append(text[position : match.start()])
+        name, position = match[1], match.end()
+        if match[3]:
             argument, position = _argument(text, position)
             pieces.append(f"|{argument}|")
             continue
         if name is None:
             argument, position = _argument(text, position)
-            pieces.append(f"{found[2]}{{{argument}}}")
+            pieces.append(f"{match[2]}{{{argument}}}")
             continue
         if name == "sqrt" and text[position : position + 1] == "[" and (end := text.find("]", position)) > 0:
             index, position = text[position : end + 1], end + 1

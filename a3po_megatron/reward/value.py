@@ -198,14 +198,14 @@ def _as_words(text: str) -> Words:
 def _relation(text: str) -> Relation | Items | None:
     depth = 0
     places: list[tuple[int, int, str]] = []
-    for found in re.finditer(r"\\\{|\\\}|[([{]|[)\]}]|\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[<>=]", text):
-        mark = found[0]
+    for match in re.finditer(r"\\\{|\\\}|[([{]|[)\]}]|\\(?:le|ge|ne|in|approx)(?![A-Za-z])|[<>=]", text):
+        mark = match[0]
         if mark in ("\\{", "(", "[", "{"):
             depth += 1
         elif mark in ("\\}", ")", "]", "}"):
             depth -= 1
         elif depth == 0:
-            places.append((found.start(), found.end(), dict(_SIGNS)[mark]))
+            places.append((match.start(), match.end(), dict(_SIGNS)[mark]))
     if not places or len(places) > 6 or places[0][0] == 0:
         return None
     ends = [0, *(end for _, end, _ in places)]
@@ -250,8 +250,8 @@ def _region(text: str) -> Region | None:
             _finite(right.strip()) or _interval(right.strip()),
         )
         return Region(sympy.Complement(base.region, removed.region)) if base and removed else None
-    if found := re.fullmatch(r"\\(?:mathbb|mathbf|Bbb) ?\{? ?([RZNQC]) ?\}?", text):
-        return Region(getattr(sympy.S, _SETS[found[1]]))
+    if match := re.fullmatch(r"\\(?:mathbb|mathbf|Bbb) ?\{? ?([RZNQC]) ?\}?", text):
+        return Region(getattr(sympy.S, _SETS[match[1]]))
     if text == "\\emptyset" or re.fullmatch(r"\\\{ *\\\}", text):
         return Region(sympy.S.EmptySet)
     return None
@@ -310,10 +310,10 @@ def _bracketed(text: str) -> Iterator[Value]:
 
 def _grid(text: str) -> Grid | None:
     text = re.sub(r"^[\[(] ?(?=\\begin)|(?<=\}) ?[\])]$", "", text) if "\\begin" in text else text
-    found = re.fullmatch(r"\\begin ?\{([pbvBV]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)\\end ?\{\1\}", text, re.DOTALL)
-    if found is None or "\\begin" in found[2]:
+    match = re.fullmatch(r"\\begin ?\{([pbvBV]?matrix|array)\} ?(?:\{[lcr| ]*\})?(.*?)\\end ?\{\1\}", text, re.DOTALL)
+    if match is None or "\\begin" in match[2]:
         return _computed_grid(text)
-    rows = [row for row in re.split(r"\\\\(?: ?\[[^\]&]*\])?|\\cr", found[2]) if row.strip()]
+    rows = [row for row in re.split(r"\\\\(?: ?\[[^\]&]*\])?|\\cr", match[2]) if row.strip()]
     if sum(row.count("&") + 1 for row in rows) > MAX_ITEMS:
         raise TooLarge
     values = tuple(tuple(next(formula(cell.strip()), None) for cell in row.split("&")) for row in rows)
@@ -327,18 +327,18 @@ def _computed_grid(text: str) -> Grid | None:
     if "matrix" not in text or text.count("&") > MAX_ITEMS:
         return None
     try:
-        found = converter()(text).doit()
+        matrix = converter()(text).doit()
     except Exception:  # the parser raises Exception itself
         return None
-    if not isinstance(found, sympy.MatrixBase) or any(explodes(entry) for entry in found.flat()):
+    if not isinstance(matrix, sympy.MatrixBase) or any(explodes(entry) for entry in matrix.flat()):
         return None
-    return Grid(tuple(tuple(Formula(entry, str(entry)) for entry in found.row(n)) for n in range(found.rows)))
+    return Grid(tuple(tuple(Formula(entry, str(entry)) for entry in matrix.row(n)) for n in range(matrix.rows)))
 
 
 def _sentence(text: str) -> Iterator[Value]:
     r"""A gold answer in words: `The maximum is $9$, attained at …` → 9; `$n = 4$ or $n = 7$` → both."""
     spans = [
-        (found.start(), found.end(), found[1] or found[2]) for found in re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
+        (match.start(), match.end(), match[1] or match[2]) for match in re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", text)
     ]
     between = [
         text[a:b]

@@ -79,17 +79,17 @@ class Intake:
         group with spread; Interrupted when any rank is to leave, with what was finished in the journal.
         """
         wanted = self.trainer.prompts_per_step
-        kept = list(self._surplus)
-        carried = set(kept)
+        indices = list(self._surplus)
+        carried = set(indices)
         sampled: list[Group] = []
         self._recalled = 0
         totals = dict.fromkeys(_COUNTS, 0.0)
         rounds = tried = 0
-        while len(kept) < wanted and rounds < self.rollout.max_rounds:
-            found = len(kept) - len(carried)
-            missing = wanted - len(kept)
+        while len(indices) < wanted and rounds < self.rollout.max_rounds:
+            fresh = len(indices) - len(carried)
+            missing = wanted - len(indices)
             # Later rounds allow for the share of prompts that gave spread so far.
-            count = missing if not found else min(wanted, math.ceil(missing * tried / found))
+            count = missing if not fresh else min(wanted, math.ceil(missing * tried / fresh))
             groups, grading, leave = self._sample(self.prompts.take(count), step)
             if leave is None:
                 self._grade(grading, step)
@@ -99,10 +99,10 @@ class Intake:
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
             outcome = self.ranks.agree("round", _outcome(groups, self.prompts.way_of), _merge)
-            kept += outcome["spread"]
+            indices += outcome["spread"]
             totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
             rounds, tried = rounds + 1, tried + count
-        accepted, self._surplus = kept[:wanted], kept[wanted:]
+        accepted, self._surplus = indices[:wanted], indices[wanted:]
         mine = [self._own.pop(index) for index in accepted if index in self._own]
         groups = [group for part in self.ranks.gather_batch_group(mine) for group in part]
         self._check(step, totals, bool(accepted))
@@ -131,15 +131,15 @@ class Intake:
             place = leaders.index(self.ranks.rank) if self.ranks.rank in leaders else len(mine)
             led = {prompt.index for prompt in mine[place :: len(leaders)]}
             known = {prompt.index: self.journal.group(step, prompt, self.tokenizer.decode) for prompt in mine}
-            found = {index: entry for index, entry in known.items() if entry is not None}
-            self._recalled += len(led & found.keys())
-            asked = [prompt for prompt in mine if prompt.index not in found]
+            finished_groups = {index: entry for index, entry in known.items() if entry is not None}
+            self._recalled += len(led & finished_groups.keys())
+            asked = [prompt for prompt in mine if prompt.index not in finished_groups]
             draws = [(prompt, sample) for prompt in asked for sample in range(self.trainer.rollouts_per_prompt)]
             seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
             requests = [Request(prompt.tokens, seed) for (prompt, _), seed in zip(draws, seeds, strict=True)]
             begun = {prompt.index: Group(prompt, []) for prompt in asked}
             leave = None
-            ungraded = [group for index, (group, graded) in found.items() if index in led and not graded]
+            ungraded = [group for index, (group, graded) in finished_groups.items() if index in led and not graded]
             grading = {group.prompt.index: _submitted(self.graders, group) for group in ungraded}
             with contextlib.closing(self.engine.sample(requests)) as engine_steps:
                 for finished in engine_steps:
@@ -166,12 +166,14 @@ class Intake:
                         if len(group.rollouts) == self.trainer.rollouts_per_prompt:
                             group.rollouts.sort(key=lambda rollout: rollout.sample)
                             self.journal.add_group(step, group)
-                            found[prompt.index] = group, False
+                            finished_groups[prompt.index] = group, False
                             grading[prompt.index] = _submitted(self.graders, group)
                     leave = self._leave_rollout(before, time.monotonic() - start)
                     if leave:
                         break
-            groups = [found[prompt.index][0] for prompt in mine if prompt.index in led & found.keys()]
+            groups = [
+                finished_groups[prompt.index][0] for prompt in mine if prompt.index in led & finished_groups.keys()
+            ]
             return groups, [grading[prompt.index] for prompt in mine if prompt.index in grading], leave
 
     def _leave_rollout(self, before: float, elapsed: float) -> str | None:

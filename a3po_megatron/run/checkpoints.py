@@ -236,8 +236,8 @@ class Checkpoints:
     def _save(self, boundary: _Boundary) -> None:
         """Begins a checkpoint, which is written while the run goes on. It appears whole or not at all."""
         self._complete_save(wait=True)
-        if found := self._ranks.agree("finite weights", self._learner.broken(), sum_lists):
-            raise RunFailed(f"step {boundary.step - 1}: {found[0]} holds a value that is not finite: nothing is saved")
+        if broken := self._ranks.agree("finite weights", self._learner.broken(), sum_lists):
+            raise RunFailed(f"step {boundary.step - 1}: {broken[0]} holds a value that is not finite: nothing is saved")
         self._ranks.agree(f"state of step {boundary.step}", json.dumps(boundary.state, sort_keys=True), same)
         target = step_folder(self.folder.checkpoints, boundary.step)
         whole, partial = contextlib.ExitStack(), partial_of(target)

@@ -159,8 +159,8 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
         rollout.routes = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape).copy()
         offset += rollout.routes.nbytes
     if verdicts is not None:
-        for rollout, given in zip(rollouts, verdicts.header["verdicts"], strict=True):
-            rollout.verdict, rollout.reward = Verdict(given[0], given[1]), given[2]
+        for rollout, verdict in zip(rollouts, verdicts.header["verdicts"], strict=True):
+            rollout.verdict, rollout.reward = Verdict(verdict[0], verdict[1]), verdict[2]
     return Group(prompt, rollouts)
 
 
@@ -200,8 +200,8 @@ class Journal:
         frames = self._frames.get((step, "group", prompt.index), [])
         of_run = [frame for frame in frames if self._any_weights and frame.header["of"].partition(" ")[0] == self._run]
         for frame in (*filter(self._sampled_now, frames), *of_run):
-            given = self._frames.get((step, "verdicts", frame.digest), [])
-            sound = (v for v in given if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
+            frames_of_verdicts = self._frames.get((step, "verdicts", frame.digest), [])
+            sound = (v for v in frames_of_verdicts if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
             verdicts = next(sound, None)
             if group := read_group(frame, verdicts, prompt, decode):
                 self._written[prompt.index] = frame.digest

@@ -109,8 +109,8 @@ def check_whole(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.step != step_of(folder):
         raise Torn(f"{folder / MANIFEST}: it is of step {manifest.step}: the folder was copied or renamed")
-    found = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith(LEFT_BY_NFS))
-    there = {str(path.relative_to(folder)) for path in found} - {MANIFEST}
+    paths = (path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith(LEFT_BY_NFS))
+    there = {str(path.relative_to(folder)) for path in paths} - {MANIFEST}
     if missing := sorted(manifest.files.keys() - there):
         raise Torn(f"{folder / missing[0]}: the file is missing")
     if extra := sorted(there - manifest.files.keys()):

@@ -76,8 +76,8 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, facts=facts, left=left)
         else:
-            kept = _number(row["rollout/kept_groups"], ".0f")
-            self._console.print(f"step {done:>4}/{self._steps}  {facts}  {kept} groups  {left}")
+            groups = _number(row["rollout/kept_groups"], ".0f")
+            self._console.print(f"step {done:>4}/{self._steps}  {facts}  {groups} groups  {left}")
         self._say_way(done, row["task/stepwise_rate"])
 
     def _say_way(self, done: int, rate: float | None) -> None:

@@ -70,8 +70,8 @@ class Watchdog:
         self._stacks = rank_file(self._logs, self._rank, "stacks").open("a")
         faulthandler.register(signal.SIGUSR2, file=self._stacks, all_threads=True)
         # Whoever makes the folder ready moves an earlier start's away; another node may see it for a while yet.
-        if (found := _stall(self._logs)) is not None:
-            self._left = found[1]
+        if (stall := _stall(self._logs)) is not None:
+            self._left = stall[1]
         threading.Thread(target=self._watch, args=(self._stacks,), name="watchdog", daemon=True).start()
 
     def limit(self) -> float:
@@ -80,7 +80,7 @@ class Watchdog:
         return UNKNOWN_PHASE * least if known is None else max(least, self._options.stall_factor * known)
 
     def _watch(self, stacks: IO[str]) -> None:
-        while (found := _stall(self._logs)) is None or found[1] == self._left:
+        while (stall := _stall(self._logs)) is None or stall[1] == self._left:
             time.sleep(self.period)
             try:
                 if message := self.look():
@@ -89,8 +89,8 @@ class Watchdog:
                 _say(f"watchdog: {error}")
         try:
             faulthandler.dump_traceback(file=stacks, all_threads=True)
-            self._last_words("interrupted", found[0])
-            _say(found[0])
+            self._last_words("interrupted", stall[0])
+            _say(stall[0])
             time.sleep(OTHERS * self.period)
         finally:
             os._exit(Interrupted.exit_code)
@@ -145,7 +145,7 @@ class Watchdog:
 
 def stalled(logs: Path) -> str | None:
     """What ended a run that stood still; None if it did not."""
-    return None if (found := _stall(logs)) is None else found[0]
+    return None if (stall := _stall(logs)) is None else stall[0]
 
 
 def _stall(logs: Path) -> tuple[str, tuple[int, int]] | None:

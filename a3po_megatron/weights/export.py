@@ -61,9 +61,9 @@ def export_stream(
 
 def _next(stream: Iterator[tuple[str, Tensor]], names: list[str]) -> Iterator[Tensor]:
     for name in names:
-        found, tensor = next(stream, ("nothing", None))
-        if found != name or tensor is None:
-            raise RunFailed(f"export: {name} was expected next, {found} came")
+        next_name, tensor = next(stream, ("nothing", None))
+        if next_name != name or tensor is None:
+            raise RunFailed(f"export: {name} was expected next, {next_name} came")
         if not all_finite(tensor):
             raise RunFailed(f"export: {name} holds a value that is not finite")
         yield tensor.cpu()

@@ -34,7 +34,7 @@ class Whole:
 
 def fused_tensors(facts: ModelFacts) -> list[Whole]:
     """Returns the tensors that transformers makes of a model's experts, layer by layer."""
-    found, params = [], family_of(facts).layer(facts)
+    wholes, params = [], family_of(facts).layer(facts)
     for layer in range(facts.layers):
         prefix = HF_LAYER.format(layer)
         for param in params:
@@ -46,15 +46,15 @@ def fused_tensors(facts: ModelFacts) -> list[Whole]:
                 for part in param.parts:
                     parts.append((prefix + part.name.format(expert), expert, row, part.rows))
                     row += part.rows
-            found.append(Whole(prefix + param.fused, (param.experts, rows, param.width), tuple(parts)))
-    return found
+            wholes.append(Whole(prefix + param.fused, (param.experts, rows, param.width), tuple(parts)))
+    return wholes
 
 
 def names_of_fused(names: Iterable[str], facts: ModelFacts) -> list[str]:
     """Returns what a folder holds of such tensors, by the last part of their names."""
     there = set(names)
-    found = [whole.name for whole in fused_tensors(facts) if there & {whole.name, f"{whole.name}.weight"}]
-    return [name.rpartition(".")[2] for name in found]
+    fused_names = [whole.name for whole in fused_tensors(facts) if there & {whole.name, f"{whole.name}.weight"}]
+    return [name.rpartition(".")[2] for name in fused_names]
 
 
 def experts_apart(found: Mapping[str, Stored], facts: ModelFacts) -> dict[str, Stored]:

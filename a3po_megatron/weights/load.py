@@ -31,28 +31,28 @@ def check_checkpoint(
     Experts that are fused (weights/fuse.py) are said to be where each one's rows lie. With `fp8`, tensors that are
     stored so are tensors of `dtype` (weights/fp8.py).
     """
-    found, expected = locate(folder), hf_tensors(facts)
+    places, expected = locate(folder), hf_tensors(facts)
     if fp8 is not None:
-        found = pair_scales(found, fp8, dtype, folder)
-    found = experts_apart(found, facts)
+        places = pair_scales(places, fp8, dtype, folder)
+    places = experts_apart(places, facts)
     tolerated = {HEAD} if facts.tied else set()  # some tied checkpoints store the output layer again
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(n for n in found.keys() - expected.keys() - tolerated if not n.endswith(DERIVED))
-    if (missing or extra) and (refusal := other_names(folder, [*expected, *tolerated], found)):
+    missing = sorted(expected.keys() - places.keys())
+    extra = sorted(n for n in places.keys() - expected.keys() - tolerated if not n.endswith(DERIVED))
+    if (missing or extra) and (refusal := other_names(folder, [*expected, *tolerated], places)):
         raise refusal
     if missing:
         raise RequestError(f"{folder}: the checkpoint lacks {missing[0]} ({len(missing)} tensors missing)")
     if extra:
         raise RequestError(f"{folder}: the checkpoint holds {extra[0]}, which config.json does not account for")
     for name, shape in expected.items():
-        stored = found[name]
+        stored = places[name]
         if stored.shape != shape:
             raise RequestError(f"{stored.path}: {name} has shape {stored.shape}, config.json implies {shape}")
         if stored.code not in DTYPES:
             raise RequestError(f"{stored.path}: {name} is stored as {stored.code}: expected {', '.join(DTYPES)}")
-    if facts.tied and HEAD in found:
-        _check_tied(found[EMBEDDING], found[HEAD])
-    return found
+    if facts.tied and HEAD in places:
+        _check_tied(places[EMBEDDING], places[HEAD])
+    return places
 
 
 def _check_tied(embedding: Stored, head: Stored) -> None:

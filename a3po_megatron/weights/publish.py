@@ -239,8 +239,8 @@ class Publisher:
         pairs = list(dict.fromkeys(pair for pair, _ in asked.values()))
         self.scored = dict(zip(pairs, logprobs(pairs, None) if routes else learner.values(), strict=True))
         apart = torch.cat(differences).abs()
-        found = [float(apart.max()), float(apart.mean())]  # torch keeps a NaN, Python's max loses it
-        by_rank = self.ranks.agree("canary", found, list)
+        apart_here = [float(apart.max()), float(apart.mean())]  # torch keeps a NaN, Python's max loses it
+        by_rank = self.ranks.agree("canary", apart_here, list)
         for rank, (largest, mean) in enumerate(by_rank):
             if not (largest <= bound and mean <= bound * MEAN_SHARE):  # NaN too
                 raise PublishError(
@@ -268,10 +268,10 @@ def compare_back(ranks: Ranks, engine: Engine, expected: dict[str, int], what: s
     for name, held in zip(names, sums[1].tolist(), strict=True):
         if name in shapes:  # keys and values are there several times where an engine has more ranks than KV heads
             wanted[name] = wrap(expected[name] * (held // math.prod(shapes[name])))
-    found = dict(zip(names, sums[0].tolist(), strict=True))
-    found |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
+    sums_here = dict(zip(names, sums[0].tolist(), strict=True))
+    sums_here |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
     here = {piece.tensor for piece in pieces}
-    wrong = [name for name in names if name in here and found[name] != wanted[name]]
+    wrong = [name for name in names if name in here and sums_here[name] != wanted[name]]
     for rank, missed in enumerate(ranks.agree("engine's tensors", wrong, list)):
         if missed:
             raise PublishError(

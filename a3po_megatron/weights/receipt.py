@@ -91,12 +91,12 @@ def shard_checksums(
             values = parameters[piece.key].detach().narrow(piece.dim, piece.offset, piece.length)
             columns, kind = math.prod(piece.shape[1:]), kept_in(piece.hf, dtype) if dtype else values.dtype
             if piece.dim == 0 and values.is_contiguous():  # rows that follow each other in the HF tensor too
-                found = block_checksum(values.view(1, -1), piece.start * columns, 0, kind)
+                checksum = block_checksum(values.view(1, -1), piece.start * columns, 0, kind)
             elif piece.dim == 0:
-                found = block_checksum(values.reshape(piece.length, columns), piece.start * columns, columns, kind)
+                checksum = block_checksum(values.reshape(piece.length, columns), piece.start * columns, columns, kind)
             else:
-                found = block_checksum(values, piece.start, columns, kind)
-            totals[piece.tensor] += found
+                checksum = block_checksum(values, piece.start, columns, kind)
+            totals[piece.tensor] += checksum
     return torch.tensor([wrap(totals[name]) for name in names], dtype=torch.int64)
 
 

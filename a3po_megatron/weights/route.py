@@ -104,8 +104,8 @@ def plan(
     for rank, mine in enumerate(by_rank):
         for piece in mine:
             holders.setdefault(piece.tensor, []).append((rank, piece))
-    tensors = {name: found[0][1].hf for name, found in holders.items()}
-    owners = {name: [rank for rank, piece in found if piece.owner] for name, found in holders.items()}
+    tensors = {name: pieces_held[0][1].hf for name, pieces_held in holders.items()}
+    owners = {name: [rank for rank, piece in pieces_held if piece.owner] for name, pieces_held in holders.items()}
     if missing := [name for name in order if not owners.get(name)]:
         raise ValueError(f"no rank owns {missing[0]} ({len(missing)} tensors without an owner)")
     # Who needs what, and who shares with whom, goes by no bucket: it is asked while they are made.
@@ -143,15 +143,15 @@ def plan(
 
 def _dealt(order: Sequence[HfTensor], expert_ranks: int) -> list[HfTensor]:
     """Keeps the order of layers, and takes the experts of each in turn from every rank: a turn's gates, its ups, …"""
-    found: list[HfTensor] = []
+    in_order: list[HfTensor] = []
     for layer, group in itertools.groupby(order, lambda tensor: None if tensor.expert is None else tensor.layer):
         tensors = list(group)
         if layer is not None:
             # A rank holds `share` neighbouring experts: the number within its share is an expert's turn.
             share = len({tensor.expert for tensor in tensors}) // expert_ranks
             tensors.sort(key=lambda tensor: ((tensor.expert or 0) % share, tensor.kind, tensor.expert))
-        found += tensors
-    return found
+        in_order += tensors
+    return in_order
 
 
 def _crossing(plan: Plan, bucket: Bucket, within: int) -> tuple[Piece, ...]:

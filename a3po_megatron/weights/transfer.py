@@ -129,27 +129,27 @@ class _Executor:
 
     def _tensor_hop(self, bucket: Bucket, column: list[tuple[Piece, Tensor]], tensors: dict[str, Tensor]) -> None:
         members = self.plan.tensor_group(self.groups.within)
-        given = [slices(self.plan, bucket, member) for member in members]
-        if len(members) > 1 and any(given):
-            values = self._chosen(column, given[members.index(self.groups.within)])
-            self._all_gather(values, members, given, self.groups.tensor, tensors)
+        cuts = [slices(self.plan, bucket, member) for member in members]
+        if len(members) > 1 and any(cuts):
+            values = self._chosen(column, cuts[members.index(self.groups.within)])
+            self._all_gather(values, members, cuts, self.groups.tensor, tensors)
 
     def _expert_hop(self, bucket: Bucket, column: list[tuple[Piece, Tensor]], tensors: dict[str, Tensor]) -> None:
         members = self.plan.expert_group(self.groups.within)
         me = members.index(self.groups.within)
         # given[sender][receiver]: pieces
         receivers = [self.plan.rank(self.groups.stage, member) for member in members]
-        given = [[expert_pieces(self.plan, bucket, member, to) for to in receivers] for member in members]
-        if not any(given[a][b] for a in range(len(members)) for b in range(len(members)) if a != b):
+        parts = [[expert_pieces(self.plan, bucket, member, to) for to in receivers] for member in members]
+        if not any(parts[a][b] for a in range(len(members)) for b in range(len(members)) if a != b):
             return
         # Where every receiver gets the same, and all give as much, a share is packed once and not once a receiver.
-        first = [by_receiver[0] for by_receiver in given]
-        alike = all(pieces == mine for by_receiver, mine in zip(given, first, strict=True) for pieces in by_receiver)
+        first = [by_receiver[0] for by_receiver in parts]
+        alike = all(pieces == mine for by_receiver, mine in zip(parts, first, strict=True) for pieces in by_receiver)
         if alike and len({sum(piece.numel for piece in pieces) for pieces in first}) == 1:
             self._all_gather(self._chosen(column, first[me]), members, first, self.groups.experts, tensors)
             return
-        sent = [[] if to == me else given[me][to] for to in range(len(members))]
-        got = [[] if sender == me else given[sender][me] for sender in range(len(members))]
+        sent = [[] if to == me else parts[me][to] for to in range(len(members))]
+        got = [[] if sender == me else parts[sender][me] for sender in range(len(members))]
         buffer = self._pack([v for pieces in sent for v in self._chosen(column, pieces)])
         sizes = [[sum(piece.numel for piece in pieces) for pieces in part] for part in (got, sent)]
         incoming = self._empty(sum(sizes[0]))
@@ -197,13 +197,13 @@ class _Executor:
         return buffer
 
     def _unpack(self, buffer: Tensor, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
-        found, offset = [], 0
+        parts, offset = [], 0
         for piece in pieces:
             shape = list(piece.shape)
             shape[piece.dim] = piece.length
-            found.append((piece, buffer[offset : offset + piece.numel].view(shape)))
+            parts.append((piece, buffer[offset : offset + piece.numel].view(shape)))
             offset += piece.numel
-        return found
+        return parts
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=self.device)

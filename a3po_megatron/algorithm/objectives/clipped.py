@@ -68,17 +68,17 @@ class Clipped:
     def __call__(self, batch: TokenBatch) -> TokenLoss:
         advantages = batch.token_weights * batch.advantages
         correction = sampler_correction(batch.old_logprobs, batch.rollout_logprobs, self.correction)
-        found = policy_loss(batch.logprobs, batch.old_logprobs, advantages, correction, self.options)
-        loss, tokens = found.loss.sum(), batch.logprobs.numel()
-        farthest = found.ratio.new_zeros(())
+        surrogate = policy_loss(batch.logprobs, batch.old_logprobs, advantages, correction, self.options)
+        loss, tokens = surrogate.loss.sum(), batch.logprobs.numel()
+        farthest = surrogate.ratio.new_zeros(())
         if batch.mini_batch == 0 and tokens:  # nothing has changed yet: it must be numerical noise
-            farthest = (found.ratio - 1).abs().max()
+            farthest = (surrogate.ratio - 1).abs().max()
         return TokenLoss(
             loss,
             {
                 "learner/loss": Sum(loss.detach(), tokens),
-                "policy/clip_low_rate": Sum(found.clipped_low.sum(), tokens),
-                "policy/clip_high_rate": Sum(found.clipped_high.sum(), tokens),
+                "policy/clip_low_rate": Sum(surrogate.clipped_low.sum(), tokens),
+                "policy/clip_high_rate": Sum(surrogate.clipped_high.sum(), tokens),
                 "policy/kl_old": Sum(kl_k3(batch.logprobs.detach() - batch.old_logprobs).sum(), tokens),
                 "policy/ratio_first_max": Max(farthest),
             },

@@ -22,8 +22,8 @@ MARK = "a3po-doctor "  # before a step's lines, among whatever libraries print
 
 def compiler(variables: Mapping[str, str]) -> str | None:
     """What Triton would compile with (triton/runtime/build.py)."""
-    if (given := variables.get("CC")) is not None:
-        return shutil.which(given, path=variables.get("PATH"))
+    if (program := variables.get("CC")) is not None:
+        return shutil.which(program, path=variables.get("PATH"))
     return next((path for name in ("gcc", "clang") if (path := shutil.which(name, path=variables.get("PATH")))), None)
 
 
@@ -95,8 +95,8 @@ def _child_triton() -> dict[str, Any]:
     from ...learner.vocab_parallel import logprob_and_entropy
 
     target = torch.zeros(1, dtype=torch.int64, device="cuda")
-    found = logprob_and_entropy(torch.zeros(1, 2, device="cuda"), target, None)
-    return {"found": [float(each) for each in found if each is not None]}
+    outputs = logprob_and_entropy(torch.zeros(1, 2, device="cuda"), target, None)
+    return {"found": [float(each) for each in outputs if each is not None]}
 
 
 def _child_tools() -> dict[str, Any]:

@@ -31,9 +31,9 @@ def examine(gpu: bool = False, quantized: bool = False) -> bool:
     console.print(_machine())
     findings = judge(HERE, here)
     if here.cuda or gpu:
-        found = probe()
-        console.print(_table("GPU", rows(found)))
-        findings += check(found, quantized)
+        facts = probe()
+        console.print(_table("GPU", rows(facts)))
+        findings += check(facts, quantized)
     problems = [finding for finding in findings if finding.fatal]
     warnings = [finding for finding in findings if not finding.fatal]
     for kind, some in (("warning", warnings), ("problem", problems)):
@@ -57,11 +57,11 @@ def _packages(here: Installation) -> Table:
     table = Table("package", "installed", "pinned" if here.cuda else "tested with", title=lock.name)
     pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", lock.read_text(), re.MULTILINE)) if lock.exists() else None
     for name, wanted in (dict.fromkeys(here.main, "?") if pinned is None else pinned).items():
-        found = installed(name)
+        version = installed(name)
         # Of builds of one version (+cpu, +cu130) the constraints for CUDA name none.
-        same = found == wanted or (here.cuda and found is not None and found.partition("+")[0] == wanted)
+        same = version == wanted or (here.cuda and version is not None and version.partition("+")[0] == wanted)
         if name in here.main or not same:
-            table.add_row(name, found or "missing", wanted)
+            table.add_row(name, version or "missing", wanted)
     return table
 
 

@@ -273,9 +273,9 @@ def parse_child(printed: str, how: str | None) -> dict[str, Any]:
         if not line.startswith(MARK):
             continue
         try:
-            step, found = json.loads(line.removeprefix(MARK))
+            step, fact = json.loads(line.removeprefix(MARK))
         except ValueError:  # cut off in the middle
             continue
-        if found is not None:
-            facts[step] = found
+        if fact is not None:
+            facts[step] = fact
     return facts if how is None else facts | {"stuck": {"step": step, "how": how}}
