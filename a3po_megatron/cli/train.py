@@ -26,7 +26,6 @@ def train(
     from ..launch.check_files import check_files
     from ..launch.folder import default_folder, prepare_folder
     from ..launch.local import rendezvous, run_local
-    from ..ranks.topology import topology_of
     from ..report.page import write_report
 
     rendezvous(wanted.cluster.port).close()  # a port that is taken is named before anything is made
@@ -36,8 +35,7 @@ def train(
         print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:
-        ranks = topology_of(settings.parallel, settings.rollout.tensor).world
-        print(f"{settings.name}: starting {ranks} rank{'s' * (ranks > 1)} (run folder {folder})")
+        print(f"{settings.name}: starting {settings.ranks} rank{'s' * (settings.ranks > 1)} (run folder {folder})")
         run_local(folder, settings, started, lock, signals)
         signals.restore()
         page = write_report([folder], None)

@@ -71,3 +71,8 @@ class Settings(Config):
     checkpoint: CheckpointSettings
     cluster: ClusterSettings
     slurm: SlurmSettings
+
+    @property
+    def ranks(self) -> int:
+        """How many processes a run has."""
+        return self.parallel.ranks_of(self.parallel.data)

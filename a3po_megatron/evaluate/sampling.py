@@ -88,9 +88,9 @@ class Evaluation:
         store = self._ranks.store_of(f"evaluation/{begun}")  # no other evaluation of this start counts there
         progress = Progress(asked, len(done), self._ranks.rank == 0)
         with phase(Phase.ROLLOUT), progress:
-            leave = self._sample(asked, missing, finished, store, progress)
-            if leave := self._ranks.agree("evaluation ends", leave, first):
-                raise Interrupted(leave)
+            reason = self._sample(asked, missing, finished, store, progress)
+            if reason := self._ranks.agree("evaluation ends", reason, first):
+                raise Interrupted(reason)
             progress.show(len(missing))
         if self._ranks.rank:
             return None
@@ -147,7 +147,7 @@ class Evaluation:
 
         total = len(missing) * asked.n
         room = min(self._max_sequences, max(asked.n, -(-total // self._ranks.engines)))
-        leave: str | None = None  # why all is to end
+        reason: str | None = None  # why all is to end
         with contextlib.closing(self._engine.sample(requests(), asked.sampling, room)) as engine_steps:
             for completions in engine_steps:
                 CLOCK.beat()
@@ -160,13 +160,13 @@ class Evaluation:
                         grading.append((opened, self._graders.submit(_answers(asked, opened))))
                 settle(wait=False)
                 progress.show(store.add("done", 0) if self._ranks.rank == 0 else 0)
-                leave = self._interrupt.due()
-                if self._ranks.any_of_engine(leave is not None):
-                    leave = leave or "another rank of the engine"
+                reason = self._interrupt.due()
+                if self._ranks.any_of_engine(reason is not None):
+                    reason = reason or "another rank of the engine"
                     break
         with phase(Phase.REWARD):
             settle(wait=True)
-        return leave
+        return reason
 
     def _pulled(self, store: Any, count: int) -> Iterator[int]:
         """Numbers below `count`, each to one engine, whose ranks all get the same."""

@@ -5,7 +5,7 @@
         BENCHMARK.json                  the results, where --json names no other file
         config.yaml  request.json  logs/  partial/
 
-The folder follows from what is evaluated, so that the same command goes on where an earlier one was killed.
+The folder follows from what is evaluated, so that the same command resumes one that was killed.
 """
 
 from __future__ import annotations

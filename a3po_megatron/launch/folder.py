@@ -37,10 +37,10 @@ LARGE_BYTES = 10e9  # of a checkpoint that takes a while to read
 
 
 def make_folder(folder: Path, settings: Settings, command: list[str]) -> tuple[IO[str], list[str]]:
-    """Makes and locks a run folder, or makes one ready to go on; also returns what there is to say about that.
+    """Makes and locks a run folder, or makes one ready to be resumed; also returns what there is to say about that.
 
     The run is live as long as the returned file is open anywhere: the lock belongs to processes, not to a file that
-    they could leave behind, so a killed run's folder is free as soon as its last rank is gone. A run goes on from its
+    they could leave behind, so a killed run's folder is free as soon as its last rank is gone. A run resumes from its
     newest whole checkpoint, and what was written after that is cut off. Raises RequestError for a folder that holds a
     live run, a finished one, one with another configuration, or checkpoints of which none is whole.
     """

@@ -81,7 +81,7 @@ def _restarts() -> int:
 
 
 def _resumes(settings: Settings) -> bool:
-    """Whether this job goes on with what an earlier one began, rather than being what somebody submitted."""
+    """Whether this job resumes what an earlier one began, rather than being what somebody submitted."""
     numbers = [_restarts(), Handoff.of().attempt or 0]
     if settings.slurm.resume == "array":
         numbers.append(int(os.environ.get("SLURM_ARRAY_TASK_ID", "1")) - 1)

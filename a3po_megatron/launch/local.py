@@ -3,7 +3,7 @@
 Every rank's output goes to logs/rank-N.log; rank 0 shows progress on the launcher's terminal through a descriptor of
 its own, so that the chatter of libraries never mixes with it. Ranks die with the launcher (PR_SET_PDEATHSIG).
 
-USR1, TERM and Ctrl-C go on to the ranks, which leave together when they can (run/stop.py); a second Ctrl-C
+USR1, TERM and Ctrl-C go on to the ranks, which stop together when they can (run/stop.py); a second Ctrl-C
 ends them at once.
 """
 
@@ -25,7 +25,6 @@ from ..config import Settings
 from ..errors import RequestError
 from ..files.run_folder import RunFolder, rank_file
 from ..ranks.handoff import Handoff
-from ..ranks.topology import topology_of
 from ..telemetry.watchdog import position
 from .blame import Here, Words, words_of
 from .environment import WORDS_BYTES, die_with_parent
@@ -103,7 +102,7 @@ class _Processes(Start):
         self._meeting: socket.socket | None = None
 
     def begin(self) -> None:
-        world = topology_of(self._settings.parallel, self._settings.rollout.tensor).world
+        world = self._settings.ranks
         self._meeting = rendezvous(self._settings.cluster.port)
         for rank in range(world):
             self._ranks.append(self._begin(rank, world, self._meeting))

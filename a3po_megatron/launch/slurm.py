@@ -209,7 +209,7 @@ def write(plan: Plan, overrides: list[list[str]]) -> None:
 
 def _check_alike(folder: Path, settings: Settings) -> None:
     """Raises RequestError for a configuration that is not the run's. Whether the files of a checkpoint are whole is
-    left to the job: it goes on from one that is."""
+    left to the job: it resumes from one that is."""
     checkpoint, _ = newest_whole(RunFolder(folder).checkpoints, read_manifest)
     if checkpoint is not None:
         before = read_manifest(checkpoint)

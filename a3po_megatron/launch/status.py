@@ -15,7 +15,6 @@ from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..files.lock import is_live
 from ..files.run_folder import RunFolder, rank_file, step_of
-from ..ranks.topology import topology_of
 from ..run.folder import newest_whole
 from ..run.manifest import check_saved
 from ..telemetry.catalogue import SECONDS, STEP
@@ -91,7 +90,7 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
 
 def _ranks(folder: Path, settings: Settings, live: bool | None) -> Iterator[Row]:
     logs = RunFolder(folder).logs
-    world = topology_of(settings.parallel, settings.rollout.tensor).world
+    world = settings.ranks
     ranks = [rank for rank in range(world) if rank_file(logs, rank, "phase").exists()]
     if not ranks:
         return

@@ -65,7 +65,7 @@ class Update:
 
 class Learner:
     def __init__(self, ranks: Ranks, facts: ModelFacts, config: Settings, checkpoint: Path | None = None) -> None:
-        """With the weights of `model.path`; where a run goes on, weights and optimizer from a checkpoint of its own."""
+        """With the weights of `model.path`; where a run resumes, weights and optimizer from a checkpoint of its own."""
         self.ranks, self.facts = ranks, facts
         self.limit, self.temperature = config.learner.micro_batch_tokens, config.rollout.temperature
         self.layout = layout_of(config.parallel, ranks.backend.spec)

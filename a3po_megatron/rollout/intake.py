@@ -76,7 +76,7 @@ class Intake:
         """The accepted groups of one step. Collective over all ranks.
 
         Raises RunFailed when grading itself fails too often, and when `trainer.max_empty_steps` steps in a row found no
-        group with spread; Interrupted when any rank is to leave, with what was finished in the journal.
+        group with spread; Interrupted when any rank is to stop, with what was finished in the journal.
         """
         wanted = self.trainer.prompts_per_step
         indices = list(self._surplus)
@@ -90,12 +90,12 @@ class Intake:
             missing = wanted - len(indices)
             # Later rounds allow for the share of prompts that gave spread so far.
             count = missing if not fresh else min(wanted, math.ceil(missing * tried / fresh))
-            groups, grading, leave = self._sample(self.prompts.take(count), step)
-            if leave is None:
+            groups, grading, reason = self._sample(self.prompts.take(count), step)
+            if reason is None:
                 self._grade(grading, step)
-                leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
-            if leave := self.ranks.agree("leave the rollout", leave, first):
-                raise Interrupted(leave)
+                reason = self.interrupt.due(Phase.REWARD, Phase.SCORE)
+            if reason := self.ranks.agree("stop the rollout", reason, first):
+                raise Interrupted(reason)
             sampled += groups
             self._own |= {group.prompt.index: group for group in groups if group.has_spread}
             outcome = self.ranks.agree("round", _outcome(groups, self.prompts.way_of), _merge)
@@ -138,7 +138,7 @@ class Intake:
             seeds = [rollout_seed(self.trainer.seed, step, prompt.id, sample) for prompt, sample in draws]
             requests = [Request(prompt.tokens, seed) for (prompt, _), seed in zip(draws, seeds, strict=True)]
             begun = {prompt.index: Group(prompt, []) for prompt in asked}
-            leave = None
+            reason = None
             ungraded = [group for index, (group, graded) in finished_groups.items() if index in led and not graded]
             grading = {group.prompt.index: _submitted(self.graders, group) for group in ungraded}
             with contextlib.closing(self.engine.sample(requests)) as engine_steps:
@@ -168,24 +168,24 @@ class Intake:
                             self.journal.add_group(step, group)
                             finished_groups[prompt.index] = group, False
                             grading[prompt.index] = _submitted(self.graders, group)
-                    leave = self._leave_rollout(before, time.monotonic() - start)
-                    if leave:
+                    reason = self._reason_to_stop(before, time.monotonic() - start)
+                    if reason:
                         break
             groups = [
                 finished_groups[prompt.index][0] for prompt in mine if prompt.index in led & finished_groups.keys()
             ]
-            return groups, [grading[prompt.index] for prompt in mine if prompt.index in grading], leave
+            return groups, [grading[prompt.index] for prompt in mine if prompt.index in grading], reason
 
-    def _leave_rollout(self, before: float, elapsed: float) -> str | None:
-        """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: go on.
+    def _reason_to_stop(self, before: float, elapsed: float) -> str | None:
+        """Why this rank's engine is to stop sampling after this step, the same on all of its ranks; None: it is not.
 
         `before`: seconds of the step's earlier rounds, which are safe; `elapsed`: of this one, whose unfinished
         rollouts would be lost.
         """
-        leave = self.interrupt.due(Phase.REWARD, Phase.SCORE)
+        reason = self.interrupt.due(Phase.REWARD, Phase.SCORE)
         worth = self.interrupt.worth_finishing(Phase.ROLLOUT, before + elapsed, elapsed, Phase.REWARD, Phase.SCORE)
-        wants = leave is not None and not worth
-        return (leave or "another rank of the engine") if self.ranks.any_of_engine(wants) else None
+        wants = reason is not None and not worth
+        return (reason or "another rank of the engine") if self.ranks.any_of_engine(wants) else None
 
     def _grade(self, grading: list[_Grading], step: int) -> None:
         """Waits for the last verdicts: most came while others were sampled."""

@@ -287,7 +287,7 @@ class Checkpoints:
 
     def _save_rank(self, boundary: _Boundary, folder: Path) -> list[Written]:
         """What this rank alone holds; returns the files. On the disk then, and with them what steps since the last save
-        left elsewhere and a run that goes on from this checkpoint counts on."""
+        left elsewhere and a run that resumes from this checkpoint counts on."""
         rank = self._ranks.rank
         with HashedFile(folder / f"rank-{rank}.json") as random:
             random.write(json.dumps(boundary.random).encode())

@@ -1,14 +1,14 @@
-"""Leaving a run before its end and coming back: on USR1, TERM or Ctrl-C, or shortly before the time limit.
+"""Stopping a run before its end, so that it can be resumed: on USR1, TERM or Ctrl-C, or shortly before the time limit.
 
-A signal only sets a flag, however often it comes. Ranks look at it where they can leave without losing finished work,
-and leave together (`due` is one rank's opinion; ranks.agree decides):
+A signal only sets a flag, however often it comes. Ranks look at it where they can stop without losing finished work,
+and stop together (`due` is one rank's opinion; ranks.agree decides):
 
     in a rollout        after any engine step; what was sampled is in the journal
     before an update    the scored batch is in the journal, the weights are still those of the step's beginning
     after a step        an update is never left half done
 
 The time limit is that of `checkpoint.time_limit_seconds`, or of the Slurm job (SLURM_JOB_END_TIME). How long before it
-a rank must leave follows from what the phases up to the next such place, and a save, took so far; TERM is a limit too.
+a rank must stop follows from what the phases up to the next such place, and a save, took so far; TERM is a limit too.
 What was measured stands in the run's folder, for its next start:
 
     lead_seconds    line 1: how long before a job's end its signal must come; line 2: seconds of each phase, JSON
@@ -47,7 +47,7 @@ TERM_SECONDS = 30.0  # from TERM to KILL, if no more is promised: Slurm's KillWa
 class Interrupt:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.signal: str | None = None  # the first one that came
-        self.saves = 1  # that leaving takes: one more while one is being written
+        self.saves = 1  # that stopping takes: one more while one is being written
         self._now = now
         self._deadline, self._killed = math.inf, math.inf
         self._seconds: dict[str, deque[float]] = {}
@@ -92,11 +92,11 @@ class Interrupt:
         return sum(max(self._seconds.get(phase, ()), default=0.0) for phase in phases)
 
     def lead(self, *ahead: str) -> float:
-        """How long before a deadline a rank must leave if these phases lie ahead."""
+        """How long before a deadline a rank must stop if these phases lie ahead."""
         return CAUTION * self.expected(*ahead, *["save"] * self.saves) + MARGIN_SECONDS
 
     def due(self, *ahead: str) -> str | None:
-        """Why to leave now rather than go through the phases `ahead`; None: go on."""
+        """Why to stop now rather than go through the phases `ahead`; None: nothing says so."""
         if self.signal is not None:
             return self.signal
         if self._now() + self.lead(*ahead) >= self._deadline:
@@ -104,7 +104,7 @@ class Interrupt:
         return None
 
     def worth_finishing(self, phase: str, done: float, at_stake: float, *after: str) -> bool:
-        """Whether the rest of a phase, `done` seconds into it, is shorter than what leaving it would lose, `at_stake`
+        """Whether the rest of a phase, `done` seconds into it, is shorter than what stopping would lose, `at_stake`
         seconds of it, and fits before the deadline with the phases `after` it."""
         left = self.expected(phase) - done
         fits = self._now() + CAUTION * left + self.lead(*after) < min(self._deadline, self._killed)
