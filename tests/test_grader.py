@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from a3po_megatron.batch import Answered, Verdict
+from a3po_megatron.errors import RequestError
 from a3po_megatron.reward.choice import letter_of
+from a3po_megatron.reward.function import function_of
 from a3po_megatron.reward.grader import GRADERS, grade
 from a3po_megatron.reward.pool import GraderPool
+from a3po_megatron.reward.worker import judge
+from tests.harness import interrupted_runs as tools
 
 
 @pytest.mark.parametrize(
@@ -119,3 +125,76 @@ def test_one_pool_grades_each_item_by_its_own_grader() -> None:
         outcomes = [verdict.outcome for verdict in pool.grade_all(items)]
     assert outcomes == ["correct", "wrong", "correct", "correct", "correct", "correct", "invalid"]
     assert set(GRADERS) >= {"math", "choice", "numeric"}
+
+
+OWN = """
+from a3po_megatron.batch import Verdict
+
+def even(response, answer):
+    return len(response) % 2 == 0
+
+def long_enough(response, answer, *, finished):
+    return Verdict("correct" if len(response) >= int(answer) else "wrong", f"finished: {finished}")
+
+def shrugs(response, answer):
+    return None
+
+def breaks(response, answer):
+    raise KeyError(answer)
+
+VALUE = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "own.py").write_text(OWN)
+    return tmp_path / "own.py"
+
+
+def test_a_function_of_ones_own_grades_in_the_pool_and_what_goes_wrong_with_it_is_invalid(own: Path) -> None:
+    asked = [("xx", "", True), ("x", "", True), ("xx", "", False), ("xxx", "3", False), ("xx", "3", True)]
+    names = ("even", "long_enough", "shrugs", "breaks")
+    graders = {name: functools.partial(grade, function=f"{own}:{name}") for name in names}
+    verdicts = {name: [judge(graders[name], *each, "function") for each in asked] for name in names}
+    with GraderPool(graders["even"], 1, 20.0, 2 << 30) as pool:
+        assert pool.grade_all([Answered(*each, grader="function") for each in asked]) == verdicts["even"]
+    assert [each.outcome for each in verdicts["even"]] == ["correct", "wrong", "wrong", "wrong", "correct"]
+    assert verdicts["even"][2].reason == "the response was cut off"
+    assert [each.outcome for each in verdicts["long_enough"][3:]] == ["correct", "wrong"]
+    assert [each.reason for each in verdicts["long_enough"][3:]] == ["finished: False", "finished: True"]
+    assert all("returned NoneType" in each.reason for each in verdicts["shrugs"][:2])
+    assert all(each == Verdict("invalid", "grader raised KeyError: ''") for each in verdicts["breaks"][:2])
+
+
+def test_a_function_that_is_none_is_refused_by_name(own: Path, tmp_path: Path) -> None:
+    assert function_of("math:isfinite")(1.0)
+    for named, says in (
+        (f"{own}:odd", "has no attribute 'odd'"),
+        (f"{own}:VALUE", "is no function: it is int"),
+        (f"{tmp_path}/other.py:even", "FileNotFoundError"),
+        ("no_such_module:even", "ModuleNotFoundError"),
+    ):
+        with pytest.raises(RequestError, match=f"reward.function: {re.escape(named)}") as error:
+            function_of(named)
+        assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["data.grader=function"], "reward.function names none"),
+        (["reward.function={own}:even"], "has no effect: no row has the grader `function`"),
+        (["data.grader=function", "reward.function={own}:odd"], "has no attribute 'odd'"),
+        (["data.grader=function", "reward.function=even"], "expected FILE.py:NAME or MODULE:NAME"),
+        (["data.grader=function", "reward.function=gone.py:even"], "but there is no"),
+        (["data.grader=maths"], "'maths' is no grader: there are math"),
+    ],
+)
+def test_a_run_whose_rows_cannot_be_graded_is_refused_before_it_starts(
+    options: list[str], says: str, own: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    asked = [f"data.path={tmp_path}/rows.jsonl", *(option.format(own=own) for option in options)]
+    ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *asked)
+    assert ended.code == 2 and says in ended.err, ended.all

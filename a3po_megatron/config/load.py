@@ -31,6 +31,7 @@ _PATHS = {
     "data.cache": paths.to_make,
     "evaluation.benchmarks": paths.benchmark,
     "evaluation.data": paths.existing,
+    "reward.function": paths.function,
     "slurm.cache": paths.to_make,
     "slurm.python": paths.program,
     "slurm.container": paths.image,

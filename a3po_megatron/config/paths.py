@@ -107,3 +107,11 @@ def mount(option: str, text: str, where: str, folder: Path) -> str:
 def benchmark(option: str, text: str, where: str, folder: Path) -> str:
     """A benchmark: its name, or a file of rows, which has an ending or stands in a folder."""
     return existing(option, text, where, folder) if "." in text or "/" in text else text
+
+
+def function(option: str, text: str, where: str, folder: Path) -> str:
+    """FILE.py:NAME with the file's place, or MODULE:NAME."""
+    place, colon, name = text.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise RequestError(f"{where}: {option}: {text!r}: expected FILE.py:NAME or MODULE:NAME")
+    return f"{existing(option, place, where, folder) if place.endswith('.py') else place}:{name}"

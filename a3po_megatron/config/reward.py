@@ -11,6 +11,7 @@ from .section import NoEffect, NonNegative, Positive, PositiveFloat, Section, by
 
 class RewardOptions(Section):
     extract: Literal["any", "boxed", "answer"] = option("any", "where the answer is looked for in a response")
+    function: str = option("", "grader of your own for rows of the grader `function`: FILE.py:NAME, or MODULE:NAME")
     correct: float = option(1.0, "reward of a correct response")
     wrong: float = option(0.0, "reward of a wrong response")
     overlong_tokens: NonNegative = option(

@@ -49,6 +49,8 @@ class Prompts:
                 f"{ARITHMETIC}: its longest prompt has {length} tokens, rollout.max_prompt_tokens is {max_tokens}"
             )
         # In which of the task's ways a response answers; None: the task names none. Recorded, never rewarded.
+        names = [] if self._data is None else self._data.graders()
+        self.graders = sorted({name or options.grader for name in names})  # that the rows have
         self.way_of: Callable[[str], str] | None = arithmetic.way_of if self._data is None else None
         self._orders: dict[tuple[int, int], list[int]] = {}
         self._shares = self._checked_shares() if self._data is not None else []

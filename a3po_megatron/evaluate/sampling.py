@@ -78,7 +78,8 @@ class Evaluation:
         """
         before = self._result(asked, weights) if self._ranks.rank == 0 else None
         if self._ranks.agree("evaluated before", before is not None, lambda values: values[0]):
-            return before
+            with Progress(asked, len(asked.problems), self._ranks.rank == 0):
+                return before
         finished = Finished(self._folder, asked, [weights, *numerics], self._ranks.rank)
         done, _ = finished.read()
         missing = [number for number in range(len(asked.problems)) if number not in done]

@@ -17,6 +17,7 @@ from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
+from ..reward.function import function_of
 from ..weights.load import check_checkpoint
 from . import environment
 
@@ -30,10 +31,24 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
     limit = settings.rollout.max_prompt_tokens
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
+    _check_function(settings, prompts)
     asked = asked_of_run(settings, facts, prompts.remarks.append)
     _check_evaluation(settings, facts, engine_length(settings, asked, tokenizer.counts_of))
     _check_extra(settings, facts, backend)
     return prompts.remarks
+
+
+def _check_function(settings: Settings, prompts: Prompts) -> None:
+    named = settings.reward.function
+    if "function" in prompts.graders:
+        if not named:
+            raise RequestError("data.grader: rows have the grader `function`, and reward.function names none")
+        function_of(named)
+    elif named:
+        raise RequestError(
+            f"reward.function = {named} has no effect: no row has the grader `function` (data.grader, "
+            "data.grader_field)"
+        )
 
 
 def _check_evaluation(settings: Settings, facts: ModelFacts, length: int) -> None:

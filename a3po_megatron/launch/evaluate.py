@@ -16,7 +16,7 @@ from typing import IO
 
 from blake3 import blake3
 
-from ..config import Config, ParallelOptions, Settings, config_of_model, load_config
+from ..config import ARITHMETIC, Config, ParallelOptions, Settings, config_of_model, load_config
 from ..convert.convert import newest_checkpoint
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
@@ -25,7 +25,6 @@ from ..evaluate.request import Asked, Request, Source, write_request
 from ..files.lock import hold
 from ..files.run_folder import RunFolder, step_folder, step_of
 from ..files.side_files import HF
-from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
@@ -64,11 +63,12 @@ def config_of(source: Source, config: Path | None, overrides: Sequence[str]) -> 
     folder = model_folder(source)
     if config is not None and source.kind == "run":
         raise RequestError(f"--config {config}: {source.path} is a run, which has its own configuration")
-    if source.kind == "run":
-        config = RunFolder(Path(source.path)).config
+    model = f"model.path={folder.resolve()}"
+    if source.kind == "run":  # of which nothing is trained on: its prompts may be on another machine
+        return load_config(RunFolder(Path(source.path)).config, [model, f"data.path={ARITHMETIC}", *overrides])
     if config is None:
         return config_of_model(str(folder.resolve()), overrides)
-    return load_config(config, [f"model.path={folder.resolve()}", *overrides])
+    return load_config(config, [model, *overrides])
 
 
 def model_folder(source: Source) -> Path:
@@ -93,7 +93,8 @@ def plan_evaluation(
     for each in asked:
         _check_length(each, prompt, facts)
     response = max(each.sampling.max_tokens for each in asked)
-    per_token = 2 * facts.layers * kv_heads_of_rank(facts.kv_heads, config.rollout.tensor) * facts.head_dim * 4
+    heads = -(-facts.kv_heads // config.rollout.tensor)  # of each rank; whether they can be cut so, `settle` says
+    per_token = 2 * facts.layers * heads * facts.head_dim * 4
     rollout = {
         "max_tokens": response,
         "max_prompt_tokens": prompt,

@@ -24,12 +24,14 @@ class Grader:
     module: str  # within this room; it has `grade`
     gold: str  # what its gold answer is, for people
     extracts: tuple[str, ...] = ("any", "boxed", "answer")  # where it may look for the answer; (): it has one way
+    options: tuple[str, ...] = ()  # of the section `reward` that it takes
 
 
 GRADERS = {
     "math": Grader("math", "a number, formula, set, … in LaTeX or plain"),
     "choice": Grader("choice", "the letter of an option"),
     "numeric": Grader("numeric", 'a number, or {"value": text, "tolerance": number}'),
+    "function": Grader("function", "what a function of your own takes", extracts=(), options=("function",)),
 }
 
 
@@ -41,12 +43,20 @@ def grader_of(name: str) -> Grader:
         raise RequestError(f"{name!r} is no grader: there are {', '.join(GRADERS)}") from None
 
 
-def grade(response: str, answer: str, *, grader: str = "math", extract: str = "any", finished: bool = True) -> Verdict:
+def grade(
+    response: str,
+    answer: str,
+    *,
+    grader: str = "math",
+    extract: str = "any",
+    finished: bool = True,
+    **options: str,  # of the section `reward`, that graders take
+) -> Verdict:
     """The verdict of the grader of that name. Raises RequestError for a name that is none."""
     row = grader_of(grader)
     function: Grade = importlib.import_module(f".{row.module}", __package__).grade
-    options = {"extract": extract} if row.extracts else {}
-    return function(response, answer, finished=finished, **options)
+    own = {name: options.get(name, "") for name in row.options} | ({"extract": extract} if row.extracts else {})
+    return function(response, answer, finished=finished, **own)
 
 
 def why_unreadable(grader: str, gold: str) -> str:

@@ -19,7 +19,7 @@ def graders_of(options: RewardOptions, pool: GraderPoolOptions) -> Beside:
 def local_graders(options: RewardOptions, pool: GraderPoolOptions) -> GraderPool:
     """A pool of `grader_pool.workers` processes on this machine."""
     return GraderPool(
-        functools.partial(grade, extract=options.extract),
+        functools.partial(grade, extract=options.extract, function=options.function),
         pool.workers,
         pool.timeout_seconds,
         pool.memory_bytes,
