@@ -44,6 +44,7 @@ class Answered(NamedTuple):
     finished: bool = True  # False: the response was cut off
     grader: str = ""  # its name (reward/grader.py); empty: the pool's own
     extract: str = ""  # where the answer is looked for; likewise
+    problem: str = ""  # for a grader that is told it
 
 
 @dataclass(frozen=True)

@@ -349,10 +349,10 @@ def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thou
         rollout = SimpleNamespace(prompt=asked, text=response, finish=finish)
         return collect._answered(rollout)
 
-    assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "")
-    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "")
+    assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "", "")
+    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "", "")
     opened = answered("<|im_start|>assistant\n<think>\n", "2 * 2 = 4", "length")
-    assert opened == ("<think>2 * 2 = 4", "4", False, "choice", "")
+    assert opened == ("<think>2 * 2 = 4", "4", False, "choice", "", "")
     assert grade(*opened[:2]).outcome == "wrong"  # its thoughts never came to an end
     assert grade(answered("…<think>\n", "5?</think>4", "stop").response, "4").outcome == "correct"
 

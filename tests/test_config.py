@@ -381,6 +381,11 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.system", "Be brief.", {"data.template": "raw"}),
     ("advantage.ddof", 0, {"advantage.normalise_std": False}),
     ("advantage.eps", 1e-3, {"advantage.normalise_std": False}),
+    ("reward.judge_model", "m", {}),
+    ("reward.judge_key_variable", "KEY", {}),
+    ("reward.judge_max_tokens", 64, {}),
+    ("reward.judge_retries", 1, {}),
+    ("reward.judge_timeout_seconds", 3.0, {}),
     ("evaluation.benchmarks", ["gsm8k"], {}),
     ("evaluation.data", str(Path(__file__).resolve().parent), {}),
     ("evaluation.samples", 2, {}),
@@ -393,6 +398,10 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
 ACTIVE: dict[str, dict[str, Any]] = {
     "reward.overlong_penalty": {"reward.overlong_tokens": 16},
     "data.weights": {"data.path": ["rows.jsonl", "rows.jsonl"]},
+    **{
+        f"reward.judge_{name}": {"reward.judge_url": "http://127.0.0.1:1/v1"}
+        for name in ("model", "key_variable", "max_tokens", "retries", "timeout_seconds")
+    },
     **{
         f"evaluation.{name}": {"evaluation.every_steps": 10}
         for name in ("benchmarks", "data", "samples", "max_tokens", "release", "window", "keep_best")

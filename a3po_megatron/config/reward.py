@@ -12,6 +12,12 @@ from .section import NoEffect, NonNegative, Positive, PositiveFloat, Section, by
 class RewardOptions(Section):
     extract: Literal["any", "boxed", "answer"] = option("any", "where the answer is looked for in a response")
     function: str = option("", "grader of your own for rows of the grader `function`: FILE.py:NAME, or MODULE:NAME")
+    judge_url: str = option("", "endpoint of the grader `judge`, as OpenAI has it: http://HOST:PORT/v1; empty: none")
+    judge_model: str = option("", "its model")
+    judge_key_variable: str = option("", "the variable of the environment that holds its key; empty: it needs none")
+    judge_max_tokens: Positive = option(512, "of its reply")
+    judge_retries: NonNegative = option(2, "further questions where it does not answer, or its reply has no verdict")
+    judge_timeout_seconds: PositiveFloat = option(60.0, "for one reply")
     correct: float = option(1.0, "reward of a correct response")
     wrong: float = option(0.0, "reward of a wrong response")
     overlong_tokens: NonNegative = option(
@@ -22,6 +28,11 @@ class RewardOptions(Section):
         0.5, "largest share of invalid verdicts in a step; above it the run ends"
     )
     without_effect = (
+        NoEffect(
+            ("judge_model", "judge_key_variable", "judge_max_tokens", "judge_retries", "judge_timeout_seconds"),
+            lambda r: not r.judge_url,
+            "reward.judge_url is empty (no judge)",
+        ),
         NoEffect(("overlong_penalty",), lambda r: r.overlong_tokens == 0, "reward.overlong_tokens is 0 (off)"),
     )
 

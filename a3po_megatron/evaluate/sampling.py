@@ -25,6 +25,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RequestError
 from ..ranks.agree import first
 from ..ranks.groups import Ranks
+from ..reward.grader import grader_of
 from ..rollout.engine import Engine, Request
 from ..rollout.intake import Graders
 from ..run.stop import Interrupt
@@ -187,8 +188,9 @@ class Evaluation:
 def _answers(asked: Asked, opened: _Open) -> list[Answered]:
     problem = opened.problem
     thoughts = "<think>" if asked.prompts[opened.number].rstrip().endswith("<think>") else ""
+    asks = problem.text if grader_of(problem.grader).problem else ""
     return [
-        Answered(thoughts + each.text, problem.gold, each.finish == "stop", problem.grader, problem.extract)
+        Answered(thoughts + each.text, problem.gold, each.finish == "stop", problem.grader, problem.extract, asks)
         for _, each in sorted(opened.samples.items())
     ]
 

@@ -18,6 +18,7 @@ from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
 from ..reward.function import function_of
+from ..reward.judge import longest_seconds
 from ..weights.load import check_checkpoint
 from . import environment
 
@@ -32,10 +33,32 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     limit = settings.rollout.max_prompt_tokens
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
     _check_function(settings, prompts)
+    _check_judge(settings, prompts)
     asked = asked_of_run(settings, facts, prompts.remarks.append)
     _check_evaluation(settings, facts, engine_length(settings, asked, tokenizer.counts_of))
     _check_extra(settings, facts, backend)
     return prompts.remarks
+
+
+def _check_judge(settings: Settings, prompts: Prompts) -> None:
+    reward, limit = settings.reward, settings.grader_pool.timeout_seconds
+    if "judge" not in prompts.graders:
+        if reward.judge_url:
+            raise RequestError(
+                f"reward.judge_url = {reward.judge_url} has no effect: no row has the grader `judge` (data.grader, "
+                "data.grader_field)"
+            )
+        return
+    if not (reward.judge_url and reward.judge_model):
+        raise RequestError("data.grader: rows have the grader `judge`, which needs reward.judge_url and judge_model")
+    if reward.judge_key_variable and not os.environ.get(reward.judge_key_variable):
+        raise RequestError(f"reward.judge_key_variable: the variable {reward.judge_key_variable} is not set here")
+    if (longest := longest_seconds(reward.judge_timeout_seconds, reward.judge_retries)) >= limit:
+        raise RequestError(
+            f"grader_pool.timeout_seconds = {limit:g}, but a judge may take {longest:g} s "
+            "(reward.judge_timeout_seconds, judge_retries), and what takes longer than the pool allows counts as "
+            "wrong: raise it, or lower these"
+        )
 
 
 def _check_function(settings: Settings, prompts: Prompts) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..batch import Verdict
 from ..errors import RequestError
@@ -25,12 +26,15 @@ class Grader:
     gold: str  # what its gold answer is, for people
     extracts: tuple[str, ...] = ("any", "boxed", "answer")  # where it may look for the answer; (): it has one way
     options: tuple[str, ...] = ()  # of the section `reward` that it takes
+    problem: bool = False  # it is told the problem, too
 
 
+JUDGE = tuple(f"judge_{name}" for name in ("url", "model", "key_variable", "max_tokens", "retries", "timeout_seconds"))
 GRADERS = {
     "math": Grader("math", "a number, formula, set, … in LaTeX or plain"),
     "choice": Grader("choice", "the letter of an option"),
     "numeric": Grader("numeric", 'a number, or {"value": text, "tolerance": number}'),
+    "judge": Grader("judge", "a reference answer, in words", extracts=(), options=JUDGE, problem=True),
     "function": Grader("function", "what a function of your own takes", extracts=(), options=("function",)),
 }
 
@@ -50,12 +54,14 @@ def grade(
     grader: str = "math",
     extract: str = "any",
     finished: bool = True,
-    **options: str,  # of the section `reward`, that graders take
+    problem: str = "",
+    **options: Any,  # of the section `reward`, that graders take
 ) -> Verdict:
     """The verdict of the grader of that name. Raises RequestError for a name that is none."""
     row = grader_of(grader)
     function: Grade = importlib.import_module(f".{row.module}", __package__).grade
-    own = {name: options.get(name, "") for name in row.options} | ({"extract": extract} if row.extracts else {})
+    own = {name: options.get(name, "") for name in row.options}
+    own |= ({"extract": extract} if row.extracts else {}) | ({"problem": problem} if row.problem else {})
     return function(response, answer, finished=finished, **own)
 
 

@@ -6,7 +6,7 @@ import functools
 
 from ..config import GraderPoolOptions, RayPool, RewardOptions
 from .beside import Beside
-from .grader import grade
+from .grader import GRADERS, grade
 from .pool import GraderPool
 from .ray_pool import RayGraders
 
@@ -18,8 +18,9 @@ def graders_of(options: RewardOptions, pool: GraderPoolOptions) -> Beside:
 
 def local_graders(options: RewardOptions, pool: GraderPoolOptions) -> GraderPool:
     """A pool of `grader_pool.workers` processes on this machine."""
+    taken = {name: getattr(options, name) for row in GRADERS.values() for name in row.options}
     return GraderPool(
-        functools.partial(grade, extract=options.extract, function=options.function),
+        functools.partial(grade, extract=options.extract, **taken),
         pool.workers,
         pool.timeout_seconds,
         pool.memory_bytes,

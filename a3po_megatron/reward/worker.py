@@ -3,7 +3,7 @@
 It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
 
     parent → worker   the pickled grade function, once; then JSON lists of [response, answer, finished, grader,
-                      extract]
+                      extract, problem]
     worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason] per item, in order, each
                       as soon as it is known
 
@@ -49,16 +49,17 @@ def judge(
     finished: bool = True,
     grader: str = "",
     extract: str = "",
+    problem: str = "",
 ) -> Verdict:
     """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller.
 
     Of several gold answers any makes a response correct; wrong it is only if it is so by all of them.
     """
     if not isinstance(answer, str):
-        verdicts = [judge(grade, response, each, finished, grader, extract) for each in answer]
+        verdicts = [judge(grade, response, each, finished, grader, extract, problem) for each in answer]
         rank = {"correct": 0, "invalid": 1, "wrong": 2}
         return min(verdicts, key=lambda verdict: rank[verdict.outcome])
-    named = {"grader": grader, "extract": extract, "finished": "" if finished else False}
+    named = {"grader": grader, "extract": extract, "problem": problem, "finished": "" if finished else False}
     options = {name: value for name, value in named.items() if value != ""}  # what is as usual a grader need not know
     try:
         verdict = grade(response, answer, **options)

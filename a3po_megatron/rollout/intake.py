@@ -26,6 +26,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RunFailed
 from ..ranks.agree import first
 from ..ranks.groups import Ranks
+from ..reward.grader import grader_of
 from ..reward.reward import score
 from ..run.journal import Journal
 from ..run.stop import Interrupt
@@ -236,7 +237,10 @@ def _answered(rollout: Rollout) -> Answered:
     """A prompt may have opened the thoughts that the response closes."""
     opened = THOUGHTS if rollout.prompt.text.rstrip().endswith(THOUGHTS) else ""
     prompt = rollout.prompt
-    return Answered(opened + rollout.text, prompt.answer, rollout.finish == "stop", prompt.grader)
+    problem = prompt.text if grader_of(prompt.grader).problem else ""
+    return Answered(
+        opened + rollout.text, prompt.answer, rollout.finish == "stop", grader=prompt.grader, problem=problem
+    )
 
 
 def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[str, Any]:
