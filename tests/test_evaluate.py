@@ -159,7 +159,7 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_pat
     def refusal(benchmarks: str, **wishes: object) -> str:
         asked = Wishes(tuple(benchmarks.split(",")), **wishes)  # type: ignore[arg-type]
         with pytest.raises(RequestError) as error:
-            plan_evaluation(source, config, CPU, asked, lambda name: tmp_path / name, pytest.fail)
+            plan_evaluation(source, config, CPU, asked, lambda name: tmp_path / name, lambda remark: None)
         return str(error.value)
 
     assert "--data (evaluation.data) names its folder" in refusal("gsm8k")
@@ -174,6 +174,8 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_pat
     assert "'code' is no grader: there are math" in refusal("humaneval", data=tmp_path)
     long = refusal(str(file), max_tokens=100_000)
     assert "more than the model's context" in long and "--max-tokens" in long
+    config = config_of(source, None, [*SMALL, "rollout.tensor=3", "parallel.data=3"])
+    assert "rollout.tensor = 3 does not divide" in refusal(str(file)) or "neither divides" in refusal(str(file))
     with pytest.raises(RequestError, match="neither an HF folder"):
         source_of(tmp_path)
     with pytest.raises(RequestError, match="there is no such folder"):

@@ -240,6 +240,7 @@ def _run(ranks: CaseRanks, learner: Learner, folder: Path, name: str, **checkpoi
     run._stop = Stop(learner.ranks, Interrupt())
     run._journal = Journal(folder / "journal", ranks.rank, "run")
     run._pending, run._saved, run._inputs = None, 0, {}
+    run._best = lambda: None
     return run
 
 
