@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +49,22 @@ def ask(
 
     Raises RequestError for a name, a file or a row that is wrong, and for options without effect.
     """
+
+    # Read once for each form of prompts: a tokenizer takes a second.
+    @functools.cache
+    def tokenizer_of(template: str) -> Tokenizer:
+        options = config.data.model_copy(update={"template": template})
+        return Tokenizer.of(options, tokenizer_folder, facts.vocab, facts.eos)
+
+    @functools.cache
+    def template_of_benchmarks() -> str:
+        return _template(config, tokenizer_folder)
+
     asked: list[Asked] = []
     for text in wishes.benchmarks:
         benchmark = benchmark_of(text, config)
         own = text == ARITHMETIC or kind_of(Path(text)) != ""
-        template = benchmark.template if own else _template(config, tokenizer_folder)
+        template = benchmark.template if own else template_of_benchmarks()
         dates = (wishes.release, wishes.window) if benchmark.dated or len(wishes.benchmarks) == 1 else ("", "")
         benchmark = benchmark.chosen(
             wishes.samples, wishes.max_tokens, *dates, template=template + _peculiar(config, template)
@@ -62,16 +74,7 @@ def ask(
         problems, file = _problems(text, benchmark, wishes, own, remark)
         for grader in dict.fromkeys(problem.grader for problem in problems):
             grader_of(grader)
-        options = config.data
-        tokenizer = Tokenizer(
-            tokenizer_folder,
-            facts.vocab,
-            facts.eos,
-            template,
-            template_file=options.template_file,
-            arguments=options.template_arguments,
-            system=options.system,
-        )
+        tokenizer = tokenizer_of(template)
         asked.append(
             Asked(
                 benchmark=benchmark.name,

@@ -27,7 +27,7 @@ from ..ranks.agree import first
 from ..ranks.groups import Ranks
 from ..reward.grader import grader_of
 from ..rollout.engine import Engine, Request
-from ..rollout.intake import Graders
+from ..rollout.intake import Graders, opened_thoughts
 from ..run.stop import Interrupt
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
@@ -187,7 +187,7 @@ class Evaluation:
 
 def _answers(asked: Asked, opened: _Open) -> list[Answered]:
     problem = opened.problem
-    thoughts = "<think>" if asked.prompts[opened.number].rstrip().endswith("<think>") else ""
+    thoughts = opened_thoughts(asked.prompts[opened.number])
     asks = problem.text if grader_of(problem.grader).problem else ""
     return [
         Answered(thoughts + each.text, problem.gold, each.finish == "stop", problem.grader, problem.extract, asks)

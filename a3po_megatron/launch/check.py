@@ -136,12 +136,17 @@ def _check_layout(settings: Settings, facts: ModelFacts) -> None:
     tensor = settings.rollout.tensor
     if facts.heads % tensor:
         raise RequestError(f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {facts.heads}")
+    check_cache(settings, facts, length)
+
+
+def check_cache(settings: Settings, facts: ModelFacts, length: int, of: str = "") -> None:
+    """Raises RequestError where the engine's cache does not hold one sequence of so many tokens; `of`: whose it is."""
     itemsize = 2 if settings.model.dtype == "bfloat16" else 4
     per_token = 2 * facts.layers * _engine_kv_heads(settings, facts) * facts.head_dim * itemsize
     if per_token * length > settings.rollout.kv_cache_bytes:
         raise RequestError(
             f"rollout.kv_cache_bytes = {settings.rollout.kv_cache_bytes} does not hold one sequence of {length} "
-            f"tokens: that takes {per_token * length} bytes"
+            f"tokens{of}: that takes {per_token * length} bytes"
         )
 
 

@@ -13,7 +13,6 @@ from ..data.prompts import Prompts
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
 from ..evaluate.training import asked_of_run, engine_length
-from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
@@ -21,6 +20,7 @@ from ..reward.function import function_of
 from ..reward.judge import longest_seconds
 from ..weights.load import check_checkpoint
 from . import environment
+from .check import check_cache
 
 
 def check_files(settings: Settings, backend: Backend) -> list[str]:
@@ -81,14 +81,7 @@ def _check_evaluation(settings: Settings, facts: ModelFacts, length: int) -> Non
             f"evaluation.benchmarks: their longest prompt and response have {length} tokens, more than the model's "
             f"context of {facts.max_positions}: evaluation.max_tokens asks for shorter responses"
         )
-    itemsize = 2 if settings.model.dtype == "bfloat16" else 4
-    heads = kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
-    needed = 2 * facts.layers * heads * facts.head_dim * itemsize * length
-    if needed > settings.rollout.kv_cache_bytes:
-        raise RequestError(
-            f"rollout.kv_cache_bytes = {settings.rollout.kv_cache_bytes} does not hold one sequence of {length} tokens "
-            f"of evaluation.benchmarks: that takes {needed} bytes"
-        )
+    check_cache(settings, facts, length, of=" of evaluation.benchmarks")
 
 
 def _check_extra(settings: Settings, facts: ModelFacts, backend: Backend) -> None:

@@ -233,10 +233,14 @@ def _submitted(graders: Graders, group: Group) -> _Grading:
     return group, graders.submit([_answered(rollout) for rollout in group.rollouts])
 
 
+def opened_thoughts(prompt: str) -> str:
+    """What belongs before a response: a prompt may have opened the thoughts that it closes."""
+    return THOUGHTS if prompt.rstrip().endswith(THOUGHTS) else ""
+
+
 def _answered(rollout: Rollout) -> Answered:
-    """A prompt may have opened the thoughts that the response closes."""
-    opened = THOUGHTS if rollout.prompt.text.rstrip().endswith(THOUGHTS) else ""
     prompt = rollout.prompt
+    opened = opened_thoughts(prompt.text)
     problem = prompt.text if grader_of(prompt.grader).problem else ""
     return Answered(
         opened + rollout.text, prompt.answer, rollout.finish == "stop", grader=prompt.grader, problem=problem
