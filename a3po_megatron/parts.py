@@ -16,6 +16,7 @@ from .batch import Batch, Collected
 from .config import Settings
 from .data.prompts import Prompts
 from .data.tokenizer import Tokenizer
+from .evaluate.request import graders_in
 from .evaluate.sampling import Evaluation
 from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
@@ -25,6 +26,8 @@ from .model.facts import ModelFacts
 from .model.read import read_facts
 from .ranks.groups import Ranks
 from .residency import Residency
+from .reward.graders import chosen
+from .reward.sandbox.choose import check_sandbox
 from .rollout.engine import local_experts
 from .rollout.intake import Graders, Intake
 from .rollout.vllm_engine import VllmEngine
@@ -86,6 +89,8 @@ def build(
     tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, settings.rollout.max_prompt_tokens)
     asked = asked_of_run(settings, facts, lambda text: None)  # a launcher has said what there is to say
+    if "code" in {*prompts.graders, *graders_in(asked)}:
+        check_sandbox(chosen(settings.sandbox))  # on this machine, which the launcher's need not be
     length = engine_length(settings, asked, tokenizer.counts_of)
     # The engine first: it wants an empty device, and building it disturbs process-wide state.
     with phase(Phase.ENGINE):

@@ -60,7 +60,7 @@ def _run(folder: Path, loop: Loop, build: Build | None) -> None:
     CLOCK.seconds[Phase.IMPORTS] = environment.since_start()
     check_hardware(settings.learner.precision, find_hardware())  # a job's launcher may be on another node, or outside
     check_interfaces()
-    with graders_of(settings.reward, settings.grader_pool) as graders:
+    with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
         with phase(Phase.GROUPS):
             ranks = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
         watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start

@@ -484,13 +484,16 @@ CHANGES: dict[str, Any] = {
 
 def test_a_version_changes_with_every_part_of_the_protocol() -> None:
     base = BENCHMARKS["aime24"]
-    assert {*CHANGES, "dated", "release", "window"} == {field.name for field in dataclasses.fields(Benchmark)}
+    assert {*CHANGES, "dated", "release", "window", "limits"} == {field.name for field in dataclasses.fields(Benchmark)}
     versions = [dataclasses.replace(base, **{name: value}).version for name, value in CHANGES.items()]
     assert len({base.version, *versions}) == 1 + len(CHANGES)
     assert re.fullmatch(r"aime24-[0-9a-f]{8}", base.version)
     assert base.chosen(samples=8).protocol() == base.protocol() | {"n": 8}
     assert base.chosen(samples=8).version != base.version == base.chosen(samples=32).version
     assert json.loads(json.dumps(base.protocol())) == base.protocol()
+    assert base.chosen(limits="10 s").version == base.version  # no program is graded
+    code = BENCHMARKS["humaneval"]
+    assert code.chosen(limits="10 s").protocol() == code.protocol() | {"limits": "10 s"}
     with pytest.raises(RequestError, match="--samples 0: at least 1"):
         base.chosen(samples=0)
 

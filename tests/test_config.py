@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -252,16 +253,21 @@ def test_an_option_that_was_renamed_answers_with_its_new_name(folder: Path, old:
 def test_a_section_that_may_be_several_is_its_first_where_no_name_is_given_and_takes_no_others_options(
     folder: Path, section: str
 ) -> None:
-    first, second = kinds(section)
-    names = [kind.model_fields["name"].default for kind in (first, second)]
-    assert getattr(read(folder, {}), section) == first()
-    assert getattr(read(folder, {f"{section}.name": names[1]}), section) == second()
-    assert f"{section}.name: Input should be '{names[0]}' or '{names[1]}' (got 'x')" in refusal(
-        write(folder, LEAST), f"{section}.name=x"
-    )
-    for name, mine, theirs in ((names[0], first, second), (names[1], second, first)):
+    several = {kind.model_fields["name"].default: kind for kind in kinds(section)}
+    assert getattr(read(folder, {}), section) == kinds(section)[0]()
+    wanted = {
+        name: {option: "http://host" for option, field in kind.model_fields.items() if field.is_required()}
+        for name, kind in several.items()
+    }
+    for name, kind in several.items():
+        chosen = {f"{section}.{option}": value for option, value in {"name": name, **wanted[name]}.items()}
+        assert getattr(read(folder, chosen), section) == kind(**wanted[name])
+    choices = " or ".join(f"'{name}'" for name in several)
+    assert f"{section}.name: Input should be {choices} (got 'x')" in refusal(write(folder, LEAST), f"{section}.name=x")
+    for (name, mine), (_, theirs) in itertools.permutations(several.items(), 2):
         for option in theirs.model_fields.keys() - mine.model_fields.keys():
-            path = write(folder, LEAST | {f"{section}.name": name, f"{section}.{option}": 1})
+            own = {f"{section}.{name}": value for name, value in wanted[name].items()}
+            path = write(folder, LEAST | own | {f"{section}.name": name, f"{section}.{option}": 1})
             assert f"{section}.{option} has no effect, because {section}.name is {name}" in refusal(path)
 
 

@@ -24,6 +24,7 @@ from a3po_megatron.evaluate.result import Result, read
 from a3po_megatron.files.run_folder import RunFolder, step_files
 from a3po_megatron.launch.evaluate import config_of, make_evaluation, plan_evaluation, source_of
 from a3po_megatron.ranks.backend import CPU
+from a3po_megatron.reward.sandbox import choose
 from a3po_megatron.run.journal import read_frames
 from tests.distributed import cases_evaluate as cases
 from tests.harness import interrupted_runs as tools
@@ -151,7 +152,9 @@ def test_the_greedy_answers_are_those_of_transformers(file: Path, tmp_path: Path
         assert {sample.text for sample in each.samples} == {text}
 
 
-def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_evaluated_is_refused_with_what_to_do(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, folder = source_of(MODEL)
     assert folder.parent == Path("evaluations") and folder.name.startswith("tiny-arithmetic-")
     config = config_of(source, None, SMALL)
@@ -171,7 +174,9 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(file: Path, tmp_pat
     (tmp_path / "humaneval.jsonl").write_text(
         json.dumps({"task_id": "0", "prompt": "def f():", "test": "def check(f): f()", "entry_point": "f"}) + "\n"
     )
-    assert "'code' is no grader: there are math" in refusal("humaneval", data=tmp_path)
+    monkeypatch.setattr(choose, "why_not", lambda kind: "not here")
+    choose.sandbox_of.cache_clear()
+    assert "sandbox.name = auto: no sandbox holds here" in refusal("humaneval", data=tmp_path, max_tokens=16)
     long = refusal(str(file), max_tokens=100_000)
     assert "more than the model's context" in long and "--max-tokens" in long
     config = config_of(source, None, [*SMALL, "rollout.tensor=3", "parallel.data=3"])

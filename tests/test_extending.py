@@ -118,7 +118,7 @@ def test_a_grader_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grade("not two words", "2", grader="words") == Verdict("wrong", "3 words")
     assert grade("two words", "2", grader="words", finished=False) == Verdict("wrong", "cut off")
     assert grade("two words", "two", grader="words").outcome == "invalid"
-    with pytest.raises(RequestError, match="no grader: there are math, choice, numeric, judge, function, words"):
+    with pytest.raises(RequestError, match="no grader: there are math, choice, numeric, code, judge, function, words"):
         grade("", "", grader="word")
 
 

@@ -49,7 +49,7 @@ def submit(
     from ..launch.check_files import check_files
     from ..ranks.backend import backend_of
 
-    remarks = [remark for run in plan.runs for remark in check_files(run, backend_of(run.cluster.device))]
+    remarks = [remark for run in plan.runs for remark in check_files(run, backend_of(run.cluster.device), here=False)]
     if evaluate:
         from ..launch.evaluate import check_benchmarks
 

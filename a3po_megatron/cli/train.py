@@ -31,7 +31,7 @@ def train(
     rendezvous(wanted.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(wanted)
     settings = settle(wanted, backend)
-    for remark in check_files(settings, backend):
+    for remark in check_files(settings, backend, here=True):
         print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)
     with prepare_folder(folder, settings) as lock:

@@ -23,6 +23,7 @@ from .resolve import resolve
 from .resume import lasting, unlike
 from .reward import GraderPoolOptions, LocalPool, RayPool, RewardOptions
 from .rollout import RolloutOptions, RolloutSettings
+from .sandbox import AutoSandbox, RemoteSandbox, SandboxOptions
 from .sections import Config, Settings
 from .telemetry import TelemetryOptions
 from .train import TrainerOptions
@@ -32,6 +33,7 @@ __all__ = [
     "ARITHMETIC",
     "AdamOptions",
     "AdvantageOptions",
+    "AutoSandbox",
     "CheckpointOptions",
     "ClusterOptions",
     "Config",
@@ -55,9 +57,11 @@ __all__ = [
     "PublishOptions",
     "PublishSettings",
     "RayPool",
+    "RemoteSandbox",
     "RewardOptions",
     "RolloutOptions",
     "RolloutSettings",
+    "SandboxOptions",
     "Schedule",
     "Settings",
     "SgdOptions",

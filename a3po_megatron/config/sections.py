@@ -23,6 +23,7 @@ from .learner import AdamOptions, ConstantSchedule, LearnerOptions, LearnerSetti
 from .model import MegatronOptions, ModelOptions, ModelSettings
 from .reward import GraderPoolOptions, LocalPool, RewardOptions
 from .rollout import RolloutOptions, RolloutSettings
+from .sandbox import AutoSandbox, SandboxOptions
 from .section import Section, option
 from .slurm import SlurmOptions, SlurmSettings
 from .telemetry import TelemetryOptions
@@ -42,6 +43,7 @@ class Config(Section):
     rollout: RolloutOptions = RolloutOptions()
     reward: RewardOptions = RewardOptions()
     grader_pool: GraderPoolOptions = LocalPool()
+    sandbox: SandboxOptions = AutoSandbox()
     advantage: AdvantageOptions = AdvantageOptions()
     shaping: Shaping = ShapingOptions()
     objective: ObjectiveOptions = ObjectiveOptions()

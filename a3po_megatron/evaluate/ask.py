@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..config import ARITHMETIC, Config
+from ..config import ARITHMETIC, Config, SandboxOptions
 from ..data.tokenizer import Tokenizer, has_chat_template
 from ..errors import RequestError
 from ..files.hashed import digest_of
@@ -67,7 +67,11 @@ def ask(
         template = benchmark.template if own else template_of_benchmarks()
         dates = (wishes.release, wishes.window) if benchmark.dated or len(wishes.benchmarks) == 1 else ("", "")
         benchmark = benchmark.chosen(
-            wishes.samples, wishes.max_tokens, *dates, template=template + _peculiar(config, template)
+            wishes.samples,
+            wishes.max_tokens,
+            *dates,
+            template=template + _peculiar(config, template),
+            limits=_limits(config.sandbox),
         )
         if benchmark.name in (each.benchmark for each in asked):
             raise RequestError(f"--benchmark {text}: {benchmark.name} is asked for twice")
@@ -113,6 +117,12 @@ def _template(config: Config, tokenizer_folder: Path) -> str:
     """How a benchmark's own words become a prompt: as a turn of the chat that the model knows, or as they are."""
     chat = config.data.template == "chat" and (config.data.template_file or has_chat_template(tokenizer_folder))
     return "chat" if chat else "raw"
+
+
+def _limits(options: SandboxOptions) -> str:
+    """Whatever sandbox a program runs in, and on a server what we can tell it."""
+    names = ("cpu_seconds", "wall_seconds", "memory_bytes", "threads", "import_from")
+    return json.dumps({name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def _peculiar(config: Config, template: str) -> str:

@@ -74,12 +74,14 @@ class Benchmark:
     dated: bool = False  # a number needs a release and a window of dates
     release: str = ""
     window: str = ""  # FROM:TO, both inclusive
+    limits: str = ""  # of a program, where programs are graded (the section `sandbox`)
 
     def protocol(self) -> dict[str, Any]:
         """Returns all that a number depends on beside the file, the seed and the model, as plain JSON."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= {"reading": self.reading.__name__, "layouts": [list(layout) for layout in self.layouts]}
-        idle = () if self.dated else ("dated", "release", "window")
+        idle: tuple[str, ...] = () if self.dated else ("dated", "release", "window")
+        idle += () if self.limits else ("limits",)
         return {name: value for name, value in fields.items() if name not in idle}
 
     @property
@@ -95,8 +97,10 @@ class Benchmark:
         release: str = "",
         window: str = "",
         template: str = "",
+        limits: str = "",
     ) -> Benchmark:
-        """Returns the benchmark as options have it: another n or length, release and window of dates, form of prompts.
+        """Returns the benchmark as options have it: another n or length, release and window of dates, form of prompts,
+        limits of programs.
 
         Raises RequestError for an option without effect, and where a benchmark that needs dates has none.
         """
@@ -120,6 +124,7 @@ class Benchmark:
             release=release,
             window=window,
             template=template or self.template,
+            limits=limits if self.grader == "code" else "",
         )
 
 

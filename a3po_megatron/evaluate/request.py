@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,11 @@ class Asked:
     def seed_of(self, problem: Problem, sample: int) -> int:
         """Returns the seed of one sample: no engine, order or restart changes it, nor how many others there are."""
         return named_seed("evaluation", self.seed, self.benchmark, problem.id, sample)
+
+
+def graders_in(asked: Iterable[Asked]) -> set[str]:
+    """Returns the names of what grades the answers."""
+    return {problem.grader for each in asked for problem in each.problems}
 
 
 @dataclass(frozen=True)

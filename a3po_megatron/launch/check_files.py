@@ -12,20 +12,26 @@ from ..config import Settings
 from ..data.prompts import Prompts
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
+from ..evaluate.request import graders_in
 from ..evaluate.training import asked_of_run, engine_length
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
 from ..reward.function import function_of
+from ..reward.graders import chosen
 from ..reward.judge import longest_seconds
+from ..reward.sandbox.choose import check_sandbox
 from ..weights.load import check_checkpoint
 from . import environment
 from .check import check_cache
 
 
-def check_files(settings: Settings, backend: Backend) -> list[str]:
+def check_files(settings: Settings, backend: Backend, *, here: bool) -> list[str]:
     """Remarks on the run's data. Raises RequestError with one clear message if the run could not go on with what it
-    reads."""
+    reads.
+
+    here: it is to run on this machine, so that its sandbox is tried here
+    """
     model = Path(settings.model.path)
     facts = read_facts(model)
     check_checkpoint(model, facts)
@@ -35,6 +41,8 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     _check_function(settings, prompts)
     _check_judge(settings, prompts)
     asked = asked_of_run(settings, facts, prompts.remarks.append)
+    if "code" in {*prompts.graders, *graders_in(asked)}:
+        _check_sandbox(settings, here)
     _check_evaluation(settings, facts, engine_length(settings, asked, tokenizer.counts_of))
     _check_extra(settings, facts, backend)
     return prompts.remarks
@@ -59,6 +67,17 @@ def _check_judge(settings: Settings, prompts: Prompts) -> None:
             "(reward.judge_timeout_seconds, judge_retries), and what takes longer than the pool allows counts as "
             "wrong: raise it, or lower these"
         )
+
+
+def _check_sandbox(settings: Settings, here: bool) -> None:
+    limit, longest = settings.grader_pool.timeout_seconds, settings.sandbox.wall_seconds
+    if limit <= longest:
+        raise RequestError(
+            f"grader_pool.timeout_seconds = {limit:g}, but a program may run for {longest:g} s "
+            "(sandbox.wall_seconds), and rows have the grader `code`: raise it to what all tests of a response may take"
+        )
+    if here:
+        check_sandbox(chosen(settings.sandbox))
 
 
 def _check_function(settings: Settings, prompts: Prompts) -> None:

@@ -21,7 +21,7 @@ from ..convert.convert import newest_checkpoint
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
 from ..evaluate.ask import Wishes, ask
-from ..evaluate.request import Asked, Request, Source, write_request
+from ..evaluate.request import Asked, Request, Source, graders_in, write_request
 from ..files.lock import hold
 from ..files.run_folder import RunFolder, step_folder, step_of
 from ..files.side_files import HF
@@ -29,10 +29,13 @@ from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
 from ..ranks.topology import topology_of
+from ..reward.graders import chosen
+from ..reward.sandbox.choose import check_sandbox
 from ..run.folder import save_resolved
 from .check import settle
 
 PROGRAM = ("-m", "a3po_megatron.serve")
+PROGRAM_SECONDS = 180.0  # that all tests of one response may take, at least
 LONGEST = 8  # sequences of full length that the engine's cache has room for, at least
 
 
@@ -100,11 +103,16 @@ def plan_evaluation(
         "max_prompt_tokens": prompt,
         "kv_cache_bytes": max(config.rollout.kv_cache_bytes, LONGEST * per_token * (prompt + response)),
     }
+    pool = config.grader_pool
+    if "code" in graders_in(asked):
+        check_sandbox(chosen(config.sandbox))
+        pool = pool.model_copy(update={"timeout_seconds": max(pool.timeout_seconds, PROGRAM_SECONDS)})
     world = topology_of(config.parallel, config.rollout.tensor).world
     changed = config.model_copy(
         update={
             "parallel": ParallelOptions(data=min(world, backend.visible() or world)),  # nothing is cut but engines
             "rollout": config.rollout.model_copy(update=rollout | {"data": None}),
+            "grader_pool": pool,
             "reward": config.reward.model_copy(update={"overlong_tokens": 0}),
         }
     )

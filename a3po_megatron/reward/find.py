@@ -65,16 +65,9 @@ class Found:
 
 def find(response: str, extract: str, finished: bool) -> Found:
     """What may be the answer of `response` by the rules of `extract` (boxed, answer, any)."""
-    text = _SPECIAL.sub(" ", response)
-    ends = list(_THOUGHT_ENDS.finditer(text))
-    text = text[ends[-1].end() :] if ends else text
-    begun = list(_THOUGHT_BEGINS.finditer(text))
-    if begun:
-        text = text[: begun[0].start()]
-        if not text.strip():
-            return Found(why="cut off in its thoughts")
-    if ends and not text.strip():
-        return Found(why="nothing behind its thoughts")
+    text, why = without_thoughts(_SPECIAL.sub(" ", response))
+    if why:
+        return Found(why=why)
     if extract in ("any", "answer") and (tags := _TAG.findall(text)):
         inside = tags[-1].strip()
         run, _ = boxes(inside)
@@ -99,6 +92,20 @@ def find(response: str, extract: str, finished: bool) -> Found:
     if not finished:
         return Found(why="cut off before it named an answer")
     return Found(tail=text[-MAX_TAIL_CHARS:])
+
+
+def without_thoughts(text: str) -> tuple[str, str]:
+    """Returns what is no thought, and why there is nothing: empty, or there is something."""
+    ends = list(_THOUGHT_ENDS.finditer(text))
+    text = text[ends[-1].end() :] if ends else text
+    begun = list(_THOUGHT_BEGINS.finditer(text))
+    if begun:
+        text = text[: begun[0].start()]
+        if not text.strip():
+            return "", "cut off in its thoughts"
+    if ends and not text.strip():
+        return "", "nothing behind its thoughts"
+    return text, ""
 
 
 def _listed(run: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ class Grader:
     module: str  # within this room; it has `grade`
     gold: str  # what its gold answer is, for people
     extracts: tuple[str, ...] = ("any", "boxed", "answer")  # where it may look for the answer; (): it has one way
-    options: tuple[str, ...] = ()  # of the section `reward` that it takes
+    options: tuple[str, ...] = ()  # of the section `reward` that it takes, and `sandbox`: that whole section
     problem: bool = False  # it is told the problem, too
 
 
@@ -34,6 +34,7 @@ GRADERS = {
     "math": Grader("math", "a number, formula, set, … in LaTeX or plain"),
     "choice": Grader("choice", "the letter of an option"),
     "numeric": Grader("numeric", 'a number, or {"value": text, "tolerance": number}'),
+    "code": Grader("code", "JSON text with its tests (reward/code.py)", extracts=(), options=("sandbox",)),
     "judge": Grader("judge", "a reference answer, in words", extracts=(), options=JUDGE, problem=True),
     "function": Grader("function", "what a function of your own takes", extracts=(), options=("function",)),
 }
@@ -55,7 +56,7 @@ def grade(
     extract: str = "any",
     finished: bool = True,
     problem: str = "",
-    **options: Any,  # of the section `reward`, that graders take
+    **options: Any,  # of the settings, that graders take
 ) -> Verdict:
     """The verdict of the grader of that name. Raises RequestError for a name that is none."""
     row = grader_of(grader)

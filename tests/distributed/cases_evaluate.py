@@ -39,7 +39,7 @@ def evaluates(ranks: CaseRanks) -> str:
     folder = Path(os.environ[FOLDER])
     settings = load_resolved(RunFolder(folder).config)
     interrupt = AfterSteps(int(os.environ[STEPS])) if STEPS in os.environ else Interrupt()
-    with graders_of(settings.reward, settings.grader_pool) as graders:
+    with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
         made = ranks.arrange(**settings.parallel.model_dump(), engine_ranks=settings.rollout.tensor)
         try:
             serve(build_serving(folder, settings, made, graders, interrupt=interrupt))

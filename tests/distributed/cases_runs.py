@@ -24,7 +24,7 @@ def trains(ranks: CaseRanks) -> None:
     draws = os.environ.get("A3PO_TEST_DRAWS", "1") == "1"  # as interrupted_runs.environment has it
     take_out = install_draws() if draws else lambda: None
     try:
-        with graders_of(settings.reward, settings.grader_pool) as graders:
+        with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
             layout = settings.parallel.model_dump()
             made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
             train(build(folder, settings, made, graders, interrupt=Interrupt()))

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from ...reward.sandbox.choose import AUTO, why_not
 from .probe import installed, output, run
 
 SECONDS = 10
@@ -16,7 +17,7 @@ SHOWN = 160  # characters of what a program complains of
 
 def rows() -> list[tuple[str, str]]:
     """One row a program."""
-    return [("GPU", gpu()), ("Slurm", slurm()), ("Ray", ray()), ("bubblewrap", bubblewrap()), ("ninja", ninja())]
+    return [("GPU", gpu()), ("Slurm", slurm()), ("Ray", ray()), ("sandbox", sandbox()), ("ninja", ninja())]
 
 
 def gpu() -> str:
@@ -49,12 +50,14 @@ def ray() -> str:
     return f"{version}; no cluster is named (RAY_ADDRESS): launchers/ray_cluster.py brings one up in a job"
 
 
-def bubblewrap() -> str:
-    code, version = ask("bwrap", "--version")
-    if code is None:
-        return "not installed: no sandbox for code (maths needs none)"
-    code, said = ask("bwrap", "--ro-bind", "/", "/", "--unshare-all", "true")
-    return short(version) if code == 0 else f"{short(version)}, but it may make no sandbox here: {short(said)}"
+def sandbox() -> str:
+    """Which of this machine's sandboxes hold, as tried; what `sandbox.name: auto` takes stands first."""
+    reasons = {kind: why_not(kind) for kind in AUTO}
+    kinds = [kind for kind, why in reasons.items() if not why]
+    told = "; ".join(f"{kind} does not hold: {short(why)}" for kind, why in reasons.items() if why)
+    if not kinds:
+        return f"none for programs of models (maths needs none): {told}"
+    return f"{' and '.join(kinds)}{' hold' if len(kinds) > 1 else ' holds'}" + (f"; {told}" if told else "")
 
 
 def ninja() -> str:
