@@ -1,19 +1,26 @@
-"""How many answers a second are graded, by kind, beside math-verify alone: docs/evidence/reward_bench.json.
+"""How many answers a second are graded, by kind, beside math-verify alone; how long a sandbox takes to start:
+docs/evidence/reward_bench.json.
 
     python tools/bench_reward.py [--answers 300] [--kinds integer,fraction]
 
 Each kind has as many answers as asked for, all different, half of them right. The pool has 1 and then 2 workers; its
 start is not counted. math-verify parses gold and response and verifies them, in this process and without a time limit:
 as fast as it can be. Right: how many of the verdicts are as they should be.
+
+Of sandboxes: milliseconds from a program that does nothing to how it ended, beside those of the same interpreter
+without any, and from a response to the verdict of tests that call it once (medians).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import random
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,8 +29,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from a3po_megatron.reward import code  # noqa: E402
 from a3po_megatron.reward.math import grade  # noqa: E402
 from a3po_megatron.reward.pool import GraderPool  # noqa: E402
+from a3po_megatron.reward.sandbox.choose import AUTO, sandbox_of, why_not  # noqa: E402
+from a3po_megatron.reward.sandbox.program import Chosen, Program  # noqa: E402
 
 EVIDENCE = ROOT / "docs/evidence/reward_bench.json"
 TIMEOUT, MEMORY = 30.0, 2 << 30
@@ -111,9 +121,37 @@ def of_math_verify(made: list[tuple[str, str, bool]]) -> tuple[float, float]:
     return len(made) / (time.perf_counter() - begin), agree / len(made)
 
 
+def milliseconds(call: Callable[[], object], times: int) -> float:
+    """The median of so many calls, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return round(1000 * statistics.median(seconds), 1)
+
+
+def of_sandboxes(times: int) -> dict[str, dict[str, float]]:
+    """{name: {start_ms, verdict_ms}} of those that hold here; `python` is the interpreter without any."""
+    bare = [os.path.realpath(sys.executable), "-I", "-S", "-c", "pass"]
+    table = {"python": {"start_ms": milliseconds(lambda: subprocess.run(bare, check=True), times)}}
+    gold = json.dumps({"kind": "asserts", "tests": ["assert double(2) == 4"]})
+    for name in AUTO:
+        if not why_not(name):
+            chosen = Chosen(name)
+            start = functools.partial(sandbox_of(chosen).run, Program("pass"))
+            verdict = functools.partial(
+                code.grade, "```python\ndef double(x):\n    return 2 * x\n```", gold, sandbox=chosen
+            )
+            table[name] = {"start_ms": milliseconds(start, times), "verdict_ms": milliseconds(verdict, times)}
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=300, help="of each kind")
+    parser.add_argument("--starts", type=int, default=50, help="of each sandbox")
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     options = parser.parse_args()
     kinds = options.kinds.split(",")
@@ -131,8 +169,14 @@ def main() -> None:
             name: {"per_second": round(rate, 1), "right": round(right, 3)}
             for name, (rate, right) in {"math_verify": theirs, "one_worker": one, "two_workers": two}.items()
         }
+    sandboxes = of_sandboxes(options.starts)
+    print("\nmilliseconds: the start and end of an empty program; a verdict of tests")
+    for name, row in sandboxes.items():
+        print(f"{name:12}{row['start_ms']:10.1f}{row.get('verdict_ms', float('nan')):10.1f}")
     machine = {"python": platform.python_version(), "cpus": len(os.sched_getaffinity(0))}
-    EVIDENCE.write_text(json.dumps({"answers": options.answers, **machine, "kinds": table}, indent=1) + "\n")
+    EVIDENCE.write_text(
+        json.dumps({"answers": options.answers, **machine, "kinds": table, "sandboxes": sandboxes}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

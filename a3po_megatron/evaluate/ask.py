@@ -11,14 +11,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ..config import ARITHMETIC, Config, SandboxOptions
+from ..config import ARITHMETIC, Config
 from ..data.tokenizer import Tokenizer, has_chat_template
 from ..errors import RequestError
 from ..files.hashed import digest_of
 from ..files.sources import kind_of
 from ..model.facts import ModelFacts
 from ..reward.grader import grader_of
-from .benchmarks import Benchmark, benchmark_of
+from .benchmarks import Benchmark, benchmark_of, limits_of
 from .problems import Problem, arithmetic_problems, file_of, problems_of
 from .request import Asked
 from .result import File
@@ -71,7 +71,7 @@ def ask(
             wishes.max_tokens,
             *dates,
             template=template + _peculiar(config, template),
-            limits=_limits(config.sandbox),
+            limits=limits_of(config.sandbox),
         )
         if benchmark.name in (each.benchmark for each in asked):
             raise RequestError(f"--benchmark {text}: {benchmark.name} is asked for twice")
@@ -117,12 +117,6 @@ def _template(config: Config, tokenizer_folder: Path) -> str:
     """How a benchmark's own words become a prompt: as a turn of the chat that the model knows, or as they are."""
     chat = config.data.template == "chat" and (config.data.template_file or has_chat_template(tokenizer_folder))
     return "chat" if chat else "raw"
-
-
-def _limits(options: SandboxOptions) -> str:
-    """Whatever sandbox a program runs in, and on a server what we can tell it."""
-    names = ("cpu_seconds", "wall_seconds", "memory_bytes", "threads", "import_from")
-    return json.dumps({name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def _peculiar(config: Config, template: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ..config import ARITHMETIC, Config
+from ..config import ARITHMETIC, AutoSandbox, Config, SandboxOptions
 from ..data.fields import LAYOUTS
 from ..data.tokenizer import TEMPLATES
 from ..errors import RequestError
@@ -128,6 +128,14 @@ class Benchmark:
         )
 
 
+def limits_of(options: SandboxOptions) -> str:
+    """Returns the limits of programs as a part of the protocol, whatever sandbox they run in; a server's own ones but
+    for the time are not known."""
+    names = ("cpu_seconds", "wall_seconds", "memory_bytes", "threads", "import_from")
+    return json.dumps({name: getattr(options, name) for name in names if hasattr(options, name)})
+
+
+USUAL_LIMITS = limits_of(AutoSandbox())
 BENCHMARKS: dict[str, Benchmark] = {
     each.name: each
     for each in (
@@ -162,6 +170,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             prompt=STDIN,
             starter_prompt=STARTER,
             grader="code",
+            limits=USUAL_LIMITS,
             extract="",
             reading=live_code,
             dated=True,
@@ -173,6 +182,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             problems=164,
             prompt=FUNCTION,
             grader="code",
+            limits=USUAL_LIMITS,
             extract="",
             max_tokens=8192,
             reading=rows.check_function,
@@ -184,6 +194,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             problems=500,
             prompt=TASK,
             grader="code",
+            limits=USUAL_LIMITS,
             extract="",
             max_tokens=8192,
             reading=rows.asserts,

@@ -1,0 +1,74 @@
+"""A run whose rows are graded in different ways: maths by value, programs in a sandbox."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.reward import grader
+from a3po_megatron.reward.sandbox.choose import AUTO, why_not
+from a3po_megatron.reward.sandbox.program import Chosen
+from tests.harness import interrupted_runs as tools
+from tests.harness.tiny_models import make_checkpoint
+
+RIGHT = "\n```python\ndef double(x):\n    return 2 * x\n```\n"
+WRONG = "\n```python\ndef double(x):\n    return 3 * x\n```\n"
+# Few words, each of which is a whole answer: what a random model says is right now and then.
+WORDS = ("<pad>", "<eos>", "<unk>", RIGHT, WRONG, "\\boxed{4}", "\\boxed{5}", " ")
+DOUBLE = {"kind": "asserts", "tests": ["assert double(4) == 8", "assert double('ab') == 'abab'"]}
+
+
+def make_model(folder: Path) -> Path:
+    make_checkpoint(folder, vocab_size=len(WORDS))
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(all(map(why_not, AUTO)), reason="no sandbox holds here")
+def test_one_run_trains_on_maths_and_on_code(tmp_path: Path) -> None:
+    model, golds = make_model(tmp_path / "model"), {"maths": "4", "code": json.dumps(DOUBLE)}
+    rows = [
+        {
+            "problem": f"{kind} {number}",
+            "id": f"{kind}{number}",
+            "grader": {"maths": "math"}.get(kind, kind),
+            "answer": gold,
+        }
+        for number in range(6)
+        for kind, gold in golds.items()
+    ]
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tools.trained_here(
+        tmp_path / "run",
+        *tools.LAYOUTS["tp2"],
+        *(f"model.path={model}", f"data.path={tmp_path}/mixed.jsonl", "data.grader_field=grader"),
+        *("trainer.steps=3", "trainer.rollouts_per_prompt=8", "rollout.max_tokens=3", "reward.extract=any"),
+        *("grader_pool.timeout_seconds=60", "sandbox.wall_seconds=30"),
+    )
+    metrics = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [0, 1, 2]
+    assert all(row["reward/invalid_rate"] == 0 and row["rollout/kept_groups"] > 0 for row in metrics)
+    outcomes = set()
+    for rollout in (each for step in tools.rollouts_of(tmp_path / "run").values() for each in step):
+        kind, text = (
+            rollout["prompt_id"].strip("@")[:4].replace("math", "maths"),
+            "".join(WORDS[token] for token in rollout["tokens"]),
+        )
+        text, finished = text.replace("<eos>", "").replace("<pad>", ""), rollout["finish"] == "stop"
+        name = "math" if kind == "maths" else "code"
+        alone = grader.grade(text, golds[kind], grader=name, sandbox=Chosen(), finished=finished)
+        assert rollout["outcome"] == alone.outcome, (text, alone)
+        outcomes.add((kind, alone.outcome))
+        if rollout["accepted"]:
+            assert (rollout["advantage"] > 0) == (alone.outcome == "correct")
+    assert outcomes == {(kind, outcome) for kind in golds for outcome in ("correct", "wrong")}
