@@ -203,7 +203,9 @@ def build_serving(
     """Builds the parts of an evaluation, but for what only learns. Collective."""
     model = Path(settings.model.path)
     facts = read_facts(model)
-    tokenizer = Tokenizer.of(settings.data, model, facts.vocab, facts.eos)
+    # Prompts come rendered (evaluate/ask.py): the model need not have the template of training.
+    raw = settings.data.model_copy(update={"template": "raw"})
+    tokenizer = Tokenizer.of(raw, model, facts.vocab, facts.eos)
     with phase(Phase.ENGINE):
         engine = engine_of(model, facts, tokenizer.stops, settings.rollout, DTYPES[settings.model.dtype], ranks.backend)
     sequences = settings.rollout.max_sequences
