@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -252,14 +253,13 @@ def test_an_option_that_was_renamed_answers_with_its_new_name(folder: Path, old:
 def test_a_section_that_may_be_several_is_its_first_where_no_name_is_given_and_takes_no_others_options(
     folder: Path, section: str
 ) -> None:
-    first, second = kinds(section)
-    names = [kind.model_fields["name"].default for kind in (first, second)]
-    assert getattr(read(folder, {}), section) == first()
-    assert getattr(read(folder, {f"{section}.name": names[1]}), section) == second()
-    assert f"{section}.name: Input should be '{names[0]}' or '{names[1]}' (got 'x')" in refusal(
-        write(folder, LEAST), f"{section}.name=x"
-    )
-    for name, mine, theirs in ((names[0], first, second), (names[1], second, first)):
+    several = {kind.model_fields["name"].default: kind for kind in kinds(section)}
+    assert getattr(read(folder, {}), section) == kinds(section)[0]()
+    for name, kind in several.items():
+        assert getattr(read(folder, {f"{section}.name": name}), section) == kind()
+    choices = " or ".join(f"'{name}'" for name in several)
+    assert f"{section}.name: Input should be {choices} (got 'x')" in refusal(write(folder, LEAST), f"{section}.name=x")
+    for (name, mine), (_, theirs) in itertools.permutations(several.items(), 2):
         for option in theirs.model_fields.keys() - mine.model_fields.keys():
             path = write(folder, LEAST | {f"{section}.name": name, f"{section}.{option}": 1})
             assert f"{section}.{option} has no effect, because {section}.name is {name}" in refusal(path)
@@ -370,6 +370,8 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.grader_field", "grader", {"data.path": "builtin:arithmetic"}),
     ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
     ("shaping.source", "rollout", {"shaping.metric": "entropy"}),
+    ("process.weight", 0.0, {"process.name": "spans"}),
+    ("process.weight", 0.0, {"process.name": "to_go"}),
     ("data.drop_long_prompts", True, {"data.path": "builtin:arithmetic"}),
     ("data.duplicates", "error", {"data.path": "builtin:arithmetic"}),
     ("data.conflicts", "drop", {"data.path": "builtin:arithmetic"}),
@@ -406,6 +408,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
         f"evaluation.{name}": {"evaluation.every_steps": 10}
         for name in ("benchmarks", "data", "samples", "max_tokens", "release", "window", "keep_best")
     },
+    "process.weight": {"process.name": "spans", "process.polarity": "tokens"},
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
     "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }

@@ -9,7 +9,9 @@ from pydantic import Field
 from .algorithm import (
     AdvantageOptions,
     Correction,
+    NoProcess,
     ObjectiveOptions,
+    Process,
     ResolvedShaping,
     Shaping,
     ShapingOptions,
@@ -43,6 +45,7 @@ class Config(Section):
     reward: RewardOptions = RewardOptions()
     grader_pool: GraderPoolOptions = LocalPool()
     advantage: AdvantageOptions = AdvantageOptions()
+    process: Process = NoProcess()
     shaping: Shaping = ShapingOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
     correction: Correction = TisOptions()

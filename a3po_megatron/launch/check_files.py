@@ -34,6 +34,7 @@ def check_files(settings: Settings, backend: Backend) -> list[str]:
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
     _check_function(settings, prompts)
     _check_judge(settings, prompts)
+    _check_process(settings, prompts)
     asked = asked_of_run(settings, facts, prompts.remarks.append)
     _check_evaluation(settings, facts, engine_length(settings, asked, tokenizer.counts_of))
     _check_extra(settings, facts, backend)
@@ -71,6 +72,15 @@ def _check_function(settings: Settings, prompts: Prompts) -> None:
         raise RequestError(
             f"reward.function = {named} has no effect: no row has the grader `function` (data.grader, "
             "data.grader_field)"
+        )
+
+
+def _check_process(settings: Settings, prompts: Prompts) -> None:
+    name = settings.process.name
+    if name != "none" and "function" not in prompts.graders:
+        raise RequestError(
+            f"process.name = {name} has no effect: no row has the grader `function` (data.grader, data.grader_field), "
+            "and no other one's verdicts score steps"
         )
 
 
