@@ -384,7 +384,7 @@ def by_steps(response, answer, *, finished):
 '''
 
 
-def arithmetic(folder: Path, *overrides: str) -> list[str]:
+def arithmetic(folder: Path) -> list[str]:
     """Problems of the built-in task in a file, with a grader of their steps."""
     from a3po_megatron.data.arithmetic import problem
 
@@ -392,7 +392,7 @@ def arithmetic(folder: Path, *overrides: str) -> list[str]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "own.py").write_text(STEPS_OF_ARITHMETIC)
     data = [f"data.path={folder}/rows.jsonl", "data.grader=function", "data.duplicates=all"]
-    return [*data, f"reward.function={folder}/own.py:by_steps", *overrides]
+    return [*data, f"reward.function={folder}/own.py:by_steps"]
 
 
 @pytest.mark.parametrize(
@@ -416,13 +416,27 @@ def test_process_rewards_that_could_do_nothing_are_refused_before_a_run(
     assert ended.code == 2 and says in ended.err, ended.all
 
 
+LOOKED_AT = ("trainer.steps=3", "telemetry.texts_per_step=100", "process.weight=0.5", "process.polarity=tokens")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return arithmetic(tmp_path_factory.mktemp("asked"))
+
+
+@pytest.fixture(scope="module")
+def runs(asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp("runs") / kind for kind in KINDS}
+    for kind, folder in folders.items():
+        tools.trained_here(folder, *tools.LAYOUTS["dp2"], *asked, *LOOKED_AT, f"process.name={kind}")
+    return folders
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_run_adds_to_its_tokens_is_what_a_loop_over_its_own_records_makes_of_them(
-    kind: str, tmp_path: Path
+    kind: str, runs: dict[str, Path]
 ) -> None:
-    folder = tmp_path / "run"
-    own = ["trainer.steps=3", "telemetry.texts_per_step=100", f"process.name={kind}", "process.weight=0.5"]
-    tools.trained_here(folder, *tools.LAYOUTS["dp2"], *arithmetic(tmp_path, *own, "process.polarity=tokens"))
+    folder = runs[kind]
     rows, records = tools.rows_of(folder), tools.rollouts_of(folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows:
@@ -467,35 +481,36 @@ def by_prompt(record: dict[str, object]) -> object:
     return record["prompt_index"]
 
 
-@pytest.mark.parametrize(
-    "layout", [("parallel.tensor=1", "parallel.context=2"), tools.LAYOUTS["pp2"]], ids=["cp2", "pp2"]
-)
-def test_other_layouts_learn_the_same_from_steps(layout: tuple[str, ...], tmp_path: Path) -> None:
-    asked = arithmetic(tmp_path, "trainer.steps=1", "process.name=to_go", "process.polarity=tokens")
-    tools.trained_here(tmp_path / "one", *tools.LAYOUTS["tp2"], *asked)
-    tools.trained_here(tmp_path / "other", *layout, *asked)
-    (row,), (other,) = tools.rows_of(tmp_path / "one"), tools.rows_of(tmp_path / "other")
-    for name in (
-        "learner/loss",
-        "policy/grad_norm",
-        "shaping/gradient_share_positive",
-        "shaping/gradient_share_negative",
-    ):
-        assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-    plain = [option for option in asked if not option.startswith("process.")]
-    tools.trained_here(tmp_path / "plain", *tools.LAYOUTS["tp2"], *plain)
-    (without,) = tools.rows_of(tmp_path / "plain")
-    assert without["policy/grad_norm"] != pytest.approx(row["policy/grad_norm"], rel=1e-2)
-    assert [without[f"reward/{name}"] for name in ("steps_rate", "steps_mean", "step_score_mean")] == [None] * 3
+def test_every_layout_learns_from_the_advantages_of_tokens(asked: list[str], tmp_path: Path) -> None:
+    """At a ratio of 1 the loss is -Σ w · A' · TIS / tokens: the records say it, and no rank's code."""
+    layouts = tools.LAYOUTS | {"cp2": ("parallel.tensor=1", "parallel.context=2")}
+    rows = {}
+    for name, layout in layouts.items():
+        once = ("trainer.steps=1", "trainer.mini_batches=1", "process.name=to_go", "process.polarity=tokens")
+        tools.trained_here(tmp_path / name, *layout, *asked, *once)
+        (rows[name],) = tools.rows_of(tmp_path / name)
+        terms, of_outcomes = [], []
+        for record in tools.rollouts_of(tmp_path / name)[0]:
+            if record["process"] is not None:
+                keys = ("process", "weights", "old_logprobs", "logprobs")
+                for process, weight, old, sampled in zip(*(record[key] for key in keys), strict=True):
+                    factor = -weight * min(math.exp(old - sampled), 2.0)
+                    terms.append(factor * (record["advantage"] + process))
+                    of_outcomes.append(factor * record["advantage"])
+        assert rows[name]["learner/loss"] == pytest.approx(sum(terms) / len(terms), rel=1e-4, abs=1e-6), name
+        assert abs(sum(terms) - sum(of_outcomes)) > 0.1 * abs(sum(terms))
+        for metric in ("policy/grad_norm", "shaping/gradient_share_positive", "shaping/gradient_share_negative"):
+            assert rows[name][metric] == pytest.approx(rows["tp2"][metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
-def test_a_run_that_is_killed_and_resumed_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    asked = [*tools.LAYOUTS["dp2"], *arithmetic(tmp_path, "trainer.steps=3", "process.name=to_go")]
-    tools.trained_here(tmp_path / "whole", *asked)
+def test_a_run_that_is_killed_and_resumed_is_the_same_bit_for_bit(
+    asked: list[str], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    options = [*tools.LAYOUTS["dp2"], *asked, *LOOKED_AT, "process.name=to_go"]
     point = tools.Interrupt("update", 1, "SIGKILL", "rank")  # graded and scored, and in the journal alone
-    tools.interrupted(tmp_path / "killed", point, *asked)
-    tools.trained_here(tmp_path / "killed", *asked)
-    tools.assert_same_run(tmp_path / "killed", tmp_path / "whole", 3)
-    assert any(row["perf/recalled_groups"] for row in tools.rows_of(tmp_path / "killed"))
-    other = tools.launched_here(tmp_path / "whole", *asked, "process.weight=0.5")
-    assert other.code == 2 and "process.weight was 1.0, is 0.5" in other.err, other.all
+    tools.interrupted(tmp_path / "run", point, *options)
+    tools.trained_here(tmp_path / "run", *options)
+    tools.assert_same_run(tmp_path / "run", runs["to_go"], 3)
+    assert any(row["perf/recalled_groups"] for row in tools.rows_of(tmp_path / "run"))
+    other = tools.launched_here(tmp_path / "run", *options, "process.weight=0.25")
+    assert other.code == 2 and "process.weight was 0.5, is 0.25" in other.err, other.all
