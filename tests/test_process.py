@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,14 @@ from a3po_megatron.config import (
     RewardsToGo,
     ShapingOptions,
     SpanRewards,
+    load_config,
 )
 from a3po_megatron.reward.grader import grade
 from a3po_megatron.reward.pool import GraderPool
 from a3po_megatron.reward.worker import judge
 from a3po_megatron.telemetry.rollouts import save_rejected, save_rollouts
 from tests.harness import interrupted_runs as tools
+from tests.harness.ranks import ROOT
 from tests.harness.tiny_models import literal_token_weights, make_collected, trained_places, with_tools
 
 KINDS: dict[str, type[SpanRewards] | type[RewardsToGo]] = {"spans": SpanRewards, "to_go": RewardsToGo}
@@ -364,35 +367,18 @@ def test_a_reply_with_steps_that_are_none_is_no_reply(own: Path) -> None:
 
 # --- a run ---------------------------------------------------------------------------------------------------------
 
-STEPS_OF_ARITHMETIC = '''
-import re
-
-from a3po_megatron.batch import Step, Verdict
-from a3po_megatron.reward.math import grade
-
-DO = {"+": lambda a, b: (a + b) % 10, "-": lambda a, b: (a - b) % 10, "*": lambda a, b: a * b % 10}
-
-def by_steps(response, answer, *, finished):
-    """A step that is written out (1*8=8) is worth 1 where it is true and 0 where not; other steps 0.5."""
-    steps = []
-    for part in re.finditer(r"[^,]+,", response):
-        written = re.match(r"(\\d)([+*-])(\\d)=(\\d)", part[0])
-        true = written and DO[written[2]](int(written[1]), int(written[3])) == int(written[4])
-        steps.append(Step(*part.span(), 0.5 if written is None else float(true)))
-    verdict = grade(response, answer, extract="boxed", finished=finished)
-    return Verdict(verdict.outcome, verdict.reason, tuple(steps))
-'''
+EXAMPLE = dict(re.findall(r"```(\w+)\n(.*?)```", (ROOT / "docs/method.md").read_text(), re.DOTALL))  # language → text
 
 
 def arithmetic(folder: Path) -> list[str]:
-    """Problems of the built-in task in a file, with a grader of their steps."""
+    """Problems of the built-in task in a file, with the grader of steps of docs/method.md."""
     from a3po_megatron.data.arithmetic import problem
 
     rows = (dict(zip(("problem", "answer"), problem(number, 7), strict=True)) for number in range(200))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.py").write_text(STEPS_OF_ARITHMETIC)
+    (folder / "steps.py").write_text(EXAMPLE["python"])
     data = [f"data.path={folder}/rows.jsonl", "data.grader=function", "data.duplicates=all"]
-    return [*data, f"reward.function={folder}/own.py:by_steps"]
+    return [*data, f"reward.function={folder}/steps.py:by_steps"]
 
 
 @pytest.mark.parametrize(
@@ -414,6 +400,18 @@ def test_process_rewards_that_could_do_nothing_are_refused_before_a_run(
 ) -> None:
     ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *options)
     assert ended.code == 2 and says in ended.err, ended.all
+
+
+def test_the_configuration_of_the_page_is_one(tmp_path: Path) -> None:
+    arithmetic(tmp_path)
+    text = EXAMPLE["yaml"].replace("base: arithmetic.yaml", f"base: {ROOT}/configs/arithmetic.yaml")
+    (tmp_path / "steps.yaml").write_text(text)
+    config = load_config(tmp_path / "steps.yaml")
+    assert config.process == SpanRewards(weight=0.5, polarity="tokens")
+    assert config.reward.function == f"{tmp_path}/steps.py:by_steps" and config.data.grader == "function"
+    graders = functools.partial(grade, function=config.reward.function)
+    found = judge(graders, r"1,1*8=8?y,2*3=7,\boxed{3}", "3", True, "function")
+    assert found == Verdict("correct", "", (Step(0, 2, 0.5), Step(2, 10, 1.0), Step(10, 16, 0.0)))
 
 
 LOOKED_AT = ("trainer.steps=3", "telemetry.texts_per_step=100", "process.weight=0.5", "process.polarity=tokens")

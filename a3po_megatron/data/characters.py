@@ -41,10 +41,10 @@ def token_begins(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) 
         for number in range(at, end):
             following = decode(tokens[first : number + 1])
             common = _common(prefix, whole)
-            own = following != prefix or common < len(prefix)
-            begins[number] = shift + (common if own else max(common - 1, -shift))
+            begins[number] = shift + (common if following != prefix else max(common - 1, -shift))
             prefix = following
         before, at, place = at, end, shift + len(whole)
+    # A byte in the middle of a character leaves the text as it is, and is with that character, as its first byte is.
     # Of bytes that make no character, one may take back what the one before it seemed to be.
     return np.maximum.accumulate(begins)
 
