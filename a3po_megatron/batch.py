@@ -45,6 +45,15 @@ class Answered(NamedTuple):
     grader: str = ""  # its name (reward/grader.py); empty: the pool's own
     extract: str = ""  # where the answer is looked for; likewise
     problem: str = ""  # for a grader that is told it
+    opened: int = 0  # characters that the response begins with, but that the prompt had written
+
+
+class Step(NamedTuple):
+    """A run of characters of a response's text as decoded, and what a grader gives for it."""
+
+    begin: int
+    end: int  # behind its last character
+    score: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Verdict:
 
     outcome: Outcome
     reason: str = ""
+    steps: tuple[Step, ...] = ()  # in order, none over another, maybe with gaps; what is malformed makes it invalid
 
 
 class Segment(NamedTuple):
@@ -151,14 +161,28 @@ class Batch:
     mini_batches: int  # over all replicas; this replica may own no rollout of some
     rewards: Tensor  # [B] float32
     positive: Tensor  # [B] bool, the verifier's verdict
-    advantages: Tensor  # [B] float32
+    advantages: Tensor  # [B] float32, of the outcome
     lengths: Tensor  # [B] int64, response tokens
     rollout_index: Tensor  # [T] int64, ascending
     rollout_logprobs: Tensor  # [T] float32, from the engine
     trained: Tensor | None = None  # [T] bool, which tokens are trained on; None: all
+    process_advantages: Tensor | None = None  # [T] float32, what steps add to advantages; None: no process rewards
+    token_positive: Tensor | None = None  # [T] bool, a token's polarity; None: that of its rollout's verdict
     old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score); 0 where not trained on
     entropy: Tensor | None = None  # [T] float32, likewise
     rerouted: Tensor | None = None  # [B] int64, (token, layer) pairs whose experts the learner would not choose (score)
     token_weights: Tensor | None = None  # [T] float32 (shape); 0 where not trained on
     rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)
     rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied
+
+    def token_advantages(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the advantages of response tokens, by their places among the T or a mask of them: of the outcome, and
+        of their steps where there are process rewards."""
+        outcome = self.advantages[self.rollout_index[tokens]]
+        return outcome if self.process_advantages is None else outcome + self.process_advantages[tokens]
+
+    def positive_tokens(self, tokens: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the polarity of response tokens likewise."""
+        if self.token_positive is None:
+            return self.positive[self.rollout_index[tokens]]
+        return self.token_positive[tokens]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .algorithm.advantage import assemble
 from .algorithm.objectives.clipped import Clipped
+from .algorithm.process import add_process
 from .algorithm.shaping import shape
 from .algorithm.token_loss import Objective, known
 from .batch import Batch, Collected
@@ -112,6 +113,7 @@ def build(
         engine,
         prompts,
         graders,
+        settings.process,
     )
     rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
@@ -149,7 +151,8 @@ def build(
     )
 
     def assembled(collected: Collected) -> Batch:
-        return assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
+        batch = assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
+        return add_process(batch, settings.process, settings.advantage, tokenizer.begins)
 
     def evaluate(step: int) -> dict[str, float | None]:
         return evaluating(step, journal.weights)

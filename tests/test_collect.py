@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from a3po_megatron.batch import Answered, Collected, Group, Prompt, Segment, Verdict
-from a3po_megatron.config import RewardOptions, RolloutOptions, TrainerOptions
+from a3po_megatron.batch import Answered, Collected, Group, Prompt, Segment, Step, Verdict
+from a3po_megatron.config import NoProcess, RewardOptions, RolloutOptions, SpanRewards, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.reward.beside import Beside
@@ -349,15 +349,34 @@ def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thou
         rollout = SimpleNamespace(prompt=asked, text=response, finish=finish)
         return collect._answered(rollout)
 
-    assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "", "")
-    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "", "")
+    assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "", "", 0)
+    assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "", "", 0)
     opened = answered("<|im_start|>assistant\n<think>\n", "2 * 2 = 4", "length")
-    assert opened == ("<think>2 * 2 = 4", "4", False, "choice", "", "")
+    assert opened == ("<think>2 * 2 = 4", "4", False, "choice", "", "", 7)
     assert grade(*opened[:2]).outcome == "wrong"  # its thoughts never came to an end
     assert grade(answered("…<think>\n", "5?</think>4", "stop").response, "4").outcome == "correct"
 
 
 # --- what is counted -----------------------------------------------------------------------------------------------
+
+
+def test_steps_are_counted_over_all_sampled_rollouts_where_they_are_rewarded_and_else_undefined() -> None:
+    class Stepping(ScriptedGraders):
+        """c has two steps, w one, i none."""
+
+        def submit(self, items: Sequence[Any]) -> Future[list[Verdict]]:
+            steps = {"c": (Step(0, 1, 0.5), Step(1, 2, 1.0)), "w": (Step(0, 1, -1.0),), "i": ()}
+            return known([Verdict(OUTCOMES[text], "", steps[text]) for text, *_ in items])
+
+    names = ("reward/steps_rate", "reward/steps_mean", "reward/step_score_mean")
+    for process, wanted in ((NoProcess(), [None] * 3), (SpanRewards(), [6 / 8, 9 / 8, 1.5 / 9])):
+        setting = Setting(lambda prompt: "ccwi" if prompt else "cwwi", wanted=2, rounds=1)
+        setting.intake.graders, setting.intake.process = Stepping(), process
+        metrics = setting.step(0).metrics
+        assert [metrics[name] for name in names] == (wanted if wanted[0] is None else pytest.approx(wanted))
+    none = Setting(spread_at(0), wanted=1, rounds=1)
+    none.intake.process = SpanRewards()
+    assert [none.step(0).metrics[name] for name in names] == [0.0, 0.0, None]
 
 
 def test_metrics_are_over_all_sampled_rollouts_not_over_the_kept_ones() -> None:

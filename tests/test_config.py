@@ -376,6 +376,8 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("data.grader_field", "grader", {"data.path": "builtin:arithmetic"}),
     ("data.shuffle", False, {"data.path": "builtin:arithmetic"}),
     ("shaping.source", "rollout", {"shaping.metric": "entropy"}),
+    ("process.weight", 0.0, {"process.name": "spans"}),
+    ("process.weight", 0.0, {"process.name": "to_go"}),
     ("data.drop_long_prompts", True, {"data.path": "builtin:arithmetic"}),
     ("data.duplicates", "error", {"data.path": "builtin:arithmetic"}),
     ("data.conflicts", "drop", {"data.path": "builtin:arithmetic"}),
@@ -412,6 +414,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
         f"evaluation.{name}": {"evaluation.every_steps": 10}
         for name in ("benchmarks", "data", "samples", "max_tokens", "release", "window", "keep_best")
     },
+    "process.weight": {"process.name": "spans", "process.polarity": "tokens"},
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
     "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from blake3 import blake3
 
-from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Segment, Verdict
+from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from a3po_megatron.errors import RequestError, RunFailed
 from a3po_megatron.run.journal import Journal, check_format, cut_torn_frames, read_frames
 
@@ -90,6 +90,31 @@ def test_groups_routes_and_verdicts_come_back_bit_for_bit_whichever_rank_wrote_t
         Prompt("p/0", "problem 0", "gold 1", (0, 1), 0),  # or with another answer
     ):
         assert again.group(3, other, decode) is None
+
+
+def test_steps_of_verdicts_come_back_bit_for_bit_and_where_there_are_none_frames_keep_their_form(
+    tmp_path: Path,
+) -> None:
+    one = group(2)
+    scores = [0.1, -0.0, 1 / 3, 5e-324, 1e300]
+    steps = tuple(Step(2 * place, 2 * place + 1, score) for place, score in enumerate(scores))
+    one.rollouts[0].verdict = Verdict("correct", "so", steps)
+    journal = opened(tmp_path, 0, "run")
+    for each in (one, group(0)):
+        journal.add_group(3, each)
+        journal.add_verdicts(3, [each])
+    found = opened(tmp_path, 0, "run").group(3, PROMPTS[2], decode)
+    assert found is not None and found[1] and verdicts(found[0]) == verdicts(one)
+    assert repr(found[0].rollouts[0].verdict.steps) == repr(steps)  # -0.0 is 0.0, and is not
+    assert all(type(step) is Step for step in found[0].rollouts[0].verdict.steps)
+    # What was written before there were steps has three entries a verdict, and so has what has none.
+    with_steps, without = [
+        f.header for f in read_frames(tmp_path / "step-00003.rank-0") if f.header["kind"] == "verdicts"
+    ]
+    assert [len(entry) for entry in with_steps["verdicts"]] == [4, 3, 3]
+    assert without["verdicts"] == [["wrong", "no ✓ answer", 0.1 * sample] for sample in range(3)]
+    found = opened(tmp_path, 0, "run").group(3, PROMPTS[0], decode)
+    assert found is not None and verdicts(found[0]) == verdicts(group(0))
 
 
 def test_what_other_weights_or_a_run_with_other_options_sampled_is_not_believed(tmp_path: Path) -> None:

@@ -28,6 +28,17 @@ def group_advantages(
     """Advantages [B] float32. Sums run in float64, so neither order nor a large common offset leaves a residue."""
     if rewards.numel() == 0:
         return rewards.new_zeros(0, dtype=torch.float32)
+    scale = torch.where(positive, options.positive_scale, options.negative_scale)
+    return (normalised(rewards, group_index, valid, options) * scale).to(torch.float32)
+
+
+def normalised(
+    rewards: Tensor,  # [N], at least one
+    group_index: Tensor,  # [N] int64, which group one is of
+    valid: Tensor,  # [N] bool, False: it has no part in its group, and gets 0
+    options: AdvantageOptions,
+) -> Tensor:
+    """What each reward is above its group's mean, in standard deviations where these are wanted [N] float64."""
     groups = int(group_index.max()) + 1
     keep = valid.to(torch.float64)
     reward = torch.where(valid, rewards.to(torch.float64), 0.0)
@@ -48,9 +59,7 @@ def group_advantages(
     # Equal rewards must give exactly 0: a rounding residue of the mean over eps = 1e-6 would be a gradient.
     usable = (count >= 2) & (high > low)
     advantage = centred / (spread[group_index] + options.eps) if options.normalise_std else centred
-    advantage = torch.where(usable[group_index] & valid, advantage, 0.0)
-    scale = torch.where(positive, options.positive_scale, options.negative_scale)
-    return (advantage * scale).to(torch.float32)
+    return torch.where(usable[group_index] & valid, advantage, 0.0)
 
 
 def assemble(collected: Collected, options: AdvantageOptions, mini_batches: int) -> Batch:

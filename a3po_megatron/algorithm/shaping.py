@@ -64,7 +64,8 @@ def token_weights(
 
 def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     """Adds the token weights of RL step `step` to a scored batch. Tokens that are not trained on are neither ranked nor
-    counted, and have weight 0."""
+    counted, and have weight 0. Where tokens have a polarity of their own, a rollout's positive ones are ranked and
+    counted among themselves, and its negative ones likewise."""
     assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
     if isinstance(options, NoShaping):
         ones = torch.ones_like(batch.old_logprobs)
@@ -74,12 +75,16 @@ def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
     # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
     metric = -batch.entropy if options.metric == "entropy" else None
-    index, trained = batch.rollout_index, batch.trained
-    if trained is None:
-        batch.token_weights = token_weights(source, index, batch.positive, step, options, metric=metric)
-    else:
-        metric = None if metric is None else metric[trained]
-        weights = token_weights(source[trained], index[trained], batch.positive, step, options, metric=metric)
-        batch.token_weights = torch.zeros_like(source).masked_scatter_(trained, weights)
+    trained = torch.ones_like(batch.rollout_index, dtype=torch.bool) if batch.trained is None else batch.trained
+    sides = [(trained, batch.positive)]
+    if batch.token_positive is not None:
+        sides = [
+            (trained & (batch.token_positive == side), torch.full_like(batch.positive, side)) for side in (True, False)
+        ]
+    batch.token_weights = torch.zeros_like(source)
+    for chosen, positive in sides:
+        ranked = None if metric is None else metric[chosen]
+        weights = token_weights(source[chosen], batch.rollout_index[chosen], positive, step, options, metric=ranked)
+        batch.token_weights.masked_scatter_(chosen, weights)
     batch.rho = rho(step, options)
     return batch

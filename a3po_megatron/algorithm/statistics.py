@@ -2,7 +2,8 @@
 
 `batch_sums` gives one vector per replica; added over the replicas, `batch_metrics` turns it into metrics. A share whose
 denominator is 0 is undefined (None), except that shaping which is switched off shapes a share of exactly 0. Tokens that
-are not trained on count nowhere here.
+are not trained on count nowhere here. A token is on the side that shaping has it on: that of its rollout's verdict, or,
+with process.polarity: tokens, its own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
     lengths = torch.tensor([segment.length for segment in segments], dtype=torch.int64)
     of_weights = torch.tensor([segment.weight_version == weight_version for segment in segments], dtype=torch.bool)
     trained = slice(None) if batch.trained is None else batch.trained
-    fresh_tokens, index = of_weights.repeat_interleave(lengths)[trained], batch.rollout_index[trained]
+    fresh_tokens = of_weights.repeat_interleave(lengths)[trained]
     old, entropy, sampled = (v[trained].double() for v in (batch.old_logprobs, batch.entropy, batch.rollout_logprobs))
     weights = batch.token_weights[trained]
     # Routes are of a whole rollout, prompt and all: of several weights they are nobody's.
@@ -60,8 +61,8 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
     }
     one_minus_p = -torch.expm1(old)
     shaped = weights != 1
-    pull = weights.double() * batch.advantages[index].double().abs() * one_minus_p
-    positive = batch.positive[index]
+    pull = weights.double() * batch.token_advantages(trained).double().abs() * one_minus_p
+    positive = batch.positive_tokens(trained)
     for side, mask in zip(_SIDES, (positive, ~positive), strict=True):
         sums[f"tokens_{side}"] = mask.sum()
         sums[f"shaped_{side}"] = (mask & shaped).sum()

@@ -41,7 +41,7 @@ class TokenBatch:
     logprobs: Tensor  # of the policy being trained
     old_logprobs: Tensor  # fixed over the mini-batches of a step
     rollout_logprobs: Tensor  # of the distribution they were sampled from
-    advantages: Tensor  # of the token's rollout
+    advantages: Tensor  # of the token's rollout and, with process rewards, of its steps (process.py)
     token_weights: Tensor  # A3PO's
     rollout: Tensor  # int64, which of this replica's rollouts a token is of
     begins: Tensor  # bool, whether it is its rollout's first of these

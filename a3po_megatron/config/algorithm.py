@@ -70,6 +70,43 @@ ResolvedShaping = Annotated[
 ]
 
 
+class _ProcessOptions(Section):
+    """What a grader's scores of steps add to the advantages of their tokens (algorithm/process.py)."""
+
+    name: str
+    weight: NonNegativeFloat = option(1.0, "factor of a token's process advantage beside that of the outcome")
+    polarity: Literal["outcome", "tokens"] = option(
+        "outcome", "what shaping goes by: the verdict, or the sign of a token's process advantage"
+    )
+    without_effect = (
+        NoEffect(
+            ("weight",),
+            lambda p: p.weight == 0 and p.polarity == "outcome",
+            "at 0, and with process.polarity: outcome, there are no process rewards",
+        ),
+    )
+
+
+class SpanRewards(_ProcessOptions):
+    name: Literal["spans"] = option("spans", "a token's process advantage: the score of its step")
+
+
+class RewardsToGo(_ProcessOptions):
+    name: Literal["to_go"] = option("to_go", "a token's process advantage: the scores of all steps from its own on")
+
+
+class NoProcess(Section):
+    name: Literal["none"] = option(
+        "none", "what scores of steps add to a token's advantage: nothing, its own step's, those of all steps to go"
+    )
+
+
+Process = Annotated[
+    Annotated[NoProcess, Tag("none")] | Annotated[SpanRewards, Tag("spans")] | Annotated[RewardsToGo, Tag("to_go")],
+    by_name("none"),
+]
+
+
 class ObjectiveOptions(Section):
     """DAPO's clip-higher surrogate, token mean over the mini-batch of all ranks; no KL term, no entropy bonus."""
 

@@ -9,7 +9,9 @@ from pydantic import Field
 from .algorithm import (
     AdvantageOptions,
     Correction,
+    NoProcess,
     ObjectiveOptions,
+    Process,
     ResolvedShaping,
     Shaping,
     ShapingOptions,
@@ -45,6 +47,7 @@ class Config(Section):
     grader_pool: GraderPoolOptions = LocalPool()
     sandbox: SandboxOptions = AutoSandbox()
     advantage: AdvantageOptions = AdvantageOptions()
+    process: Process = NoProcess()
     shaping: Shaping = ShapingOptions()
     objective: ObjectiveOptions = ObjectiveOptions()
     correction: Correction = TisOptions()

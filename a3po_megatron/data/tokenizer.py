@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import DataOptions
 from ..errors import RequestError
 from ..files.cache import name_of
 from ..files.side_files import side_files
+from .characters import token_begins
 from .fields import Problem
 from .templates import ChatTemplate, place_of_template, read_template
 
@@ -149,6 +152,10 @@ class Tokenizer:
     def decode(self, tokens: Any) -> str:
         """The text of a response, for the grader: without special tokens."""
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def begins(self, tokens: Any) -> np.ndarray:
+        """Where the tokens of a response begin in that text (characters.py)."""
+        return token_begins([int(token) for token in tokens], self.decode)
 
     def pieces(self, tokens: Any) -> list[str]:
         """The text of each token by itself, special tokens by name, for a reader."""

@@ -4,7 +4,7 @@ config.json. Imports no torch; the files that a run reads are launch/check_files
 
 from __future__ import annotations
 
-from ..config import Config, CosineSchedule, NoCorrection, Settings, resolve
+from ..config import Config, CosineSchedule, NoCorrection, NoProcess, NoShaping, Settings, resolve
 from ..errors import RequestError
 from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
@@ -26,6 +26,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_as_given(config, facts, ranks)
     settings = resolve(config, facts, backend, ranks)
     _check_options(settings)
+    _check_process(settings)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     return settings
@@ -113,6 +114,15 @@ def _check_options(settings: Settings) -> None:
             f"reward.overlong_tokens = {settings.reward.overlong_tokens} is more than rollout.max_tokens = "
             f"{settings.rollout.max_tokens}"
         )
+
+
+def _check_process(settings: Settings) -> None:
+    process, shaping = settings.process, settings.shaping
+    if isinstance(process, NoProcess) or process.polarity == "outcome":
+        return
+    if isinstance(shaping, NoShaping) or shaping.rho == shaping.rho_negative == 1:
+        off = "shaping.name is none" if isinstance(shaping, NoShaping) else "shaping.rho is 1 (no shaping)"
+        raise RequestError(f"process.polarity: tokens has no effect, because {off}: remove it")
 
 
 def _check_layout(settings: Settings, facts: ModelFacts) -> None:

@@ -18,6 +18,7 @@ from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
 from ..reward.function import function_of
+from ..reward.grader import GRADERS
 from ..reward.graders import chosen
 from ..reward.judge import longest_seconds
 from ..reward.sandbox.choose import check_sandbox
@@ -40,6 +41,7 @@ def check_files(settings: Settings, backend: Backend, *, here: bool) -> list[str
     prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, limit, check_golds=True)
     _check_function(settings, prompts)
     _check_judge(settings, prompts)
+    _check_process(settings, prompts)
     asked = asked_of_run(settings, facts, prompts.remarks.append)
     if "code" in {*prompts.graders, *graders_in(asked)}:
         _check_sandbox(settings, here)
@@ -90,6 +92,15 @@ def _check_function(settings: Settings, prompts: Prompts) -> None:
         raise RequestError(
             f"reward.function = {named} has no effect: no row has the grader `function` (data.grader, "
             "data.grader_field)"
+        )
+
+
+def _check_process(settings: Settings, prompts: Prompts) -> None:
+    name, able = settings.process.name, [grader for grader, row in GRADERS.items() if row.steps]
+    if name != "none" and not {*able} & {*prompts.graders}:
+        raise RequestError(
+            f"process.name = {name} has no effect: no row has a grader that scores steps (data.grader, "
+            f"data.grader_field: {', '.join(able)})"
         )
 
 

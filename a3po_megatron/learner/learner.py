@@ -250,7 +250,7 @@ class Learner:
         values = {
             "old_logprobs": batch.old_logprobs[part.index],
             "rollout_logprobs": batch.rollout_logprobs[part.index],
-            "advantages": batch.advantages[rollout],
+            "advantages": batch.token_advantages(part.index),
             "token_weights": batch.token_weights[part.index],
             "rollout": rollout,
             "begins": part.index == starts[rollout],

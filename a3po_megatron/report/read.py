@@ -27,7 +27,8 @@ from a3po_megatron.files.run_folder import RunFolder
 Record = dict[str, Any]
 
 ROLLOUT_KEYS = ("prompt_id", "sample", "outcome", "reward", "finish", "tokens", "logprobs")
-PER_TOKEN = ("logprobs", "old_logprobs", "entropy", "weights", "pieces")  # where present: as long as `tokens`
+# Where present: as long as `tokens`
+PER_TOKEN = ("logprobs", "old_logprobs", "entropy", "weights", "process", "pieces")
 
 
 @dataclass

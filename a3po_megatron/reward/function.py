@@ -2,7 +2,8 @@
 
 It gets a response and its gold answer, as texts, and returns True, False or a Verdict. It runs in a grader's process,
 so that what it costs is limited; what it raises is an invalid verdict, and an answer of another type, too. A response
-that was cut off is wrong without asking it, unless it takes `finished`.
+that was cut off is wrong without asking it, unless it takes `finished`. A Verdict may score steps of the response, in
+characters of what the function got (batch.Step).
 """
 
 from __future__ import annotations

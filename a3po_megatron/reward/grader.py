@@ -27,6 +27,7 @@ class Grader:
     extracts: tuple[str, ...] = ("any", "boxed", "answer")  # where it may look for the answer; (): it has one way
     options: tuple[str, ...] = ()  # of the section `reward` that it takes, and `sandbox`: that whole section
     problem: bool = False  # it is told the problem, too
+    steps: bool = False  # its verdicts may score steps of a response
 
 
 JUDGE = tuple(f"judge_{name}" for name in ("url", "model", "key_variable", "max_tokens", "retries", "timeout_seconds"))
@@ -36,7 +37,7 @@ GRADERS = {
     "numeric": Grader("numeric", 'a number, or {"value": text, "tolerance": number}'),
     "code": Grader("code", "JSON text with its tests (reward/code.py)", extracts=(), options=("sandbox",)),
     "judge": Grader("judge", "a reference answer, in words", extracts=(), options=JUDGE, problem=True),
-    "function": Grader("function", "what a function of your own takes", extracts=(), options=("function",)),
+    "function": Grader("function", "what a function of your own takes", extracts=(), options=("function",), steps=True),
 }
 
 

@@ -39,7 +39,7 @@ from typing import Any
 from ..batch import Answered, Verdict
 from ..errors import RequestError, RunFailed
 from ..telemetry.clock import CLOCK
-from .worker import OUT_OF_MEMORY, READY, TAKEN
+from .worker import OUT_OF_MEMORY, READY, TAKEN, steps_of
 
 START_SECONDS = 300.0  # imports from a cold network file system on many ranks at once
 START_ATTEMPTS = 3
@@ -217,7 +217,7 @@ class GraderPool:
                     self._hand_out(worker, items, queue)
             wait([thing for worker in self._workers for thing in worker.watched()], timeout=self._patience())
             for worker in list(self._workers):
-                self._attend(worker, queue, verdicts)
+                self._attend(worker, items, queue, verdicts)
 
     def _hand_out(self, worker: _Worker, items: Items, queue: deque[int]) -> None:
         """Gives an idle worker the next items: fewer as the queue runs out, so that all workers end together."""
@@ -240,7 +240,7 @@ class GraderPool:
         ends = [w.since + (self._timeout if w.ready else START_SECONDS) for w in self._workers if not w.idle]
         return max(0.0, min(ends, default=now) - now)
 
-    def _attend(self, worker: _Worker, queue: deque[int], verdicts: list[Verdict | None]) -> None:
+    def _attend(self, worker: _Worker, items: Items, queue: deque[int], verdicts: list[Verdict | None]) -> None:
         """Takes a worker's replies, then looks after its limits and its life."""
         frames, alive = worker.replies()
         for frame in frames:
@@ -252,7 +252,8 @@ class GraderPool:
             elif frame == TAKEN:
                 worker.taken = True
             elif worker.items:
-                verdicts[worker.items.popleft()] = _verdict(frame)
+                number = worker.items.popleft()
+                verdicts[number] = _verdict(frame, items[number])
         waited = time.monotonic() - worker.since
         overdue = bool(worker.items) and waited > self._timeout
         if alive and not overdue and (worker.ready or waited < START_SECONDS):
@@ -306,12 +307,13 @@ class GraderPool:
         self.close()
 
 
-def _verdict(frame: bytes) -> Verdict:
+def _verdict(frame: bytes, item: tuple[str, str] | Answered) -> Verdict:
     """A reply; malformed ones are a failure of grading, since a grader can write to its socket what it likes."""
     try:
-        outcome, reason = json.loads(frame)
+        outcome, reason, given = json.loads(frame)
+        steps = steps_of(given, len(item[0]) - (item.opened if isinstance(item, Answered) else 0))
     except (ValueError, TypeError):
-        outcome, reason = None, None
+        outcome, reason, steps = None, None, ()
     if outcome not in OUTCOMES:
         return Verdict("invalid", "grader worker sent an unreadable reply")
-    return Verdict(outcome, str(reason))
+    return Verdict(outcome, str(reason), steps)

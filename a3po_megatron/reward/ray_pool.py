@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from ..batch import Answered, Verdict
+from ..batch import Answered, Step, Verdict
 from ..errors import RequestError, RunFailed
 from .pool import GraderPool
 
@@ -29,8 +29,8 @@ class _Node:
         self._pool = make_pool()
         self._pool.start()
 
-    def grade(self, items: Sequence[tuple[str, str] | Answered]) -> list[tuple[str, str]]:
-        return [(verdict.outcome, verdict.reason) for verdict in self._pool.grade_all(items)]
+    def grade(self, items: Sequence[tuple[str, str] | Answered]) -> list[tuple[str, str, tuple[Step, ...]]]:
+        return [(verdict.outcome, verdict.reason, verdict.steps) for verdict in self._pool.grade_all(items)]
 
 
 class RayGraders:
@@ -99,6 +99,6 @@ class RayGraders:
                     replies = self._ray.get(answer)
                 except self._ray.exceptions.RayActorError:
                     continue
-                for number, (outcome, reason) in zip(share, replies, strict=True):
-                    verdicts[number] = Verdict(outcome, reason)
+                for number, (outcome, reason, steps) in zip(share, replies, strict=True):
+                    verdicts[number] = Verdict(outcome, reason, steps)
         return [verdict or Verdict("invalid", "the grader's node died twice") for verdict in verdicts]

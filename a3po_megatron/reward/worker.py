@@ -3,9 +3,9 @@
 It speaks over the inherited socket FD, in frames of `multiprocessing.connection`:
 
     parent → worker   the pickled grade function, once; then JSON lists of [response, answer, finished, grader,
-                      extract, problem]
-    worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason] per item, in order, each
-                      as soon as it is known
+                      extract, problem, opened]
+    worker → parent   READY, once; then for each list TAKEN, and one JSON [outcome, reason, steps] per item, in order,
+                      each as soon as it is known; steps are [begin, end, score] each
 
 Replies are JSON and not pickles: a grader that was talked into something by a response must not reach the parent.
 The grade function's module may have a `prepare()`, which is called before READY: imports must not count against the
@@ -16,8 +16,11 @@ ignores the signals that Slurm and terminals send to whole jobs, because its par
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import json
+import math
+import operator
 import os
 import pickle
 import resource
@@ -25,8 +28,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from typing import Any
 
-from ..batch import Verdict
+from ..batch import Step, Verdict
 
 READY, TAKEN = b"ready", b"taken"
 MAX_REASON_CHARS = 500
@@ -50,26 +54,66 @@ def judge(
     grader: str = "",
     extract: str = "",
     problem: str = "",
+    opened: int = 0,
 ) -> Verdict:
-    """`grade`, with its exceptions as invalid verdicts; MemoryError is left to the caller.
+    """`grade`, with its exceptions and malformed steps as invalid verdicts; MemoryError is left to the caller.
 
-    Of several gold answers any makes a response correct; wrong it is only if it is so by all of them.
+    Of several gold answers any makes a response correct; wrong it is only if it is so by all of them. The steps of a
+    verdict count from behind the response's first `opened` characters, which its prompt had written.
     """
     if not isinstance(answer, str):
-        verdicts = [judge(grade, response, each, finished, grader, extract, problem) for each in answer]
+        verdicts = [judge(grade, response, each, finished, grader, extract, problem, opened) for each in answer]
         rank = {"correct": 0, "invalid": 1, "wrong": 2}
         return min(verdicts, key=lambda verdict: rank[verdict.outcome])
     named = {"grader": grader, "extract": extract, "problem": problem, "finished": "" if finished else False}
     options = {name: value for name, value in named.items() if value != ""}  # what is as usual a grader need not know
     try:
         verdict = grade(response, answer, **options)
+        if not isinstance(verdict, Verdict):
+            return Verdict("invalid", f"grader returned {type(verdict).__name__}, not a Verdict")
+        return dataclasses.replace(verdict, steps=steps_of(verdict.steps, len(response), opened))
     except MemoryError:
         raise
+    except MalformedSteps as error:
+        return Verdict("invalid", f"grader returned malformed steps: {error}")
     except Exception as error:
         return Verdict("invalid", f"grader raised {type(error).__name__}: {error}")
-    if not isinstance(verdict, Verdict):
-        return Verdict("invalid", f"grader returned {type(verdict).__name__}, not a Verdict")
-    return verdict
+
+
+class MalformedSteps(ValueError):
+    """Steps that are none of the text that was graded."""
+
+
+def steps_of(given: Any, length: int, opened: int = 0) -> tuple[Step, ...]:
+    """Returns steps (begin, end, score) of a text of `length` characters as those of the same text without its first
+    `opened` ones; a step that begins among these begins with what is left.
+
+    Raises MalformedSteps, saying what is wrong, for a step that is none: empty, beyond the text, wholly among the first
+    characters, over or before the one in front of it, or with a score that is not finite.
+    """
+    steps: list[Step] = []
+    before = 0
+    try:
+        for number, (first, last, value) in enumerate(given):
+            begin, end, score = operator.index(first), operator.index(last), float(value)
+            what = f"step {number} ({begin}, {end}, {score})"
+            if begin >= end:
+                raise MalformedSteps(f"{what} ends where it begins, or before")
+            if begin < 0 or end > length:
+                raise MalformedSteps(f"{what} is beyond the text of {length} characters")
+            if begin < before:
+                raise MalformedSteps(f"{what} begins before the end of the one in front of it, {before}")
+            if end <= opened:
+                raise MalformedSteps(f"{what} is of the first {opened} characters, which the prompt had written")
+            if not math.isfinite(score):
+                raise MalformedSteps(f"{what} has a score that is not finite")
+            steps.append(Step(max(begin - opened, 0), end - opened, score))
+            before = end
+    except MalformedSteps:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedSteps(f"{error}: expected (begin, end, score) each") from error
+    return tuple(steps)
 
 
 def main(descriptor: int, parent: int, memory_bytes: int) -> None:
@@ -99,7 +143,8 @@ def main(descriptor: int, parent: int, memory_bytes: int) -> None:
                 verdict = judge(grade, *item)
             except MemoryError:
                 os._exit(OUT_OF_MEMORY)
-            connection.send_bytes(json.dumps([verdict.outcome, str(verdict.reason)[:MAX_REASON_CHARS]]).encode())
+            reply = [verdict.outcome, str(verdict.reason)[:MAX_REASON_CHARS], verdict.steps]
+            connection.send_bytes(json.dumps(reply).encode())
 
 
 if __name__ == "__main__":

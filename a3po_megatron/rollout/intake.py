@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from ..batch import Answered, Collected, Group, Prompt, Rollout, Segment, Verdict
-from ..config import RewardOptions, RolloutOptions, TrainerOptions
+from ..config import NoProcess, Process, RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
 from ..data.order import rollout_seed
 from ..data.prompts import Prompts
@@ -35,10 +35,14 @@ from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
 from .engine import Engine, Request
 
-_COUNTS = ("sampled", "correct", "invalid", "truncated", "length", "reward", "stepwise")
+_COUNTS = (
+    *("sampled", "correct", "invalid", "truncated", "length", "reward", "stepwise"),
+    *("with_steps", "steps", "step_score"),
+)
 
 
 THOUGHTS = "<think>"
+NO_PROCESS = NoProcess()
 
 
 class Graders(Protocol):
@@ -64,10 +68,11 @@ class Intake:
         engine: Engine,
         prompts: Prompts,
         graders: Graders,
+        process: Process = NO_PROCESS,
     ) -> None:
         self.ranks, self.tokenizer = ranks, tokenizer
         self.engine, self.prompts, self.graders = engine, prompts, graders
-        self.trainer, self.rollout, self.reward = trainer, rollout, reward
+        self.trainer, self.rollout, self.reward, self.process = trainer, rollout, reward, process
         self.journal, self.interrupt = journal, interrupt
         self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
         self._own: dict[int, Group] = {}  # those of them that this rank's engine sampled
@@ -113,6 +118,7 @@ class Intake:
             sampled=sampled,
             accepted=accepted,
             metrics=_metrics(totals, self.prompts.way_of is not None)
+            | _metrics_of_steps(totals, self.process)
             | {
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
@@ -247,7 +253,12 @@ def _answered(rollout: Rollout) -> Answered:
     opened = opened_thoughts(prompt.text)
     problem = prompt.text if grader_of(prompt.grader).problem else ""
     return Answered(
-        opened + rollout.text, prompt.answer, rollout.finish == "stop", grader=prompt.grader, problem=problem
+        opened + rollout.text,
+        prompt.answer,
+        rollout.finish == "stop",
+        grader=prompt.grader,
+        problem=problem,
+        opened=len(opened),
     )
 
 
@@ -263,6 +274,9 @@ def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[s
             "length": sum(len(r.tokens) for r in rollouts),
             "reward": math.fsum(r.reward for r in rollouts),
             "stepwise": sum(way_of(r.text) == STEPWISE for r in rollouts) if way_of else 0,
+            "with_steps": sum(bool(r.verdict.steps) for r in rollouts),
+            "steps": sum(len(r.verdict.steps) for r in rollouts),
+            "step_score": math.fsum(step.score for r in rollouts for step in r.verdict.steps),
         },
     }
 
@@ -289,4 +303,14 @@ def _metrics(totals: dict[str, float], has_ways: bool) -> dict[str, float | None
         "rollout/tokens": totals["length"],
         "task/stepwise_rate": stepwise,
         "task/at_once_rate": None if stepwise is None else 1 - stepwise,
+    }
+
+
+def _metrics_of_steps(totals: dict[str, float], process: Process) -> dict[str, float | None]:
+    """Likewise; None in a run without process rewards."""
+    off, sampled, steps = isinstance(process, NoProcess), totals["sampled"], totals["steps"]
+    return {
+        "reward/steps_rate": None if off or not sampled else totals["with_steps"] / sampled,
+        "reward/steps_mean": None if off or not sampled else steps / sampled,
+        "reward/step_score_mean": None if off or not steps else totals["step_score"] / steps,
     }

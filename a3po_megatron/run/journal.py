@@ -5,7 +5,8 @@
 
     group       the G rollouts of a prompt: segments, tokens, log-probs and routes, as soon as the last of them is
                 sampled
-    verdicts    verdicts and rewards of the group in one frame, which it names by that frame's digest
+    verdicts    verdicts, rewards and, where graders gave any, steps of the group in one frame, which it names by that
+                frame's digest
     scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on, each named by its name
                 and a digest of its tokens, of which are trained on, and of its routes: the batch before its update
 
@@ -34,7 +35,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from blake3 import blake3
 
-from ..batch import Batch, Group, Prompt, Rollout, Segment, Verdict
+from ..batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from ..errors import RequestError, RunFailed
 from ..files.run_folder import journal_file, step_files, step_of
 
@@ -127,8 +128,13 @@ def write_group(file: _Sink, group: Group, of: str = "") -> str:
 
 def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
     """`frame`: the digest of the group's own."""
-    verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward] for r in group.rollouts]
+    verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward, *_steps(r.verdict)] for r in group.rollouts]
     write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": verdicts})
+
+
+def _steps(verdict: Verdict) -> list[tuple[Step, ...]]:
+    """What stands behind a reward: nothing where there are no steps."""
+    return [verdict.steps] if verdict.steps else []
 
 
 def asked(prompt: Prompt) -> str:
@@ -159,8 +165,9 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
         rollout.routes = np.frombuffer(data, kind, math.prod(shape), offset).reshape(shape).copy()
         offset += rollout.routes.nbytes
     if verdicts is not None:
-        for rollout, verdict in zip(rollouts, verdicts.header["verdicts"], strict=True):
-            rollout.verdict, rollout.reward = Verdict(verdict[0], verdict[1]), verdict[2]
+        for rollout, (outcome, reason, reward, *rest) in zip(rollouts, verdicts.header["verdicts"], strict=True):
+            steps = tuple(Step(*step) for step in (rest[0] if rest else ()))
+            rollout.verdict, rollout.reward = Verdict(outcome, reason, steps), reward
     return Group(prompt, rollouts)
 
 

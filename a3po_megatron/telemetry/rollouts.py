@@ -2,7 +2,8 @@
 
 All carry tokens and log-probs; those of the first few groups also carry their texts, token by token, for a reader.
 What the learner found (old log-probs, entropy, token weights, advantage) is null for rollouts it did not train on, and,
-token by token, where it did not train on a token.
+token by token, where it did not train on a token. In a run with process rewards all carry the steps of their verdict,
+and `process`: what these add to `advantage`, token by token.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def save_rollouts(
             record = _record(rollout, step, group.prompt.index in accepted, trained.get(rollout.name))
             if way_of:
                 record["way"] = way_of(rollout.text)
+            if batch.process_advantages is not None:
+                record.setdefault("process", None)
+                record["steps"] = rollout.verdict.steps
             if number < texts:
                 record |= {"prompt": group.prompt.text, "answer": group.prompt.answer, "text": rollout.text}
                 record["pieces"] = pieces(rollout.tokens)
@@ -51,7 +55,7 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
     """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
 
     One entry a rollout of the mini-batch: names, tokens, segments, routes, both engines' log-probs, entropy, advantage,
-    weights.
+    weights, and what steps add to the advantage (None without process rewards).
     """
     import torch
 
@@ -60,7 +64,11 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
     for row in torch.nonzero(batch.mini_batch == mini_batch)[:, 0].tolist():
         rollout, tokens = batch.rollouts[row], slice(ends[row] - len(batch.rollouts[row].tokens), ends[row])
         per_token = {"rollout_logprobs": batch.rollout_logprobs, "old_logprobs": batch.old_logprobs}
-        per_token |= {"entropy": batch.entropy, "token_weights": batch.token_weights}
+        per_token |= {
+            "entropy": batch.entropy,
+            "token_weights": batch.token_weights,
+            "process": batch.process_advantages,
+        }
         entries.append(
             {
                 "name": rollout.name,
@@ -91,6 +99,8 @@ def _trained(batch: Batch) -> dict[str, dict[str, Any]]:
             "entropy": _rounded(batch.entropy, tokens, rollout),
             "weights": _rounded(batch.token_weights, tokens, rollout),
         }
+        if batch.process_advantages is not None:
+            known[rollout.name]["process"] = _rounded(batch.process_advantages, tokens, rollout)
     return known
 
 

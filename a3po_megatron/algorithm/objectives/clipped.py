@@ -35,7 +35,7 @@ class Surrogate(NamedTuple):
 def policy_loss(
     logprobs: Tensor,  # [T] of the policy being trained, with gradient
     old_logprobs: Tensor,  # [T] fixed over the mini-batches of a step
-    advantages: Tensor,  # [T] A' = token weight * advantage of the rollout
+    advantages: Tensor,  # [T] A' = token weight * advantage of the token
     correction: Tensor,  # [T] TIS weight
     options: ObjectiveOptions,
 ) -> Surrogate:
