@@ -14,7 +14,7 @@ LONG = (
     *("test_resume", "test_bringup", "test_circle", "test_replay", "test_learner", "test_launch", "test_readback"),
     *("test_resume_faults", "test_reload", "test_checkpoint", "test_te", "test_start_signals", "test_engine_config"),
     *("test_convert_damage", "test_convert", "test_engine_steps", "test_convert_forms", "test_requests"),
-    "test_process",
+    *("test_process", "test_code", "test_mixed_run", "test_sandbox"),
 )
 
 

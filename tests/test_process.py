@@ -384,7 +384,7 @@ def arithmetic(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["process.name=spans"], "process.name = spans has no effect: no row has the grader `function`"),
+        (["process.name=spans"], "process.name = spans has no effect: no row has a grader that scores steps"),
         (["process.weight=2"], "process.weight has no effect, because process.name is none"),
         (
             ["process.name=spans", "process.polarity=tokens", "shaping.rho=1", "shaping.decay=null"],
@@ -501,6 +501,7 @@ def test_every_layout_learns_from_the_advantages_of_tokens(asked: list[str], tmp
             assert rows[name][metric] == pytest.approx(rows["tp2"][metric], rel=1e-4, abs=1e-6), (name, metric)
 
 
+@pytest.mark.soak
 def test_a_run_that_is_killed_and_resumed_is_the_same_bit_for_bit(
     asked: list[str], runs: dict[str, Path], tmp_path: Path
 ) -> None:
