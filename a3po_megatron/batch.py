@@ -166,6 +166,7 @@ class Batch:
     rollout_index: Tensor  # [T] int64, ascending
     rollout_logprobs: Tensor  # [T] float32, from the engine
     trained: Tensor | None = None  # [T] bool, which tokens are trained on; None: all
+    masked: Tensor | None = None  # [B] bool, rollouts that are not trained on (algorithm/correction.py); None: none
     process_advantages: Tensor | None = None  # [T] float32, what steps add to advantages; None: no process rewards
     token_positive: Tensor | None = None  # [T] bool, a token's polarity; None: that of its rollout's verdict
     old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score); 0 where not trained on

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .algorithm.advantage import assemble
+from .algorithm.correction import mask_far, mask_truncated
 from .algorithm.objectives.clipped import Clipped
 from .algorithm.process import add_process
 from .algorithm.shaping import shape
@@ -152,7 +153,11 @@ def build(
 
     def assembled(collected: Collected) -> Batch:
         batch = assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
+        batch = mask_truncated(batch) if settings.trainer.mask_truncated else batch
         return add_process(batch, settings.process, settings.advantage, tokenizer.begins)
+
+    def shaped(batch: Batch, step: int) -> Batch:
+        return shape(mask_far(batch, settings.correction), step, settings.shaping)
 
     def evaluate(step: int) -> dict[str, float | None]:
         return evaluating(step, journal.weights)
@@ -171,7 +176,7 @@ def build(
         intake=intake,
         assemble=assembled,
         scores=Scores(ranks, journal, rejected),
-        shape=functools.partial(shape, options=settings.shaping),
+        shape=shaped,
         objective=known(Clipped(settings.objective, settings.correction)),
         publish=publish,
         evaluate=evaluate,

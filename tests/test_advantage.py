@@ -8,7 +8,7 @@ import torch
 
 from a3po_megatron.algorithm.advantage import assemble, group_advantages
 from a3po_megatron.batch import Collected, Verdict
-from a3po_megatron.config import AdvantageOptions
+from a3po_megatron.config import Advantage, AdvantageOptions, LeaveOneOut, MaxRl, Signed
 from tests.harness.tiny_models import make_collected
 
 
@@ -50,6 +50,53 @@ def test_polarity_scales_and_no_std() -> None:
     assert plain == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     scaled = advantages([1.0, 0.0, 0.0], [0, 0, 0], normalise_std=False, positive_scale=0.5, negative_scale=2.0)
     assert scaled == pytest.approx([1 / 3, -2 / 3, -2 / 3])
+
+
+def literal(rewards: list[float], positive: list[bool], valid: list[bool], options: Advantage) -> list[float]:
+    """The advantages of one group, member by member, as the papers write them."""
+    members = [reward for reward, is_valid in zip(rewards, valid, strict=True) if is_valid]
+    made = []
+    for number, (reward, is_correct, is_valid) in enumerate(zip(rewards, positive, valid, strict=True)):
+        others = [rewards[n] for n in range(len(rewards)) if valid[n] and n != number]
+        if not is_valid:
+            value = 0.0
+        elif isinstance(options, Signed):
+            value = 1.0 if is_correct else -1.0
+        elif len(members) < 2:
+            value = 0.0
+        elif isinstance(options, LeaveOneOut):
+            value = reward - sum(others) / len(others)
+        else:
+            mean = sum(members) / len(members)
+            value = (reward - mean) / (mean + 1e-6) if mean > 0 else 0.0
+        made.append(value * (options.positive_scale if is_correct else options.negative_scale))
+    return made
+
+
+@pytest.mark.parametrize(
+    "options", [LeaveOneOut(), MaxRl(), Signed(), MaxRl(positive_scale=0.5), Signed(positive_scale=0.1)]
+)
+@pytest.mark.parametrize("seed", range(20))
+def test_every_estimator_is_the_papers_formula(options: Advantage, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    groups = np.sort(draw.integers(0, 7, 40))
+    positive, valid = draw.random(40) < draw.random(), draw.random(40) < 0.8
+    rewards = positive.astype(np.float32)
+    found = group_advantages(*map(torch.from_numpy, (rewards, groups, positive, valid)), options)
+    wanted: list[float] = []
+    for group in np.unique(groups):
+        of = groups == group
+        wanted += literal(rewards[of].tolist(), positive[of].tolist(), valid[of].tolist(), options)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, atol=0)  # atol 0: what is 0 is exactly so
+
+
+def test_leave_one_out_is_the_mean_form_times_g_over_g_less_one() -> None:
+    """As the paper on RLOO has it, too."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    index, whole = torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)
+    plain = group_advantages(rewards, index, rewards > 0, whole, AdvantageOptions(normalise_std=False))
+    assert torch.equal(group_advantages(rewards, index, rewards > 0, whole, LeaveOneOut()), plain * 4 / 3)
 
 
 def test_mini_batches_follow_the_global_prompt_order_whatever_the_number_of_replicas() -> None:

@@ -125,6 +125,7 @@ class Setting:
         empty: int = 3,
         size: int = 4,
         journal: Path | None = None,  # a folder; None: a new one
+        dynamic: bool = True,
         **reward: Any,
     ) -> None:
         self.engine, self.graders, self.prompts = (
@@ -136,7 +137,7 @@ class Setting:
             FakeCluster(),
             FakeTokens(),
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
-            RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS),
+            RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS, dynamic_sampling=dynamic),
             RewardOptions(**reward),
             Journal(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
@@ -179,6 +180,15 @@ def test_groups_are_accepted_in_prompt_order_over_the_rounds_and_those_without_s
     assert indices(found.sampled) == list(range(setting.prompts.position))
     assert found.metrics["rollout/kept_groups"] == 4
     assert found.metrics["rollout/rounds"] == 2
+
+
+def test_without_dynamic_sampling_every_group_with_a_verdict_counts() -> None:
+    """But not one whose grading failed as a whole: others are sampled in its place."""
+    script = {0: "cccc", 1: "wwww", 2: "iiii", 3: "cwww"}
+    setting = Setting(lambda prompt: script.get(prompt, "wwww"), wanted=4, dynamic=False, max_invalid_rate=1.0)
+    found = setting.step(0)
+    assert found.accepted == indices(found.groups) == [0, 1, 3, 4]
+    assert found.metrics["rollout/rounds"] == 2 and setting.intake.state()["surplus"] == [5]
 
 
 def test_enough_groups_end_the_rounds_at_once() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..config import AdvantageOptions, NoProcess, Process, RewardsToGo
+from ..config import Advantage, AdvantageOptions, NoProcess, Process, RewardsToGo
 from .advantage import normalised
 
 # A sum of normalised scores that is 0 on paper is some 1e-16 of its terms in float64, and must have no sign.
@@ -66,7 +66,7 @@ def _to_go(worth: Tensor, step_rollout: Tensor) -> Tensor:
 def add_process(
     batch: Batch,
     process: Process,
-    advantage: AdvantageOptions,
+    advantage: Advantage,
     begins: Callable[[np.ndarray], np.ndarray],  # tokens of a response [n] → where they begin in its text [n]
 ) -> Batch:
     """Adds the process advantages of its tokens to a batch of whole groups and, where shaping goes by them, the tokens'
@@ -87,7 +87,7 @@ def add_process(
         batch.rollout_index,
         batch.group_index,
         isinstance(process, RewardsToGo),
-        advantage,
+        advantage if isinstance(advantage, AdvantageOptions) else AdvantageOptions(),
     )
     if batch.trained is not None:
         found = found * batch.trained

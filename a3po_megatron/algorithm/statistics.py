@@ -29,6 +29,8 @@ KEYS = (
     "mismatch_k3",
     "routed",
     "rerouted",
+    "rollouts",
+    "masked",
     *(f"{name}_{side}" for side in _SIDES for name in _NAMES),
 )
 
@@ -58,6 +60,8 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
         "mismatch_k3": kl_k3(difference).sum(),
         "routed": torch.tensor(0.0 if batch.rerouted is None else float(sum(itertools.compress(routed, fresh)))),
         "rerouted": torch.tensor(0.0) if batch.rerouted is None else batch.rerouted[fresh].sum(),
+        "rollouts": torch.tensor(float(len(batch.rollouts))),
+        "masked": torch.tensor(0.0) if batch.masked is None else batch.masked.sum(),
     }
     one_minus_p = -torch.expm1(old)
     shaped = weights != 1
@@ -85,6 +89,7 @@ def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, fl
         "mismatch/logprob_abs_mean": share("mismatch_abs", "fresh_tokens"),
         "mismatch/kl_k3": share("mismatch_k3", "fresh_tokens"),
         "mismatch/routes_rate": share("rerouted", "routed"),
+        "mismatch/masked_rate": share("masked", "rollouts"),
         "shaping/rho": rho[0],
     }
     for side, weight in zip(_SIDES, rho, strict=True):

@@ -22,15 +22,50 @@ from .section import (
 )
 
 
-class AdvantageOptions(Section):
+class _Advantage(Section):
+    name: str
+    positive_scale: NonNegativeFloat = option(1.0, "factor on the advantages of correct rollouts (the x of PxNy)")
+    negative_scale: NonNegativeFloat = option(1.0, "factor on the advantages of wrong rollouts (the y of PxNy)")
+
+
+class AdvantageOptions(_Advantage):
     """A_i = (R_i - mean_G) / (std_G + eps), over the valid members of a group."""
 
+    name: Literal["group"] = option(
+        "group", "what a rollout is worth: within its group; leave_one_out; max_rl; signed: by its verdict alone"
+    )
     ddof: Literal[0, 1] = option(1, "what is taken off the number of members in the standard deviation of a group")
     eps: PositiveFloat = option(1e-6, "added to the standard deviation of a group")
     normalise_std: bool = option(True, "divide by the standard deviation; false: A = R - mean (Dr.GRPO)")
-    positive_scale: NonNegativeFloat = option(1.0, "factor on the advantages of correct rollouts (the x of PxNy)")
-    negative_scale: NonNegativeFloat = option(1.0, "factor on the advantages of wrong rollouts (the y of PxNy)")
     without_effect = (NoEffect(("ddof", "eps"), lambda a: not a.normalise_std, "advantage.normalise_std is false"),)
+
+
+class LeaveOneOut(_Advantage):
+    """A_i = R_i - the mean of the group's other members (RLOO)."""
+
+    name: Literal["leave_one_out"] = option("leave_one_out", "what a rollout is worth: beside the others of its group")
+
+
+class MaxRl(_Advantage):
+    """A_i = (R_i - mean_G) / (mean_G + eps) (MaxRL)."""
+
+    name: Literal["max_rl"] = option("max_rl", "what a rollout is worth: more in groups of which few are correct")
+    eps: PositiveFloat = option(1e-6, "added to the mean of a group")
+
+
+class Signed(_Advantage):
+    """A_i = 1 if correct, -1 if wrong (PSR, NSR, W-REINFORCE: by the scales)."""
+
+    name: Literal["signed"] = option("signed", "what a rollout is worth: its verdict")
+
+
+Advantage = Annotated[
+    Annotated[AdvantageOptions, Tag("group")]
+    | Annotated[LeaveOneOut, Tag("leave_one_out")]
+    | Annotated[MaxRl, Tag("max_rl")]
+    | Annotated[Signed, Tag("signed")],
+    by_name("group"),
+]
 
 
 class ShapingOptions(Section):
@@ -124,8 +159,35 @@ class TisOptions(Section):
     cap: PositiveFloat = option(2.0, "largest weight of truncated importance sampling")
 
 
+class IcePop(Section):
+    """Every token's objective times pi_train_old / pi_rollout, and none where that is out of bounds."""
+
+    name: Literal["icepop"] = option("icepop", "how the objective makes up for the sampler's other log-probs")
+    low: NonNegativeFloat = option(0.5, "smallest ratio of a token that counts")
+    high: PositiveFloat = option(5.0, "largest ratio of a token that counts")
+
+
+class SequenceMask(Section):
+    """Rollouts whose log-probs at the sampler are too far from the learner's are not trained on."""
+
+    name: Literal["sequence_mask"] = option(
+        "sequence_mask", "how the objective makes up for the sampler's other log-probs"
+    )
+    mean_low: NonNegativeFloat = option(0.99, "smallest geometric mean of a rollout's ratios pi_train_old / pi_rollout")
+    mean_high: PositiveFloat = option(1.01, "largest geometric mean")
+    token_low: NonNegativeFloat = option(1e-4, "smallest ratio of any of its tokens; 0: off")
+    token_high: NonNegativeFloat = option(0.0, "largest ratio of any of its tokens; 0: off")
+    cap: NonNegativeFloat = option(2.0, "truncated importance sampling of the rest, as with tis; 0: off")
+
+
 class NoCorrection(Section):
     name: Literal["none"] = "none"
 
 
-Correction = Annotated[Annotated[TisOptions, Tag("tis")] | Annotated[NoCorrection, Tag("none")], by_name("tis")]
+Correction = Annotated[
+    Annotated[TisOptions, Tag("tis")]
+    | Annotated[IcePop, Tag("icepop")]
+    | Annotated[SequenceMask, Tag("sequence_mask")]
+    | Annotated[NoCorrection, Tag("none")],
+    by_name("tis"),
+]

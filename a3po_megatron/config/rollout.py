@@ -18,7 +18,10 @@ class RolloutOptions(Section):
     top_k: Annotated[int, Field(ge=-1)] = option(-1, "most probable tokens that are sampled from; -1: all")
     max_tokens: Positive = option(1024, "response tokens; a rollout that reaches it ends with `length`")
     max_prompt_tokens: Positive = option(1024, "prompt tokens, at most")
-    max_rounds: Positive = option(4, "dynamic sampling: rounds that a step may take to find enough groups with spread")
+    dynamic_sampling: bool = option(
+        True, "leave out groups whose verdicts are all alike, and sample others; false: train on all (GRPO)"
+    )
+    max_rounds: Positive = option(4, "rounds of sampling that a step may take to find enough groups")
     max_sequences: Positive = option(256, "rollouts that an engine decodes at once")
     kv_cache_bytes: Positive = option(256 << 20, "of one engine's KV cache")
     quantization: Literal["none", "fp8_per_block"] = option(

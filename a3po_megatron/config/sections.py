@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .algorithm import (
+    Advantage,
     AdvantageOptions,
     Correction,
     NoProcess,
@@ -46,7 +47,7 @@ class Config(Section):
     reward: RewardOptions = RewardOptions()
     grader_pool: GraderPoolOptions = LocalPool()
     sandbox: SandboxOptions = AutoSandbox()
-    advantage: AdvantageOptions = AdvantageOptions()
+    advantage: Advantage = AdvantageOptions()
     process: Process = NoProcess()
     shaping: Shaping = ShapingOptions()
     objective: ObjectiveOptions = ObjectiveOptions()

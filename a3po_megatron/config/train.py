@@ -18,6 +18,9 @@ class TrainerOptions(Section):
     mini_batch_prompts: NonNegative = option(
         0, "instead: groups of an optimizer step, of which fewer groups make fewer; 0: mini_batches counts"
     )
+    mask_truncated: bool = option(
+        False, "responses that were cut off are not trained on (DAPO's overlong filtering); they count in their group"
+    )
     max_empty_steps: Positive = option(3, "steps in a row without a single group with spread; then the run ends")
     max_rejected_updates: Positive = option(
         3, "optimizer steps in a row that were not finite, hence not applied; then the run ends"

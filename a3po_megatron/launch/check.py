@@ -4,7 +4,7 @@ config.json. Imports no torch; the files that a run reads are launch/check_files
 
 from __future__ import annotations
 
-from ..config import Config, CosineSchedule, NoCorrection, NoProcess, NoShaping, Settings, resolve
+from ..config import Config, CosineSchedule, MaxRl, NoCorrection, NoProcess, NoShaping, Settings, resolve
 from ..errors import RequestError
 from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
@@ -27,6 +27,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     settings = resolve(config, facts, backend, ranks)
     _check_options(settings)
     _check_process(settings)
+    _check_advantage(settings)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     return settings
@@ -113,6 +114,15 @@ def _check_options(settings: Settings) -> None:
         raise RequestError(
             f"reward.overlong_tokens = {settings.reward.overlong_tokens} is more than rollout.max_tokens = "
             f"{settings.rollout.max_tokens}"
+        )
+
+
+def _check_advantage(settings: Settings) -> None:
+    reward = settings.reward
+    if isinstance(settings.advantage, MaxRl) and (reward.wrong != 0 or reward.correct <= 0 or reward.overlong_tokens):
+        raise RequestError(
+            "advantage.name: max_rl divides by the share of correct rollouts: it needs reward.wrong = 0, a positive "
+            "reward.correct and no reward.overlong_tokens"
         )
 
 

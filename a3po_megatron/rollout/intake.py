@@ -104,9 +104,9 @@ class Intake:
             if reason := self.ranks.agree("stop the rollout", reason, first):
                 raise Interrupted(reason)
             sampled += groups
-            self._own |= {group.prompt.index: group for group in groups if group.has_spread}
-            outcome = self.ranks.agree("round", _outcome(groups, self.prompts.way_of), _merge)
-            indices += outcome["spread"]
+            self._own |= {group.prompt.index: group for group in groups if self._counts(group)}
+            outcome = self.ranks.agree("round", _outcome(groups, self._counts, self.prompts.way_of), _merge)
+            indices += outcome["wanted"]
             totals = {name: totals[name] + outcome["counts"][name] for name in _COUNTS}
             rounds, tried = rounds + 1, tried + count
         accepted, self._surplus = indices[:wanted], indices[wanted:]
@@ -126,6 +126,10 @@ class Intake:
                 "perf/recalled_groups": self.ranks.agree("recalled", self._recalled, sum),
             },
         )
+
+    def _counts(self, group: Group) -> bool:
+        """Whether a step may train on a group."""
+        return group.has_spread if self.rollout.dynamic_sampling else bool(group.valid)
 
     def _sample(self, prompts: list[Prompt], step: int) -> tuple[list[Group], list[_Grading], str | None]:
         """The groups that this rank answers for, the verdicts to come of those that had none yet, and why the rest was
@@ -262,10 +266,12 @@ def _answered(rollout: Rollout) -> Answered:
     )
 
 
-def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[str, Any]:
+def _outcome(
+    groups: list[Group], counts: Callable[[Group], bool], way_of: Callable[[str], str] | None
+) -> dict[str, Any]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     return {
-        "spread": [group.prompt.index for group in groups if group.has_spread],
+        "wanted": [group.prompt.index for group in groups if counts(group)],
         "counts": {
             "sampled": len(rollouts),
             "correct": sum(r.verdict.outcome == "correct" for r in rollouts),
@@ -284,7 +290,7 @@ def _outcome(groups: list[Group], way_of: Callable[[str], str] | None) -> dict[s
 def _merge(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums counts and sorts by prompt: the same for any number of engines."""
     return {
-        "spread": sorted(index for outcome in outcomes for index in outcome["spread"]),
+        "wanted": sorted(index for outcome in outcomes for index in outcome["wanted"]),
         "counts": {name: math.fsum(outcome["counts"][name] for outcome in outcomes) for name in _COUNTS},
     }
 

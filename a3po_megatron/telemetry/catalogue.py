@@ -88,6 +88,7 @@ CATALOGUE = (
     Metric("mismatch/logprob_abs_mean", "nats", "mean |engine − learner|", "Log-prob difference", "mean absolute"),
     Metric("mismatch/kl_k3", "nats per token", "divergence of the engines (k3)", "KL between the engines", "k3"),
     Metric("mismatch/routes_rate", "share", "(token, layer) pairs that the learner would have routed otherwise"),
+    Metric("mismatch/masked_rate", "share", "accepted rollouts that are masked (correction, trainer.mask_truncated)"),
     Metric("learner/loss", "loss", "the objective that was minimised", "Loss", "loss"),
     Metric("learner/lr", "1", "learning rate", "Learning rate", "rate"),
     Metric("refit/seconds", "s", "of a publish, without the canary", "Publishing", "seconds"),
