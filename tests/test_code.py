@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,115 @@ def strict(x):
         assert outcome == "wrong" and "does not hold" in why, (number, why)
 
 
+HONEST = {
+    "its own exception": (
+        "class E(ValueError): pass\ndef f(x):\n    raise E('no')",
+        "try:\n    f(1)\n    assert False\nexcept E as error:\n    assert 'no' in str(error)",
+    ),
+    "its own classes": (
+        "class A: pass\nclass B(A): pass\ndef f(x): return B()",
+        "assert isinstance(f(1), A) and issubclass(B, A) and not isinstance(3, A)",
+    ),
+    "operators": (
+        "class V:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return V(self.x + o.x)\n"
+        "    def __radd__(self, o): return V(o + self.x)\n    def __le__(self, o): return self.x <= o.x\n"
+        "    def __neg__(self): return V(-self.x)\n    def __int__(self): return self.x",
+        "v = V(1) + V(2)\nassert v.x == 3 and (1 + v).x == 4 and V(1) <= v and int(-v) == -3",
+    ),
+    "a text that is more": (
+        "import enum\nclass C(str, enum.Enum):\n    RED = 'red'\ndef f(x): return [C.RED, True]",
+        "assert f(1) == ['red', True]",
+    ),
+    "named tuples": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(1, x)",
+        "assert f(2).y == 2 and f(2) == (1, 2)",
+    ),
+    "counters, queues, days": (
+        "import collections, datetime\ndef f(x): return collections.Counter(x), collections.deque([1], 3), "
+        "datetime.date(2024, 2, 29), datetime.timedelta(1)",
+        "import collections, datetime\nc, d, day, one = f('aab')\nassert c.most_common(1) == [('a', 2)] and d == "
+        "collections.deque([1]) and day + one == datetime.date(2024, 3, 1)",
+    ),
+    "names of arguments": ("def f(do, thing, self): return do - thing + self", "assert f(do=3, thing=2, self=1) == 2"),
+    "changes by name, and before an error": (
+        "def f(xs, ys):\n    xs.append(1)\n    ys.append(2)\n    raise KeyError",
+        "a, b = [], []\ntry:\n    f(a, ys=b)\nexcept KeyError:\n    pass\nassert a == [1] and b == [2]",
+    ),
+    "attributes of any name": (
+        "class A:\n    def __init__(self): self._peer, self._number, self._kind = 1, 2, 3\ndef f(x): return A()",
+        "a = f(1)\nassert (a._peer, a._number, a._kind) == (1, 2, 3)",
+    ),
+    "slices of its own": (
+        "class S:\n    def __getitem__(self, key): return list(range(10))[key]\ndef f(x): return S()",
+        "assert f(1)[2:4] == [2, 3] and f(1)[::-5] == [9, 4]",
+    ),
+    "a long generator": ("def f(n): yield from range(n)", "assert sum(f(100_000)) == 4999950000"),
+    "a generator that breaks": (
+        "def f(n):\n    yield 1\n    raise ValueError('broken')",
+        "seen = []\ntry:\n    for x in f(1): seen.append(x)\nexcept ValueError:\n    seen.append(2)\nassert seen == [1, 2]",
+    ),
+    "a linked list": (
+        "def f(n):\n    x = None\n    for i in range(n): x = (i, x)\n    return x",
+        "x, n = f(1500), 0\nwhile x: x, n = x[1], n + 1\nassert n == 1500",
+    ),
+    "the future": ("from __future__ import annotations\ndef f(x: Unknown) -> Other: return x", "assert f(1) == 1"),
+    "asyncio": (
+        "import asyncio\nasync def g(x):\n    await asyncio.sleep(0)\n    return x\ndef f(x): return asyncio.run(g(x))",
+        "assert f(3) == 3",
+    ),
+    "a module that tests use": ("import math\ndef f(x): return math.sqrt(x)", "assert math.isclose(f(4), 2)"),
+}
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_programs_are_tested_as_in_one_process(name: str, kind: str) -> None:
+    program, test = HONEST[name]
+    assert graded(program, {"kind": "asserts", "tests": [test]}, Chosen(kind)) == ("correct", "")
+
+
+def test_what_a_problem_takes_for_granted_is_there(chosen: Chosen) -> None:
+    program = "class Solution:\n    def add(self, xs: List[int], y: int):\n        return [x + gcd(y, y) for x in xs]"
+    assert graded(program, CALLS, chosen) == ("correct", "")
+    future = "from __future__ import annotations\ndef mean(xs: Unknown):\n    return sum(xs) * half(1) * 2 / len(xs)"
+    assert graded(future, CHECK, chosen) == ("correct", "")
+    nested = {
+        "kind": "calls",
+        "function": "f",
+        "cases": [{"input": "1", "output": '{"1": [1, {"a": null}], "b": 1.5}'}],
+    }
+    assert graded("def f(x): return {1: (1, {'a': None}), 'b': 1.5}", nested, chosen) == ("correct", "")
+    assert graded("def f(x): return {1: (1, {'a': 0}), 'b': 1.5}", nested, chosen)[0] == "wrong"
+
+
+def test_no_program_has_its_tests_fail_by_themselves(chosen: Chosen) -> None:
+    """By what they then do with what it returns."""
+    program = "class T:\n    def __getattr__(self, name): return T()\n    def __call__(self, *a, **k): return T()\n"
+    program += "def f(x): return T()"
+    for test in ("r = f(1)\nr.sort(key=lambda x: x)\nassert r == [1]", "class E: pass\nassert E() not in f(1)"):
+        assert graded(program, {"kind": "asserts", "tests": [test]}, chosen)[0] == "wrong"
+
+
+def test_no_program_replaces_what_its_tests_use_besides(chosen: Chosen) -> None:
+    sized = {"kind": "asserts", "tests": ["assert size((1, 2)) == sys.getsizeof((1, 2))"]}  # as mbpp/596
+    assert graded("class sys: getsizeof = lambda x: 0\ndef size(x): return 0", sized, chosen)[0] == "wrong"
+    assert graded("import sys\ndef size(x): return sys.getsizeof(x)", sized, chosen) == ("correct", "")
+    own = {
+        "kind": "check",
+        "prompt": "",
+        "test": "def check(candidate):\n    assert candidate(1) == 2",
+        "entry_point": "check",
+    }
+    assert graded("def check(x): return None", own, chosen)[0] == "wrong"
+    assert graded("def check(x): return 2", own, chosen) == ("correct", "")
+
+
+def test_a_long_response_of_fences_is_read_at_once() -> None:
+    begin = time.monotonic()
+    assert code_of("```python\nx=1\n" * 50_000)[1] == "no ```python block"
+    assert time.monotonic() - begin < 20  # a second; what grows with the square would take an hour
+
+
 def test_a_failure_of_the_tests_is_invalid(chosen: Chosen) -> None:
     broken = [
         {"kind": "asserts", "tests": ["assert double(1) == 2"], "setup": "import nothing_of_that_name"},
@@ -234,6 +344,8 @@ def test_a_gold_answer_that_is_none_is_named(gold: str, why: str) -> None:
         ("  ```python\n  a\n  ```", "  a\n"),
         ("````python\n```\na\n````", "```\na\n"),
         ("```python {.numbered}\na\n```", "a\n"),
+        ("```python\nclass Solution:\n  def f(): pass\n```\n```\n6\n```", "class Solution:\n  def f(): pass\n"),
+        ("```python\nf = 1\n```\n```python\nassert f(1)\n```", "f = 1\n"),
         ("a", ""),
         ("```python\na", ""),
         ("<think>```python\na\n```", ""),
@@ -241,7 +353,7 @@ def test_a_gold_answer_that_is_none_is_named(gold: str, why: str) -> None:
     ],
 )
 def test_the_program_of_a_response(response: str, found: str) -> None:
-    source, why = code_of(response, "f")
+    source, why = code_of(response, ["f"])
     assert source == found and bool(why) == (not found)
 
 
@@ -264,6 +376,8 @@ def test_a_response_that_was_cut_off_is_wrong() -> None:
         ("1e400", "1e400", True),
         ("nan", "nan", True),
         ("nan", "NaN", False),
+        ("sNaN", "6", False),
+        ("sNaN", "nan", False),
     ],
 )
 def test_outputs_are_compared_line_by_line(written: str, wanted: str, same: bool) -> None:
@@ -308,6 +422,19 @@ def test_a_pool_goes_on_after_hostile_programs() -> None:
         pids = [worker.process.pid for worker in pool._workers]
         assert [verdict.outcome for verdict in pool.grade_all([*items, good])] == ["wrong"] * 5 + ["correct"]
         assert [worker.process.pid for worker in pool._workers] == pids
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_grader_that_is_killed_leaves_nothing_behind(kind: str) -> None:
+    """Its time is over before the program's."""
+    grade = functools.partial(grader.grade, grader="code", sandbox=Chosen(kind, Limits(60, 60.0)))
+    program = "import time\nopen('left', 'w').write('x' * 100)\ntime.sleep(50)"
+    with GraderPool(grade, 1, 2.0, 2 << 30) as pool:
+        pool.start()
+        folder = Path(pool._workers[0].folder)
+        verdict = pool.grade_all([Answered(f"```python\n{program}\n```", json.dumps(DOUBLE))])[0]
+        assert verdict.outcome == "wrong" and "to grade" in verdict.reason
+        assert not folder.exists()
 
 
 def mutated(source: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,20 @@ from .find import without_thoughts
 from .sandbox.choose import Sandbox, sandbox_of
 from .sandbox.program import Chosen, Program, Ran, SandboxFailed
 
-_BLOCK = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-_LANGUAGES = ("", "python", "python3", "py")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^`]*")
+_LANGUAGES = ("python", "python3", "py")
+# What solutions of such problems take for granted, as where they are posed; what Python has itself stays what it is.
+_AROUND_CALLS = """
+import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from typing import *
+from builtins import *
+"""
 _TEXTS = {"asserts": ("setup", "setup_after"), "check": ("prompt", "test", "entry_point"), "calls": ("function",)}
 ENDED = "the program ended"  # what asking.py says of a program that answers no more
 _FOLDER = Path(__file__).with_name("sandbox")
@@ -50,7 +63,7 @@ def grade(response: str, answer: str, *, sandbox: Chosen, finished: bool = True)
         return Verdict("invalid", tests)
     if not finished:
         return Verdict("wrong", "the response was cut off")
-    source, why = code_of(response, tests.get("entry_point") or tests.get("function") or "")
+    source, why = code_of(response, _names(tests))
     if why:
         return Verdict("wrong", why)
     try:
@@ -59,27 +72,55 @@ def grade(response: str, answer: str, *, sandbox: Chosen, finished: bool = True)
         return Verdict("invalid", str(error))
 
 
-def code_of(response: str, defines: str = "") -> tuple[str, str]:
-    """Returns the program of a response, and why there is none: the last block of Python, and of several the last that
-    has the name, since examples of its use often follow."""
+def code_of(response: str, names: Iterable[str] = ()) -> tuple[str, str]:
+    """Returns the program of a response, and why there is none: its last block of Python, of several the last that
+    defines one of the names, since examples of its use often follow. A block without a language counts where none has
+    one."""
     text, why = without_thoughts(response)
     if why:
         return "", why
-    blocks = [match[3] for match in _BLOCK.finditer(text) if match[2].lower() in _LANGUAGES]
+    blocks = _blocks(text)
+    blocks = [block for block in blocks if block[0] in _LANGUAGES] or [block for block in blocks if not block[0]]
     if not blocks:
         return "", "no ```python block"
-    named = [block for block in blocks if re.search(rf"\b{re.escape(defines)}\b", block)] if defines else blocks
-    return (named or blocks)[-1], ""
+    any_name = "|".join(map(re.escape, names))
+    defines = re.compile(rf"^[ \t]*(?:(?:async )?def|class) +(?:{any_name})\b|^(?:{any_name})\b *[:=]", re.MULTILINE)
+    named = [source for _, source in blocks if any_name and defines.search(source)]
+    return (named or [source for _, source in blocks])[-1], ""
+
+
+def _blocks(text: str) -> list[tuple[str, str]]:
+    """Returns (language, text) of each block between fences that is closed."""
+    blocks: list[tuple[str, str]] = []
+    fence, language, lines = "", "", list[str]()
+    for line in text.splitlines(keepends=True):
+        match = _FENCE.fullmatch(line.rstrip("\r\n"))
+        if not fence and match:
+            fence, language, lines = match[1], match[2].lower(), []
+        elif fence and line.strip() == fence:
+            blocks.append((language, "".join(lines)))
+            fence = ""
+        elif fence:
+            lines.append(line)
+    return blocks
+
+
+def _names(tests: dict[str, Any]) -> set[str]:
+    """What a program may define for its tests."""
+    if tests["kind"] == "asserts":
+        trees = (ast.walk(ast.parse(text)) for text in tests["tests"])
+        return {n.func.id for tree in trees for n in tree if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    return {"check": {str(tests.get("entry_point"))}, "calls": {"Solution", str(tests.get("function"))}}.get(
+        tests["kind"], set()
+    )
 
 
 def _run(sandbox: Sandbox, tests: dict[str, Any], source: str) -> Verdict:
     if tests["kind"] == "stdin":
         return _against_output(sandbox, tests["cases"], source)
-    if tests["kind"] == "check":  # imports and helpers of the prompt are the program's, too
-        source = f"{tests['prompt']}\n{source}"
-    ran, answered = sandbox.pair(
-        Program(_ASKING, json.dumps(tests).encode()), Program(_ANSWERING, source.encode("utf-8", "replace"))
-    )
+    before = {"check": tests.get("prompt", ""), "calls": _AROUND_CALLS}.get(tests["kind"], "")
+    texts = json.dumps([before, source]).encode()
+    ran, answered = sandbox.pair(Program(_ASKING, json.dumps(tests).encode()), Program(_ANSWERING, texts))
     said = _said(ran)
     if said is None:  # whatever ended the tests, the program's answers did
         return Verdict("wrong", f"the tests did not come to an end: {(answered and answered.why) or ran.why}")
@@ -122,9 +163,10 @@ def same_output(written: str, wanted: str) -> bool:
 
 def _numbers(line: str) -> list[Decimal] | None:
     try:
-        return [Decimal(word) for word in line.split()] or None
+        numbers = [Decimal(word) for word in line.split()]
     except InvalidOperation:
         return None
+    return None if not numbers or any(number.is_nan() for number in numbers) else numbers
 
 
 def _tests(answer: str) -> dict[str, Any] | str:

@@ -28,6 +28,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -39,6 +40,7 @@ from typing import Any
 from ..batch import Answered, Verdict
 from ..errors import RequestError, RunFailed
 from ..telemetry.clock import CLOCK
+from .sandbox.process import remove_folder
 from .worker import OUT_OF_MEMORY, READY, TAKEN, steps_of
 
 START_SECONDS = 300.0  # imports from a cold network file system on many ranks at once
@@ -56,6 +58,7 @@ class _Worker:
     """One process, from its start to its death."""
 
     def __init__(self, grade: bytes, memory_bytes: int) -> None:
+        self.folder = tempfile.mkdtemp(prefix="a3po-grader-")  # for what it starts: removed although it is killed
         ours, theirs = socket.socketpair()
         with theirs:
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
@@ -69,7 +72,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a grader prints is no part of our own output
-                env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+                env=os.environ | ENVIRONMENT | {"PYTHONPATH": path, "TMPDIR": self.folder},
                 start_new_session=True,
             )
         self.connection = Connection(ours.detach())
@@ -133,6 +136,7 @@ class _Worker:
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
+        remove_folder(self.folder)
 
 
 def _pidfd(pid: int) -> int | None:

@@ -18,8 +18,11 @@ _X32 = 0x40000000  # the numbers of another ABI on x86-64
 CLONE_THREAD = 0x00010000
 _TMPFILE = 0o20000000  # a file without a name, which no look into the folder sees
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
-# Duplicate, flags, locks and a pipe's size. Not F_SETOWN and F_SETSIG, with which the kernel signals whom it is told.
-_FCNTLS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)
+# Duplicate, flags and a pipe's size. Not F_SETOWN and F_SETSIG, with which the kernel signals whom it is told, and no
+# locks: others may want them on files that all programs read.
+_FCNTLS = (0, 1, 2, 3, 4, 1030, 1032)
+_UNIX, _STREAMS = 1, (0x1, 0x801, 0x80001, 0x80801)  # of a pair of sockets: with and without NONBLOCK and CLOEXEC
+_CLOCKS = 16  # above are the clocks of other processes
 _PRCTLS = (3, 15, 16, 0x53564D41)  # whether it can be traced, a thread's name, names of mappings
 
 
@@ -42,7 +45,12 @@ def assemble(machine: str | None = None) -> bytes:
     code += _on(syscalls.IOCTL[column], _one_of(1, _IOCTLS, errno.ENOTTY))
     code += _on(syscalls.FCNTL[column], _one_of(1, _FCNTLS, errno.EPERM))
     code += _on(syscalls.PRCTL[column], _one_of(0, _PRCTLS, errno.EPERM))
-    code += _on(syscalls.PRLIMIT[column], _one_of(0, (0,), errno.EPERM))  # its own limits: 0 is itself
+    for call in (syscalls.PRLIMIT, syscalls.SCHED_GETAFFINITY):
+        code += _on(call[column], _one_of(0, (0,), errno.EPERM))  # of itself, which is 0
+    pair = [_argument(0), _instruction(_EQUAL, _UNIX, 1, 0), _refuse(errno.EPERM), *_one_of(1, _STREAMS, errno.EPERM)]
+    code += _on(syscalls.SOCKETPAIR[column], pair)
+    clock = [_argument(0), _instruction(_AT_LEAST, _CLOCKS, 1, 0), _instruction(_RETURN, _ALLOW), _refuse(errno.EINVAL)]
+    code += _on(syscalls.CLOCK_GETTIME[column], clock)
     code += [_instruction(_AT_LEAST, syscalls.NEWEST + 1, 0, 1), _refuse(errno.ENOSYS), _refuse(errno.EPERM)]
     return b"".join(code)
 

@@ -135,6 +135,7 @@ def main(names: dict[str, Any]) -> None:
     os.write(told["ready"], b".")  # from here on whatever happens is the program's own doing
     os.close(told["ready"])
     sys.path += told["import_from"]
+    sys.set_int_max_str_digits(0)
     sys.argv = ["program.py", *([str(told["channel"])] if told["channel"] is not None else [])]
     run = exec
     for name in [name for name in names if not name.startswith("__")]:

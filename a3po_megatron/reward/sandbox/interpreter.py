@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-ALWAYS = ("/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+ALWAYS = ("/etc/ld.so.cache", "/usr/share/zoneinfo", "/dev/null", "/dev/zero")
 SECONDS = 60
 # Imports every extension module that there is, and says which libraries that brought.
 _LIST = """

@@ -5,8 +5,9 @@
     none         limits alone: it can read and write what the trainer can               told by name only
 
 With all of them a program is one process that inside.py has bound: resource limits, and with the first two a filter of
-system calls (filter.py), no capabilities and no new privileges. As root it becomes somebody else. The limits hold for
-it alone: of threads, which the kernel counts by user, it may have so many more than that user has already.
+system calls (filter.py), no capabilities and no new privileges. As root it becomes a user that nobody else is. The
+limits hold for it alone: the kernel counts threads by user, so that where others are the same user, theirs are added to
+the kernel's limit, and its own are counted from outside (process.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -25,11 +27,13 @@ from pathlib import Path
 
 from .filter import assemble
 from .interpreter import ALWAYS, interpreter
-from .process import Process, watch
+from .process import Process, remove_folder, watch
 from .program import Chosen, Program, Ran, SandboxFailed
 
-NOBODY = 65534
+USERS = range(50_000, 65_000)  # whom a program becomes where the trainer is root
+CROWD = 1000  # threads that others of its user may start while it runs
 INSIDE = "/work"  # a program's folder, in bubblewrap
+_NUMBERS = itertools.count(os.getpid() * 64)  # of programs: no two at a time are the same user
 _SOURCE = Path(__file__).with_name("inside.py").read_text()
 _NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 
@@ -77,13 +81,14 @@ class Local:
     @contextlib.contextmanager
     def _started(self, program: Program, channel: int | None = None) -> Iterator[Process]:
         folder = tempfile.mkdtemp(prefix="a3po-program-")
+        user = USERS[next(_NUMBERS) % len(USERS)] if self._root else os.getuid()
         heard, ready = os.pipe()
         told = os.memfd_create("told")
         process = None
         try:
             if self._root and self.kind == "bubblewrap":
-                os.chown(folder, NOBODY, NOBODY)
-            os.write(told, json.dumps(self._told(program, folder, ready, channel)).encode())
+                os.chown(folder, user, user)
+            os.write(told, json.dumps(self._told(program, folder, user, ready, channel)).encode())
             os.lseek(told, 0, os.SEEK_SET)
             fds = [told, ready, *([channel] if channel is not None else [])]
             inner = [self._interpreter.program, *("-P", "-s", "-S", "-B", "-X", "utf8", "-c", _SOURCE, str(told))]
@@ -104,26 +109,26 @@ class Local:
                 os.close(heard)
             else:
                 process.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_folder(folder)
 
     def _seen(self, folder: str) -> str:
         return INSIDE if self.kind == "bubblewrap" else folder
 
-    def _told(self, program: Program, folder: str, ready: int, channel: int | None) -> dict[str, object]:
+    def _told(self, program: Program, folder: str, user: int, ready: int, channel: int | None) -> dict[str, object]:
         limits, bubble = self.chosen.limits, self.kind == "bubblewrap"
-        user = {"id": NOBODY, "files": not bubble} if self._root and self.kind != "none" else None
-        own = bubble and not self._root and _counts_by_namespace()
-        crowd = 0 if own else threads_of(NOBODY if user else os.getuid())
+        becomes = {"id": user, "files": not bubble} if self._root and self.kind != "none" else None
+        own = becomes is not None or (bubble and _counts_by_namespace())
+        threads = limits.threads if own else threads_of(os.getuid()) + limits.threads + CROWD
         return {
             "source": program.source,
             "folder": self._seen(folder),
             "parent": 0 if bubble else os.getpid(),
-            "user": user,
+            "user": becomes,
             "limits": {
                 "cpu_seconds": limits.cpu_seconds,
                 "memory_bytes": limits.memory_bytes,
                 "files_bytes": limits.files_bytes,
-                "threads": crowd + limits.threads,
+                "threads": threads,
             },
             "readable": [*_landlocked(), *self.chosen.import_from] if self.kind == "landlock" else None,
             "filter": self._filter,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import time
@@ -101,9 +102,18 @@ class Process:
                 self.stop(f"it did not begin within {START_SECONDS:g} s")
         elif elapsed > self.limits.wall_seconds:
             self.stop(f"it ran for more than {self.limits.wall_seconds:g} s")
+        if self.threads_of_its_own() > self.limits.threads:
+            self.stop(f"it has more than {self.limits.threads} threads")
         files, size = _used(self.folder)
         if size > self.limits.files_bytes or files > FILES:
             self.stop(f"its files take more than {self.limits.files_bytes:,} bytes, or are more than {FILES}")
+
+    def threads_of_its_own(self) -> int:
+        """Counts them where the process is the program itself; around others stands bubblewrap, which counts as one."""
+        try:
+            return os.stat(f"/proc/{self.process.pid}/task").st_nlink - 2
+        except FileNotFoundError:  # it has ended
+            return 0
 
     def stop(self, why: str) -> None:
         """Ends it, and whatever stands around it, with SIGKILL."""
@@ -153,6 +163,15 @@ def watch(processes: Sequence[Process]) -> None:
             waiting = [key for key in selector.get_map().values() if key.data[0] is processes[0]]
             if all(key.data[1] == "stdin" for key in waiting) or processes[0].stopped:
                 processes[0].ended = processes[0].process.poll() is not None
+
+
+def remove_folder(folder: str) -> None:
+    """Removes what a program left; those in bubblewrap die a moment later than it does, and may still be writing."""
+    for _ in range(200):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            return
+        time.sleep(0.01)
 
 
 def _used(folder: str) -> tuple[int, int]:

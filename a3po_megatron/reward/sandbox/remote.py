@@ -28,7 +28,8 @@ ours, theirs = socket.socketpair()
 start = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)\\n" + {answering!r}
 number = theirs.fileno()
 command = [sys.executable, "-c", start, str(number)]
-program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[number])
+program = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, pass_fds=[number])
 theirs.close()
 program.stdin.write({source!r})
 program.stdin.close()
