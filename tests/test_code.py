@@ -237,7 +237,8 @@ HONEST = {
     "a long generator": ("def f(n): yield from range(n)", "assert sum(f(100_000)) == 4999950000"),
     "a generator that breaks": (
         "def f(n):\n    yield 1\n    raise ValueError('broken')",
-        "seen = []\ntry:\n    for x in f(1): seen.append(x)\nexcept ValueError:\n    seen.append(2)\nassert seen == [1, 2]",
+        "seen = []\ntry:\n    for x in f(1): seen.append(x)\nexcept ValueError:\n    seen.append(2)\n"
+        "assert seen == [1, 2]",
     ),
     "a linked list": (
         "def f(n):\n    x = None\n    for i in range(n): x = (i, x)\n    return x",

@@ -20,6 +20,7 @@ from ..errors import RequestError
 from . import nearest, paths
 from .data import ARITHMETIC, DataOptions
 from .fields import SECTIONS, default_of, kind_of, kinds, known_options, name_of_kind, takes_text
+from .methods import METHODS
 from .renamed import NULL_WAS, RENAMED
 from .sections import Config, Settings
 from .written import as_numbers, as_text, as_values, read_yaml
@@ -76,7 +77,7 @@ def config_of_model(folder: str, overrides: Sequence[str] = ()) -> Config:
 def _checked(values: Values, overrides: Sequence[str]) -> Config:
     for text in overrides:
         _override(text, values)
-    values = _located(values)
+    values = _located(_with_method(values))
     config = _validate(values)
     for section in SECTIONS:
         chosen = getattr(config, section)
@@ -86,6 +87,27 @@ def _checked(values: Values, overrides: Sequence[str]) -> Config:
                 if entry and entry.asked and entry.value != default_of(option) and rule.when(chosen):
                     raise RequestError(f"{entry.where}: {option} {no_effect(rule.because)}")
     return config
+
+
+def _with_method(values: Values) -> Values:
+    """Adds what a method says and nobody else does. An option that is null is as it is by default, whatever the method;
+    of a section that is chosen to be another one than the method's, it says nothing.
+
+    Raises RequestError for a method that there is not.
+    """
+    entry = values.get("method")
+    if entry is None or not entry.value:
+        return values
+    if entry.value not in METHODS:
+        raise RequestError(f"{entry.where}: there is no method {entry.value!r}: there are {', '.join(METHODS)}")
+    method = METHODS[entry.value]
+    said = {option: Given(value, entry.where, entry.folder, asked=False) for option, value in method.items()}
+    for section in {option.partition(".")[0] for option in said if len(kinds(option.partition(".")[0])) > 1}:
+        name = f"{section}.name"
+        own = method.get(name, name_of_kind(kinds(section)[0]))
+        if name in values and values[name].value not in (None, own):
+            said = {option: given for option, given in said.items() if not option.startswith(f"{section}.")}
+    return said | values
 
 
 def no_effect(because: str) -> str:

@@ -11,7 +11,18 @@ from .sections import Settings
 
 # What may differ between the starts of one run: the rest would make it another run. Sections stand for all they hold.
 RESUME_MAY_CHANGE = {
-    *("name", "parallel", "publish", "checkpoint", "evaluation", "telemetry", "slurm", "grader_pool", "sandbox"),
+    *(
+        "name",
+        "method",
+        "parallel",
+        "publish",
+        "checkpoint",
+        "evaluation",
+        "telemetry",
+        "slurm",
+        "grader_pool",
+        "sandbox",
+    ),
     *("data.cache",),
     *("cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),

@@ -40,6 +40,9 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = option(
         "run", "of the run: of its folder, and of its jobs"
     )
+    method: str = option(
+        "", "what sets the options of a method, where nothing else does: grpo, gspo, …; empty: nothing"
+    )
     model: ModelOptions
     data: DataOptions
     parallel: ParallelOptions = ParallelOptions()
