@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .algorithm.advantage import assemble
-from .algorithm.objectives.clipped import Clipped
+from .algorithm.objectives.registry import objective_of
 from .algorithm.process import add_process
 from .algorithm.shaping import shape
-from .algorithm.token_loss import Objective, known
+from .algorithm.token_loss import Objective
 from .batch import Batch, Collected
 from .config import Settings
 from .data.prompts import Prompts
@@ -172,7 +172,7 @@ def build(
         assemble=assembled,
         scores=Scores(ranks, journal, rejected),
         shape=functools.partial(shape, options=settings.shaping),
-        objective=known(Clipped(settings.objective, settings.correction)),
+        objective=objective_of(settings.objective, settings.correction),
         publish=publish,
         evaluate=evaluate,
         recorder=recorder,
