@@ -4,10 +4,9 @@
     phi(W) = W^k exp(lambda (1 - W)),   1 at W = 1;   (k, lambda) by whether A >= 0
     J_t = sg(phi(W)) A' log pi,   A' = token weight * A
 
-Source: arXiv 2602.10693, appendix I; bounds of log W as in the authors' code and TRL. W is of the distribution that
-tokens were sampled from: it makes up for the sampler, and `correction` on top would do so twice (launch/check.py). The
-authors' code bounds each token's log-ratio at ±20 as well, which changes nothing but a sum that another token brings
-back from beyond log W's bounds; so does not this.
+Source: arXiv 2602.10693, appendix I; the bounds of log W as in the authors' code and TRL, which bound each token's
+log-ratio at ±20 as well. W is from the distribution that tokens were sampled from: it makes up for the sampler, and a
+correction on top would do so twice (launch/check.py refuses it).
 """
 
 from __future__ import annotations
