@@ -133,8 +133,8 @@ def _check_objective(settings: Settings) -> None:
     name = f"objective.name: {objective.name}"
     if isinstance(objective, VespoOptions) and not isinstance(correction, NoCorrection):
         raise RequestError(
-            f"{name} weighs a rollout by how it was sampled, and correction.name: {correction.name} would do so again: set "
-            "correction.name: none (it is tis unless it is given)"
+            f"{name} weighs a rollout by how it was sampled, and correction.name: {correction.name} would do so "
+            "again: set correction.name: none (it is tis unless it is given)"
         )
     if not isinstance(objective, SequenceObjective):
         return
