@@ -10,10 +10,10 @@ from pathlib import Path
 
 from .algorithm.advantage import assemble
 from .algorithm.correction import mask_far, mask_truncated
-from .algorithm.objectives.clipped import Clipped
+from .algorithm.objectives.registry import objective_of
 from .algorithm.process import add_process
 from .algorithm.shaping import shape
-from .algorithm.token_loss import Objective, known
+from .algorithm.token_loss import Objective
 from .batch import Batch, Collected
 from .config import Settings
 from .data.prompts import Prompts
@@ -177,7 +177,7 @@ def build(
         assemble=assembled,
         scores=Scores(ranks, journal, rejected),
         shape=shaped,
-        objective=known(Clipped(settings.objective, settings.correction)),
+        objective=objective_of(settings.objective, settings.correction),
         publish=publish,
         evaluate=evaluate,
         recorder=recorder,

@@ -401,6 +401,10 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("evaluation.release", "v5", {}),
     ("evaluation.window", "2024-08-01:2025-01-31", {}),
     ("evaluation.keep_best", "gsm8k", {}),
+    *(
+        ("objective.constant", 64, {"objective.name": name, "objective.normaliser": "tokens"})
+        for name in ("clipped", "gspo_token", "cispo", "sapo", "vespo", "reinforce")
+    ),
 ]
 # The same options where they do something.
 ACTIVE: dict[str, dict[str, Any]] = {
@@ -415,6 +419,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
         for name in ("benchmarks", "data", "samples", "max_tokens", "release", "window", "keep_best")
     },
     "process.weight": {"process.name": "spans", "process.polarity": "tokens"},
+    "objective.constant": {"objective.normaliser": "constant"},
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
     "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }
@@ -594,6 +599,12 @@ def test_every_option_stands_in_the_saved_configuration(folder: Path) -> None:
         ({"rollout.quantization": "fp8_per_block"}, None, {"publish.canary_bound": 4.0, "publish.witness_bound": 1e-4}),
         ({"publish.canary_bound": 0.5}, None, {"publish.canary_bound": 0.5, "publish.witness_bound": 0.5}),
         ({"shaping.rho": 3.0}, None, {"shaping.rho_negative": 3.0}),
+        ({"rollout.max_tokens": 96}, None, {"objective.normaliser": "tokens", "objective.constant": 96}),
+        (
+            {"objective.name": "sapo", "objective.constant": 7, "objective.normaliser": "constant"},
+            None,
+            {"objective.constant": 7},
+        ),
         ({"slurm.gpus_per_node": "h200:4"}, None, {"slurm.tasks_per_node": 4}),
         ({"trainer.prompts_per_step": 24, "trainer.mini_batch_prompts": 8}, None, {"trainer.mini_batches": 3}),
     ],

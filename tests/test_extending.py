@@ -14,19 +14,25 @@ import pytest
 import torch
 
 from a3po_megatron.algorithm import token_loss
+from a3po_megatron.algorithm.objectives.registry import OBJECTIVES, objective_of
 from a3po_megatron.algorithm.sums import Report
 from a3po_megatron.algorithm.token_loss import TokenBatch, known, normaliser_count
 from a3po_megatron.batch import Verdict
+from a3po_megatron.config import NoCorrection, load_config
+from a3po_megatron.config.methods import METHODS
 from a3po_megatron.errors import RequestError
 from a3po_megatron.evaluate.benchmarks import BENCHMARKS
 from a3po_megatron.evaluate.problems import file_of, problems_of
+from a3po_megatron.launch.check import settle
 from a3po_megatron.model.cut import EngineRank, cut, hf_tensors, pieces, tensors
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.model.read import facts_of
+from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.reward.grader import GRADERS, Grader, grade
 from a3po_megatron.telemetry.catalogue import METRICS
 from tests.harness.ranks import ROOT
+from tests.harness.tiny_models import make_checkpoint
 from tests.test_layout import CONFIG, MOE
 
 DOCS = (ROOT / "docs/extending.md").read_text()
@@ -64,8 +70,26 @@ def test_a_family_is_a_table_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None
     assert [piece.parameter for piece in held if piece.hf.buffer] == biases
 
 
-def test_an_objective_is_a_file_and_a_metric_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = run(example("objectives/reinforce.py"))["Reinforce"]()
+def test_an_objective_is_a_file_its_options_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run(example("config/objective.py")) | run(example("objectives/focal.py"))
+    options, kind = names["FocalOptions"], names["Focal"]
+    assert DOCS.count('in ObjectiveOptions: Annotated[FocalOptions, Tag("focal")]') == 1
+    assert DOCS.count("in OBJECTIVES: FocalOptions: Focal\n") == 1
+    monkeypatch.setitem(OBJECTIVES, options, kind)
+    objective = objective_of(options(focus=1.0), NoCorrection())
+    logprobs = torch.tensor([0.5, 0.25, 0.8]).log().requires_grad_()
+    old, begins = logprobs.detach(), torch.tensor([True, False, True])
+    weights, advantages = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([2.0, 2.0, -1.0])
+    batch = TokenBatch(logprobs, old, old, advantages, weights, torch.tensor([0, 0, 1]), begins, 2, 0)
+    loss, sums = objective(batch)
+    loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-0.5 * 2, -0.75 * 2 * 2, 0.2])
+    assert normaliser_count(objective, batch) == 3 and sums.keys() == objective.metrics.keys()
+
+
+def test_an_objective_may_be_anything_that_is_called_and_a_metric_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = run(example("objectives/raft.py"))["Raft"]()
     metric = run(example("telemetry/catalogue.py"))["METRIC"]
     with pytest.raises(KeyError, match=metric.name):
         known(objective)
@@ -77,14 +101,14 @@ def test_an_objective_is_a_file_and_a_metric_a_line(monkeypatch: pytest.MonkeyPa
     begins = torch.tensor([True, False, True])
     batch = TokenBatch(logprobs, zeros, zeros, advantages, zeros + 1, torch.tensor([0, 0, 1]), begins, 2, 0)
     loss, sums = objective(batch)
-    assert float(loss.detach()) == 2.0 * 3.0 - 0.5
+    assert float(loss.detach()) == 3.0
     loss.backward()
     assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == [-2.0, -2.0, 1.0]
+    assert logprobs.grad.tolist() == [-1.0, -1.0, 0.0]
     assert normaliser_count(objective, batch) == 2
     report = Report(objective.metrics)
     report.sums += report.vector(sums, torch.device("cpu"))
-    assert report.metrics() == {"learner/loss": 5.5 / 2, metric.name: -3.5 / 2}
+    assert report.metrics() == {"learner/loss": 3.0 / 2, metric.name: -3.5 / 2}
 
 
 def test_a_benchmark_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +144,15 @@ def test_a_grader_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grade("two words", "two", grader="words").outcome == "invalid"
     with pytest.raises(RequestError, match="no grader: there are math, choice, numeric, code, judge, function, words"):
         grade("", "", grader="word")
+
+
+def test_a_method_is_an_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(METHODS, "mine", run(example("an entry of METHODS"))["METHOD"])
+    make_checkpoint(tmp_path / "model")
+    (tmp_path / "c.yaml").write_text("method: mine\nmodel: {path: model}\ndata: {path: 'builtin:arithmetic'}\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.objective.name == "gspo_token" and config.shaping.rho == 1.5 and not config.rollout.dynamic_sampling
+    settle(config, CPU)
 
 
 def test_a_launcher_is_a_script(tmp_path: Path) -> None:

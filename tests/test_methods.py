@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,10 @@ import yaml
 from a3po_megatron.config import Config, load_config
 from a3po_megatron.config.methods import METHODS
 from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.launch.check import settle
+from a3po_megatron.ranks.backend import CPU
+from tests.harness import interrupted_runs as tools
 from tests.harness.tiny_models import make_checkpoint
 
 
@@ -37,6 +43,22 @@ def test_a_method_is_the_options_that_it_sets(folder: Path, name: str) -> None:
     assert read(folder, method=name) == read(folder, **tree).model_copy(update={"method": name})
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_sets_goes_together(folder: Path, name: str) -> None:
+    assert settle(read(folder, method=name), CPU).method == name
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(tmp_path: Path, name: str) -> None:
+    """On the model of the second demo, which answers now and then."""
+    tools.trained_here(tmp_path / "run", *tools.LAYOUTS["tp2"], f"method={name}", "shaping=null", "trainer.steps=2")
+    rows = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["policy/grad_norm"]) and row["policy/grad_norm"] > 0 for row in rows)
+    assert all(row["shaping/rho"] == (2.0 - 0.005 * row["step"] if name == "a3po" else 1.0) for row in rows)
+
+
 def test_the_methods_name_is_nothing_that_its_options_do_not_say() -> None:
     """No two are the same."""
     assert len({tuple(sorted(options.items())) for options in METHODS.values()}) == len(METHODS)
@@ -51,7 +73,7 @@ def test_what_stands_beside_a_method_goes_before_it(folder: Path) -> None:
     assert read(folder, "objective.dual_clip=4.0", method="grpo").objective.dual_clip == 4.0
     assert read(folder, "method=dapo", method="grpo") == read(folder, method="dapo")
     null = read(
-        folder, method="grpo", objective={"clip_low": None, "dual_clip": None, "normaliser": None, "clip_high": None}
+        folder, method="grpo", objective={"clip_low": None, "normaliser": None, "clip_high": None, "dual_clip": 3.0}
     )
     assert null.objective == read(folder).objective
 

@@ -21,16 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config.objective import Normaliser as Normaliser  # for objectives, which declare one
 from ..telemetry.catalogue import METRICS
 from .sums import Kind, Max, Sum
-
-Normaliser = Literal["tokens", "sequences", "constant"]
 
 
 @dataclass(frozen=True)

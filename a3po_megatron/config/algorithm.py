@@ -1,4 +1,4 @@
-"""Settings of `algorithm/`: advantage, A3PO's shaping, the clipped objective, the correction for the sampler.
+"""Settings of `algorithm/`: advantage, process rewards, A3PO's shaping, the correction for the sampler.
 
 Defaults are the paper's where it states them (arXiv 2512.21625; its sources: docs/method.md) and DAPO's elsewhere.
 """
@@ -18,7 +18,6 @@ from .section import (
     Section,
     by_name,
     option,
-    or_off,
 )
 
 
@@ -140,16 +139,6 @@ Process = Annotated[
     Annotated[NoProcess, Tag("none")] | Annotated[SpanRewards, Tag("spans")] | Annotated[RewardsToGo, Tag("to_go")],
     by_name("none"),
 ]
-
-
-class ObjectiveOptions(Section):
-    """DAPO's clip-higher surrogate, token mean over the mini-batch of all ranks; no KL term, no entropy bonus."""
-
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = option(0.2, "the ratio is clipped at 1 - clip_low")
-    clip_high: PositiveFloat = option(0.28, "the ratio is clipped at 1 + clip_high")
-    dual_clip: Annotated[float, Field(ge=0), or_off(above=1)] = option(
-        3.0, "c of the lower bound c × A where A < 0; 0: off"
-    )
 
 
 class TisOptions(Section):

@@ -47,7 +47,13 @@ def _all() -> Iterator[Option]:
         kind = " | ".join(dict.fromkeys(_kind(field.annotation, field.metadata) for field in fields))
         owners = [str(name_of_kind(each)) for each in kinds(section) if name in each.model_fields]
         of = f"{', '.join(owners)}: " if 0 < len(owners) < len(kinds(section)) else ""
-        yield Option(option, kind, shown, of + (fields[0].description or ""))
+        others = [
+            f"{owner}: {_value(field.default)}"
+            for owner, field in zip(owners, fields, strict=False)  # of the top level: no owner
+            if name != "name" and field.default != fields[0].default
+        ]
+        meaning = (fields[0].description or "") + (f" (default of {', '.join(others)})" if others else "")
+        yield Option(option, kind, shown, of + meaning)
 
 
 def _kind(kind: Any, limits: list[Any]) -> str:

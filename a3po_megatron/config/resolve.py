@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from .algorithm import ShapingOptions
 from .cluster import even_stages
+from .objective import TokenObjective
 from .sections import Config, Settings
 from .weights import CANARY_BOUND, QUANTISED_BOUND
 
@@ -61,6 +62,8 @@ def resolve(config: Config, facts: Facts, device: Device, ranks: int | None = No
     }
     if isinstance(shaping, ShapingOptions) and shaping.rho_negative is None:
         answers["shaping"] = {"rho_negative": shaping.rho}
+    if isinstance(config.objective, TokenObjective) and config.objective.constant is None:
+        answers["objective"] = {"constant": rollout.max_tokens}  # Dr.GRPO's: the longest that a response can be
     tree = config.model_dump()
     return Settings.model_validate({section: _with(values, answers.get(section)) for section, values in tree.items()})
 

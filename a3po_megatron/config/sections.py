@@ -11,7 +11,6 @@ from .algorithm import (
     AdvantageOptions,
     Correction,
     NoProcess,
-    ObjectiveOptions,
     Process,
     ResolvedShaping,
     Shaping,
@@ -24,6 +23,7 @@ from .data import DataOptions
 from .evaluation import EvaluationOptions
 from .learner import AdamOptions, ConstantSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule
 from .model import MegatronOptions, ModelOptions, ModelSettings
+from .objective import ClippedOptions, ObjectiveOptions
 from .reward import GraderPoolOptions, LocalPool, RewardOptions
 from .rollout import RolloutOptions, RolloutSettings
 from .sandbox import AutoSandbox, SandboxOptions
@@ -53,7 +53,7 @@ class Config(Section):
     advantage: Advantage = AdvantageOptions()
     process: Process = NoProcess()
     shaping: Shaping = ShapingOptions()
-    objective: ObjectiveOptions = ObjectiveOptions()
+    objective: ObjectiveOptions = ClippedOptions()
     correction: Correction = TisOptions()
     trainer: TrainerOptions = TrainerOptions()
     optimizer: Optimizer = AdamOptions()

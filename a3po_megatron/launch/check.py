@@ -4,7 +4,18 @@ config.json. Imports no torch; the files that a run reads are launch/check_files
 
 from __future__ import annotations
 
-from ..config import Config, CosineSchedule, MaxRl, NoCorrection, NoProcess, NoShaping, Settings, resolve
+from ..config import (
+    Config,
+    CosineSchedule,
+    MaxRl,
+    NoCorrection,
+    NoProcess,
+    NoShaping,
+    SequenceObjective,
+    Settings,
+    VespoOptions,
+    resolve,
+)
 from ..errors import RequestError
 from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
@@ -26,6 +37,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_as_given(config, facts, ranks)
     settings = resolve(config, facts, backend, ranks)
     _check_options(settings)
+    _check_objective(settings)
     _check_process(settings)
     _check_advantage(settings)
     _check_layout(settings, facts)
@@ -126,11 +138,40 @@ def _check_advantage(settings: Settings) -> None:
         )
 
 
+def _check_objective(settings: Settings) -> None:
+    """Which of the sections beside it an objective goes with."""
+    objective, correction = settings.objective, settings.correction
+    name = f"objective.name: {objective.name}"
+    if isinstance(objective, VespoOptions) and not isinstance(correction, NoCorrection):
+        raise RequestError(
+            f"{name} weighs a rollout by how it was sampled, and correction.name: {correction.name} would do so "
+            "again: set correction.name: none (it is tis unless it is given)"
+        )
+    if not isinstance(objective, SequenceObjective):
+        return
+    why = "has one ratio and one advantage a response"
+    if not _is_unshaped(settings):
+        raise RequestError(
+            f"{name} {why}, so that A3PO's weights of tokens have no place in it: set shaping.name: none, or "
+            "objective.name: gspo_token, whose terms are of tokens"
+        )
+    if not isinstance(settings.process, NoProcess):
+        raise RequestError(
+            f"{name} {why}, so that process rewards, which are of tokens, have no place in it: set process.name: none, "
+            "or objective.name: gspo_token, whose terms are of tokens"
+        )
+
+
+def _is_unshaped(settings: Settings) -> bool:
+    shaping = settings.shaping
+    return isinstance(shaping, NoShaping) or shaping.rho == shaping.rho_negative == 1
+
+
 def _check_process(settings: Settings) -> None:
     process, shaping = settings.process, settings.shaping
     if isinstance(process, NoProcess) or process.polarity == "outcome":
         return
-    if isinstance(shaping, NoShaping) or shaping.rho == shaping.rho_negative == 1:
+    if _is_unshaped(settings):
         off = "shaping.name is none" if isinstance(shaping, NoShaping) else "shaping.rho is 1 (no shaping)"
         raise RequestError(f"process.polarity: tokens has no effect, because {off}: remove it")
 
@@ -187,7 +228,8 @@ def _check_quantization(settings: Settings, facts: ModelFacts, backend: Backend)
         return
     if not backend.fp8:
         raise RequestError(f"rollout.quantization: {rollout.quantization} needs a GPU, and this run is on CPUs")
-    if isinstance(settings.correction, NoCorrection):
+    # VESPO corrects by itself, and takes no correction beside it.
+    if isinstance(settings.correction, NoCorrection) and not isinstance(settings.objective, VespoOptions):
         raise RequestError(
             f"rollout.quantization: {rollout.quantization} needs correction.name: tis: uncorrected, learning loses "
             "what the engine's rounding takes"

@@ -17,7 +17,7 @@ from torch import Tensor
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected
-from a3po_megatron.config import Config, ObjectiveOptions, Settings, TisOptions
+from a3po_megatron.config import ClippedOptions, Config, Settings, TisOptions
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.store import Saving
@@ -72,7 +72,7 @@ def rollouts_of(folder: Path) -> Collected:
     return collected
 
 
-CLIPPED = Clipped(ObjectiveOptions(clip_low=CLIP[0], clip_high=CLIP[1]), TisOptions())
+CLIPPED = Clipped(ClippedOptions(clip_low=CLIP[0], clip_high=CLIP[1]), TisOptions())
 
 
 def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Settings:

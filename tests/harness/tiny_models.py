@@ -25,14 +25,14 @@ from transformers import (
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Collected, Group, Prompt, Rollout, Segment, Verdict
-from a3po_megatron.config import Config, ObjectiveOptions, Settings, TisOptions, resolve
+from a3po_megatron.config import ClippedOptions, Config, Settings, TisOptions, resolve
 from a3po_megatron.model.cut import Piece, pieces
 from a3po_megatron.model.facts import ModelFacts
 from a3po_megatron.model.layout import Layout
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.backend import CPU, Backend
 
-CLIPPED = Clipped(ObjectiveOptions(), TisOptions())  # the objective as it is by default
+CLIPPED = Clipped(ClippedOptions(), TisOptions())  # the objective as it is by default
 VOCAB = 67  # odd: every tensor-parallel size pads it
 
 QWEN3 = {"head_dim": 32, "tie_word_embeddings": True}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from a3po_megatron.algorithm.objectives.clipped import Clipped
 from a3po_megatron.batch import Batch, Prompt, Rollout, Segment
-from a3po_megatron.config import Config, ObjectiveOptions, ParallelOptions, Settings, TisOptions, resolve
+from a3po_megatron.config import ClippedOptions, Config, ParallelOptions, Settings, TisOptions, resolve
 from a3po_megatron.files.safetensors import write_file
 from a3po_megatron.launch import environment
 from a3po_megatron.launch.local import free_port
@@ -34,7 +34,7 @@ from a3po_megatron.ranks.backend import CUDA, Backend
 from a3po_megatron.ranks.groups import Ranks, arrange
 from a3po_megatron.ranks.handoff import Handoff
 
-CLIPPED = Clipped(ObjectiveOptions(), TisOptions())
+CLIPPED = Clipped(ClippedOptions(), TisOptions())
 # Every size a multiple of 128, so that blocks are whole ones; the vocabulary of none, so that it is padded.
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
