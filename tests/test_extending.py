@@ -148,7 +148,7 @@ def test_a_grader_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_method_is_an_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(METHODS, "mine", run(example("an entry of METHODS"))["METHOD"])
-    make_checkpoint(tmp_path / "model")
+    make_checkpoint(tmp_path / "model", max_position_embeddings=4096)
     (tmp_path / "c.yaml").write_text("method: mine\nmodel: {path: model}\ndata: {path: 'builtin:arithmetic'}\n")
     config = load_config(tmp_path / "c.yaml")
     assert config.objective.name == "gspo_token" and config.shaping.rho == 1.5 and not config.rollout.dynamic_sampling

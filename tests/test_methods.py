@@ -22,7 +22,7 @@ from tests.harness.tiny_models import make_checkpoint
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    make_checkpoint(folder / "model")
+    make_checkpoint(folder / "model", max_position_embeddings=4096)
     return folder
 
 
@@ -72,9 +72,8 @@ def test_what_stands_beside_a_method_goes_before_it(folder: Path) -> None:
     )
     assert read(folder, "objective.dual_clip=4.0", method="grpo").objective.dual_clip == 4.0
     assert read(folder, "method=dapo", method="grpo") == read(folder, method="dapo")
-    null = read(
-        folder, method="grpo", objective={"clip_low": None, "normaliser": None, "clip_high": None, "dual_clip": 3.0}
-    )
+    defaults = {"clip_low": None, "normaliser": None, "clip_high": None, "dual_clip": 3.0}
+    null = read(folder, method="grpo", objective=defaults)
     assert null.objective == read(folder).objective
 
 
