@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ import torch
 from a3po_megatron.algorithm.objectives.registry import OBJECTIVES, objective_of
 from a3po_megatron.algorithm.objectives.terms import METRICS
 from a3po_megatron.algorithm.sums import Report
-from a3po_megatron.config import Correction, NoCorrection, TokenObjective, VespoOptions
+from a3po_megatron.config import Config, Correction, NoCorrection, TokenObjective, VespoOptions, resolve
 from a3po_megatron.config.fields import kinds
+from a3po_megatron.launch.check import _check_objective
+from a3po_megatron.ranks.backend import CPU
 from tests.distributed import cases_objectives
 from tests.harness import interrupted_runs as tools
 from tests.harness.literal_objectives import CASES, TIS, Rollouts, correction_beside, divided, drawn, literal
@@ -112,8 +116,10 @@ def test_an_update_through_the_model_is_that_of_the_formula_on_the_hf_model(
     for by_cell in run_ranks(world, case, folder=tmp_path)[case.__name__]:
         assert len(by_cell) == cells
         for cell, apart in by_cell.items():
-            # float32 against float64: as of the token-level objective (tests/test_learner.py)
-            assert apart["gradient"] < 1e-5 and apart["loss"] < 1e-6 and apart["rates"] < 1e-9, (cell, apart)
+            # float32 against float64: about as of the default objective (tests/test_learner.py). VESPO's weight has in
+            # its exponent what a sum over a whole rollout loses.
+            bound = 1e-4 if "vespo" in cell else 1e-5
+            assert apart["gradient"] < bound and apart["loss"] < 1e-6 and apart["rates"] < 1e-9, (cell, apart)
 
 
 @pytest.mark.parametrize(
@@ -146,3 +152,22 @@ def test_what_an_objective_does_not_go_with_is_refused_before_a_run(
 ) -> None:
     ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *options)
     assert ended.code == 2 and says in ended.err, ended.all
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"objective": {"name": "vespo"}, "correction": {"name": "none"}, "process": {"name": "spans"}},
+        {"objective": {"name": "gspo"}, "shaping": {"name": "none"}},
+        {"objective": {"name": "gmpo"}, "shaping": {"rho": 1.0}},
+        {"objective": {"name": "gspo_token"}, "process": {"name": "to_go", "polarity": "tokens"}},
+    ],
+)
+def test_what_an_objective_goes_with_is_taken(beside: dict[str, dict[str, Any]]) -> None:
+    _check_objective(
+        resolve(
+            Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}} | beside),
+            SimpleNamespace(layers=2),
+            CPU,
+        )
+    )

@@ -126,9 +126,11 @@ def test_what_a_device_cannot_do_is_refused_by_name(tmp_path: Any, device: str, 
     assert words in str(caught.value)
 
 
-def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any) -> None:
+# VESPO corrects for the sampler by itself.
+@pytest.mark.parametrize("corrected", [[], ["objective.name=vespo", "correction.name=none"]])
+def test_quantised_rollouts_and_fp8_learners_are_taken_on_a_gpu(tmp_path: Any, corrected: list[str]) -> None:
     facts = facts_of(tmp_path, head_dim=64)
-    asked = ["rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
+    asked = [*corrected, "rollout.quantization=fp8_per_block", "rollout.tensor=2", "rollout.bf16_layers=[1,1]"]
     asked += ["learner.precision=fp8-blockwise", "rollout.batch_invariant=true"]
     config = resolve(load_config(EXAMPLE, ["model.dtype=bfloat16", *asked]), facts, backend_of("cuda"), ranks=2)
     _check_device(config, facts, backend_of("cuda"))
