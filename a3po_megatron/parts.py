@@ -10,12 +10,13 @@ from pathlib import Path
 
 from .algorithm.advantage import assemble
 from .algorithm.correction import mask_far, mask_truncated
+from .algorithm.fork_tokens import keep_forks
 from .algorithm.objectives.registry import objective_of
 from .algorithm.process import add_process
 from .algorithm.shaping import shape
 from .algorithm.token_loss import Objective
 from .batch import Batch, Collected
-from .config import Settings
+from .config import ForkTokens, Settings
 from .data.prompts import Prompts
 from .data.tokenizer import Tokenizer
 from .evaluate.request import graders_in
@@ -157,7 +158,10 @@ def build(
         return add_process(batch, settings.process, settings.advantage, tokenizer.begins)
 
     def shaped(batch: Batch, step: int) -> Batch:
-        return shape(mask_far(batch, settings.correction), step, settings.shaping)
+        batch = mask_far(batch, settings.correction)
+        if isinstance(settings.shaping, ForkTokens):
+            batch = keep_forks(batch, settings.shaping, ranks.sum_over_data)
+        return shape(batch, step, settings.shaping)
 
     def evaluate(step: int) -> dict[str, float | None]:
         return evaluating(step, journal.weights)

@@ -374,6 +374,7 @@ def test_a_rank_that_dies_ends_the_others_and_its_experiment() -> None:
     assert [c["claim"] for c in record["claims"] if not c["holds"]] == ["rank 1: one comes so far"]
 
 
+@pytest.mark.soak
 def test_a_run_killed_after_a_save_beside_rollouts_goes_on_bit_for_bit_and_canaries_are_told() -> None:
     record = on_cpu("saving_on_cpu")
     assert record["status"] == "shown", (record["reason"], record["last_lines"])

@@ -38,8 +38,9 @@ def test_one_update_equals_plain_pytorch_on_the_hf_model(
                 # Float32 against float64: a few ulps (6e-8) after some hundred additions and two layers.
                 "score": 1e-5,
                 "loss": 1e-6,
-                # Of transformers itself in float32: 1.5e-6 through two layers, 3.5e-6 through five, which these have.
-                "gradient": 1e-5 if "vp2" in name else 5e-6,
+                # Of transformers itself in float32: 1.5e-6 through two layers, 3.5e-6 through five, which these have;
+                # thrice that, since processors multiply in different orders.
+                "gradient": 1e-5 if "vp2" in name or "uneven" in name else 5e-6,
                 "norm_sgd": 1e-5,
                 "norm": 1e-5,
                 "parameter": 5e-7,

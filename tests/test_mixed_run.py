@@ -8,8 +8,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from a3po_megatron.evaluate.ask import Wishes
 from a3po_megatron.evaluate.result import read
@@ -22,24 +20,9 @@ from a3po_megatron.reward.sandbox.program import Chosen
 from tests.distributed import cases_evaluate as cases
 from tests.harness import interrupted_runs as tools
 from tests.harness.ranks import run_ranks
-from tests.harness.tiny_models import make_checkpoint
+from tests.harness.whole_answers import WORDS, make_model
 
-RIGHT = "\n```python\ndef double(x):\n    return 2 * x\n```\n"
-WRONG = "\n```python\ndef double(x):\n    return 3 * x\n```\n"
-# Few words, each of which is a whole answer: what a random model says is right now and then.
-WORDS = ("<pad>", "<eos>", "<unk>", RIGHT, WRONG, "\\boxed{4}", "\\boxed{5}", " ")
 DOUBLE = {"kind": "asserts", "tests": ["assert double(4) == 8", "assert double('ab') == 'abab'"]}
-
-
-def make_model(folder: Path) -> Path:
-    make_checkpoint(folder, vocab_size=len(WORDS), max_position_embeddings=1024)
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return folder
 
 
 HELD = pytest.mark.skipif(all(map(why_not, AUTO)), reason="no sandbox holds here")

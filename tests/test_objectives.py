@@ -164,10 +164,7 @@ def test_what_an_objective_does_not_go_with_is_refused_before_a_run(
     ],
 )
 def test_what_an_objective_goes_with_is_taken(beside: dict[str, dict[str, Any]]) -> None:
-    _check_objective(
-        resolve(
-            Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}} | beside),
-            SimpleNamespace(layers=2),
-            CPU,
-        )
-    )
+    config = Config.model_validate({"model": {"path": "m"}, "data": {"path": "d"}} | beside)
+    settings = resolve(config, SimpleNamespace(layers=2), CPU)
+    _check_objective(settings)  # raises RequestError where it is refused
+    assert settings.objective.name == config.objective.name

@@ -4,8 +4,9 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take a minute; two points are always tested, one of them with its resume in ranks of
-the session, and one of a start by tests/test_start_signals.py; all twenty by `make soak`.
+An interrupted run and its resume take a minute; two points are always tested, with their resumes in ranks of the
+session (tests/test_launch.py has one by command), and one of a start by tests/test_start_signals.py; all twenty by
+`make soak`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def point(
 # Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
 POINTS = [
     #     layout  phase    step  signal     to
-    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True),  # also tests/test_resume_faults.py's
+    # also tests/test_resume_faults.py's
+    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True, resume=tools.trained_here),
     point("tp2", "save", 3, "SIGKILL", "all"),
     point("pp2", "update", 2, "SIGKILL", "rank 0", always=True, resume=tools.trained_here),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),

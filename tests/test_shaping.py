@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -97,3 +98,43 @@ def test_ties_zeros_of_both_signs_and_infinities_are_ranked_as_the_rule_says() -
         literal = literal_token_weights(rollouts, positive, 3, 0.2, 2.0, 0.005)
         wanted = torch.tensor([weight for rollout in literal for weight in rollout])
         assert torch.allclose(found, wanted, rtol=1e-6), (rollouts, positive)
+
+
+SCHEDULES = {  # what is left of the excess over 1 when a linear schedule has lost so large a share of it
+    "linear": lambda share: max(1 - share, 0.0),
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)) if share < 1 else 0.0,
+    "exponential": lambda share: math.exp(-share),
+    "constant": lambda share: 1.0,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("start", "negative"), [(2.0, 5.0), (0.5, 0.2), (1.0, 3.0)])
+def test_every_schedule_goes_to_one_from_above_and_from_below(schedule: str, start: float, negative: float) -> None:
+    decay = {} if schedule == "constant" else {"decay": 0.01, "origin": 3}
+    options = ShapingOptions(rho=start, rho_negative=negative, schedule=schedule, **decay)
+    for step in (0, 3, 4, 20, 53, 90, 103, 203, 403, 5000):
+        for found, begun in zip(rho(step, options), (start, negative), strict=True):
+            share = 0.01 * max(step - 3, 0) / abs(begun - 1) if begun != 1 else 0.0
+            assert found == pytest.approx(1 + (begun - 1) * SCHEDULES[schedule](share), abs=1e-12)
+    if schedule in ("linear", "cosine"):
+        assert rho(403, options) == (1.0, 1.0)  # exactly: nothing is shaped any more
+
+
+@pytest.mark.parametrize("positives", ["unlikely", "likely"])
+@pytest.mark.parametrize("negatives", ["unlikely", "likely"])
+@pytest.mark.parametrize("seed", range(5))
+def test_either_end_of_either_polarity_can_be_chosen(positives: str, negatives: str, seed: int) -> None:
+    draw = random.Random(seed)
+    values = [[-draw.choice([0.1, 0.5, 2.0, 3.0]) for _ in range(draw.randint(1, 30))] for _ in range(9)]
+    positive = [draw.random() < 0.5 for _ in values]
+    options = ShapingOptions(positives=positives, negatives=negatives, rho=5.0, rho_negative=0.2, schedule="constant")
+    logprobs, index = laid_out(values)
+    found = token_weights(logprobs, index, torch.tensor(positive), 77, options).tolist()
+    wanted = []
+    for row, is_positive in zip(values, positive, strict=True):
+        lowest = (positives if is_positive else negatives) == "unlikely"
+        order = sorted(range(len(row)), key=lambda place: (row[place] if lowest else -row[place], place))
+        chosen = order[: max(1, int(0.2 * len(row)))]
+        wanted += [(5.0 if is_positive else 0.2) if place in chosen else 1.0 for place in range(len(row))]
+    assert found == pytest.approx(wanted)

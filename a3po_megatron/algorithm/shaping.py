@@ -5,6 +5,9 @@
             = rho-(s)  if rollout i is wrong   and t is among its  fraction  HIGHEST-probability response tokens
             = 1        for every other response token (no renormalisation)
 
+This is the default. A weight below 1 goes up to 1 likewise; other schedules start as steeply or end as soon
+(`_weight`); `positives` and `negatives` choose the other end of the ranking, for the arms of the paper's study.
+
 The count is max(1, floor(fraction * n)) of n response tokens. Ties go to the earlier token, for both polarities, so
 that the result depends on no rank count and no order. Tokens are ranked by log-prob, not by exp(log-prob), which in
 float32 would tie everything above 1 - 6e-8. Ranking is one segmented sort on the device: no loop over rollouts.
@@ -12,18 +15,32 @@ float32 would tie everything above 1 - 6e-8. Ranking is one segmented sort on th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..config import NoShaping, Shaping, ShapingOptions
+from ..config import Shaping, ShapingOptions
 
 
 def rho(step: int, options: ShapingOptions) -> tuple[float, float]:
     """The weights (of positives, of negatives) at RL step `step`, counted from 0."""
-    fallen = options.decay * max(step - options.origin, 0)
+    lost = options.decay * max(step - options.origin, 0)
     start_negative = options.rho if options.rho_negative is None else options.rho_negative
-    return max(options.rho - fallen, 1.0), max(start_negative - fallen, 1.0)
+    return _weight(options.rho, lost, options.schedule), _weight(start_negative, lost, options.schedule)
+
+
+def _weight(start: float, lost: float, schedule: str) -> float:
+    """What is left of a weight when a linear one has lost so much on its way to 1."""
+    if schedule == "constant" or start == 1:
+        return start
+    if schedule == "linear":
+        return max(start - lost, 1.0) if start > 1 else min(start + lost, 1.0)
+    passed = lost / abs(start - 1)  # of the way that is linear
+    if schedule == "cosine":
+        return 1.0 if passed >= 1 else 1 + (start - 1) * (1 + math.cos(math.pi * passed)) / 2
+    return 1 + (start - 1) * math.exp(-passed)
 
 
 @torch.no_grad()
@@ -46,9 +63,10 @@ def token_weights(
     if ranked.isnan().any():
         raise ValueError("token_weights: cannot rank NaN")
     is_positive = positive[rollout_index]
+    unlikely = torch.where(is_positive, options.positives == "unlikely", options.negatives == "unlikely")
     # One stable sort by (rollout, key, position), both in one integer: the position of a token in its segment is its
     # rank. Bits of a float32 order like integers once those of negative numbers are turned round; + 0.0 makes -0.0 0.0.
-    bits = (torch.where(is_positive, ranked, -ranked).to(torch.float32) + 0.0).view(torch.int32)
+    bits = (torch.where(unlikely, ranked, -ranked).to(torch.float32) + 0.0).view(torch.int32)
     key = (rollout_index.long() << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
     order = torch.argsort(key, stable=True)
     length = torch.bincount(rollout_index, minlength=positive.numel())
@@ -67,7 +85,7 @@ def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     counted, and have weight 0. Where tokens have a polarity of their own, a rollout's positive ones are ranked and
     counted among themselves, and its negative ones likewise."""
     assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
-    if isinstance(options, NoShaping):
+    if not isinstance(options, ShapingOptions):  # what fork_tokens leaves out is not trained on (fork_tokens.py)
         ones = torch.ones_like(batch.old_logprobs)
         batch.token_weights = ones if batch.trained is None else ones * batch.trained
         batch.rho = (1.0, 1.0)

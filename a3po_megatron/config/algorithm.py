@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, Tag
+from pydantic import Tag
 
 from .section import (
     NoEffect,
@@ -70,37 +70,64 @@ Advantage = Annotated[
 class ShapingOptions(Section):
     """A3PO: rho(s) = max(rho - decay * (s - origin), 1) on the chosen tokens. rho = 1 is plain DAPO, bit for bit."""
 
-    name: Literal["a3po"] = option("a3po", "how tokens are weighted; none: all alike")
+    name: Literal["a3po"] = option(
+        "a3po", "how tokens are weighted; none: all alike; fork_tokens: only the most uncertain ones are trained on"
+    )
     fraction: Probability = option(0.2, "share of a rollout's response tokens that is chosen, at least one token")
-    rho: Annotated[float, Field(ge=1)] = option(2.0, "weight of the chosen tokens at the origin; 1: no shaping")
-    rho_negative: Annotated[float, Field(ge=1)] | None = option(None, "the same in wrong rollouts; null: rho")
-    decay: NonNegativeFloat = option(0.005, "what the weight loses in an RL step, until it is 1")
+    rho: PositiveFloat = option(
+        2.0, "weight of the chosen tokens at the origin; 1: no shaping; below 1: they count less"
+    )
+    rho_negative: PositiveFloat | None = option(None, "the same in wrong rollouts; null: rho")
+    schedule: Literal["linear", "cosine", "exponential", "constant"] = option(
+        "linear", "how the weight goes to 1; cosine: as soon as linear; exponential: at first as fast; constant: not"
+    )
+    decay: NonNegativeFloat = option(0.005, "what the weight of a linear schedule loses in an RL step, until it is 1")
     origin: NonNegative = option(0, "RL step at which the decay starts")
+    positives: Literal["unlikely", "likely"] = option("unlikely", "which tokens of correct rollouts are chosen")
+    negatives: Literal["likely", "unlikely"] = option("likely", "which tokens of wrong rollouts are chosen")
     metric: Literal["probability", "entropy"] = option("probability", "what ranks the tokens of a rollout")
     source: Literal["training", "rollout"] = option("training", "whose log-probs rank the tokens: learner's, engine's")
     rounding: Literal["floor", "ceil"] = option("floor", "of fraction × the number of tokens")
     without_effect = (
         NoEffect(
-            ("fraction", "decay", "origin", "metric", "source", "rounding"),
+            ("fraction", "schedule", "decay", "origin", "positives", "negatives", "metric", "source", "rounding"),
             lambda s: s.rho == 1 and (s.rho_negative or 1) == 1,
             "shaping.rho is 1 (no shaping)",
         ),
         NoEffect(("source",), lambda s: s.metric != "probability", "shaping.metric is not probability"),
-        NoEffect(("origin",), lambda s: s.decay == 0, "shaping.decay is 0"),
+        NoEffect(("schedule", "origin"), lambda s: s.decay == 0, "shaping.decay is 0"),
+        NoEffect(("decay", "origin"), lambda s: s.schedule == "constant", "shaping.schedule is constant"),
+        NoEffect(("positives",), lambda s: s.rho == 1, "shaping.rho is 1: in correct rollouts nothing is shaped"),
+        NoEffect(("negatives",), lambda s: s.rho_negative == 1, "shaping.rho_negative is 1"),
     )
 
 
 class ShapingSettings(ShapingOptions):
-    rho_negative: Annotated[float, Field(ge=1)]
+    rho_negative: PositiveFloat
+
+
+class ForkTokens(Section):
+    """Only the tokens of highest entropy of a step's batch are trained on (arXiv 2506.01939)."""
+
+    name: Literal["fork_tokens"] = option("fork_tokens", "how tokens are weighted")
+    fraction: Probability = option(0.2, "share of all response tokens of a step that is trained on")
 
 
 class NoShaping(Section):
     name: Literal["none"] = "none"
 
 
-Shaping = Annotated[Annotated[ShapingOptions, Tag("a3po")] | Annotated[NoShaping, Tag("none")], by_name("a3po")]
+Shaping = Annotated[
+    Annotated[ShapingOptions, Tag("a3po")]
+    | Annotated[ForkTokens, Tag("fork_tokens")]
+    | Annotated[NoShaping, Tag("none")],
+    by_name("a3po"),
+]
 ResolvedShaping = Annotated[
-    Annotated[ShapingSettings, Tag("a3po")] | Annotated[NoShaping, Tag("none")], by_name("a3po")
+    Annotated[ShapingSettings, Tag("a3po")]
+    | Annotated[ForkTokens, Tag("fork_tokens")]
+    | Annotated[NoShaping, Tag("none")],
+    by_name("a3po"),
 ]
 
 

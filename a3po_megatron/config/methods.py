@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gmpo": {**_ALL_GROUPS, "objective.name": "gmpo"},
     "luspo": {**_ALL_GROUPS, "objective.name": "luspo"},
     "vespo": {**_ALL_GROUPS, "objective.name": "vespo", "correction.name": "none"},
+    "fork_tokens": {"shaping.name": "fork_tokens"},
     "rloo": {**_PPO, "advantage.name": "leave_one_out"},
     "maxrl": {**_PPO, "advantage.name": "max_rl"},
     "psr": {**_PPO, "advantage.name": "signed", "advantage.negative_scale": 0.0},

@@ -10,9 +10,9 @@ from ..config import (
     MaxRl,
     NoCorrection,
     NoProcess,
-    NoShaping,
     SequenceObjective,
     Settings,
+    ShapingOptions,
     VespoOptions,
     resolve,
 )
@@ -164,7 +164,7 @@ def _check_objective(settings: Settings) -> None:
 
 def _is_unshaped(settings: Settings) -> bool:
     shaping = settings.shaping
-    return isinstance(shaping, NoShaping) or shaping.rho == shaping.rho_negative == 1
+    return not isinstance(shaping, ShapingOptions) or shaping.rho == shaping.rho_negative == 1
 
 
 def _check_process(settings: Settings) -> None:
@@ -172,7 +172,8 @@ def _check_process(settings: Settings) -> None:
     if isinstance(process, NoProcess) or process.polarity == "outcome":
         return
     if _is_unshaped(settings):
-        off = "shaping.name is none" if isinstance(shaping, NoShaping) else "shaping.rho is 1 (no shaping)"
+        shaped = isinstance(shaping, ShapingOptions)
+        off = "shaping.rho is 1 (no shaping)" if shaped else f"shaping.name is {shaping.name}"
         raise RequestError(f"process.polarity: tokens has no effect, because {off}: remove it")
 
 

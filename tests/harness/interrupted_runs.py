@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from a3po_megatron import cli
-from a3po_megatron.config import load_config
+from a3po_megatron.config import Config, load_config
 from a3po_megatron.files.run_folder import RunFolder, rank_file, rollout_files
 from a3po_megatron.launch.check import settle
 from a3po_megatron.launch.folder import make_folder
@@ -178,11 +178,17 @@ def trained(folder: Path, *overrides: str) -> Ended:
 
 def trained_here(folder: Path, *overrides: str) -> Ended:
     """The same in ranks of this session, which are there already: nothing of how a run is started is shown by it."""
-    began, words = time.monotonic(), command(folder, *overrides)
-    options = [*SMALL, *overrides]
+    with contextlib.chdir(ROOT):
+        config = load_config(ROOT / "configs/arithmetic.yaml", [*SMALL, *overrides])
+    return trained_as(folder, config, command(folder, *overrides))
+
+
+def trained_as(folder: Path, config: Config, words: Sequence[str] = ()) -> Ended:
+    """A run of any configuration in ranks of this session. `words`: the command that it says it was begun with."""
+    began = time.monotonic()
     with contextlib.chdir(ROOT), mock.patch.dict(os.environ, {cases_runs.FOLDER: str(folder.resolve())}):
-        settings = settle(load_config(ROOT / "configs/arithmetic.yaml", options), CPU)
-        lock, remarks = make_folder(folder, settings, words)
+        settings = settle(config, CPU)
+        lock, remarks = make_folder(folder, settings, list(words))
         with lock:
             logs = RunFolder(folder).logs
             run_ranks(settings.parallel.ranks_of(settings.parallel.data), cases_runs.trains, folder=logs.resolve())
