@@ -33,7 +33,7 @@ from .program import Chosen, Program, Ran, SandboxFailed
 USERS = range(50_000, 65_000)  # whom a program becomes where the trainer is root
 CROWD = 1000  # threads that others of its user may start while it runs
 INSIDE = "/work"  # a program's folder, in bubblewrap
-_NUMBERS = itertools.count(os.getpid() * 64)  # of programs: no two at a time are the same user
+_NUMBERS = itertools.count(os.getpid() * 64)  # of programs: two at a time are hardly ever the same user
 _SOURCE = Path(__file__).with_name("inside.py").read_text()
 _NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 
