@@ -152,12 +152,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=300, help="of each kind")
     parser.add_argument("--starts", type=int, default=50, help="of each sandbox")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated; empty: sandboxes alone")
     options = parser.parse_args()
-    kinds = options.kinds.split(",")
+    kinds = [kind for kind in options.kinds.split(",") if kind]
     if unknown := set(kinds) - set(KINDS):
         parser.error(f"--kinds: {', '.join(sorted(unknown))}: not one of {', '.join(KINDS)}")
-    table = {}
+    table = json.loads(EVIDENCE.read_text())["kinds"] if EVIDENCE.exists() else {}  # of kinds that are not asked for
     print("answers a second (share of right verdicts)")
     print(f"{'':12}{'math-verify':>16}{'1 worker':>16}{'2 workers':>16}{'1 worker ÷ math-verify':>26}")
     for kind in kinds:
