@@ -26,6 +26,7 @@ from a3po_megatron.reward.code import code_of, same_output
 from a3po_megatron.reward.pool import GraderPool
 from a3po_megatron.reward.sandbox.choose import AUTO, sandbox_of, why_not
 from a3po_megatron.reward.sandbox.program import Chosen, Limits, Program
+from tests.harness import interrupted_runs as tools
 from tests.harness.programs import programs
 
 LIMITS = Limits(cpu_seconds=2, wall_seconds=5.0)
@@ -403,6 +404,15 @@ def test_a_server_that_fails_is_asked_again_and_then_invalid(url: str) -> None:
         assert outcome == "invalid" and "the sandbox at" in why and not _Fusion.replies
     nobody = Chosen("remote", LIMITS, url="http://127.0.0.1:9", retries=0)
     assert graded("print(6)", STDIN, nobody)[0] == "invalid"
+
+
+def test_a_pool_waits_longer_than_a_server_may_be_silent(tmp_path: Path) -> None:
+    """What takes longer than the pool allows is wrong, and a server's silence is no program's fault."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"problem": "double", "answer": json.dumps(DOUBLE)}) + "\n")
+    asked = [f"data.path={tmp_path}/rows.jsonl", "data.grader=code", "grader_pool.timeout_seconds=60"]
+    asked += ["sandbox.name=remote", "sandbox.url=http://127.0.0.1:9"]
+    ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *asked)
+    assert ended.code == 2 and "a program may run for 151.5 s (sandbox.wall_seconds, the way" in ended.err, ended.all
 
 
 def test_what_a_server_is_asked(url: str) -> None:

@@ -15,7 +15,6 @@ import pytest
 
 from a3po_megatron.batch import Answered, Verdict
 from a3po_megatron.config import RewardOptions
-from a3po_megatron.reward import judge
 from a3po_megatron.reward.grader import GRADERS, grade
 from a3po_megatron.reward.pool import GraderPool
 from tests.harness import interrupted_runs as tools
@@ -69,7 +68,7 @@ class Endpoint:
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(judge, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("a3po_megatron.reward.endpoint.BACKOFF_SECONDS", 0.01)
     made = Endpoint()
     yield made
     made.server.shutdown()

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from .. import compat
-from ..config import Settings
+from ..config import RemoteSandbox, Settings
 from ..data.prompts import Prompts
 from ..data.tokenizer import Tokenizer
 from ..errors import RequestError
@@ -17,11 +17,12 @@ from ..evaluate.training import asked_of_run, engine_length
 from ..model.facts import ModelFacts
 from ..model.read import read_facts
 from ..ranks.backend import Backend
+from ..reward.endpoint import longest_seconds
 from ..reward.function import function_of
 from ..reward.grader import GRADERS
 from ..reward.graders import chosen
-from ..reward.judge import longest_seconds
 from ..reward.sandbox.choose import check_sandbox
+from ..reward.sandbox.remote import MARGIN_SECONDS
 from ..weights.load import check_checkpoint
 from . import environment
 from .check import check_cache
@@ -72,11 +73,14 @@ def _check_judge(settings: Settings, prompts: Prompts) -> None:
 
 
 def _check_sandbox(settings: Settings, here: bool) -> None:
-    limit, longest = settings.grader_pool.timeout_seconds, settings.sandbox.wall_seconds
+    sandbox, limit = settings.sandbox, settings.grader_pool.timeout_seconds
+    longest, of = sandbox.wall_seconds, "sandbox.wall_seconds"
+    if isinstance(sandbox, RemoteSandbox):  # a server that does not answer makes verdicts invalid, not wrong
+        longest, of = longest_seconds(longest + MARGIN_SECONDS, sandbox.retries), f"{of}, the way, sandbox.retries"
     if limit <= longest:
         raise RequestError(
-            f"grader_pool.timeout_seconds = {limit:g}, but a program may run for {longest:g} s "
-            "(sandbox.wall_seconds), and rows have the grader `code`: raise it to what all tests of a response may take"
+            f"grader_pool.timeout_seconds = {limit:g}, but a program may run for {longest:g} s ({of}), and rows have "
+            "the grader `code`: raise it to what all tests of a response may take"
         )
     if here:
         check_sandbox(chosen(settings.sandbox))

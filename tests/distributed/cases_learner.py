@@ -17,6 +17,7 @@ from a3po_megatron.learner.learner import Learner
 from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.ranks.groups import Ranks
 from tests.harness.ranks import Case, CaseRanks
 from tests.harness.tiny_models import (
     CLIPPED,
@@ -81,6 +82,15 @@ def literal_loss(
             total = total - surrogate * correction
             tokens += 1
     return total / tokens
+
+
+def learner_in(ranks: CaseRanks, folder: Path, layout: dict[str, int]) -> tuple[Ranks, Learner]:
+    """Ranks in a layout and their learner, whose optimizer leaves gradients as they are."""
+    cluster = ranks.arrange(**layout)
+    more = {name: size for name, size in layout.items() if name not in ("tensor", "data")}
+    sgd = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
+    config = settings(folder, layout.get("tensor", 1), layout.get("data", 1), parallel=more, optimizer=sgd)
+    return cluster, Learner(cluster, read_facts(folder), config)
 
 
 def share(collected: Collected, replica: int, replicas: int) -> Collected:

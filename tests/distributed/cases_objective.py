@@ -17,9 +17,7 @@ from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.sums import Kind, Max, Sum
 from a3po_megatron.algorithm.token_loss import Normaliser, TokenBatch, TokenLoss
 from a3po_megatron.config import Config
-from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.read import read_facts
-from tests.distributed.cases_learner import TEMPERATURE, as_hf, batch_of, literal_old, settings, share
+from tests.distributed.cases_learner import TEMPERATURE, as_hf, batch_of, learner_in, literal_old, share
 from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import hf_logprobs, hf_model, hf_tensors_of, make_collected, trained_places, with_tools
 
@@ -96,11 +94,7 @@ def by_sequence(ranks: CaseRanks) -> dict[str, Any]:
         exact = ranks.once(f"by-sequence-{tools}", lambda tools=tools: literal(folder, tools))
         divisors = {"sequences": exact.rollouts, "constant": exact.rollouts * CONSTANT, "tokens": exact.tokens}
         collected = with_tools(make_collected(groups=5, size=4)) if tools else make_collected(groups=5, size=4)
-        cluster = ranks.arrange(**layout)
-        more = {name: size for name, size in layout.items() if name not in ("tensor", "data")}
-        sgd = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
-        config = settings(folder, layout.get("tensor", 1), layout.get("data", 1), parallel=more, optimizer=sgd)
-        learner = Learner(cluster, read_facts(folder), config)
+        cluster, learner = learner_in(ranks, folder, layout)
         mine = share(collected, cluster.coordinates.data, cluster.data)
         with torch.no_grad():
             weights = {key: value.clone() for key, value in learner.parameters().items()}

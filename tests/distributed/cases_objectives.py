@@ -14,9 +14,7 @@ from a3po_megatron.algorithm.sums import Report
 from a3po_megatron.algorithm.token_loss import normaliser_count
 from a3po_megatron.config import Config, GmpoOptions, GspoOptions, GspoTokenOptions, LuspoOptions
 from a3po_megatron.config.section import Section
-from a3po_megatron.learner.learner import Learner
-from a3po_megatron.model.read import read_facts
-from tests.distributed.cases_learner import STEP, TEMPERATURE, as_hf, batch_of, literal_old, settings, share
+from tests.distributed.cases_learner import STEP, TEMPERATURE, as_hf, batch_of, learner_in, literal_old, share
 from tests.harness.literal_objectives import CASES, Rollouts, correction_beside, divided, drawn, literal
 from tests.harness.ranks import CaseRanks
 from tests.harness.tiny_models import hf_logprobs, hf_model, hf_tensors_of, literal_token_weights, make_collected
@@ -100,11 +98,7 @@ def _updates(ranks: CaseRanks, names: tuple[str, ...], layouts: tuple[dict[str, 
     """Differences of one update from `on_hf`, by layout and objective."""
     folder, found, collected = ranks.folder / "qwen3", {}, make_collected(groups=5, size=4)
     for layout in layouts:
-        cluster = ranks.arrange(**layout)
-        more = {name: size for name, size in layout.items() if name not in ("tensor", "data")}
-        sgd = {"name": "sgd", "distributed": False, "clip_grad": 0.0}
-        config = settings(folder, layout.get("tensor", 1), layout.get("data", 1), parallel=more, optimizer=sgd)
-        learner = Learner(cluster, read_facts(folder), config)
+        cluster, learner = learner_in(ranks, folder, layout)
         mine = share(collected, cluster.coordinates.data, cluster.data)
         with torch.no_grad():
             kept = {key: value.clone() for key, value in learner.parameters().items()}

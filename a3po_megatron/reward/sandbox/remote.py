@@ -9,16 +9,13 @@ time. What does not answer is asked again so often, and then failed: no program 
 
 from __future__ import annotations
 
-import http.client
 import json
-import time
-import urllib.error
 import urllib.request
 from typing import Any
 
+from ..endpoint import NoAnswer, ask, turns
 from .program import Chosen, Program, Ran, SandboxFailed
 
-BACKOFF_SECONDS = 0.5  # before the first retry; twice as much before each further one
 MARGIN_SECONDS = 30.0  # beyond a program's own time, for the way and the queue
 # The tests' own process: nobody traces it or reads its memory; the program's ends with it.
 _TOGETHER = """
@@ -76,18 +73,13 @@ class Remote:
     def _asked(self, body: bytes) -> dict[str, Any]:
         request = urllib.request.Request(self._address, body, {"Content-Type": "application/json"})
         why = ""
-        for turn in range(self.chosen.retries + 1):
-            if turn:
-                time.sleep(BACKOFF_SECONDS * 2 ** (turn - 1))
+        for _ in turns(self.chosen.retries):
             try:
-                with urllib.request.urlopen(request, timeout=self.longest_seconds()) as stream:
-                    said = json.loads(stream.read())
-            except urllib.error.HTTPError as error:
-                why = f"it answers {error.code}: {error.reason}"
-                if error.code != 429 and error.code < 500:
+                said = ask(request, self.chosen.limits.wall_seconds + MARGIN_SECONDS)
+            except NoAnswer as error:
+                why = f"it answers {error}" if error.status else str(error)
+                if error.is_final:
                     break
-            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are such, too
-                why = str(getattr(error, "reason", error)) or type(error).__name__
             except ValueError:
                 why = "what comes back is no JSON"
             else:
@@ -95,7 +87,3 @@ class Remote:
                     return said
                 why = "what comes back is no answer of sandbox-fusion"
         raise SandboxFailed(f"the sandbox at {self._address} does not answer: {why}")
-
-    def longest_seconds(self) -> float:
-        """Returns how long one question may take."""
-        return self.chosen.limits.wall_seconds + MARGIN_SECONDS
