@@ -3,8 +3,9 @@
     rank ── its responses, dealt over the nodes ──▶ actor of a node ──▶ its GraderPool
          ◀── verdicts, in the order of the responses ──
 
-Ranks share the actors, by name. An actor that dies takes nothing with it: its responses go to another one, once; then
-their verdict is `invalid`. Extra `ray`; the default stays the local pool, which needs no second scheduler.
+Ranks share the actors, by name. An actor that dies takes nothing with it: its responses go to another one, once it is
+up; where that dies over them, too, their verdict is `invalid`. Extra `ray`; the default stays the local pool, which
+needs no second scheduler.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..errors import RequestError, RunFailed
 from .pool import GraderPool
 
 NAMESPACE = "a3po"
+RESTART_SECONDS = 120.0  # that Ray may take to start an actor again
 
 
 class _Node:
@@ -28,6 +30,9 @@ class _Node:
     def __init__(self, make_pool: Callable[[], GraderPool]) -> None:
         self._pool = make_pool()
         self._pool.start()
+
+    def ready(self) -> bool:
+        return True
 
     def grade(self, items: Sequence[tuple[str, str] | Answered]) -> list[tuple[str, str, tuple[Step, ...]]]:
         return [(verdict.outcome, verdict.reason, verdict.steps) for verdict in self._pool.grade_all(items)]
@@ -89,6 +94,8 @@ class RayGraders:
             shares = [open_[k :: len(self._actors)] for k in range(len(self._actors))]
             # In the second round the shares go to other nodes.
             actors = self._actors[attempt:] + self._actors[:attempt]
+            if attempt and open_:
+                self._wait_for(actors)
             asked = [
                 (share, actor.grade.remote([items[number] for number in share]))
                 for share, actor in zip(shares, actors, strict=True)
@@ -102,3 +109,9 @@ class RayGraders:
                 for number, (outcome, reason, steps) in zip(share, replies, strict=True):
                     verdicts[number] = Verdict(outcome, reason, steps)
         return [verdict or Verdict("invalid", "the grader's node died twice") for verdict in verdicts]
+
+    def _wait_for(self, actors: Sequence[Any]) -> None:
+        """Waits for actors that are being started again: Ray turns away what asks them meanwhile. That question alone
+        may be asked any number of times, since it is no response that could be what they die of."""
+        answers = [actor.ready.options(max_task_retries=-1).remote() for actor in actors]
+        self._ray.wait(answers, num_returns=len(answers), timeout=RESTART_SECONDS)
