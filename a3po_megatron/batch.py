@@ -151,6 +151,17 @@ class Collected:
     metrics: dict[str, float | None]  # over every rollout sampled in this step, all ranks
 
 
+SCORES = ("old_logprobs", "entropy", "proxy_logprobs", "reference_logprobs")  # of a batch
+
+
+class Pull(NamedTuple):
+    """What draws tokens to other log-probs, in the loss: their divergence from these counts there."""
+
+    estimator: str  # of algorithm/kl.py
+    targets: Tensor  # [T] float32
+    weights: Tensor  # [T] float32; 0: this token is not drawn
+
+
 @dataclass
 class Batch:
     """This replica's rollouts of one step: per rollout [B], per response token [T], rollout after rollout."""
@@ -171,10 +182,26 @@ class Batch:
     token_positive: Tensor | None = None  # [T] bool, a token's polarity; None: that of its rollout's verdict
     old_logprobs: Tensor | None = None  # [T] float32, from the training engine (score); 0 where not trained on
     entropy: Tensor | None = None  # [T] float32, likewise
+    # [T] float32, likewise, of the run's first weights; None: nobody asked for them
+    reference_logprobs: Tensor | None = None
+    # [T] float32, of the less noisy policy (learner/proxy.py), -inf where that never takes the token; None: likewise
+    proxy_logprobs: Tensor | None = None
     rerouted: Tensor | None = None  # [B] int64, (token, layer) pairs whose experts the learner would not choose (score)
     token_weights: Tensor | None = None  # [T] float32 (shape); 0 where not trained on
     rho: tuple[float, float] = (1.0, 1.0)  # the step's weights of positives and negatives (shape)
+    pulls: list[Pull] = field(default_factory=list)  # of the same kinds on all ranks
+    restrained: Tensor | None = None  # [T] bool, tokens that are drawn by choice (algorithm/restraint.py)
+    entropy_weight: float = 0.0  # of the entropy bonus in this step's loss
     rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied
+
+    def scores(self) -> dict[str, Tensor]:
+        """Returns what the learner said of the response tokens before the update, each [T] float32."""
+        values = {name: getattr(self, name) for name in SCORES}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def is_trained(self) -> Tensor:
+        """Returns which response tokens are trained on, [T] bool."""
+        return self.rollout_index >= 0 if self.trained is None else self.trained
 
     def token_advantages(self, tokens: Tensor | slice = slice(None)) -> Tensor:
         """Returns the advantages of response tokens, by their places among the T or a mask of them: of the outcome, and

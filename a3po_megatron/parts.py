@@ -13,6 +13,8 @@ from .algorithm.correction import mask_far, mask_truncated
 from .algorithm.fork_tokens import keep_forks
 from .algorithm.objectives.registry import objective_of
 from .algorithm.process import add_process
+from .algorithm.regulariser import Regularised, Regulariser
+from .algorithm.restraint import restrain
 from .algorithm.shaping import shape
 from .algorithm.token_loss import Objective
 from .batch import Batch, Collected
@@ -36,7 +38,7 @@ from .rollout.intake import Graders, Intake
 from .rollout.vllm_engine import VllmEngine
 from .run.checkpoints import Checkpoints, resumed_from
 from .run.journal import Journal
-from .run.manifest import identity
+from .run.manifest import Stateful, identity
 from .run.recorder import Recorder
 from .run.rejected import Rejected
 from .run.scores import Scores
@@ -117,6 +119,8 @@ def build(
         graders,
         settings.process,
     )
+    regulariser = Regulariser(settings.regulariser, settings.advantage, ranks.sum_over_data)
+    adapts: dict[str, Stateful] = {"regulariser": regulariser} if settings.regulariser.entropy_target else {}
     rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     further = evaluation_metrics([each.benchmark for each in asked])
@@ -143,7 +147,7 @@ def build(
         learner,
         intake,
         publisher,
-        {"rejected": rejected},
+        {"rejected": rejected, **adapts},
         recorder,
         journal,
         stop,
@@ -158,10 +162,10 @@ def build(
         return add_process(batch, settings.process, settings.advantage, tokenizer.begins)
 
     def shaped(batch: Batch, step: int) -> Batch:
-        batch = mask_far(batch, settings.correction)
+        batch = regulariser(mask_far(batch, settings.correction))
         if isinstance(settings.shaping, ForkTokens):
             batch = keep_forks(batch, settings.shaping, ranks.sum_over_data)
-        return shape(batch, step, settings.shaping)
+        return restrain(shape(batch, step, settings.shaping), settings.shaping, ranks.sum_over_data)
 
     def evaluate(step: int) -> dict[str, float | None]:
         return evaluating(step, journal.weights)
@@ -179,9 +183,9 @@ def build(
         journal=journal,
         intake=intake,
         assemble=assembled,
-        scores=Scores(ranks, journal, rejected),
+        scores=Scores(ranks, journal, rejected, learner.scored),
         shape=shaped,
-        objective=objective_of(settings.objective, settings.correction),
+        objective=Regularised(objective_of(settings.objective, settings.correction)),
         publish=publish,
         evaluate=evaluate,
         recorder=recorder,

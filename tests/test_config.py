@@ -140,7 +140,10 @@ def test_a_duplicate_key_is_named_with_both_lines(folder: Path) -> None:
         ("shaping.metric", "confidence"),
         ("rollout.temperature", 0.0),
         ("rollout.top_k", -2),
-        ("objective.clip_low", 1.0),
+        ("objective.clip_low", 1.01),
+        ("regulariser.kl", -0.1),
+        ("regulariser.estimator", "k4"),
+        ("regulariser.place", "advantage"),
         ("objective.dual_clip", 1.0),
         ("optimizer.lr", float("nan")),
         ("optimizer.lr", float("inf")),
@@ -409,6 +412,10 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("evaluation.release", "v5", {}),
     ("evaluation.window", "2024-08-01:2025-01-31", {}),
     ("evaluation.keep_best", "gsm8k", {}),
+    ("regulariser.estimator", "k1", {}),
+    ("regulariser.place", "reward", {}),
+    ("regulariser.entropy_target", 0.5, {}),
+    ("regulariser.entropy_step", 0.01, {"regulariser.entropy": 0.001}),
     *(
         ("objective.constant", 64, {"objective.name": name, "objective.normaliser": "tokens"})
         for name in ("clipped", "gspo_token", "cispo", "sapo", "vespo", "reinforce")
@@ -428,6 +435,9 @@ ACTIVE: dict[str, dict[str, Any]] = {
     },
     "process.weight": {"process.name": "spans", "process.polarity": "tokens"},
     "objective.constant": {"objective.normaliser": "constant"},
+    **{f"regulariser.{name}": {"regulariser.kl": 0.01} for name in ("estimator", "place")},
+    "regulariser.entropy_target": {"regulariser.entropy": 0.001},
+    "regulariser.entropy_step": {"regulariser.entropy_target": 0.5},
     "learner.bf16_layers": {"learner.precision": "fp8-blockwise"},
     "rollout.bf16_layers": {"rollout.quantization": "fp8_per_block"},
 }

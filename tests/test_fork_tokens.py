@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from a3po_megatron.algorithm.fork_tokens import keep_forks
+from a3po_megatron.algorithm.largest import Total
 from a3po_megatron.algorithm.shaping import shape
 from a3po_megatron.batch import Batch
 from a3po_megatron.config import ForkTokens
 from tests.test_correction import scored
 
 
-def over(replicas: int, batches: list[Batch], fraction: float) -> list[Batch]:
+def over(batches: list[Batch], act: Callable[[Batch, Total], Batch]) -> list[Batch]:
     """Each replica in a thread, which meets the others in every sum."""
-    barrier, parts = threading.Barrier(replicas), [torch.zeros(0)] * replicas
+    replicas = len(batches)
+    barrier, parts, done = threading.Barrier(replicas), [torch.zeros(0)] * replicas, list(batches)
 
     def run(number: int) -> None:
         def total(values: torch.Tensor) -> torch.Tensor:
@@ -28,14 +31,14 @@ def over(replicas: int, batches: list[Batch], fraction: float) -> list[Batch]:
             barrier.wait()
             return whole
 
-        keep_forks(batches[number], ForkTokens(fraction=fraction), total)
+        done[number] = act(batches[number], total)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(replicas)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return batches
+    return done
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
@@ -52,7 +55,8 @@ def test_the_most_uncertain_tokens_of_all_replicas_are_kept(replicas: int, fract
     masks = [torch.ones_like(b.rollout_index, dtype=torch.bool) if b.trained is None else b.trained for b in batches]
     every = np.concatenate([b.entropy[m].numpy() for b, m in zip(batches, masks, strict=True) if b.entropy is not None])
     least = np.sort(every)[::-1][math.ceil(fraction * len(every)) - 1]
-    for batch, mask in zip(over(replicas, batches, fraction), masks, strict=True):
+    kept = over(batches, lambda batch, total: keep_forks(batch, ForkTokens(fraction=fraction), total))
+    for batch, mask in zip(kept, masks, strict=True):
         assert batch.trained is not None and batch.entropy is not None
         assert torch.equal(batch.trained, mask & (batch.entropy >= least))
 

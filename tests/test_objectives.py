@@ -127,6 +127,8 @@ def test_an_update_through_the_model_is_that_of_the_formula_on_the_hf_model(
     [
         (["objective.name=vespo"], "set correction.name: none (it is tis unless it is given)"),
         (["objective.name=gspo"], "set shaping.name: none, or objective.name: gspo_token"),
+        (["objective.name=gspo", "shaping.name=lp_reg", "shaping.decay=null"], "shaping.name: lp_reg, which chooses"),
+        (["objective.name=gmpo", "shaping.name=clip_cov", "shaping.decay=null"], "shaping.name: clip_cov, which"),
         (["objective.name=luspo", "shaping.rho=1.5"], "objective.name: luspo has one ratio"),
         (
             ["objective.name=gmpo", "shaping.rho=1", "shaping.decay=null", "shaping.rho_negative=2"],

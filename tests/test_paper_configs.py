@@ -22,7 +22,8 @@ PUBLISHED = {
     **{"qwen3-8b-base": "Qwen3-8B-Base", "r1-distill-qwen-7b": "DeepSeek-R1-Distill-Qwen-7B"},
     "qwen2.5-math-7b": "Qwen2.5-Math-7B",
 }
-METHODS = ("a3po", "grpo", "dapo", "fork_tokens", "w_reinforce")
+METHODS = ("a3po", "grpo", "dapo", "fork_tokens", "lp_reg", "w_reinforce")
+FAMILIES = {"qwen3-8b-base": "qwen3", "r1-distill-qwen-7b": "qwen2", "qwen2.5-math-7b": "qwen2"}
 # All that a tiny run has otherwise: model, data, layout, lengths and counts.
 TINY: dict[str, Any] = {
     **{"data.template": "raw", "parallel.tensor": 1, "parallel.sequence": False, "rollout.tensor": 1},
@@ -64,11 +65,10 @@ def test_every_configuration_holds_together_for_the_published_model(
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_a_tiny_model(method: str, rows: Path, tmp_path: Path) -> None:
-    """Of Qwen3's family: that of Qwen2 has a tokenizer of its own, which whole_answers.py cannot make so small."""
-    name = "qwen3-8b-base"
-    model = make_model(tmp_path / "model")
+def test_every_method_trains_a_tiny_model_of_the_family(name: str, method: str, rows: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", FAMILIES[name])
     overrides = [f"{option}={json.dumps(value)}" for option, value in TINY.items()]
     config = read(name, method, model, rows, *overrides)
     assert settle(config, CPU).ranks == 1

@@ -130,11 +130,11 @@ def test_a_nan_among_the_largest_is_never_lost() -> None:
 
 def test_the_last_step_of_a_decay_still_trains() -> None:
     compat.prepare()
-    from a3po_megatron.learner.learner import _schedule
+    from a3po_megatron.learner.optimizer import schedule_of
 
     parameter = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([{"params": [parameter], "default_config": True, "is_decoupled_lr": False}], lr=1.0)
-    schedule = _schedule(optimizer, AdamOptions(lr=1.0), CosineSchedule(warmup_steps=1), steps=3)
+    schedule = schedule_of(optimizer, AdamOptions(lr=1.0), CosineSchedule(warmup_steps=1), steps=3)
     rates = []
     for _ in range(3):
         schedule.step(increment=1)

@@ -59,7 +59,7 @@ def mask_far(batch: Batch, options: Correction) -> Batch:
     if not isinstance(options, SequenceMask):
         return batch
     assert batch.old_logprobs is not None, "score the batch first"
-    trained = torch.ones_like(batch.rollout_index, dtype=torch.bool) if batch.trained is None else batch.trained
+    trained = batch.is_trained()
     values = (batch.old_logprobs[trained], batch.rollout_logprobs[trained], batch.rollout_index[trained])
     return _without(batch, outside(*values, len(batch.rollouts), options))
 

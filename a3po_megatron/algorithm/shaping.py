@@ -93,7 +93,7 @@ def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
     # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
     metric = -batch.entropy if options.metric == "entropy" else None
-    trained = torch.ones_like(batch.rollout_index, dtype=torch.bool) if batch.trained is None else batch.trained
+    trained = batch.is_trained()
     sides = [(trained, batch.positive)]
     if batch.token_positive is not None:
         sides = [

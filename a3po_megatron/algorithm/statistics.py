@@ -31,6 +31,9 @@ KEYS = (
     "rerouted",
     "rollouts",
     "masked",
+    "reference_tokens",
+    "kl_reference",
+    "restrained",
     *(f"{name}_{side}" for side in _SIDES for name in _NAMES),
 )
 
@@ -62,7 +65,13 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
         "rerouted": torch.tensor(0.0) if batch.rerouted is None else batch.rerouted[fresh].sum(),
         "rollouts": torch.tensor(float(len(batch.rollouts))),
         "masked": torch.tensor(0.0) if batch.masked is None else batch.masked.sum(),
+        "reference_tokens": torch.tensor(0.0),
+        "kl_reference": torch.tensor(0.0),
+        "restrained": torch.tensor(0.0) if batch.restrained is None else batch.restrained.sum(),
     }
+    if batch.reference_logprobs is not None:
+        sums["reference_tokens"] = sums["tokens"]
+        sums["kl_reference"] = kl_k3(batch.reference_logprobs[trained].double() - old).sum()
     one_minus_p = -torch.expm1(old)
     shaped = weights != 1
     pull = weights.double() * batch.token_advantages(trained).double().abs() * one_minus_p
@@ -90,6 +99,8 @@ def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, fl
         "mismatch/kl_k3": share("mismatch_k3", "fresh_tokens"),
         "mismatch/routes_rate": share("rerouted", "routed"),
         "mismatch/masked_rate": share("masked", "rollouts"),
+        "policy/kl_reference": share("kl_reference", "reference_tokens"),
+        "shaping/drawn_rate": share("restrained", "tokens"),
         "shaping/rho": rho[0],
     }
     for side, weight in zip(_SIDES, rho, strict=True):

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..batch import Pull
 from ..config.objective import Normaliser as Normaliser  # for objectives, which declare one
 from ..telemetry.catalogue import METRICS
 from .sums import Kind, Max, Sum
@@ -34,8 +35,8 @@ from .sums import Kind, Max, Sum
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Response tokens [T] of one micro-batch on this rank, those that are trained on; only `logprobs` carries a
-    gradient. T may be 0."""
+    """Response tokens [T] of one micro-batch on this rank, those that are trained on; only `logprobs` and `entropy`
+    carry a gradient. T may be 0."""
 
     logprobs: Tensor  # of the policy being trained
     old_logprobs: Tensor  # fixed over the mini-batches of a step
@@ -46,6 +47,9 @@ class TokenBatch:
     begins: Tensor  # bool, whether it is its rollout's first of these
     rollouts: int  # of this replica, whatever the micro-batch
     mini_batch: int  # which optimiser step of the RL step this is
+    pulls: tuple[Pull, ...] = ()  # what draws them elsewhere, of the same kinds on all ranks (regulariser.py)
+    entropy: Tensor | None = None  # None: of no interest in this step
+    entropy_weight: float = 0.0
     context: Any = None  # process group of the ranks that hold parts of the same sequences; None: this rank alone
 
     def sequence_sum(self, values: Tensor) -> Tensor:

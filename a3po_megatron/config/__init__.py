@@ -5,10 +5,13 @@ from __future__ import annotations
 from .algorithm import (
     Advantage,
     AdvantageOptions,
+    ClipCov,
     Correction,
     ForkTokens,
     IcePop,
+    KlCov,
     LeaveOneOut,
+    LpReg,
     MaxRl,
     NoCorrection,
     NoProcess,
@@ -43,6 +46,7 @@ from .objective import (
     TokenObjective,
     VespoOptions,
 )
+from .regulariser import RegulariserOptions
 from .resolve import resolve
 from .resume import lasting, unlike
 from .reward import GraderPoolOptions, LocalPool, RayPool, RewardOptions
@@ -61,6 +65,7 @@ __all__ = [
     "AutoSandbox",
     "CheckpointOptions",
     "CispoOptions",
+    "ClipCov",
     "ClippedOptions",
     "ClusterOptions",
     "Config",
@@ -74,10 +79,12 @@ __all__ = [
     "GspoOptions",
     "GspoTokenOptions",
     "IcePop",
+    "KlCov",
     "LearnerOptions",
     "LearnerSettings",
     "LeaveOneOut",
     "LocalPool",
+    "LpReg",
     "LuspoOptions",
     "MaxRl",
     "MegatronOptions",
@@ -94,6 +101,7 @@ __all__ = [
     "PublishOptions",
     "PublishSettings",
     "RayPool",
+    "RegulariserOptions",
     "ReinforceOptions",
     "RemoteSandbox",
     "RewardOptions",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Tag
+from pydantic import Field, Tag
 
 from .section import (
     NoEffect,
@@ -71,7 +71,7 @@ class ShapingOptions(Section):
     """A3PO: rho(s) = max(rho - decay * (s - origin), 1) on the chosen tokens. rho = 1 is plain DAPO, bit for bit."""
 
     name: Literal["a3po"] = option(
-        "a3po", "how tokens are weighted; none: all alike; fork_tokens: only the most uncertain ones are trained on"
+        "a3po", "how tokens are weighted; none: all alike; others (docs/objectives.md): some are left out, or drawn"
     )
     fraction: Probability = option(0.2, "share of a rollout's response tokens that is chosen, at least one token")
     rho: PositiveFloat = option(
@@ -113,6 +113,35 @@ class ForkTokens(Section):
     fraction: Probability = option(0.2, "share of all response tokens of a step that is trained on")
 
 
+class ClipCov(Section):
+    """A few tokens whose log-prob and advantage go together most have no gradient (Clip-Cov, arXiv 2505.22617)."""
+
+    name: Literal["clip_cov"] = option("clip_cov", "how tokens are weighted")
+    fraction: Probability = option(2e-4, "share of all response tokens of a step that is left out, at least one")
+    low: float = option(1.0, "they are drawn from those with a covariance above this")
+    high: float = option(5.0, "and below this")
+
+
+class KlCov(Section):
+    """The tokens whose log-prob and advantage go together most are drawn to the old policy (KL-Cov, arXiv
+    2505.22617)."""
+
+    name: Literal["kl_cov"] = option("kl_cov", "how tokens are weighted")
+    fraction: Probability = option(2e-4, "share of all response tokens of a step that is drawn, at least one")
+    kl: PositiveFloat = option(1.0, "weight of |log pi - log pi_old| of these tokens in the loss")
+
+
+class LpReg(Section):
+    """Unlikely tokens of bad rollouts are drawn to a less noisy policy (Lp-Reg, arXiv 2510.03222)."""
+
+    name: Literal["lp_reg"] = option("lp_reg", "how tokens are weighted")
+    fraction: Probability = option(0.01, "share of a step's tokens of negative advantage, the least likely ones")
+    min_p: Annotated[float, Field(gt=0, lt=1)] = option(
+        0.02, "what is less likely than this times the likeliest token has no part in the less noisy policy"
+    )
+    kl: PositiveFloat = option(1.0, "weight of the divergence (k3) of these tokens from that policy in the loss")
+
+
 class NoShaping(Section):
     name: Literal["none"] = "none"
 
@@ -120,12 +149,18 @@ class NoShaping(Section):
 Shaping = Annotated[
     Annotated[ShapingOptions, Tag("a3po")]
     | Annotated[ForkTokens, Tag("fork_tokens")]
+    | Annotated[ClipCov, Tag("clip_cov")]
+    | Annotated[KlCov, Tag("kl_cov")]
+    | Annotated[LpReg, Tag("lp_reg")]
     | Annotated[NoShaping, Tag("none")],
     by_name("a3po"),
 ]
 ResolvedShaping = Annotated[
     Annotated[ShapingSettings, Tag("a3po")]
     | Annotated[ForkTokens, Tag("fork_tokens")]
+    | Annotated[ClipCov, Tag("clip_cov")]
+    | Annotated[KlCov, Tag("kl_cov")]
+    | Annotated[LpReg, Tag("lp_reg")]
     | Annotated[NoShaping, Tag("none")],
     by_name("a3po"),
 ]

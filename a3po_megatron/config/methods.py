@@ -28,6 +28,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "luspo": {**_ALL_GROUPS, "objective.name": "luspo"},
     "vespo": {**_ALL_GROUPS, "objective.name": "vespo", "correction.name": "none"},
     "fork_tokens": {"shaping.name": "fork_tokens"},
+    # The clip of the authors' runs, which hardly ever binds.
+    "lp_reg": {
+        **_ALL_GROUPS,
+        "shaping.name": "lp_reg",
+        "objective.clip_low": 1.0,
+        "objective.clip_high": 9.0,
+        "objective.dual_clip": 0.0,
+    },
     "rloo": {**_PPO, "advantage.name": "leave_one_out"},
     "maxrl": {**_PPO, "advantage.name": "max_rl"},
     "psr": {**_PPO, "advantage.name": "signed", "advantage.negative_scale": 0.0},

@@ -14,6 +14,7 @@ from .section import NoEffect, Positive, PositiveFloat, Section, by_name, option
 
 Normaliser = Literal["tokens", "sequences", "constant"]
 Below1 = Annotated[float, Field(gt=0, lt=1)]
+UpTo1 = Annotated[float, Field(gt=0, le=1)]  # 1 bounds a ratio by 0, which it always is
 
 _NORMALISER = "mean over the tokens of all rollouts; over each one's, then rollouts; sum over rollouts × constant"
 _LOW, _HIGH = "the ratio is clipped at 1 - clip_low", "the ratio is clipped at 1 + clip_high"
@@ -40,7 +41,7 @@ class ClippedOptions(TokenObjective):
     """DAPO's clip-higher surrogate; no KL term, no entropy bonus."""
 
     name: Literal["clipped"] = option("clipped", "what is maximised (docs/objectives.md)")
-    clip_low: Below1 = option(0.2, _LOW)
+    clip_low: UpTo1 = option(0.2, f"{_LOW}; 1: not from below")
     clip_high: PositiveFloat = option(0.28, _HIGH)
     dual_clip: Annotated[float, Field(ge=0), or_off(above=1)] = option(
         3.0, "c of the lower bound c × A where A < 0; 0: off"

@@ -24,6 +24,7 @@ from .evaluation import EvaluationOptions
 from .learner import AdamOptions, ConstantSchedule, LearnerOptions, LearnerSettings, Optimizer, Schedule
 from .model import MegatronOptions, ModelOptions, ModelSettings
 from .objective import ClippedOptions, ObjectiveOptions
+from .regulariser import RegulariserOptions
 from .reward import GraderPoolOptions, LocalPool, RewardOptions
 from .rollout import RolloutOptions, RolloutSettings
 from .sandbox import AutoSandbox, SandboxOptions
@@ -55,6 +56,7 @@ class Config(Section):
     shaping: Shaping = ShapingOptions()
     objective: ObjectiveOptions = ClippedOptions()
     correction: Correction = TisOptions()
+    regulariser: RegulariserOptions = RegulariserOptions()
     trainer: TrainerOptions = TrainerOptions()
     optimizer: Optimizer = AdamOptions()
     lr_schedule: Schedule = ConstantSchedule()

@@ -8,6 +8,7 @@ is its buffers and nothing else. Format: https://github.com/huggingface/safetens
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, Self, cast
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ..errors import RequestError
@@ -29,6 +31,7 @@ QUANTISED = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_HEADER = 100 << 20  # the library's own limit
+SAMPLE = 1 << 12  # bytes of a tensor that tell it from another one
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,21 @@ def read_header(path: Path) -> dict[str, Stored]:
     if 8 + length + position != size:
         raise refuse(f"it has {size} bytes, its header accounts for {8 + length + position}")
     return tensors
+
+
+def sampled_digest(folder: Path) -> str:
+    """A digest by which other weights of an HF folder are noticed: of every tensor's name, form and first bytes. It
+    reads some MiB of a model of any size."""
+    digest = blake3()
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, IO[bytes]] = {}
+        for name, stored in sorted(locate(folder).items()):
+            if stored.path not in files:
+                files[stored.path] = stack.enter_context(stored.path.open("rb"))
+            files[stored.path].seek(stored.offset)
+            digest.update(json.dumps([name, stored.code, stored.shape]).encode())
+            digest.update(files[stored.path].read(min(SAMPLE, stored.bytes)))
+    return str(digest.hexdigest())
 
 
 def locate(folder: Path) -> dict[str, Stored]:

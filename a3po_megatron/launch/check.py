@@ -5,14 +5,18 @@ config.json. Imports no torch; the files that a run reads are launch/check_files
 from __future__ import annotations
 
 from ..config import (
+    ClipCov,
     Config,
     CosineSchedule,
+    KlCov,
+    LpReg,
     MaxRl,
     NoCorrection,
     NoProcess,
     SequenceObjective,
     Settings,
     ShapingOptions,
+    Signed,
     VespoOptions,
     resolve,
 )
@@ -40,6 +44,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_objective(settings)
     _check_process(settings)
     _check_advantage(settings)
+    _check_restraint(settings)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     return settings
@@ -136,6 +141,30 @@ def _check_advantage(settings: Settings) -> None:
             "advantage.name: max_rl divides by the share of correct rollouts: it needs reward.wrong = 0, a positive "
             "reward.correct and no reward.overlong_tokens"
         )
+    regulariser = settings.regulariser
+    if regulariser.kl and regulariser.place == "reward" and isinstance(settings.advantage, MaxRl | Signed):
+        why = "divides by what a group gets" if isinstance(settings.advantage, MaxRl) else "does not look at rewards"
+        raise RequestError(
+            f"regulariser.place: reward takes off a rollout's reward, and advantage.name: {settings.advantage.name} "
+            f"{why}: set regulariser.place: loss"
+        )
+
+
+def _check_restraint(settings: Settings) -> None:
+    """Where the choice of tokens that are kept from being learned would be without effect."""
+    shaping, trainer = settings.shaping, settings.trainer
+    if isinstance(shaping, ClipCov) and shaping.low >= shaping.high:
+        raise RequestError(f"shaping.low: {shaping.low:g} must be less than shaping.high: {shaping.high:g}")
+    if isinstance(shaping, KlCov) and trainer.updates(trainer.prompts_per_step) == 1:
+        raise RequestError(
+            "shaping.name: kl_cov draws tokens to the old policy, which a step with one update never leaves: raise "
+            "trainer.mini_batches, or take clip_cov"
+        )
+    if isinstance(shaping, LpReg) and settings.advantage.negative_scale == 0:
+        raise RequestError(
+            "shaping.name: lp_reg draws tokens of negative advantage, and advantage.negative_scale: 0 leaves none: "
+            "remove one of the two"
+        )
 
 
 def _check_objective(settings: Settings) -> None:
@@ -154,6 +183,11 @@ def _check_objective(settings: Settings) -> None:
         raise RequestError(
             f"{name} {why}, so that A3PO's weights of tokens have no place in it: set shaping.name: none, or "
             "objective.name: gspo_token, whose terms are of tokens"
+        )
+    if isinstance(settings.shaping, ClipCov | KlCov | LpReg):
+        raise RequestError(
+            f"{name} {why}, so that shaping.name: {settings.shaping.name}, which chooses tokens, has no place in it: "
+            "set shaping.name: none, or objective.name: gspo_token, whose terms are of tokens"
         )
     if not isinstance(settings.process, NoProcess):
         raise RequestError(

@@ -9,6 +9,7 @@ whatever the packing and the number of ranks. The objective names what it report
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +24,13 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from ..algorithm.sums import Report, largest_of_each
 from ..algorithm.token_loss import Objective, TokenBatch, normaliser_count
-from ..batch import Batch, Rollout
+from ..batch import SCORES, Batch, Pull, Rollout
 from ..compat.megatron import GATHERED, prime
-from ..config import AdamOptions, CosineSchedule, Optimizer, Schedule, Settings, SgdOptions
+from ..config import LpReg, Settings
 from ..errors import RequestError, RunFailed
 from ..model.arena import Arena
 from ..model.build import build_model, persistent_buffers, transformer_config
@@ -47,7 +46,9 @@ from ..telemetry.catalogue import Phase
 from ..telemetry.clock import phase
 from ..weights.load import all_finite, load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
+from .optimizer import optimizer_of, schedule_of
 from .pipeline import Pipeline
+from .reference import Reference
 
 # What goes into one micro-batch: the arguments `sequences`, `starts` and `routed` of micro_batch
 Content = tuple[Sequence[PromptAndResponse], Sequence[int], Sequence[tuple[int, np.ndarray]]]
@@ -74,7 +75,9 @@ class Learner:
             facts, config.parallel, config.model, config.megatron, config.learner, ranks.backend
         )
         chunks = build_model(facts, self.layout, settings, ranks.backend)
-        if checkpoint is None:
+        self.min_p = config.shaping.min_p if isinstance(config.shaping, LpReg) else 0.0
+        has_reference = config.regulariser.kl > 0
+        if checkpoint is None or has_reference:
             self._read(Path(config.model.path), _named(chunks))
         self.chunks = [
             DistributedDataParallel(
@@ -87,14 +90,17 @@ class Learner:
             )
             for number, chunk in enumerate(chunks)
         ]
-        self.optimizer = _optimizer(self.chunks, config.optimizer, settings.params_dtype)
+        self.optimizer = optimizer_of(self.chunks, config.optimizer, settings.params_dtype)
         prime(self.optimizer)
-        self.schedule = _schedule(self.optimizer, config.optimizer, config.lr_schedule, config.trainer.steps)
+        self.schedule = schedule_of(self.optimizer, config.optimizer, config.lr_schedule, config.trainer.steps)
         settings.finalize_model_grads_func = finalize_model_grads
         settings.grad_scale_func = self.optimizer.scale_loss
         self.replay = config.rollout.routing_replay
         self.pipeline = Pipeline(ranks, self.chunks, facts.vocab, self.replay)
         self.arena = Arena(self.chunks, self.optimizer, ranks.backend.local())
+        self.reference = Reference(self.parameters()) if has_reference else None
+        wanted = (True, True, self.min_p > 0, has_reference)
+        self.scored = tuple(itertools.compress(SCORES, wanted))  # what `score` gives
         if checkpoint is not None:
             self._load(checkpoint)
         grain = token_grain(config.learner.precision)
@@ -158,7 +164,8 @@ class Learner:
         self.schedule.step(increment=state["schedule_steps"])
 
     def score(self, batch: Batch) -> Batch:
-        """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not.
+        """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not; and what shaping
+        and the regulariser want beside them.
 
         A batch that has them, from before an interruption, is left as it is.
         """
@@ -167,11 +174,25 @@ class Learner:
                 return batch
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
             rerouted = torch.zeros(len(batch.rollouts), dtype=torch.int64) if self.replay else None
-            results = self.pipeline.forward(micro_batches, self.temperature, with_entropy=True, rerouted=rerouted)
+            results = self.pipeline.forward(
+                micro_batches, self.temperature, with_entropy=True, rerouted=rerouted, min_p=self.min_p
+            )
             if rerouted is not None:  # the ranks of a batch group hold different tokens or layers of its rollouts
                 batch.rerouted = self.ranks.sum_over_batch_group(rerouted)
-            batch.old_logprobs, batch.entropy = self._whole(micro_batches, results, batch.rollout_index.numel())
+            tokens = batch.rollout_index.numel()
+            batch.old_logprobs, batch.entropy, *proxy = self._whole(micro_batches, results, tokens)
+            batch.proxy_logprobs = proxy[0] if proxy else None
+            if self.reference is not None:
+                batch.reference_logprobs = self._by_reference(self.reference, micro_batches, tokens)
             return batch
+
+    def _by_reference(self, reference: Reference, micro_batches: list[MicroBatch], tokens: int) -> Tensor:
+        """Log-probs of the reference [T], which routes by itself."""
+        own = [dataclasses.replace(part, routes=None, rollout=None) for part in micro_batches]
+        self.arena.ready()
+        with reference.in_place():
+            results = self.pipeline.forward(own, self.temperature, with_entropy=False)
+        return self._whole(own, results, tokens)[0]
 
     def logprobs(
         self, sequences: Sequence[PromptAndResponse], routes: Sequence[np.ndarray] | None = None
@@ -229,8 +250,8 @@ class Learner:
         report = Report(objective.metrics)
         starts = _starts(batch)
 
-        def loss(part: MicroBatch, logprobs: Tensor, _: Tensor | None) -> tuple[Tensor, int, Tensor]:
-            tokens = self._token_batch(part, logprobs, batch, starts, number)
+        def loss(part: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, int, Tensor]:
+            tokens = self._token_batch(part, logprobs, entropy, batch, starts, number)
             total, sums = objective(tokens)
             if logprobs.numel() == 0:  # padding alone: a loss of 0 that still reaches every parameter
                 total = total + logprobs.sum() * 0.0
@@ -239,12 +260,15 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss)
+        wants_entropy = batch.entropy_weight > 0
+        collected = self.pipeline.forward_backward(micro_batches, self.temperature, loss, wants_entropy)
         sums = torch.stack(collected).sum(dim=0).cpu() if collected else torch.zeros_like(report.sums)
         report.sums = self.pipeline.from_last_stage(sums)
         return report
 
-    def _token_batch(self, part: MicroBatch, logprobs: Tensor, batch: Batch, starts: Tensor, number: int) -> TokenBatch:
+    def _token_batch(
+        self, part: MicroBatch, logprobs: Tensor, entropy: Tensor | None, batch: Batch, starts: Tensor, number: int
+    ) -> TokenBatch:
         assert batch.old_logprobs is not None and batch.token_weights is not None
         rollout = batch.rollout_index[part.index]
         values = {
@@ -255,9 +279,17 @@ class Learner:
             "rollout": rollout,
             "begins": part.index == starts[rollout],
         }
+        device = logprobs.device
+        pulls = [
+            Pull(pull.estimator, pull.targets[part.index].to(device), pull.weights[part.index].to(device))
+            for pull in batch.pulls
+        ]
         return TokenBatch(
             logprobs=logprobs,
-            **{name: value.to(logprobs.device) for name, value in values.items()},
+            **{name: value.to(device) for name, value in values.items()},
+            pulls=tuple(pulls),
+            entropy=entropy,
+            entropy_weight=batch.entropy_weight,
             rollouts=len(batch.rollouts),
             mini_batch=number,
             context=self.ranks.context_group,
@@ -339,44 +371,3 @@ def _named(chunks: Sequence[torch.nn.Module]) -> dict[tuple[int, str], Tensor]:
         state = dict(chunk.named_parameters()) | persistent_buffers(chunk)
         tensors |= {(number, name): tensor for name, tensor in state.items()}
     return tensors
-
-
-def _optimizer(chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:
-    own: dict[str, float] = {}
-    if isinstance(options, AdamOptions):
-        own = {"adam_beta1": options.betas[0], "adam_beta2": options.betas[1], "adam_eps": options.eps}
-    elif isinstance(options, SgdOptions):
-        own = {"sgd_momentum": options.momentum}
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=options.name,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            **own,
-            clip_grad=options.clip_grad,
-            use_distributed_optimizer=options.distributed,
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-        ),
-        chunks,
-    )
-
-
-def _schedule(
-    optimizer: MegatronOptimizer, options: Optimizer, schedule: Schedule, steps: int
-) -> OptimizerParamScheduler:
-    """RL step s (from 0) trains at the rate of s + 1, so that neither the first step of a warm-up nor the last of a
-    decay has rate 0."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=options.lr,
-        min_lr=schedule.min_lr if isinstance(schedule, CosineSchedule) else 0.0,
-        lr_warmup_steps=schedule.warmup_steps,
-        lr_decay_steps=steps + 1,
-        lr_decay_style=schedule.name,
-        start_wd=options.weight_decay,
-        end_wd=options.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

@@ -16,6 +16,7 @@ from ..ranks.groups import Ranks
 from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
+from .proxy import proxy_logprobs
 from .replay import ChunkReplay
 
 # (micro-batch, log-probs [R], entropy [R]) → (summed loss, number of tokens, sums to collect)
@@ -42,12 +43,15 @@ class Pipeline:
         temperature: float,
         with_entropy: bool,
         rerouted: Tensor | None = None,  # [B] int64, counted up: see ChunkReplay.count; this rank's tokens and layers
+        min_p: float = 0.0,  # with log-probs of the less noisy policy, too (proxy.py); 0: without
     ) -> Tensor:
-        """Per-token results without gradient: [1 + with_entropy, R] of all micro-batches, laid end to end."""
+        """Per-token results without gradient, [1 to 3, R] of all micro-batches, laid end to end: log-probs, entropies,
+        log-probs of the less noisy policy."""
 
         def collect(batch: MicroBatch, model: GPT, hidden: Tensor) -> Tensor:
             logprobs, entropy = self._logprobs(batch, model, hidden, temperature, with_entropy)
-            return torch.stack([logprobs] if entropy is None else [logprobs, entropy])
+            rows = [logprobs] if entropy is None else [logprobs, entropy]
+            return torch.stack([*rows, *([self._proxy(batch, model, hidden, temperature, min_p)] if min_p else [])])
 
         for chunk in self.chunks:
             chunk.eval()
@@ -56,16 +60,21 @@ class Pipeline:
         for chunk in self.chunks:
             chunk.train()
         tokens = sum(batch.targets.numel() for batch in micro_batches)
-        result = torch.cat(outputs, dim=1).cpu() if outputs else torch.empty(1 + with_entropy, tokens)
+        result = torch.cat(outputs, dim=1).cpu() if outputs else torch.empty(1 + with_entropy + (min_p > 0), tokens)
         return self.from_last_stage(result)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], temperature: float, loss_function: LossFunction
+        self,
+        micro_batches: Sequence[MicroBatch],
+        temperature: float,
+        loss_function: LossFunction,
+        with_entropy: bool = False,
     ) -> list[Tensor]:
         """Accumulates gradients of the summed loss over the tokens of all ranks; returns what the loss collected."""
 
         def loss(batch: MicroBatch, model: GPT, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, tokens, sums = loss_function(batch, *self._logprobs(batch, model, hidden, temperature, False))
+            values = self._logprobs(batch, model, hidden, temperature, with_entropy)
+            total, tokens, sums = loss_function(batch, *values)
             return total, torch.tensor(tokens, dtype=torch.int, device=self.device), sums
 
         return self._run(micro_batches, loss, forward_only=False)
@@ -81,6 +90,19 @@ class Pipeline:
             temperature,
             vocab_size=self.vocab_size,
             with_entropy=with_entropy,
+            sequence_parallel=model.config.sequence_parallel,
+            rows=batch.predicting,
+        )
+
+    def _proxy(self, batch: MicroBatch, model: GPT, hidden: Tensor, temperature: float, min_p: float) -> Tensor:
+        return proxy_logprobs(
+            hidden[:, 0],
+            model.output_weight(),
+            batch.targets,
+            self.ranks.tensor_group if self.ranks.tensor > 1 else None,
+            temperature,
+            min_p,
+            vocab_size=self.vocab_size,
             sequence_parallel=model.config.sequence_parallel,
             rows=batch.predicting,
         )

@@ -7,8 +7,8 @@
                 sampled
     verdicts    verdicts, rewards and, where graders gave any, steps of the group in one frame, which it names by that
                 frame's digest
-    scores      old log-probs, entropy and rerouted pairs of the rollouts that a rank trains on, each named by its name
-                and a digest of its tokens, of which are trained on, and of its routes: the batch before its update
+    scores      what the learner said before the update (Batch.scores), and rerouted pairs, of the rollouts that a rank
+                trains on, each named by its name and a digest of its tokens, of which are trained on, and of its routes
 
 A frame is believed only if its digests are right (the last one of a killed run may be torn, and is cut off), and if it
 says that it is of this run's options and data, this prompt, and these weights, by a digest of them; a group, if they
@@ -230,25 +230,26 @@ class Journal:
             os.fdatasync(file.fileno())
 
     def add_scores(self, step: int, batch: Batch) -> None:
-        assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
         names, lengths = [_scored(rollout) for rollout in batch.rollouts], batch.lengths.tolist()
         rerouted = None if batch.rerouted is None else batch.rerouted.tolist()
         header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths, "rerouted": rerouted}
         with self._appending(step) as file:
-            write_frame(file, header, batch.old_logprobs.numpy(), batch.entropy.numpy())
+            write_frame(file, header, *(values.numpy() for values in batch.scores().values()))
             os.fdatasync(file.fileno())
 
-    def scores(self, step: int, rollouts: Sequence[Rollout]) -> tuple[np.ndarray, list[int] | None] | None:
-        """Old log-probs and entropies [2, T] of the rollouts' tokens, end to end, and Batch.rerouted (None: no routes
+    def scores(
+        self, step: int, rollouts: Sequence[Rollout], kinds: int = 2
+    ) -> tuple[np.ndarray, list[int] | None] | None:
+        """What Batch.scores has of the rollouts' tokens [kinds, T], end to end, and Batch.rerouted (None: no routes
         were replayed); None if any is missing."""
         read: dict[str, tuple[dict[str, np.ndarray], dict[str, int]]] = {}  # frame → what is in it
-        values, rerouted = [np.empty((2, 0), np.float32)], []
+        values, rerouted = [np.empty((kinds, 0), np.float32)], []
         for name in map(_scored, rollouts):
             for frame in self._frames.get((step, "scores", name), []):
                 if frame.header["of"] != self._of:
                     continue
                 if frame.digest not in read:
-                    read[frame.digest] = _scores_of(frame)
+                    read[frame.digest] = _scores_of(frame, kinds)
                 if name in read[frame.digest][0]:
                     values.append(read[frame.digest][0][name])
                     rerouted.append(read[frame.digest][1].get(name))
@@ -295,12 +296,12 @@ def _scored(rollout: Rollout) -> str:
     return f"{rollout.name} {digest.hexdigest()[:32]}"
 
 
-def _scores_of(frame: Frame) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """By rollout, the values [2, n] and, where routes were replayed, the rerouted pairs; nothing if torn."""
+def _scores_of(frame: Frame, kinds: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """By rollout, the values [kinds, n] and, where routes were replayed, the rerouted pairs; nothing if torn."""
     data = frame.payload()
     if data is None:
         return {}, {}
     names, lengths = frame.header["names"], frame.header["lengths"]
-    values = np.frombuffer(data, "<f4").reshape(2, sum(lengths))
+    values = np.frombuffer(data, "<f4").reshape(kinds, sum(lengths))
     parts = np.split(values, np.cumsum(lengths)[:-1], axis=1)
     return dict(zip(names, parts, strict=True)), dict(zip(names, frame.header["rerouted"] or [], strict=False))

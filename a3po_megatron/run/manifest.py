@@ -128,7 +128,8 @@ def check_whole(folder: Path) -> Manifest:
 
 
 def inputs_of(settings: Settings) -> dict[str, str]:
-    """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens."""
+    """Digests of the files that a run reads besides the weights: prompts, and what makes text of tokens; and of those,
+    where it reads them again at every start."""
     model = Path(settings.model.path)
     files = {name: model / name for name in (side_files(model) if model.is_dir() else ())}
     if settings.data.path != ARITHMETIC:
@@ -136,7 +137,12 @@ def inputs_of(settings: Settings) -> dict[str, str]:
         files |= {"data": read[0]} if len(read) == 1 else {f"data/{n}": file for n, file in enumerate(read)}
     if settings.data.template_file:
         files["template"] = Path(settings.data.template_file)
-    return {name: digest_of(path).blake3 if path.stat().st_size else "" for name, path in files.items()}
+    digests = {name: digest_of(path).blake3 if path.stat().st_size else "" for name, path in files.items()}
+    if settings.regulariser.kl:
+        from ..files.safetensors import sampled_digest  # with torch, which a submission does not wait for
+
+        digests["weights (the reference of regulariser.kl)"] = sampled_digest(model)
+    return digests
 
 
 def identity(settings: Settings) -> str:

@@ -102,6 +102,7 @@ class Recorder:
                     **collected.metrics,
                     **batch_metrics(sums, batch.rho),
                     **update.reported,
+                    "learner/entropy_weight": batch.entropy_weight,
                     "learner/lr": update.learning_rate,
                     "policy/grad_norm": update.gradient_norm,
                     "policy/rejected_updates": float(update.rejected),

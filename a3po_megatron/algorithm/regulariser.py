@@ -1,0 +1,127 @@
+"""What is added to any objective: a pull to other log-probs, and an entropy bonus.
+
+    loss = objective + Σ weight[t] · divergence(log pi[t] - target[t]) - entropy weight · Σ H[t]
+
+divided as the objective's loss is: by the mini-batch's tokens; or each rollout's part by its tokens, and by rollouts;
+or by rollouts × constant. Neither A3PO's weights nor the correction for the sampler are on it.
+
+    kl, in the loss      all tokens are drawn to the run's first weights (the reference)
+    kl, in the reward    R_i - kl · Σ_t divergence(log pi_old - log pi_reference) is what a rollout's advantage is of
+    entropy              a bonus; with a target it counts only where the step's mean entropy H is not above it, and its
+                         weight goes up by entropy_step where H is below, down where it is above (Skywork-OR1, arXiv
+                         2505.22312, section 4: adaptive entropy control, whose weight begins at 0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch, Pull
+from ..config import Advantage, RegulariserOptions
+from .advantage import group_advantages
+from .kl import ESTIMATORS
+from .largest import Total
+from .objectives.terms import token_counts
+from .sums import Kind, Sum
+from .token_loss import Normaliser, Objective, TokenBatch, TokenLoss, normaliser_count
+
+METRIC = "learner/regulariser"
+
+
+@dataclass(frozen=True)
+class Regularised:
+    """An objective with what is added to it."""
+
+    objective: Objective
+
+    @property
+    def normaliser(self) -> Normaliser:
+        return self.objective.normaliser
+
+    @property
+    def constant(self) -> int:
+        return self.objective.constant
+
+    @property
+    def metrics(self) -> Mapping[str, Kind]:
+        return {**self.objective.metrics, METRIC: Sum}
+
+    def __call__(self, batch: TokenBatch) -> TokenLoss:
+        loss, sums = self.objective(batch)
+        added = self._added(batch)
+        return TokenLoss(
+            loss if added is None else loss + added,
+            {**sums, METRIC: Sum(0.0 if added is None else added.detach(), normaliser_count(self, batch))},
+        )
+
+    def _added(self, batch: TokenBatch) -> Tensor | None:
+        """What is added to the summed loss []; None where nothing is, on all ranks."""
+        if not batch.pulls and batch.entropy is None:
+            return None
+        values = torch.zeros_like(batch.logprobs)
+        for pull in batch.pulls:
+            # Of tokens that are not drawn the target may be anything: neither they nor their gradient may become NaN.
+            apart = torch.where(pull.weights > 0, batch.logprobs - pull.targets, 0.0)
+            values = values + pull.weights * ESTIMATORS[pull.estimator](apart)
+        if batch.entropy is not None:
+            values = values - batch.entropy_weight * batch.entropy
+        if self.normaliser == "sequences":
+            values = values / token_counts(batch)[batch.rollout]
+        return values.sum()
+
+
+class Regulariser:
+    """Gives a scored batch what its updates are regularised by."""
+
+    def __init__(self, options: RegulariserOptions, advantage: Advantage, total: Total) -> None:
+        self._options, self._advantage, self._total = options, advantage, total
+        self._entropy_weight = options.entropy  # the same on all ranks
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Batch:
+        """Collective over the replicas."""
+        options = self._options
+        if options.kl and options.place == "loss":
+            assert batch.reference_logprobs is not None, "score the batch by the reference, too"
+            every = torch.full_like(batch.reference_logprobs, options.kl)
+            batch.pulls.append(Pull(options.estimator, batch.reference_logprobs, every))
+        elif options.kl:
+            batch = self._from_reward(batch)
+        if options.has_bonus:
+            batch.entropy_weight = self._bonus(batch)
+        return batch
+
+    def _from_reward(self, batch: Batch) -> Batch:
+        assert batch.old_logprobs is not None and batch.reference_logprobs is not None, "score the batch first"
+        trained = batch.is_trained()
+        apart = (batch.old_logprobs - batch.reference_logprobs)[trained].double()
+        sums = torch.zeros(len(batch.rollouts), dtype=torch.float64)
+        sums.index_add_(0, batch.rollout_index[trained], ESTIMATORS[self._options.estimator](apart))
+        rewards = (batch.rewards.double() - self._options.kl * sums).float()
+        valid = torch.ones_like(batch.positive)
+        batch.advantages = group_advantages(rewards, batch.group_index, batch.positive, valid, self._advantage)
+        return batch
+
+    def _bonus(self, batch: Batch) -> float:
+        """The weight of the bonus in this step; afterwards that of the next is known."""
+        assert batch.entropy is not None, "score the batch first"
+        options, weight = self._options, self._entropy_weight
+        if not options.entropy_target:
+            return weight
+        trained = batch.is_trained()
+        entropy, tokens = self._total(torch.stack([batch.entropy[trained].double().sum(), trained.sum().double()]))
+        mean = float(entropy / tokens.clamp(min=1))
+        step = options.entropy_step if mean < options.entropy_target else -options.entropy_step
+        self._entropy_weight = max(0.0, weight + (step if mean != options.entropy_target else 0.0))
+        return weight if mean <= options.entropy_target else 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"entropy_weight": self._entropy_weight}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._entropy_weight = state["entropy_weight"]
