@@ -192,6 +192,7 @@ class Batch:
     pulls: list[Pull] = field(default_factory=list)  # of the same kinds on all ranks
     restrained: Tensor | None = None  # [T] bool, tokens that are drawn by choice (algorithm/restraint.py)
     entropy_weight: float = 0.0  # of the entropy bonus in this step's loss
+    imbalance: float = 1.0  # of the step: how many times the mean the heaviest replica has, in its worst mini-batch
     rejected: list[int] = field(default_factory=list)  # mini-batches whose update was not finite and not applied
 
     def scores(self) -> dict[str, Tensor]:

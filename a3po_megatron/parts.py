@@ -33,6 +33,7 @@ from .ranks.groups import Ranks
 from .residency import Residency
 from .reward.graders import chosen
 from .reward.sandbox.choose import check_sandbox
+from .rollout.balance import Balance
 from .rollout.engine import local_experts
 from .rollout.intake import Graders, Intake
 from .rollout.vllm_engine import VllmEngine
@@ -43,6 +44,7 @@ from .run.recorder import Recorder
 from .run.rejected import Rejected
 from .run.scores import Scores
 from .run.stop import INTERRUPT, Interrupt, Stop
+from .schedule.balance import attention_scale
 from .telemetry.catalogue import Phase, evaluation_metrics
 from .telemetry.clock import phase
 from .weights.publish import Publish, Publisher
@@ -119,12 +121,21 @@ def build(
         graders,
         settings.process,
     )
-    regulariser = Regulariser(settings.regulariser, settings.advantage, ranks.sum_over_data)
+    regulariser = Regulariser(
+        settings.regulariser,
+        settings.advantage,
+        ranks.sum_over_data,
+        ranks.gather_over_data,
+        ranks.coordinates.data,
+    )
     adapts: dict[str, Stateful] = {"regulariser": regulariser} if settings.regulariser.entropy_target else {}
     rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     further = evaluation_metrics([each.benchmark for each in asked])
-    recorder = Recorder(folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step, further)
+    balance = Balance(ranks, prompts.at, attention_scale(facts))
+    recorder = Recorder(
+        folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step, further, balance.home
+    )
     evaluation = functools.partial(
         Evaluation,
         ranks,
@@ -159,7 +170,7 @@ def build(
     def assembled(collected: Collected) -> Batch:
         batch = assemble(collected, settings.advantage, settings.trainer.updates(len(collected.accepted)))
         batch = mask_truncated(batch) if settings.trainer.mask_truncated else batch
-        return add_process(batch, settings.process, settings.advantage, tokenizer.begins)
+        return balance(add_process(batch, settings.process, settings.advantage, tokenizer.begins))
 
     def shaped(batch: Batch, step: int) -> Batch:
         batch = regulariser(mask_far(batch, settings.correction))

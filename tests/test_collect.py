@@ -35,15 +35,13 @@ class FakeCluster:
     """A single rank, alone with its replica and its engine. A fake: real ranks are tests/test_circle.py's."""
 
     rank, engine, engines, engine_leaders = 0, 0, 1, (0,)
+    batch_group = SimpleNamespace(size=lambda: 1)
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         return op([value])
 
     def any_of_engine(self, flag: bool) -> bool:
         return flag
-
-    def gather_batch_group(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class FakePrompts:
@@ -55,7 +53,10 @@ class FakePrompts:
 
     def take(self, count: int) -> list[Prompt]:
         first, self.position = self.position, self.position + count
-        return [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n,), n) for n in range(first, self.position)]
+        return [self.at(n) for n in range(first, self.position)]
+
+    def at(self, index: int) -> Prompt:
+        return Prompt(f"p/{index}", f"problem {index}", f"gold {index}", (index,), index)
 
 
 class FakeTokens:

@@ -14,7 +14,7 @@ or by rollouts × constant. Neither A3PO's weights nor the correction for the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,16 @@ class Regularised:
 class Regulariser:
     """Gives a scored batch what its updates are regularised by."""
 
-    def __init__(self, options: RegulariserOptions, advantage: Advantage, total: Total) -> None:
+    def __init__(
+        self,
+        options: RegulariserOptions,
+        advantage: Advantage,
+        total: Total,
+        gather: Callable[[Tensor], list[Tensor]] = lambda values: [values],  # of every replica, by replica; collective
+        replica: int = 0,
+    ) -> None:
         self._options, self._advantage, self._total = options, advantage, total
+        self._gather, self._replica = gather, replica
         self._entropy_weight = options.entropy  # the same on all ranks
 
     @torch.no_grad()
@@ -102,9 +110,15 @@ class Regulariser:
         apart = (batch.old_logprobs - batch.reference_logprobs)[trained].double()
         sums = torch.zeros(len(batch.rollouts), dtype=torch.float64)
         sums.index_add_(0, batch.rollout_index[trained], ESTIMATORS[self._options.estimator](apart))
-        rewards = (batch.rewards.double() - self._options.kl * sums).float()
-        valid = torch.ones_like(batch.positive)
-        batch.advantages = group_advantages(rewards, batch.group_index, batch.positive, valid, self._advantage)
+        rewards = batch.rewards.double() - self._options.kl * sums
+        # A group's rollouts may be on several replicas (rollout/balance.py).
+        prompts = torch.tensor([rollout.prompt.index for rollout in batch.rollouts], dtype=torch.float64)
+        tables = self._gather(torch.stack([rewards, prompts, batch.positive.double()], dim=1))
+        rewards, prompts, positive = torch.cat(tables).T
+        groups = torch.unique(prompts, return_inverse=True)[1]
+        valid = torch.ones_like(groups, dtype=torch.bool)
+        advantages = group_advantages(rewards.float(), groups, positive > 0, valid, self._advantage)
+        batch.advantages = advantages.split([len(table) for table in tables])[self._replica]
         return batch
 
     def _bonus(self, batch: Batch) -> float:

@@ -41,7 +41,7 @@ from ..model.precision import token_grain
 from ..ranks.agree import first
 from ..ranks.groups import Ranks
 from ..run.store import SHARDING, load_sharded
-from ..schedule.packing import pack, token_multiple
+from ..schedule.packing import heaviest_first, pack, token_multiple
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import phase
 from ..weights.load import all_finite, load_shards
@@ -317,6 +317,8 @@ class Learner:
         grain = 2 * self.ranks.context if self.ranks.context > 1 else 1  # every sequence is padded to that
         lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
         bins = pack(lengths, self.limit)
+        if self.layout.expert > 1:  # replicas exchange tokens in every micro-batch, and wait for the longest
+            bins = heaviest_first(bins, lengths)
         routed = [(i, self._routes(batch.rollouts[i])) for i in chosen] if self.replay else []
         contents = [
             ([sequences[i] for i in items], [starts[chosen[i]] for i in items], [routed[i] for i in items if routed])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from .agree import decide
 from .backend import Backend, select_backend
 from .handoff import Handoff
 from .topology import Kind, topology_of
+from .travel import exchanged, gathered
 
 
 class Ranks:
@@ -105,6 +106,19 @@ class Ranks:
         values: list[Any] = [None] * self.batch_group.size()
         dist.all_gather_object(values, value, group=self.batch_group)
         return values
+
+    def gather_bytes(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's bytes [n] uint8, over the ranks that train on the same rollouts."""
+        return gathered(value, self.batch_group)
+
+    def gather_over_data(self, value: torch.Tensor) -> list[torch.Tensor]:
+        """Every replica's value [n, …], of which n may differ; the ranks of a batch group must give the same one."""
+        return gathered(value, self.data_group)
+
+    def exchange_over_data(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What every replica has for this one; `parts`: what this one has for each, [n] of one type. The ranks of a
+        batch group must give the same."""
+        return exchanged(parts, self.data_group)
 
     def any_of_engine(self, flag: bool) -> bool:
         """Whether the flag is set on any rank of this rank's engine: they go through its steps together."""

@@ -33,6 +33,7 @@ from ..run.journal import Journal
 from ..run.stop import Interrupt
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
+from .balance import gather_rollouts
 from .engine import Engine, Request
 
 _COUNTS = (
@@ -111,10 +112,11 @@ class Intake:
             rounds, tried = rounds + 1, tried + count
         accepted, self._surplus = indices[:wanted], indices[wanted:]
         mine = [self._own.pop(index) for index in accepted if index in self._own]
-        groups = [group for part in self.ranks.gather_batch_group(mine) for group in part]
+        rollouts = [rollout for group in mine for rollout in group.rollouts]
+        groups = _groups(gather_rollouts(self.ranks, rollouts, self.prompts.at))
         self._check(step, totals, bool(accepted), sampled)
         return Collected(
-            groups=sorted(groups, key=lambda group: group.prompt.index),
+            groups=groups,
             sampled=sampled,
             accepted=accepted,
             metrics=_metrics(totals, self.prompts.way_of is not None)
@@ -241,6 +243,14 @@ class Intake:
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "
                 f"{sampled:.0f} responses: the task is too hard or too easy for this model, or no answer is recognised"
             )
+
+
+def _groups(rollouts: Sequence[Rollout]) -> list[Group]:
+    """Groups in prompt order."""
+    by_prompt: dict[int, Group] = {}
+    for rollout in rollouts:
+        by_prompt.setdefault(rollout.prompt.index, Group(rollout.prompt, [])).rollouts.append(rollout)
+    return [by_prompt[index] for index in sorted(by_prompt)]
 
 
 def _submitted(graders: Graders, group: Group) -> _Grading:

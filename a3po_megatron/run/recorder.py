@@ -43,10 +43,12 @@ class Recorder:
         started: float,  # when the command was given, seconds since the epoch
         first_step: int = 0,
         further: Sequence[Metric] = (),  # metrics beside the catalogue's
+        home: Callable[[Batch], Batch] = lambda batch: batch,  # of what was trained on, what was sampled here
     ) -> None:
         self._folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
         self._tokenizer, self._rejected, self._way_of = tokenizer, rejected, way_of
         self._started, self._startup = started, 0.0
+        self._home = home
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
         self._warned = False
@@ -91,8 +93,10 @@ class Recorder:
         )
         elapsed = self._ranks.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
         memory = self._ranks.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
-        if self._settings.telemetry.rollouts and self._ranks.rank in self._ranks.engine_leaders:
-            self._save_rollouts(step, collected, batch)
+        if self._settings.telemetry.rollouts:
+            sampled_here = self._home(batch)
+            if self._ranks.rank in self._ranks.engine_leaders:
+                self._save_rollouts(step, collected, sampled_here)
         row = None
         if self._ranks.rank == 0:
             sampled = collected.metrics["rollout/tokens"] or 0.0
@@ -111,6 +115,7 @@ class Recorder:
                     "refit/canary": receipt.canary,
                     "refit/canary_mean": receipt.canary_mean,
                     "refit/witness": receipt.witness,
+                    "perf/imbalance": batch.imbalance,
                     "perf/tokens_per_second": sampled / elapsed,
                     **{f"{SECONDS}{name}": seconds.get(name, 0.0) for name in STEP},
                     "startup/seconds": self._startup,

@@ -27,6 +27,11 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return sorted([*alone, *(sorted(rest[item] for item in items) for items in bins if items)])
 
 
+def heaviest_first(bins: list[list[int]], lengths: Sequence[int]) -> list[list[int]]:
+    """Bins by their tokens, so that the i-th of one rank is nearly as long as the i-th of another."""
+    return sorted(bins, key=lambda items: -sum(lengths[item] for item in items))
+
+
 def token_multiple(grain: int, tensor: int, sequence_parallel: bool) -> int:
     """Of which the tokens of a micro-batch on one context-parallel rank must be a multiple.
 

@@ -101,6 +101,7 @@ CATALOGUE = (
     Metric("refit/canary_mean", "nats", "mean |learner − engine| on the canary"),
     Metric("refit/witness", "nats", "largest |learner − transformers| on the canary, when asked"),
     Metric("perf/tokens_per_second", "tokens/s", "sampled tokens over the step's seconds", "Throughput", "tokens/s"),
+    Metric("perf/imbalance", "ratio", "heaviest replica's tokens over the mean, in the worst mini-batch"),
     Metric("perf/recalled_groups", "groups", "that a start of before had finished"),
     *(Metric(f"{SECONDS}{phase}", "s", f"of the step's phase {phase}, on its slowest rank") for phase in STEP),
     Metric("startup/seconds", "s", "from the command to the first step"),

@@ -55,7 +55,7 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
     """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
 
     One entry a rollout of the mini-batch: names, tokens, segments, routes, both engines' log-probs, entropy, advantage,
-    weights, and what steps add to the advantage (None without process rewards).
+    weights, what steps add to the advantage, what a regulariser goes by (None where there is no such thing).
     """
     import torch
 
@@ -68,6 +68,9 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
             "entropy": batch.entropy,
             "token_weights": batch.token_weights,
             "process": batch.process_advantages,
+            "reference_logprobs": batch.reference_logprobs,
+            "proxy_logprobs": batch.proxy_logprobs,
+            "drawn": batch.restrained,
         }
         entries.append(
             {
