@@ -1,0 +1,438 @@
+"""Alerts: each formula against what docs/alerts.md says of it, written down literally, and each in a real run that is
+made to fail so; columns that do not depend on where a run was interrupted; the run that an alert ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a3po_megatron.config import AlertsOptions, Config, load_config
+from a3po_megatron.config.alerts import THRESHOLDS, AlertName
+from a3po_megatron.errors import RequestError
+from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.launch.check import settle
+from a3po_megatron.ranks.backend import CPU
+from a3po_megatron.report.page import write_report
+from a3po_megatron.rollout.intake import repeated_phrases
+from a3po_megatron.telemetry.alerts import ALERTS, Alerts, Row, Scale, rows_needed, stretches
+from a3po_megatron.telemetry.catalogue import METRICS
+from a3po_megatron.telemetry.metrics import read_ends
+from tests.harness import interrupted_runs as tools
+from tests.harness.bit_for_bit import rows_of
+from tests.harness.ranks import ROOT
+from tests.harness.whole_answers import make_model
+from tests.test_report import page_data
+
+SCALE = Scale(max_tokens=100, reward=1.0, evaluations=0)
+FOUR, LOW_ENTROPY = AlertsOptions(window=4), 0.05
+
+
+def raised(rows: list[Row], options: AlertsOptions = FOUR, scale: Scale = SCALE) -> list[set[str]]:
+    """Per row the alerts that are raised with it."""
+    alerts = Alerts(options, scale)
+    return [set(alerts.judge(row)) for row in rows]
+
+
+def rows(**series: list[float | None]) -> list[Row]:
+    """Rows of metrics from their values; `__` in a name stands for a slash."""
+    return [
+        dict(zip([name.replace("__", "/") for name in series], values, strict=True))
+        for values in zip(*series.values(), strict=True)
+    ]
+
+
+def mean(values: list[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known)
+
+
+# ----- the registry
+
+
+def test_every_alert_that_can_be_asked_for_is_there_and_looks_at_metrics_that_are_measured() -> None:
+    assert tuple(alert.name for alert in ALERTS) == get_args(AlertName) == tuple(THRESHOLDS)
+    assert {metric for alert in ALERTS for metric in alert.metrics} <= set(METRICS)
+    assert {f"alert/{alert.name}" for alert in ALERTS} <= set(METRICS)
+    assert {name for names in THRESHOLDS.values() for name in names} < set(AlertsOptions.model_fields)
+
+
+# ----- formulas
+
+
+@pytest.mark.parametrize(
+    ("correct", "expected"),
+    [([0.3] * 8, True), ([0.3] * 4 + [0.3, 0.3, 0.4, 0.4], False), ([0.3] * 4 + [0.8] * 4, False)],
+    ids=["neither solved nor rising", "rising", "solved"],
+)
+def test_entropy_collapses_where_it_is_spent_and_the_task_is_neither_solved_nor_being_solved(
+    correct: list[float | None], expected: bool
+) -> None:
+    entropy = [0.5, 0.6, 0.4, 0.5, *[LOW_ENTROPY] * 4]
+    found = raised(rows(policy__entropy=entropy, reward__correct_rate=correct))
+    assert found[-1] == ({"entropy_collapse"} if expected else set())
+    # Until the window holds little enough of the beginning nothing is said: 0.05·3 + 0.5 over 4 is 0.1625.
+    assert not any(found[:-1])
+    assert LOW_ENTROPY < 0.2 * mean(entropy[:4]) < mean(entropy[3:7])
+
+
+SERIES = st.lists(st.none() | st.floats(0, 1), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(entropy=SERIES, data=st.data())
+def test_entropy_collapse_is_its_formula_at_every_row_with_gaps(entropy: list[float | None], data: Any) -> None:
+    correct = data.draw(st.lists(st.none() | st.floats(0, 1), min_size=len(entropy), max_size=len(entropy)))
+    found = raised(rows(policy__entropy=entropy, reward__correct_rate=correct))
+    for end in range(1, len(entropy) + 1):
+        window, began, verdicts = entropy[max(0, end - 4) : end], entropy[:4], correct[max(0, end - 4) : end]
+        halves = verdicts[:2], verdicts[2:]
+        defined = all(any(v is not None for v in part) for part in (window, began, *halves)) and end >= 4
+        expected = (
+            defined
+            and mean(window) < 0.2 * mean(began)
+            and mean(verdicts) < 0.7
+            and mean(halves[1]) - mean(halves[0]) <= 0.02
+        )
+        assert ("entropy_collapse" in found[end - 1]) == expected, end
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "limit", "others"),
+    [
+        ("mismatch", "mismatch/kl_k3", 0.01, {}),
+        ("mismatch", "mismatch/logprob_abs_mean", 0.1, {}),
+        ("inert_shaping", "shaping/inert_rate_positive", 0.95, {"shaping/inert_rate_negative": 0.0}),
+        ("inert_shaping", "shaping/inert_rate_negative", 0.95, {"shaping/inert_rate_positive": None}),
+        ("length_explosion", "rollout/length_mean", 90.0, {"rollout/truncated_rate": 0.1}),
+        ("length_explosion", "rollout/truncated_rate", 0.5, {"rollout/length_mean": 20.0}),
+        ("no_spread", "rollout/spread_rate", 0.05, {"reward/correct_rate": 0.0}),
+    ],
+)
+@settings(max_examples=30, deadline=None)
+@given(shares=st.lists(st.none() | st.floats(0.5, 1.5), min_size=4, max_size=10))
+def test_an_alert_of_a_mean_is_raised_beyond_its_threshold_in_a_full_window_and_never_of_nothing(
+    name: str, metric: str, limit: float, others: dict[str, float | None], shares: list[float | None]
+) -> None:
+    values = [None if share is None else share * limit for share in shares]
+    found = raised([{metric: value, **others} for value in values])
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - 4) : end]
+        known = end >= 4 and any(value is not None for value in window)
+        beyond = known and (mean(window) < limit if name == "no_spread" else mean(window) > limit)
+        if not known or abs(mean(window) / limit - 1) > 1e-9:  # a mean at the very threshold is a matter of rounding
+            assert (name in found[end - 1]) == beyond, end
+
+
+def test_inert_shaping_says_of_which_rollouts() -> None:
+    for side, which in (("positive", "correct"), ("negative", "wrong")):
+        alerts = Alerts(AlertsOptions(window=2), SCALE)
+        for _ in range(2):
+            said = alerts.judge({f"shaping/inert_rate_{side}": 0.99})
+        assert f"of the shaped tokens 99% of those of {which} rollouts have" in said["inert_shaping"]
+
+
+def test_clipping_is_in_every_step_of_the_window() -> None:
+    low, high = [0.1, 0.1, 0.1, 0.1, 0.0, 0.1], [0.15, 0.15, 0.15, 0.15, 0.15, None]
+    found = raised(rows(policy__clip_low_rate=low, policy__clip_high_rate=high))
+    assert found == [set(), set(), set(), {"clipping"}, set(), set()]
+
+
+HELD_OUT = "eval/held_out_avg"
+
+
+def hacked(fall: float, gain: float, every: int) -> list[Row]:
+    """Twelve steps in which the reward gains so much a step while a benchmark falls so much a step."""
+    evaluation = [0.9 - fall * step if step % every == 0 else None for step in range(12)]
+    return [{"reward/mean": 0.1 + gain * step, HELD_OUT: evaluation[step]} for step in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("fall", "gain", "expected"), [(0.03, 0.02, True), (0.03, 0.001, False), (0.001, 0.02, False), (-0.03, 0.02, False)]
+)
+def test_hacking_is_a_reward_that_rises_while_a_benchmark_falls_however_rare_evaluations_are(
+    fall: float, gain: float, expected: bool
+) -> None:
+    # An evaluation in 5 steps: a window of 4 never holds two, the ten rows that are looked at always do.
+    scale = Scale(max_tokens=100, reward=1.0, evaluations=5)
+    assert rows_needed(FOUR, scale) == (4, 10)
+    found = raised(hacked(fall, gain, 5), scale=scale)
+    assert ("reward_hacking" in found[-1]) == expected
+    # Ten rows: evaluations of steps 5 and 10, the halves 2 to 6 and 7 to 11.
+    assert (5 * fall > 0.05 and 5 * gain > 0.02) == expected
+    twice = Scale(max_tokens=100, reward=2 * gain * 5 / 0.02, evaluations=5)
+    assert "reward_hacking" not in raised(hacked(fall, gain, 5), scale=twice)[-1]  # of a reward worth more it is little
+
+
+@pytest.mark.parametrize(
+    ("metric", "began", "within", "beyond"),
+    [
+        ("rollout/length_mean", 10.0, 49.0, 51.0),
+        ("rollout/length_mean", 10.0, 2.1, 1.9),
+        ("rollout/repetition_rate", 0.1, 0.39, 0.41),
+    ],
+)
+def test_hacking_is_a_reward_that_rises_while_lengths_or_repetition_leave_their_band(
+    metric: str, began: float, within: float, beyond: float
+) -> None:
+    for later, gain, expected in ((within, 0.1, False), (beyond, 0.1, True), (beyond, 0.0, False)):
+        values = [began] * 4 + [later] * 4
+        found = raised([{metric: value, "reward/mean": gain * step} for step, value in enumerate(values)])
+        assert ("reward_hacking" in found[-1]) == expected, (later, gain)
+
+
+@pytest.mark.parametrize("name", get_args(AlertName))
+def test_an_alert_whose_thresholds_are_0_is_off_and_no_other(name: str) -> None:
+    worst: Row = {
+        **{"mismatch/kl_k3": 9.0, "shaping/inert_rate_negative": 1.0, "rollout/spread_rate": 0.0},
+        **{"rollout/length_mean": 99.0, "policy/clip_low_rate": 0.5, "policy/clip_high_rate": 0.5},
+        **{"policy/entropy": 0.01, "reward/correct_rate": 0.0},
+    }
+    # Entropy and reward leave their beginnings; the reward rises to the last step.
+    story = [worst | {"reward/mean": 0.1 * step} for step in range(8)]
+    story[:4] = [row | {"policy/entropy": 1.0, "rollout/length_mean": 9.0} for row in story[:4]]
+    assert raised(story)[-1] == set(get_args(AlertName))
+    off = AlertsOptions(window=4, **dict.fromkeys(THRESHOLDS[name], 0.0))
+    assert raised(story, off)[-1] == set(get_args(AlertName)) - {name}
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 12), window=st.integers(2, 5), every=st.integers(0, 4))
+def test_what_is_read_back_of_a_file_judges_as_if_it_had_never_been_put_down(cut: int, window: int, every: int) -> None:
+    options, scale = AlertsOptions(window=window, hacking_fall=0.01), Scale(100, 1.0, every)
+    story = [
+        row | {"policy/entropy": 0.5**step, "reward/correct_rate": 0.2}
+        for step, row in enumerate(hacked(0.03, 0.02, every or 20))
+    ]
+    whole = raised(story, options, scale)
+    first, last = rows_needed(options, scale)
+    resumed = Alerts(options, scale, story[:cut][:first], story[:cut][-last:])
+    assert [set(resumed.judge(row)) for row in story[cut:]] == whole[cut:]
+    assert any(whole)
+
+
+def test_only_the_ends_of_a_file_are_kept_in_memory(tmp_path: Path) -> None:
+    assert read_ends(tmp_path, 2, 3) == ([], [])
+    RunFolder(tmp_path).metrics.write_text("".join(f'{{"step": {step}}}\n' for step in range(9)))
+    beginning, latest = read_ends(tmp_path, 2, 3)
+    assert [row["step"] for row in beginning] == [0, 1]
+    assert [row["step"] for row in latest] == [6, 7, 8]
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_repetition_counts_the_phrases_that_stood_there_before(tokens: list[int]) -> None:
+    import numpy as np
+
+    phrases = [tuple(tokens[at : at + 4]) for at in range(len(tokens) - 3)]
+    again = sum(phrase in phrases[:at] for at, phrase in enumerate(phrases))
+    assert repeated_phrases(np.array(tokens, dtype=np.int64)) == (len(phrases), again)
+
+
+def test_steps_are_told_by_their_stretches() -> None:
+    assert stretches([3, 4, 5, 9, 11, 12]) == "steps 3 to 5, step 9, steps 11 to 12"
+
+
+# ----- options
+
+
+def config_of(tmp_path: Path, *changes: str) -> Config:
+    with contextlib.chdir(ROOT):
+        return load_config(ROOT / "configs/demo.yaml", [*tools.SMALL, *changes])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            ["alerts.stop=[mismatch, entropi_collapse]"],
+            r"alerts\.stop: Input should be .*entropi_collapse",
+        ),
+        (["alerts.stop=[mismatch]"], r"alerts\.window = 20 is more than trainer\.steps = 6"),
+        (["alerts.window=7"], r"alerts\.window = 7 is more than trainer\.steps = 6"),
+        (
+            ["alerts.hacking_fall=0.1"],
+            r"alerts\.hacking_fall = 0\.1 has no effect, because evaluation\.every_steps is 0",
+        ),
+        (["alerts.inert_rate=0.5", "shaping.name=none", "shaping.decay=null"], "alerts.inert_rate has no effect"),
+        (["alerts.hacking_length=0.5"], "greater than 1, or 0 for off"),
+    ],
+)
+def test_an_alert_that_there_is_not_or_that_could_not_come_is_refused_by_name(
+    tmp_path: Path, changes: list[str], says: str
+) -> None:
+    with contextlib.chdir(ROOT), pytest.raises(RequestError, match=says):
+        settle(config_of(tmp_path, *changes), CPU)
+
+
+# ----- real runs that are made to fail
+
+GRADERS = '''
+import hashlib
+
+
+def says_five(response, answer, *, finished):
+    """What the benchmark does not ask for."""
+    return "5" in response
+
+
+def never(response, answer, *, finished):
+    return False
+
+
+def is_long(response, answer, *, finished):
+    return len(response) > 1 and not finished
+
+
+def by_chance(response, answer, *, finished):
+    """Nothing that could be learned: it follows from the words' hash."""
+    return hashlib.sha256((response + answer).encode()).digest()[0] % 2 == 0
+'''
+
+
+def failing_run(tmp_path: Path, grader: str, *changes: str) -> tuple[list[dict[str, Any]], str]:
+    """Rows and words of a run of a random model whose words are whole answers, graded by one of GRADERS."""
+    make_model(tmp_path / "model")
+    (tmp_path / "graders.py").write_text(GRADERS)
+    problems = [{"problem": f"say four {number}", "answer": "4"} for number in range(8)]  # all of them in every step
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    graded = [{**row, "answer": f"4 {number}", "grader": "function"} for number, row in enumerate(problems)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
+    ended = tools.trained_here(
+        tmp_path / "run",
+        *tools.LAYOUTS["tp2"],
+        *(f"model.path={tmp_path}/model", f"data.path={tmp_path}/train.jsonl", "data.grader_field=grader"),
+        *(f"reward.function={tmp_path}/graders.py:{grader}", "reward.extract=any", "trainer.prompts_per_step=8"),
+        *("trainer.rollouts_per_prompt=8", "rollout.max_tokens=6", "rollout.max_rounds=1", "alerts.window=2"),
+        "trainer.max_empty_steps=10",
+        *changes,
+    )
+    return rows_of(tmp_path / "run"), ended.out
+
+
+def steps_of(found: list[dict[str, Any]], name: str) -> list[int]:
+    return [row["step"] for row in found if row[f"alert/{name}"] == 1]
+
+
+def assert_told(found: list[dict[str, Any]], said: str, name: str, *words: str) -> None:
+    """The column begins after the window's first step and a line says so once, with these words."""
+    steps = steps_of(found, name)
+    assert steps, [{n: v for n, v in row.items() if n.startswith(("reward/", "policy/"))} for row in found]
+    said = " ".join(said.split())  # the console wraps lines
+    assert said.count(f"alert {name} at step {steps[0]}: ") == said.count(f"alert {name} at step") == 1, said
+    for word in words:
+        assert word in said
+    assert all(row[f"alert/{each}"] in (0, 1) for row in found for each in get_args(AlertName))
+
+
+def test_a_run_with_a_reward_by_chance_and_a_huge_learning_rate_collapses_and_clips(tmp_path: Path) -> None:
+    found, said = failing_run(
+        tmp_path,
+        "by_chance",
+        *("trainer.steps=6", "optimizer.lr=0.06", "trainer.mini_batches=4", "rollout.dynamic_sampling=false"),
+        "alerts.clip_rate=0.05",
+    )
+    assert_told(found, said, "entropy_collapse", "alerts.entropy_share", "optimizer.lr")
+    assert_told(found, said, "clipping", "alerts.clip_rate")
+
+
+def test_a_run_that_is_rewarded_for_length_explodes(tmp_path: Path) -> None:
+    found, said = failing_run(tmp_path, "is_long", "trainer.steps=4", "optimizer.lr=0.01", "rollout.max_tokens=12")
+    assert_told(found, said, "length_explosion", "alerts.truncated_rate", "reward.overlong_tokens")
+    assert found[0]["rollout/truncated_rate"] < 0.4 < 0.9 < found[-1]["rollout/truncated_rate"]
+
+
+def test_a_run_whose_reward_is_not_what_it_is_held_against_is_seen_to_hack(tmp_path: Path) -> None:
+    found, said = failing_run(
+        tmp_path,
+        "says_five",
+        *("trainer.steps=5", "optimizer.lr=0.005", "alerts.window=4", "evaluation.every_steps=1"),
+        *(f"evaluation.benchmarks=[{tmp_path}/held_out.jsonl]", "evaluation.samples=8", "evaluation.max_tokens=6"),
+    )
+    assert_told(found, said, "reward_hacking", "eval/held_out_avg falls by", "alerts.hacking_fall")
+    assert found[-1]["reward/mean"] > found[0]["reward/mean"]
+    assert found[-1]["eval/held_out_avg"] < found[0]["eval/held_out_avg"]
+
+
+def test_a_run_that_samples_from_another_distribution_than_it_learns_of_mismatches(tmp_path: Path) -> None:
+    found, said = failing_run(tmp_path, "by_chance", "trainer.steps=2", "rollout.top_k=3")
+    assert_told(found, said, "mismatch", "mismatch/kl_k3", "alerts.mismatch_logprob", "rollout.top_p")
+
+
+def test_a_run_whose_reward_is_the_same_for_all_has_no_spread(tmp_path: Path) -> None:
+    found, said = failing_run(tmp_path, "never", "trainer.steps=3")
+    assert_told(found, said, "no_spread", "0.0% of the sampled groups", "alerts.spread_rate")
+    assert steps_of(found, "no_spread") == [1, 2]
+    assert [row["rollout/spread_rate"] for row in found] == [0.0, 0.0, 0.0]
+
+
+# The guesser writes digits that it is sure of: of its wrong rollouts nearly every shaped token is inert, and says so.
+GUESSER = (
+    f"model.path={ROOT}/configs/models/tiny-guesser",
+    "rollout.max_tokens=64",
+    "alerts.window=3",
+    "trainer.steps=4",
+)
+
+
+def test_an_alert_ends_the_run_with_1_and_a_checkpoint_from_which_it_comes_out_as_if_nothing_had_been(
+    tmp_path: Path,
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    tools.trained_here(whole, *tools.LAYOUTS["tp2"], *GUESSER)
+    steps = steps_of(rows_of(whole), "inert_shaping")
+    assert steps[0] == 2  # a full window
+    ended = tools.launch(run, *tools.LAYOUTS["tp2"], *GUESSER, "alerts.stop=[no_spread, inert_shaping]")
+    assert ended.code == 1, ended.all
+    for words in (
+        "step 2: alert inert_shaping: of the shaped tokens",
+        "of wrong rollouts have 1 - p < 1e-4, more than 0.95 (alerts.inert_rate)",
+        f"alerts.stop ended the run; what it has done is in {run}/checkpoints/step-000003",
+        "take it out of alerts.stop, or change its threshold",
+    ):
+        assert words in " ".join(ended.err.split()), ended.all
+    assert "Traceback" not in ended.err
+    assert tools.saved_steps(run) == 3  # not one that was due: those are of every second step
+    assert len(rows_of(run)) == 3
+    tools.trained_here(run, *tools.LAYOUTS["tp2"], *GUESSER)
+    tools.assert_same_run(run, whole, 4)  # the columns of every alert among the rest, bit for bit
+    page = page_data(write_report([run]))
+    (drawn,) = page["runs"]
+    assert drawn["alerts"] == [[2, "inert_shaping"]]
+    assert [chart["title"] for chart in page["charts"] if "inert_shaping" in chart["alerts"]] == ["Inert shaped tokens"]
+    assert not [name for name in drawn["metrics"] if name.startswith("alert/")]
+    assert "Alert inert_shaping in steps 2 to" in (run / "report.html").read_text()
+
+
+# ----- healthy runs
+
+
+def judged(*folders: Path) -> str:
+    """What tools/alerts_of.py says of runs."""
+    words = [sys.executable, str(ROOT / "tools/alerts_of.py"), *map(str, folders)]
+    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+
+
+@pytest.mark.soak  # about four minutes a run of the first, two of the second
+@pytest.mark.parametrize("seed", [11, 12, 13])
+@pytest.mark.parametrize(("config", "inert"), [("demo", True), ("arithmetic", None)])
+def test_a_healthy_demo_raises_no_alert_but_that_the_shaping_of_wrong_rollouts_is_inert(
+    config: str, inert: bool | None, seed: int, tmp_path: Path
+) -> None:
+    """In the second demo that rate is about 0.84: an alert there may be or not."""
+    command = [sys.executable, "-m", "a3po_megatron", "train", f"configs/{config}.yaml", "--run-dir", f"{tmp_path}/run"]
+    subprocess.run([*command, "--set", f"trainer.seed={seed}"], cwd=ROOT, check=True, timeout=1800)
+    found = rows_of(tmp_path / "run")
+    others = [name for name in get_args(AlertName) if name != "inert_shaping"]
+    assert {name: steps for name in others if (steps := steps_of(found, name))} == {}
+    if inert is not None:
+        assert bool(steps_of(found, "inert_shaping")) == inert
+    said = judged(tmp_path / "run")
+    assert ("of those of wrong rollouts" in said) == bool(steps_of(found, "inert_shaping"))
+    assert "of those of correct rollouts" not in said
