@@ -290,6 +290,11 @@ def is_long(response, answer, *, finished):
     return len(response) > 1 and not finished
 
 
+def says_five_where_it_counts(response, answer, *, finished):
+    """Of half of the problems no answer is accepted."""
+    return "5" in response and int(answer.split()[1]) % 2 == 1
+
+
 def by_chance(response, answer, *, finished):
     """Nothing that could be learned: it follows from the words' hash."""
     return hashlib.sha256((response + answer).encode()).digest()[0] % 2 == 0
@@ -331,15 +336,16 @@ def assert_told(found: list[dict[str, Any]], said: str, name: str, *words: str) 
     assert all(row[f"alert/{each}"] in (0, 1) for row in found for each in get_args(AlertName))
 
 
-def test_a_run_with_a_reward_by_chance_and_a_huge_learning_rate_collapses_and_clips(tmp_path: Path) -> None:
+def test_a_run_that_learns_far_too_fast_what_solves_half_of_the_task_clips_and_collapses(tmp_path: Path) -> None:
     found, said = failing_run(
         tmp_path,
-        "by_chance",
-        *("trainer.steps=6", "optimizer.lr=0.06", "trainer.mini_batches=4", "rollout.dynamic_sampling=false"),
-        "alerts.clip_rate=0.05",
+        "says_five_where_it_counts",
+        *("trainer.steps=7", "optimizer.lr=0.03", "trainer.mini_batches=4", "rollout.dynamic_sampling=false"),
+        "alerts.clip_rate=0.1",
     )
     assert_told(found, said, "entropy_collapse", "alerts.entropy_share", "optimizer.lr")
     assert_told(found, said, "clipping", "alerts.clip_rate")
+    assert found[-1]["reward/correct_rate"] == 0.5
 
 
 def test_a_run_that_is_rewarded_for_length_explodes(tmp_path: Path) -> None:
