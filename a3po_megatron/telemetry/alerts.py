@@ -17,9 +17,10 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..config.alerts import AlertsOptions
-from ..config.sections import Settings
+if TYPE_CHECKING:  # the catalogue names the alerts, and is imported before anything that takes long
+    from ..config import AlertsOptions, Settings
 
 Row = Mapping[str, float | None]  # of metrics.jsonl; a metric that is not there counts as undefined
 ALERT = "alert/"  # before an alert's name: its column
