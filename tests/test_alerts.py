@@ -22,7 +22,7 @@ from a3po_megatron.launch.check import settle
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.report.page import write_report
 from a3po_megatron.rollout.intake import repeated_phrases
-from a3po_megatron.telemetry.alerts import ALERTS, Alerts, Row, Scale, rows_needed, stretches
+from a3po_megatron.telemetry.alerts import ALERTS, Alerts, Row, Scale, rise, rows_needed, stretches
 from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.metrics import read_ends
 from tests.harness import interrupted_runs as tools
@@ -102,6 +102,11 @@ def test_entropy_collapse_is_its_formula_at_every_row_with_gaps(entropy: list[fl
             and mean(halves[1]) - mean(halves[0]) <= 0.02
         )
         assert ("entropy_collapse" in found[end - 1]) == expected, end
+
+
+def test_a_rise_is_of_halves_of_one_size_and_a_middle_row_is_in_neither() -> None:
+    assert rise(rows(reward__mean=[0.1, None, 9.0, 0.3, 0.5]), "reward/mean") == pytest.approx(0.4 - 0.1)
+    assert rise(rows(reward__mean=[None, None, 9.0, 0.3, 0.5]), "reward/mean") is None
 
 
 @pytest.mark.parametrize(
