@@ -406,6 +406,7 @@ def test_metrics_are_over_all_sampled_rollouts_not_over_the_kept_ones() -> None:
         "reward/invalid_rate": 0.0,
         "rollout/length_mean": pytest.approx(sum(lengths.values()) / 32),
         "rollout/truncated_rate": pytest.approx(sum(n == MAX_TOKENS for n in lengths.values()) / 32),
+        "rollout/spread_rate": 3 / 8,
         "rollout/tokens": sum(lengths.values()),
         "rollout/kept_groups": 3,
         "rollout/carried_groups": 0,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from a3po_megatron.config import AdamOptions, Config, Settings, TrainerOptions, load_config, load_resolved, resolve
+from a3po_megatron.config.alerts import THRESHOLDS
 from a3po_megatron.config.describe import options
 from a3po_megatron.config.fields import SECTIONS, kinds, known_options
 from a3po_megatron.config.nearest import SYNONYMS
@@ -380,6 +381,9 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("trainer.mini_batches", 3, {"trainer.prompts_per_step": 8, "trainer.mini_batch_prompts": 2}),
     ("publish.witness_every", 2, {"publish.canary_prompts": 0}),
     ("telemetry.texts_per_step", 2, {"telemetry.rollouts": False}),
+    ("alerts.entropy_correct", 0.5, {"alerts.entropy_share": 0.0}),
+    ("alerts.window", 5, {f"alerts.{name}": 0.0 for names in THRESHOLDS.values() for name in names}),
+    ("alerts.stop", ["mismatch"], {"alerts.mismatch_kl": 0.0, "alerts.mismatch_logprob": 0.0}),
     ("data.problem_field", "question", {"data.path": "builtin:arithmetic"}),
     ("data.answer_field", "solution", {"data.path": "builtin:arithmetic"}),
     ("data.id_field", "name", {"data.path": "builtin:arithmetic"}),

@@ -106,6 +106,27 @@ def test_a_job_hears_signals_before_the_imports_that_take_seconds(tmp_path: Path
         process.wait()
 
 
+def test_a_job_of_an_array_that_fails_takes_back_those_after_it_and_one_that_is_interrupted_does_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An alert that ends a run, say, would end it again and again, a step later each time."""
+    config, ran = load_config(ROOT / "configs/demo.yaml", ["slurm.resume=array"]), list[list[str]]()
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setattr(job, "load_resolved", lambda path: config)
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: ran.append(command))
+    for outcome, code, expected in (
+        (RunFailed("step 3: alert clipping"), 1, [["scancel", "--state=PENDING", "7"]]),
+        (Interrupted("interrupted by SIGUSR1"), 85, []),
+    ):
+        ran.clear()
+        monkeypatch.setattr(job, "_run", lambda *_, outcome=outcome: outcome)
+        with pytest.raises(SystemExit) as caught:
+            job.main(tmp_path, Signals())
+        assert (caught.value.code, ran) == (code, expected)
+
+
 def test_what_came_while_the_batch_script_set_up_is_kept_for_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(ROOT / "configs/arithmetic.yaml", ["slurm.gpus_per_node=0", "slurm.setup=['kill -USR1 $$']"])
     script = slurm.render(config, Path("/runs/example"))

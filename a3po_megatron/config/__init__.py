@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .alerts import AlertsOptions
 from .algorithm import (
     Advantage,
     AdvantageOptions,
@@ -62,6 +63,7 @@ __all__ = [
     "AdamOptions",
     "Advantage",
     "AdvantageOptions",
+    "AlertsOptions",
     "AutoSandbox",
     "CheckpointOptions",
     "CispoOptions",

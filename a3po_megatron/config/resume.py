@@ -19,6 +19,7 @@ RESUME_MAY_CHANGE = {
         "checkpoint",
         "evaluation",
         "telemetry",
+        "alerts",
         "slurm",
         "grader_pool",
         "sandbox",

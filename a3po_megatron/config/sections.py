@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .alerts import AlertsOptions
 from .algorithm import (
     Advantage,
     AdvantageOptions,
@@ -66,6 +67,7 @@ class Config(Section):
     checkpoint: CheckpointOptions = CheckpointOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     telemetry: TelemetryOptions = TelemetryOptions()
+    alerts: AlertsOptions = AlertsOptions()
     cluster: ClusterOptions = ClusterOptions()
     slurm: SlurmOptions = SlurmOptions()
 

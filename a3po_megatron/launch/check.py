@@ -5,6 +5,7 @@ config.json. Imports no torch; the files that a run reads are launch/check_files
 from __future__ import annotations
 
 from ..config import (
+    AlertsOptions,
     ClipCov,
     Config,
     CosineSchedule,
@@ -13,6 +14,7 @@ from ..config import (
     MaxRl,
     NoCorrection,
     NoProcess,
+    NoShaping,
     SequenceObjective,
     Settings,
     ShapingOptions,
@@ -41,6 +43,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_as_given(config, facts, ranks)
     settings = resolve(config, facts, backend, ranks)
     _check_options(settings)
+    _check_alerts(settings)
     _check_objective(settings)
     _check_process(settings)
     _check_advantage(settings)
@@ -132,6 +135,24 @@ def _check_options(settings: Settings) -> None:
             f"reward.overlong_tokens = {settings.reward.overlong_tokens} is more than rollout.max_tokens = "
             f"{settings.rollout.max_tokens}"
         )
+
+
+def _check_alerts(settings: Settings) -> None:
+    """An alert that could not come in such a run, where somebody counts on it."""
+    alerts, usual, steps = settings.alerts, AlertsOptions(), settings.trainer.steps
+    if alerts.window > steps and (alerts.stop or alerts.window != usual.window):
+        raise RequestError(
+            f"alerts.window = {alerts.window} is more than trainer.steps = {steps}: no alert could come in so few steps"
+        )
+    if alerts.hacking_fall not in (0, usual.hacking_fall) and not settings.evaluation.every_steps:
+        raise RequestError(
+            f"alerts.hacking_fall = {alerts.hacking_fall:g} has no effect, because evaluation.every_steps is 0 "
+            "(off): a run that does not evaluate itself has no benchmark on which it could fall"
+        )
+    unshaped = isinstance(settings.shaping, NoShaping)
+    if unshaped and ("inert_shaping" in alerts.stop or alerts.inert_rate not in (0, usual.inert_rate)):
+        option = "alerts.stop: inert_shaping" if "inert_shaping" in alerts.stop else "alerts.inert_rate"
+        raise RequestError(f"{option} has no effect, because shaping.name is none")
 
 
 def _check_advantage(settings: Settings) -> None:

@@ -8,7 +8,7 @@
                                row that brought the run no further fails the job, and nothing comes after it
     a node or a rank fails     once more in this allocation without that node, as long as there are spares
     a rank stood still         the same without the node of the rank that is blamed; else as interrupted
-    anything else              the job fails
+    anything else              the job fails, and nothing comes after it
 
 Every start leaves its ranks' logs in logs/attempt-N.
 """
@@ -61,7 +61,6 @@ def main(folder: Path, signals: Signals) -> None:
             f"{outcome}. The run got no further in {idle} starts in a row, so it is not started again: give a start "
             "more time (slurm.time), see logs/ for what takes it, and submit again"
         )
-        _take_back_array(settings)
     if isinstance(outcome, Interrupted):
         print(f"{outcome}", flush=True)
         if settings.slurm.resume == "requeue" and _restarts() < settings.slurm.attempts:
@@ -71,6 +70,7 @@ def main(folder: Path, signals: Signals) -> None:
     if successor is not None:
         subprocess.run(["scancel", successor], check=False)
     if outcome is not None:
+        _take_back_array(settings)
         print(f"error: {outcome}", file=sys.stderr, flush=True)
         sys.exit(outcome.exit_code)
 

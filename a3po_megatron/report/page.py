@@ -22,6 +22,7 @@ from markupsafe import Markup
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder, rollout_files
 
+from ..telemetry.alerts import ALERT, ALERTS, stretches
 from ..telemetry.catalogue import SECONDS, STEP
 from .charts import CHARTS, Chart, chart_of, smoothing_window
 from .read import Record, Run, read_rollouts, read_run
@@ -66,14 +67,16 @@ def render(runs: Sequence[Run]) -> str:
         metrics = {
             name: [_short(value, 6) for value in series[::stride]]
             for name, series in run.metrics.items()
-            if any(value is not None for value in series)
+            if any(value is not None for value in series) and not name.startswith(ALERT)
         }
-        data_runs.append({"label": label, "steps": run.steps[::stride], "metrics": metrics, "rollouts": rollouts})
-        notes += [(label, note) for note in dict.fromkeys([*run.notes, *said])]
+        begins, alerts = _alerts(run)
+        steps = run.steps[::stride]
+        data_runs.append({"label": label, "steps": steps, "metrics": metrics, "alerts": begins, "rollouts": rollouts})
+        notes += [(label, note) for note in dict.fromkeys([*alerts, *run.notes, *said])]
     window = smoothing_window(max(len(run["steps"]) for run in data_runs))
     data = {
         "runs": data_runs,
-        "charts": [{**chart._asdict(), "lines": chart.lines} for chart in _charts(runs)],
+        "charts": [{**chart._asdict(), "lines": chart.lines, "alerts": _alerts_on(chart)} for chart in _charts(runs)],
         "phases": _phases(runs),
         "phasePrefix": SECONDS,
         "window": window,
@@ -110,8 +113,27 @@ def _charts(runs: Sequence[Run]) -> list[Chart]:
     present = dict.fromkeys(name for run in runs for name in run.metrics if run.values(name))
     known = [chart for chart in CHARTS if any(metric in present for metric, _ in chart.lines)]
     shown = {metric for chart in CHARTS for metric, _ in chart.lines}
-    other = [chart_of(name) for name in present if name not in shown and not name.startswith(SECONDS)]
+    other = [chart_of(name) for name in present if name not in shown and not name.startswith((SECONDS, ALERT))]
     return known + other
+
+
+def _alerts(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
+    """Where alerts begin, for marks: (step, name); and what the page says of each of them."""
+    begins: list[tuple[int, str]] = []
+    notes = []
+    for alert in ALERTS:
+        pairs = zip(run.steps, run.metrics.get(f"{ALERT}{alert.name}", []), strict=False)
+        steps = [step for step, value in pairs if value]
+        begins += [(step, alert.name) for step in steps if step - 1 not in set(steps)]
+        if steps:
+            notes.append(f"Alert {alert.name} in {stretches(steps)}: {alert.meaning}. What to look at: {alert.advice}.")
+    return begins, notes
+
+
+def _alerts_on(chart: Chart) -> list[str]:
+    """The alerts whose beginnings are marked in a chart: those that look at one of its metrics."""
+    drawn = {metric for metric, _ in chart.lines}
+    return [alert.name for alert in ALERTS if drawn.intersection(alert.metrics)]
 
 
 def _phases(runs: Sequence[Run]) -> list[str]:

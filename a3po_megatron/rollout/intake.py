@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..batch import Answered, Collected, Group, Prompt, Rollout, Segment, Verdict
 from ..config import NoProcess, Process, RewardOptions, RolloutOptions, TrainerOptions
 from ..data.arithmetic import STEPWISE
@@ -38,8 +40,9 @@ from .engine import Engine, Request
 
 _COUNTS = (
     *("sampled", "correct", "invalid", "truncated", "length", "reward", "stepwise"),
-    *("with_steps", "steps", "step_score"),
+    *("with_steps", "steps", "step_score", "groups", "spread", "phrases", "repeated"),
 )
+PHRASE = 4  # tokens of what counts as a repetition
 
 
 THOUGHTS = "<think>"
@@ -280,6 +283,7 @@ def _outcome(
     groups: list[Group], counts: Callable[[Group], bool], way_of: Callable[[str], str] | None
 ) -> dict[str, Any]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
+    repetition = [repeated_phrases(rollout.tokens) for rollout in rollouts]
     return {
         "wanted": [group.prompt.index for group in groups if counts(group)],
         "counts": {
@@ -287,6 +291,10 @@ def _outcome(
             "correct": sum(r.verdict.outcome == "correct" for r in rollouts),
             "invalid": sum(r.verdict.outcome == "invalid" for r in rollouts),
             "truncated": sum(r.finish == "length" for r in rollouts),
+            "phrases": sum(phrases for phrases, _ in repetition),
+            "repeated": sum(repeated for _, repeated in repetition),
+            "groups": len(groups),
+            "spread": sum(group.has_spread for group in groups),
             "length": sum(len(r.tokens) for r in rollouts),
             "reward": math.fsum(r.reward for r in rollouts),
             "stepwise": sum(way_of(r.text) == STEPWISE for r in rollouts) if way_of else 0,
@@ -305,6 +313,13 @@ def _merge(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def repeated_phrases(tokens: np.ndarray) -> tuple[int, int]:
+    """Returns how many runs of PHRASE tokens a response has, and how many of them stood in it before."""
+    numbers = tokens.tolist()
+    phrases = list(zip(*(numbers[start:] for start in range(PHRASE)), strict=False))
+    return len(phrases), len(phrases) - len(set(phrases))
+
+
 def _metrics(totals: dict[str, float], has_ways: bool) -> dict[str, float | None]:
     """Over all sampled rollouts, before any group is dropped; None where nothing was sampled (all carried over), and
     of ways of answering where the task names none."""
@@ -316,6 +331,8 @@ def _metrics(totals: dict[str, float], has_ways: bool) -> dict[str, float | None
         "reward/invalid_rate": totals["invalid"] / sampled if sampled else None,
         "rollout/length_mean": totals["length"] / sampled if sampled else None,
         "rollout/truncated_rate": totals["truncated"] / sampled if sampled else None,
+        "rollout/repetition_rate": totals["repeated"] / totals["phrases"] if totals["phrases"] else None,
+        "rollout/spread_rate": totals["spread"] / totals["groups"] if totals["groups"] else None,
         "rollout/tokens": totals["length"],
         "task/stepwise_rate": stepwise,
         "task/at_once_rate": None if stepwise is None else 1 - stepwise,

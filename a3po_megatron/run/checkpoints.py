@@ -27,7 +27,7 @@ from ..files.replace import partial_of, sync, whole_folder
 from ..files.run_folder import MANIFEST, RunFolder, rank_of, step_files, step_folder, step_folders, step_of
 from ..files.side_files import HF, copy_side_files
 from ..files.torch_dist import indexes
-from ..ranks.agree import same, sum_lists
+from ..ranks.agree import first, same, sum_lists
 from ..ranks.groups import Ranks
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase
@@ -156,7 +156,8 @@ class Checkpoints:
             yield step
 
     def step(self, step: int) -> None:
-        """After a step: saves where that is due, and at the end. Raises Interrupted where all agreed to stop."""
+        """After a step: saves where that is due, and at the end. Raises Interrupted where all agreed to stop, and
+        RunFailed, with the step saved, where an alert of `alerts.stop` is raised."""
         done, options = step + 1, self._settings.checkpoint
         last = done == self._settings.trainer.steps
         with phase(Phase.CHECKPOINT):
@@ -171,23 +172,47 @@ class Checkpoints:
         self._stop.interrupt.observe(CLOCK.seconds)
         if self._ranks.rank == 0:  # what a job's signal should come before its end, for the next submission
             self._stop.interrupt.save(self.folder.path)
+        self._end_where_alerted()
         if not last:
             self._stop.if_due(Phase.SCORE)
 
     def stop(self, reason: Interrupted) -> None:
         """Saves what the weights in memory belong to, and ends the run so: raises Interrupted. Collective."""
-        boundary = self._boundary
-        with phase(Phase.CHECKPOINT):
-            self._complete_save(wait=True)
-            if boundary.step not in (0, self._saved):  # at 0 there is nothing that the configuration does not say
-                self._save(boundary)
-                self._complete_save(wait=True)
+        self._save_boundary()
         self.close()
         steps = self._settings.trainer.steps
         raise Interrupted(
-            f"{self.folder.path}: interrupted by {reason} in step {boundary.step} of {steps}; all "
+            f"{self.folder.path}: interrupted by {reason} in step {self._boundary.step} of {steps}; all "
             "finished work is saved, the same command continues the run"
         ) from reason
+
+    def _end_where_alerted(self) -> None:
+        """Ends a run in whose last row an alert of `alerts.stop` stands, with what it has done saved. Collective."""
+        if not self._settings.alerts.stop:
+            return
+        reason = self._ranks.agree("alerts.stop", self._recorder.alarm, first)  # rank 0 judges its rows
+        if reason is None:
+            return
+        self._save_boundary()
+        done, steps = self._boundary.step, self._settings.trainer.steps
+        saved = step_folder(self.folder.checkpoints, done)
+        self.close()
+        further = (
+            ". The same command goes on from there, and ends again if the alert still holds: take it out of "
+            "alerts.stop, or change its threshold"
+        )
+        raise RunFailed(
+            f"step {done - 1}: {reason}. alerts.stop ended the run; what it has done is in {saved}"
+            f"{further if done < steps else ', its last step'}"
+        )
+
+    def _save_boundary(self) -> None:
+        """Saves the state between two steps that the weights in memory belong to, unless that is done. Collective."""
+        with phase(Phase.CHECKPOINT):
+            self._complete_save(wait=True)
+            if self._boundary.step not in (0, self._saved):  # at 0 there is nothing that the configuration does not say
+                self._save(self._boundary)
+                self._complete_save(wait=True)
 
     def close(self) -> None:
         """Ends a run, whichever way. Collective."""

@@ -21,14 +21,13 @@ from ..errors import RunFailed
 from ..files.run_folder import RunFolder
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
+from ..telemetry.alerts import Alerts, Scale, columns, rows_needed
 from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
 from ..telemetry.clock import CLOCK
-from ..telemetry.metrics import MetricsWriter, read_metric
+from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
 from ..telemetry.rollouts import save_rollouts
 from .rejected import Rejected
-
-INERT_WARNING = 0.95
 
 
 class Recorder:
@@ -51,11 +50,14 @@ class Recorder:
         self._home = home
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
-        self._warned = False
+        self._said: set[str] = set()  # alerts
+        self.alarm: str | None = None  # why the step that was written last ends the run (alerts.stop), on rank 0
         if ranks.rank == 0:
             self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step, further)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
+            scale = Scale.of(settings)
+            self._alerts = Alerts(settings.alerts, scale, *read_ends(folder, *rows_needed(settings.alerts, scale)))
 
     def say(self, text: str) -> None:
         """Shows a line that stays, on rank 0."""
@@ -100,32 +102,31 @@ class Recorder:
         row = None
         if self._ranks.rank == 0:
             sampled = collected.metrics["rollout/tokens"] or 0.0
-            row = self._metrics.write(
-                step,
-                {
-                    **collected.metrics,
-                    **batch_metrics(sums, batch.rho),
-                    **update.reported,
-                    "learner/entropy_weight": batch.entropy_weight,
-                    "learner/lr": update.learning_rate,
-                    "policy/grad_norm": update.gradient_norm,
-                    "policy/rejected_updates": float(update.rejected),
-                    "refit/seconds": receipt.seconds,
-                    "refit/bytes": receipt.bytes,
-                    "refit/canary": receipt.canary,
-                    "refit/canary_mean": receipt.canary_mean,
-                    "refit/witness": receipt.witness,
-                    "perf/imbalance": batch.imbalance,
-                    "perf/tokens_per_second": sampled / elapsed,
-                    **{f"{SECONDS}{name}": seconds.get(name, 0.0) for name in STEP},
-                    "startup/seconds": self._startup,
-                    **self._stages,
-                    **{f"memory/{name}_bytes": value for name, value in memory.items()},
-                    **(evaluated or {}),
-                },
-            )
+            values = {
+                **collected.metrics,
+                **batch_metrics(sums, batch.rho),
+                **update.reported,
+                "learner/entropy_weight": batch.entropy_weight,
+                "learner/lr": update.learning_rate,
+                "policy/grad_norm": update.gradient_norm,
+                "policy/rejected_updates": float(update.rejected),
+                "refit/seconds": receipt.seconds,
+                "refit/bytes": receipt.bytes,
+                "refit/canary": receipt.canary,
+                "refit/canary_mean": receipt.canary_mean,
+                "refit/witness": receipt.witness,
+                "perf/imbalance": batch.imbalance,
+                "perf/tokens_per_second": sampled / elapsed,
+                **{f"{SECONDS}{name}": seconds.get(name, 0.0) for name in STEP},
+                "startup/seconds": self._startup,
+                **self._stages,
+                **{f"memory/{name}_bytes": value for name, value in memory.items()},
+                **(evaluated or {}),
+            }
+            raised = self._alerts.judge(values)
+            row = self._metrics.write(step, values | columns(raised))
             self._progress.step(step + 1, row)
-            self._warn(row)
+            self._tell(step, raised)
         if self._rejected.too_many:
             self._ranks.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
             raise RunFailed(
@@ -167,16 +168,14 @@ class Recorder:
             self._way_of,
         )
 
-    def _warn(self, row: dict[str, float | None]) -> None:
-        """Says once when shaping scales tokens that have no gradient to scale."""
-        for side in ("positive", "negative"):
-            rate = row[f"shaping/inert_rate_{side}"]
-            if not self._warned and rate is not None and rate > INERT_WARNING:
-                self._warned = True
-                self.say(
-                    f"warning: {rate:.0%} of the shaped tokens of {side} rollouts have 1 - p < 1e-4: weighting them "
-                    "changes next to nothing on this task (metric shaping/inert_rate)"
-                )
+    def _tell(self, step: int, raised: Mapping[str, str]) -> None:
+        """Says an alert when it is raised for the first time since the start; one of alerts.stop ends the run."""
+        for name, words in raised.items():
+            if name not in self._said:
+                self._said.add(name)
+                self.say(f"alert {name} at step {step}: {words}")
+        ending = (f"alert {name}: {raised[name]}" for name in self._settings.alerts.stop if name in raised)
+        self.alarm = next(ending, None)
 
 
 def _largest(by_rank: list[dict[str, int]]) -> dict[str, int]:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from .alerts import ALERT, ALERTS
+
 
 class Phase(StrEnum):
     """What a rank is doing."""
@@ -66,7 +68,9 @@ CATALOGUE = (
     Metric("reward/step_score_mean", "score", "mean score of those steps"),
     Metric("rollout/length_mean", "tokens", "mean length of all sampled responses", "Response length", "mean"),
     Metric("rollout/truncated_rate", "share", "responses cut off at the limit", "Truncated and invalid", "truncated"),
+    Metric("rollout/repetition_rate", "share", "runs of four tokens that stood in the response before"),
     Metric("rollout/tokens", "tokens", "response tokens that were sampled"),
+    Metric("rollout/spread_rate", "share", "sampled groups with mixed verdicts"),
     Metric("rollout/kept_groups", "groups", "groups that the step trained on", "Kept groups", "kept"),
     Metric("rollout/carried_groups", "groups", "of those, sampled in a step before", "Kept groups", "carried over"),
     Metric("rollout/rounds", "rounds", "rounds of sampling that filled the groups", "Sampling rounds", "rounds"),
@@ -110,6 +114,7 @@ CATALOGUE = (
     Metric("memory/publishing_bytes", "bytes", "in use after publishing", "Peak memory", "while publishing"),
     Metric("memory/rollout_bytes", "bytes", "in use after sampling", "Peak memory", "while sampling"),
     Metric("memory/training_bytes", "bytes", "in use after training", "Peak memory", "while training"),
+    *(Metric(f"{ALERT}{alert.name}", "0 or 1", alert.meaning) for alert in ALERTS),
 )
 METRICS = tuple(metric.name for metric in CATALOGUE)
 EVALUATION = "eval/"  # before the name of a benchmark and what is said of it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,20 @@ def read_metric(folder: Path, name: str) -> list[float | None]:
     path = RunFolder(folder).metrics
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line).get(name) for line in lines]
+
+
+def read_ends(folder: Path, first: int, last: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns so many of the first rows that stand there, and of the last ones; fewer where there are fewer."""
+    path = RunFolder(folder).metrics
+    beginning: list[str] = []
+    latest: deque[str] = deque(maxlen=last)
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if len(beginning) < first:
+                    beginning.append(line)
+                latest.append(line)
+    return [json.loads(line) for line in beginning], [json.loads(line) for line in latest]
 
 
 class MetricsWriter:
