@@ -1,8 +1,11 @@
 """tools/gpu_bringup.py where there is no GPU: it says so; its runner lets no experiment take another along; and what of
-the experiments a CPU can do, it does here, on tests/harness/te_on_cpu where they need Transformer Engine."""
+the experiments a CPU can do, it does here. Those that need Transformer Engine are in tests/test_te.py."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -12,13 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from a3po_megatron.model.precision import FP32_SCALES
 from a3po_megatron.model.read import read_facts
-from tests.harness.ranks import ROOT
+from tests.distributed import cases_bringup as cases
+from tests.harness.ranks import ROOT, run_ranks
 from tests.harness.tiny_models import hf_logprobs, hf_model, make_checkpoint
 from tools import gpu_bringup
 from tools.bringup import arena, basics, budget, head, loop, machine, oracle
@@ -33,11 +37,26 @@ KEYS = {
 }
 
 
-def bringup(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/gpu_bringup.py", *words]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | NO_GPU, capture_output=True, text=True, timeout=200, check=False
-    )
+@functools.cache
+def looked() -> dict[str, Any]:
+    """What this machine is without its GPU; to ask torch takes a process."""
+    with mock.patch.dict(os.environ, NO_GPU):
+        return machine.look()
+
+
+def bringup(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of the script, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["gpu_bringup.py", *words]))
+        stack.enter_context(mock.patch.object(gpu_bringup.machine, "look", return_value=dict(looked())))
+        for redirect in (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)):
+            stack.enter_context(redirect)
+        try:
+            code = gpu_bringup.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), err.getvalue()
 
 
 def made_up(name: str, **options: Any) -> Experiment:
@@ -45,17 +64,16 @@ def made_up(name: str, **options: Any) -> Experiment:
     return Experiment(name, name.replace("_", " "), f"tests.harness.bringup_experiments:{name}", **options)
 
 
-def on_cpu(name: str, te: bool = False, seconds: float = 200) -> dict[str, Any]:
+def on_cpu(name: str, seconds: float = 200) -> dict[str, Any]:
     """The record of an experiment that needs Megatron."""
-    harness = {"PYTHONPATH": str(ROOT / "tests/harness/te_on_cpu"), FP32_SCALES: "1"}
-    environment = NO_GPU | (harness if te else {})
-    return run(made_up(name, needs=("megatron",), seconds=seconds, environment=environment), {})
+    return run(made_up(name, needs=("megatron",), seconds=seconds, environment=NO_GPU), {})
 
 
 def test_without_a_gpu_everything_is_left_out_with_its_reason_and_nothing_is_written(tmp_path: Path) -> None:
     evidence = gpu_bringup.EVIDENCE
     before = evidence.read_bytes() if evidence.exists() else None
-    ended = bringup()
+    command = [sys.executable, "tools/gpu_bringup.py"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | NO_GPU, capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr
     table = ended.stdout[ended.stdout.index("experiment  ") :]
     for experiment in EXPERIMENTS:
@@ -67,7 +85,7 @@ def test_without_a_gpu_everything_is_left_out_with_its_reason_and_nothing_is_wri
     assert "not written" in table
     assert (evidence.read_bytes() if evidence.exists() else None) == before
     out = tmp_path / "new" / "gpu.json"
-    assert bringup("--only", "2", "5a", "--out", str(out)).returncode == 0
+    assert bringup("--only", "2", "5a", "--out", str(out))[0] == 0
     found = json.loads(out.read_text())
     assert found["schema"] == gpu_bringup.SCHEMA and found["device"] is None
     assert found["versions"]["torch"] == torch.__version__
@@ -77,34 +95,30 @@ def test_without_a_gpu_everything_is_left_out_with_its_reason_and_nothing_is_wri
 
 def test_a_partial_run_keeps_the_others_records_and_refuses_those_of_another_machine(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    assert bringup("--only", "1a", "--out", str(out)).returncode == 0
-    assert bringup("--only", "6", "--out", str(out)).returncode == 0
+    assert bringup("--only", "1a", "--out", str(out))[0] == 0
+    assert bringup("--only", "6", "--out", str(out))[0] == 0
     found = json.loads(out.read_text())
     assert list(found["experiments"]) == ["1a", "6"]
     out.write_text(json.dumps(found | {"device": "another"}))
-    ended = bringup("--only", "6", "--out", str(out))
-    assert ended.returncode == 2 and "another device" in ended.stderr
+    code, _, said = bringup("--only", "6", "--out", str(out))
+    assert code == 2 and "another device" in said
     assert json.loads(out.read_text())["device"] == "another"
 
 
 def test_wrong_requests_are_refused_and_the_list_names_every_experiment() -> None:
-    assert bringup("--only", "12").returncode == 2
-    assert bringup("--limit", "0").returncode == 2
-    assert bringup("--budget", "0").returncode == 2
-    ended = bringup("--model", "no/such/folder")
-    assert ended.returncode == 2 and "no config.json there" in ended.stderr
-    listed = bringup("--list")
-    assert listed.returncode == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()[1:]] == [e.id for e in EXPERIMENTS]
+    assert bringup("--only", "12")[0] == 2
+    assert bringup("--limit", "0")[0] == 2
+    assert bringup("--budget", "0")[0] == 2
+    code, _, said = bringup("--model", "no/such/folder")
+    assert code == 2 and "no config.json there" in said
+    code, listed, _ = bringup("--list")
+    assert code == 0
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == [e.id for e in EXPERIMENTS]
     assert [e.id for e in chosen(["4", "1b"])] == ["1b", "4a", "4b"]
 
 
 def test_every_experiment_has_its_function() -> None:
-    code = "from tools.bringup import runner, experiments\n"
-    code += "from a3po_megatron.launch import environment; environment.prepare()\n"
-    code += "from a3po_megatron import compat; compat.prepare()\n"
-    code += "for e in experiments.EXPERIMENTS: assert callable(runner._load(e.function)), e.id\n"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | NO_GPU, check=True, timeout=200)
+    assert run_ranks(1, cases.not_there)["not_there"] == [[]]
     assert _load("head:exact") is head.exact
     assert len({e.id for e in EXPERIMENTS}) == len(EXPERIMENTS)
     assert all(set(e.needs) <= {"cuda", "hopper", "two", "nodes", *machine.NEEDS} for e in EXPERIMENTS)
@@ -158,7 +172,7 @@ def test_where_there_is_a_gpu_the_evidence_is_written_and_a_failure_is_an_exit_c
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     names = ("crashes", "raises", "fails", "takes_all_memory", "refuses", "leaves_silently")
     experiments = [
-        made_up("hangs", seconds=15),
+        made_up("hangs", seconds=12),
         *(made_up(name) for name in names),
         made_up("left", needs=("cuda",)),
         made_up("succeeds", environment={"A": "1"}),
@@ -177,7 +191,7 @@ def test_an_experiment_that_crashes_hangs_or_takes_all_memory_takes_no_other_alo
         **{"refuses": "refused", "leaves_silently": "failed", "left": "left out", "succeeds": "shown"},
     }
     reasons = {name: record["reason"] for name, record in records.items()}
-    assert reasons["hangs"] == "it did not end within 15 s"
+    assert reasons["hangs"] == "it did not end within 12 s"
     assert reasons["crashes"] == "killed by SIGSEGV"
     assert reasons["raises"].startswith("ValueError: something in ")
     assert reasons["fails"] == "not so: not a number"
@@ -259,34 +273,6 @@ def test_the_oracle_equals_transformers_in_float64(tied: bool, tmp_path: Path) -
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(weights[name].grad, parameter.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_the_learner_stands_against_the_oracle_as_the_experiment_asks() -> None:
-    record = on_cpu("oracle_on_stand_in", te=True)
-    assert record["status"] == "shown", record["reason"]
-    assert record["numbers"]["sequences, response tokens, micro-batches"] == [10, 505, 2]
-    assert len(record["claims"]) == 6
-
-
-def test_fp8_as_rounding_alone_is_within_the_experiments_bounds_and_no_more_than_that() -> None:
-    record = on_cpu("fp8_on_stand_in", te=True)
-    assert record["status"] == "shown", record["reason"]
-    errors = {name: each["gradient"] for name, each in record["numbers"].items() if isinstance(each, dict)}
-    assert 0.15 < errors["fp8-blockwise"] < 0.25 and 0.15 < errors["fp8-tensorwise"] < 0.25  # as te.py's bounds say
-    assert errors["fp8-blockwise, first and last layer in bf16"] < errors["fp8-blockwise"]
-
-
-def test_both_cache_traps_show_where_layers_keep_copies_and_not_as_the_learner_is_built() -> None:
-    record = on_cpu("traps_on_stand_in", te=True)
-    assert record["status"] == "shown", record["reason"]
-    assert record["numbers"]["with copies"]["lost"] > 0.3 and record["numbers"]["ours"]["lost"] == 0
-
-
-def test_refused_token_counts_are_recorded_word_for_word() -> None:
-    record = on_cpu("alignment_on_stand_in", te=True)
-    assert record["status"] == "shown", record["reason"]
-    assert "divisible by 8" in record["refusals"]["fp8-blockwise: 100 tokens"]
-    assert "cuBLASLt" in record["refusals"]["fp8-blockwise: 24 tokens"]
 
 
 def within(seconds: float, *experiments: Experiment, before: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
@@ -458,11 +444,11 @@ def test_a_whole_learner_that_leaves_takes_the_same_steps() -> None:
 
 
 def test_the_engines_experiments_go_through_on_vllm_for_cpus() -> None:
-    cycles = on_cpu("engine_cycles_on_cpu")
-    assert cycles["status"] == "shown", cycles["reason"]
+    found = run_ranks(1, *(getattr(cases, name) for name in cases.ENGINE))
+    (cycles,), (table,) = (found[name] for name in cases.ENGINE)
+    for each in (cycles, table):
+        assert each["claims"] and all(claim["holds"] for claim in each["claims"]), each["claims"]
     assert cycles["numbers"]["receipt: strength, tensors, bytes"][0] == "stream"  # all that a CPU's engine can prove
-    table = on_cpu("mismatch_on_cpu")
-    assert table["status"] == "shown", table["reason"]
     assert 0 < table["numbers"]["learner bf16, engine bf16"]["abs_mean"] < 0.05
 
 

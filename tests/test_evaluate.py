@@ -34,6 +34,8 @@ from tests.harness.tiny_models import hf_model
 MODEL = ROOT / "configs/models/tiny-arithmetic"
 SMALL = ("data.template=raw", "rollout.max_tokens=48", "reward.extract=boxed", "rollout.kv_cache_bytes=8388608")
 PROBLEMS, SAMPLES = 30, 4
+FEW = ("rollout.max_sequences=4",)  # so that some problems end long before others
+AROUND = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -191,33 +193,45 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "a3po_megatron", *map(str, words)]
 
 
-def test_the_command_is_killed_and_goes_on_and_two_results_are_compared(
+def command_of(file: Path, folder: Path) -> subprocess.Popen[str]:
+    """`a3po eval` in this folder, just started."""
+    options = [word for option in (*SMALL, *FEW) for word in ("--set", option)]
+    words = command("eval", MODEL, "--benchmark", file, "--samples", SAMPLES, "--json", folder / "a.json", *options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(words, cwd=folder, env=AROUND, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def assert_goes_on(file: Path, folder: Path, alone: Result) -> None:
+    assert not (folder / "a.json").exists()
+    again = command_of(file, folder)
+    said, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, said
+    assert "problems were finished before" in said and f"result: {folder / 'a.json'}" in said
+    assert alone.version in said and "avg@4" in said and "95 % interval" in said
+    assert lasting(read(folder / "a.json")) == alone
+
+
+def test_the_command_goes_on_from_what_was_finished_and_two_results_are_compared(
     alone: Result, file: Path, tmp_path: Path
 ) -> None:
-    options = [word for option in (*SMALL, "rollout.max_sequences=4") for word in ("--set", option)]
-    words = ["eval", MODEL, "--benchmark", file, "--samples", SAMPLES, "--json", tmp_path / "a.json", *options]
-    around = os.environ | {"PYTHONPATH": str(ROOT)}
+    _, folder = source_of(MODEL)
+    assert isinstance(evaluated(tmp_path / folder, MODEL, file, *FEW, steps=40), str)
+    assert_goes_on(file, tmp_path, alone)
+    ended = subprocess.run(command("compare", "a.json", "a.json"), cwd=tmp_path, env=AROUND, capture_output=True)
+    assert ended.returncode == 0 and b"B - A" in ended.stdout
 
-    def start() -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command(*words), cwd=tmp_path, env=around, text=True, **pipes)  # type: ignore[call-overload]
 
-    first = start()
+@pytest.mark.soak  # that an evaluation goes on from what was finished is shown above
+def test_the_command_is_killed_and_goes_on(alone: Result, file: Path, tmp_path: Path) -> None:
+    first = command_of(file, tmp_path)
     deadline, begun = time.monotonic() + 120, "*/partial/*/rank-0.jsonl"
     written: Callable[[], list[Path]] = lambda: list((tmp_path / "evaluations").glob(begun))  # noqa: E731
     while not (written() and written()[0].stat().st_size) and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.005)
     first.kill()
     first.wait()
-    assert written() and not (tmp_path / "a.json").exists()
-    again = start()
-    said, _ = again.communicate(timeout=180)
-    assert again.returncode == 0, said
-    assert "problems were finished before" in said and f"result: {tmp_path / 'a.json'}" in said
-    assert alone.version in said and "avg@4" in said and "95 % interval" in said
-    assert lasting(read(tmp_path / "a.json")) == alone
-    ended = subprocess.run(command("compare", "a.json", "a.json"), cwd=tmp_path, env=around, capture_output=True)
-    assert ended.returncode == 0 and b"B - A" in ended.stdout
+    assert written()
+    assert_goes_on(file, tmp_path, alone)
 
 
 def evaluating(file: Path, every: int) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed import cases_learner
 from tests.distributed.cases_learner import CASES, CROSSING
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import Case, run_ranks
 from tests.harness.tiny_models import KINDS, make_checkpoint
 
 
@@ -24,7 +24,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("world", "names"), [(1, None), (2, None), (4, CROSSING), pytest.param(4, None, marks=pytest.mark.soak)]
+    ("world", "names"),
+    [
+        (1, None),
+        *CROSSING.items(),
+        *(pytest.param(world, None, marks=pytest.mark.soak) for world in CROSSING),
+    ],
 )
 def test_one_update_equals_plain_pytorch_on_the_hf_model(
     world: int, names: tuple[str, ...] | None, models: Path
@@ -55,11 +60,18 @@ def test_one_update_equals_plain_pytorch_on_the_hf_model(
     assert not wrong, wrong
 
 
+@pytest.mark.parametrize(
+    ("case", "faults"),
+    [
+        (cases_learner.rejected_updates, 2),
+        pytest.param(cases_learner.all_rejected_updates, len(cases_learner.FAULTS), marks=pytest.mark.soak),
+    ],
+)
 def test_an_update_whose_loss_or_gradient_is_not_finite_on_one_rank_is_applied_on_none_in_any_layout(
-    models: Path,
+    case: Case, faults: int, models: Path
 ) -> None:
-    by_rank = run_ranks(2, cases_learner.rejected_updates, folder=models)["rejected_updates"]
-    assert len(by_rank[0]) == len(cases_learner.REJECTING) * len(cases_learner.FAULTS)
+    by_rank = run_ranks(2, case, folder=models)[case.__name__]
+    assert len(by_rank[0]) == len(cases_learner.REJECTING) * faults
     for by_layout in by_rank:
         for layout, found in by_layout.items():
             assert found["rejected"] == [int(layout[-1])], layout

@@ -5,6 +5,7 @@ And how a checkpoint comes about: beside the run, whole on every rank or not at 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,20 +19,26 @@ from tests.harness.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What every case found, on every rank."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reload")
     for kind in ("qwen3", "qwen3_moe"):
         make_checkpoint(folder / kind, kind)
     make_checkpoint(folder / "qwen3_deep", "qwen3", num_hidden_layers=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, list[Any]]:
+    """What every case found, on every rank."""
     meanwhile, saves = cases.goes_on_meanwhile, (cases.fails_on_one_rank, cases.keeps)
     return run_ranks(2, meanwhile, *saves, cases.goes_on, cases.goes_on_elsewhere, folder=folder)
 
 
 def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_another(found: dict[str, Any]) -> None:
+    points = {f"{name} 2" for name in cases.SAVED} | {f"{name} 0" for name in cases.AT_ONCE}
     for by_rank in found["goes_on"]:
-        assert by_rank.keys() == {f"{name} {n}" for name in cases.SAVED for n in (0, 2)}
-        assert [name for name, there in by_rank.items() if not (there["rows"] and there["weights"])] == []
+        assert by_rank.keys() == points
+        assert all(there["rows"] and there["weights"] for there in by_rank.values()), by_rank
     for by_rank in found["goes_on_elsewhere"]:
         for name, there in by_rank.items():
             assert there["weights"], name
@@ -46,9 +53,16 @@ def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_an
                 assert all(value <= bound for value, bound in zip(values, bounds, strict=True)), (name, there)
 
 
+@pytest.mark.soak
+def test_before_any_update_a_learner_goes_on_bit_for_bit_in_the_other_layouts_too(folder: Path) -> None:
+    for by_rank in run_ranks(2, cases.goes_on_at_once, folder=folder)["goes_on_at_once"]:
+        assert len(by_rank) == len(cases.SAVED) - len(cases.AT_ONCE)
+        assert all(there["rows"] and there["weights"] for there in by_rank.values()), by_rank
+
+
 def test_of_two_data_parallel_ranks_each_gathers_and_writes_about_half(found: dict[str, Any]) -> None:
     one, other = found["goes_on"]
-    for name in (f"{name} {n}" for name in cases.SAVED for n in (0, 2) if name.startswith("dp2")):
+    for name in (name for name in one if name.startswith("dp2")):
         whole = one[name]["written"] + other[name]["written"]
         for there in (one[name], other[name]):
             assert 0.4 < there["written"] / whole < 0.6, (name, there)

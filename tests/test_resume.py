@@ -4,9 +4,9 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take a minute; two points are always tested, with their resumes in ranks of the
-session (tests/test_launch.py has one by command), and one of a start by tests/test_start_signals.py; all twenty by
-`make soak`.
+An interrupted run and its resume take a minute. Two points are always tested, with their resumes in ranks of the
+session: a signal, by command, and a kill, of a rank of the session (tests/test_launch.py kills one by command); and one
+of a start by tests/test_start_signals.py. All twenty, by command: `make soak`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def point(
     to: str,
     *,
     always: bool = False,
+    stop: Callable[..., object] = tools.interrupted,
     resume: Callable[..., Ended] = tools.trained,
     times: int = 1,
     **more: Any,
@@ -40,7 +41,8 @@ def point(
     where, _, rank = to.partition(" ")
     interrupt = Interrupt(phase, step, signal, where, rank=int(rank or 0), times=times, **more)
     name = f"{layout}-{phase}-of-step-{step}-{signal}-to-{to.replace(' ', '-')}"
-    return pytest.param(layout, interrupt, resume, id=name, marks=() if always else pytest.mark.soak)
+    name += "-of-the-session" * (stop is tools.interrupted_here)
+    return pytest.param(layout, interrupt, stop, resume, id=name, marks=() if always else pytest.mark.soak)
 
 
 # Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
@@ -49,7 +51,8 @@ POINTS = [
     # also tests/test_resume_faults.py's
     point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True, resume=tools.trained_here),
     point("tp2", "save", 3, "SIGKILL", "all"),
-    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True, resume=tools.trained_here),
+    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True, stop=tools.interrupted_here, resume=tools.trained_here),
+    point("pp2", "update", 2, "SIGKILL", "rank 0"),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),
     point("dp2", "reward", 2, "SIGKILL", "all"),
     point("dp2", "score", 4, "SIGTERM", "rank 1"),
@@ -107,17 +110,18 @@ def assert_finished_work_is_taken_over(folder: Path, point: Interrupt, saved: in
 
 
 @pytest.mark.interruption
-@pytest.mark.parametrize(("layout", "interrupt", "resume"), POINTS)
+@pytest.mark.parametrize(("layout", "interrupt", "stop", "resume"), POINTS)
 def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one(
     layout: str,
     interrupt: Interrupt,
+    stop: Callable[..., object],
     resume: Callable[..., Ended],
     whole: Callable[..., Path],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     wanted = whole(layout)
-    folder = tools.copy_run(tools.stopped(layout, interrupt, tmp_path_factory), tmp_path / "run")
+    folder = tools.copy_run(tools.stopped(layout, interrupt, tmp_path_factory, stop), tmp_path / "run")
     saved = tools.saved_steps(folder)
     assert least_saved(interrupt) <= saved < STEPS
     again = resume(folder, *LAYOUTS[layout])

@@ -7,10 +7,12 @@ nothing disturbed, to the last bit. Signals reach the launcher, all ranks, and w
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -93,16 +95,17 @@ def started_and_hit(folder: Path, moment: str, number: signal.Signals, times: in
     assert not tools.left_over(folder), words
 
 
-@pytest.fixture
-def new_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(NEW, str(tmp_path / "cache"))
+def new_cache(tmp_path: Path) -> contextlib.AbstractContextManager[object]:
+    """For starts that are hit, and no others: the process that inspects takes ten seconds on every rank."""
+    return mock.patch.dict(os.environ, {NEW: str(tmp_path / "cache")})
 
 
 def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = tools.uninterrupted("dp2", tmp_path_factory)
-    started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
+    with new_cache(tmp_path):
+        started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
     tools.trained_here(tmp_path / "run", *DP2)
     tools.assert_same_run(tmp_path / "run", whole)
 
@@ -111,10 +114,11 @@ def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undistu
 @pytest.mark.parametrize("times", [1, 5])
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_at_every_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
-    number: signal.Signals, times: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, new_cache: None
+    number: signal.Signals, times: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = tools.uninterrupted("dp2", tmp_path_factory)
-    for moment in (*OUTSIDE, *PHASES):
-        started_and_hit(tmp_path / "run", moment, number, times)
+    with new_cache(tmp_path):
+        for moment in (*OUTSIDE, *PHASES):
+            started_and_hit(tmp_path / "run", moment, number, times)
     assert tools.trained(tmp_path / "run", *DP2).code == 0
     tools.assert_same_run(tmp_path / "run", whole)

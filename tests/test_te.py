@@ -1,4 +1,5 @@
-"""The learner on Megatron's Transformer Engine spec: updates, FP8, names and checkpoints.
+"""The learner on Megatron's Transformer Engine spec: updates, FP8, names and checkpoints; and tools/bringup's
+experiments with it.
 
 Transformer Engine's own Python runs; its kernels are stand-ins: tests/harness/te_on_cpu says what that can and
 cannot show.
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed import cases_bringup
 from tests.distributed import cases_te as cases
 from tests.harness.ranks import run_ranks
 
@@ -93,3 +95,40 @@ def test_packs_are_padded_to_what_the_recipe_takes_and_no_further(two_ranks: dic
         for precision, multiple in (("bf16", 2), ("fp8-tensorwise", 32), ("fp8-blockwise", 256)):
             assert all(count % multiple == 0 for count in tokens[precision]), precision
             assert sum(tokens[precision]) < real + multiple * len(tokens[precision]), precision
+
+
+@pytest.fixture(scope="module")
+def experiments() -> dict[str, dict[str, Any]]:
+    """Name → what an experiment reports, where all that it claims holds."""
+    by_name = run_ranks(1, *(getattr(cases_bringup, name) for name in cases_bringup.STAND_IN), te=True)
+    for name, (found,) in by_name.items():
+        assert all(claim["holds"] for claim in found["claims"]), (name, found["claims"])
+    return {name: found for name, (found,) in by_name.items()}
+
+
+def test_the_learner_stands_against_the_oracle_as_the_experiment_asks(experiments: dict[str, dict[str, Any]]) -> None:
+    found = experiments["oracle_on_stand_in"]
+    assert found["numbers"]["sequences, response tokens, micro-batches"] == [10, 505, 2]
+    assert len(found["claims"]) == 6
+
+
+def test_fp8_as_rounding_alone_is_within_the_experiments_bounds_and_no_more_than_that(
+    experiments: dict[str, dict[str, Any]],
+) -> None:
+    numbers = experiments["fp8_on_stand_in"]["numbers"]
+    errors = {name: each["gradient"] for name, each in numbers.items() if isinstance(each, dict)}
+    assert 0.15 < errors["fp8-blockwise"] < 0.25 and 0.15 < errors["fp8-tensorwise"] < 0.25  # as te.py's bounds say
+    assert errors["fp8-blockwise, first and last layer in bf16"] < errors["fp8-blockwise"]
+
+
+def test_both_cache_traps_show_where_layers_keep_copies_and_not_as_the_learner_is_built(
+    experiments: dict[str, dict[str, Any]],
+) -> None:
+    numbers = experiments["traps_on_stand_in"]["numbers"]
+    assert numbers["with copies"]["lost"] > 0.3 and numbers["ours"]["lost"] == 0
+
+
+def test_refused_token_counts_are_recorded_word_for_word(experiments: dict[str, dict[str, Any]]) -> None:
+    refusals = experiments["alignment_on_stand_in"]["refusals"]
+    assert "divisible by 8" in refusals["fp8-blockwise: 100 tokens"]
+    assert "cuBLASLt" in refusals["fp8-blockwise: 24 tokens"]

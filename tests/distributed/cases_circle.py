@@ -32,6 +32,7 @@ from tests.harness.ranks import ROOT, CaseRanks
 from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
+FEW = "trainer.prompts_per_step=8"  # of 32, of which nothing here has need
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
 STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
@@ -255,7 +256,7 @@ def _gather_arguments(made: Parts) -> tuple[Any, ...]:
 
 def one_step_of_rollouts(ranks: CaseRanks) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
-    made = parts(ranks, tensor=1, data=ranks.world)
+    made = parts(ranks, 1, ranks.world, FEW)
     engine = made.engine
     made.publish()
     collected = made.intake.next(0)
@@ -299,7 +300,7 @@ def layouts_train_alike(ranks: CaseRanks) -> dict[str, Any]:
         layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
         layout.append(f"parallel.context={context}")
         name = f"loop-{tensor}-{data}-{pipeline}-{context}"
-        train(built(ranks, name, [*layout, "trainer.steps=2"], InProcess(grade)))
+        train(built(ranks, name, [*layout, "trainer.steps=2", FEW], InProcess(grade)))
         metrics = ranks.folder / name / "metrics.jsonl"
         if ranks.rank == 0:
             rows[f"{tensor}x{data}x{pipeline}x{context}"] = [
@@ -339,7 +340,7 @@ class Patterned(Learner):
 
 def never_finite(ranks: CaseRanks) -> dict[str, Any]:
     """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
-    options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3")
+    options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3", FEW)
     said, folder = run_with(ranks, "never-finite", Patterned, grade, *options)
     kept = {}
     for path in sorted((folder / "rejected").iterdir()):

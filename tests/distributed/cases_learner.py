@@ -395,7 +395,17 @@ FAULTS = ("gradient", "advantage", "token weight", "overflow")
 
 
 def rejected_updates(ranks: CaseRanks) -> dict[str, Any]:
-    """Of three mini-batches one breaks on one rank: what every layout's ranks hold and say afterwards."""
+    """In every layout the gradient, and one of the faults that the loss shows, in turn."""
+    return _rejected(ranks, [("gradient", FAULTS[1 + at % 3]) for at in range(len(REJECTING))])
+
+
+def all_rejected_updates(ranks: CaseRanks) -> dict[str, Any]:
+    """Every fault in every layout."""
+    return _rejected(ranks, [FAULTS] * len(REJECTING))
+
+
+def _rejected(ranks: CaseRanks, faults: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Of three mini-batches one breaks on one rank: what every layout's ranks hold and say after each of its faults."""
     found: dict[str, Any] = {}
     collected = make_collected(groups=6, size=4)
     for at, (layout, (kind, tensor, data, changes)) in enumerate(REJECTING.items()):
@@ -409,7 +419,7 @@ def rejected_updates(ranks: CaseRanks) -> dict[str, Any]:
             made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
             return shape(made, STEP, Config.model_fields["shaping"].default)
 
-        for number, fault in enumerate(FAULTS):
+        for number, fault in enumerate(faults[at]):
             broken = (at + number) % 3
             sound, learner = Learner(cluster, facts, options), Broken(cluster, facts, options)
             before = [p.detach().clone() for p in learner.parameters().values()]
@@ -525,12 +535,18 @@ def _case(of: Any, name: str, kind: str, tensor: int, data: int, parallel: dict[
     return case
 
 
-# Of four ranks, those that cross the most dimensions; `make soak` runs all of them.
-CROSSING = (
-    *("qwen3_cp4", "qwen3_tp2_cp2_sp", "qwen3_cp2_pp2_vp2", "moe_tp2_cp2_ep2_sp", "qwen3_tp2_pp2_vp2_sp"),
-    *("qwen3_pp2_vp2_dp2", "qwen3_pp2_uneven_dp2", "qwen2_tp2_pp2_sp", "moe_ep2_pp2_vp2", "moe_tp2_dp2_ep4_etp1_sp"),
-    *("split_dp4_80", "share_pp2_vp2_dp2"),
-)
+# World size → those that cross the most dimensions, and one of each family and kind of batch; `make soak` runs all of
+# them. Of experts under tensor and context parallelism at once, tests/test_replay.py has the gradient.
+CROSSING = {
+    2: (
+        *("qwen2_tp2", "tools_tp2_sp", "tools_dp2", "tools_cp2", "qwen2_cp2", "llama31_pp2", "qwen2_pp2_vp2"),
+        *("moe_tp2_sp", "moe_cp2_ep2", "moe_tp2_ep2_etp1_sp", "split_dp2_48", "share_moe_ep2"),
+    ),
+    4: (
+        *("qwen3_cp4", "qwen3_tp2_cp2_sp", "qwen3_cp2_pp2_vp2", "qwen3_tp2_pp2_vp2_sp", "qwen3_pp2_vp2_dp2"),
+        *("qwen2_tp2_pp2_sp", "moe_ep2_pp2_vp2", "moe_tp2_dp2_ep4_etp1_sp", "split_dp4_80", "share_pp2_vp2_dp2"),
+    ),
+}
 CASES = {
     world: [
         *(_case(one_update, name, *cell) for name, cell in GRID[world].items()),

@@ -189,16 +189,23 @@ def bits(learner: Learner, collected: Collected, mine: Collected) -> list[torch.
     return [scored.old_logprobs, scored.entropy, *gradients, *(p.detach() for p in learner.parameters().values())]
 
 
+def own_routes_of(folder: Path) -> dict[tuple[int, ...], np.ndarray]:
+    """Sequence → what the gates choose for it."""
+    rollouts = [r for group in make_collected(groups=3, size=4).groups for r in group.rollouts]
+    sent = Sent(folder)
+    return {s: sent.own_routes(s) for s in ((*r.prompt.tokens, *r.tokens.tolist()) for r in rollouts)}
+
+
 def own_routes_change_nothing(ranks: CaseRanks) -> dict[str, Any]:
     """With replay of what the router chooses itself, in this order or another, and without replay."""
     folder, found = ranks.folder / "moe", {}
-    sent = Sent(folder)
+    own = ranks.once("own-routes", lambda: own_routes_of(folder))
     for name, (data, parallel, extra) in PLAIN[ranks.world].items():
         cluster = ranks.arrange(1, data=data, **parallel)
         results = []
         for replay, backwards in ((False, False), (True, False), (True, True)):
             step = -1 if backwards else 1
-            collected = with_routes(make_collected(groups=5, size=4), lambda t: sent.own_routes(t)[:, :, ::step].copy())  # noqa: B023
+            collected = with_routes(make_collected(groups=3, size=4), lambda t: own[t][:, :, ::step].copy())  # noqa: B023
             config = config_of(folder, 1, data, extra, replay, **parallel)
             learner = Learner(cluster, read_facts(folder), config)
             results.append(bits(learner, collected, share(collected, cluster.coordinates.data, cluster.data)))
@@ -364,7 +371,8 @@ def the_loop(ranks: CaseRanks) -> dict[str, Any]:
     folder, found = ranks.folder / "loop", {}
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
-    wanted = [*layout, "rollout.routing_replay=true", "trainer.steps=2", "checkpoint.every_steps=1", *SHORT]
+    few = ["trainer.rollouts_per_prompt=4", "checkpoint.every_steps=1", *SHORT]  # they are sampled one by one
+    wanted = [*layout, "rollout.routing_replay=true", "trainer.steps=2", *few]
     config = resolved(load_config(EXAMPLE, wanted))
     os.makedirs(folder / "rollouts", exist_ok=True)
     for again in (False, True):
@@ -431,7 +439,8 @@ CASES = {
 }
 # What others imply, with recomputation or another dimension beside: `make soak` runs them.
 IMPLIED = tuple(
-    f"replayed_{name}" for name in ("tp2_sp", "pp2", "pp2_vp2", "ep2", "cp2", "tp2_pp2_sp_full", "cp2_pp2_full")
+    f"replayed_{name}"
+    for name in ("tp2_sp", "pp2", "pp2_vp2", "ep2", "cp2", "tp2_pp2_sp_full", "cp2_pp2_full", "tp2_dp2_ep4_etp1_sp")
 )
 for _made in CASES.values():
     for _one in _made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,17 +13,20 @@ from a3po_megatron.reward.graders import graders_of
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from tests.harness.interrupting.draws import install_draws
+from tests.harness.interrupting.sitecustomize import install
 from tests.harness.ranks import CaseRanks
 
-FOLDER = "A3PO_TEST_RUN"
+FOLDER, POINT = "A3PO_TEST_RUN", "A3PO_TEST_INTERRUPT"
 
 
 def trains(ranks: CaseRanks) -> None:
-    """As rank.py does, from the groups on."""
+    """As rank.py does, from the groups on. Where a point is given, it kills a rank; no handler of signals is set."""
     folder = Path(os.environ[FOLDER])
     settings = load_resolved(RunFolder(folder).config)
     draws = os.environ.get("A3PO_TEST_DRAWS", "1") == "1"  # as interrupted_runs.environment has it
     take_out = install_draws() if draws else lambda: None
+    if POINT in os.environ and json.loads(os.environ[POINT])["rank"] == ranks.rank:
+        install(json.loads(os.environ[POINT]))
     try:
         with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
             layout = settings.parallel.model_dump()

@@ -21,7 +21,7 @@ def test_fp8_errs_by_its_rounding_and_scores_as_it_trains(name: str) -> None:
     numbers = shown(name)
     assert numbers["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == ("1" if name == "1b" else "0")
     for recipe in ("fp8-blockwise", "fp8-tensorwise"):
-        # Rounding alone gives 0.21 to 0.22 (tests/test_bringup.py); what was not rounded at all would give 0.
+        # Rounding alone gives 0.21 to 0.22 (tests/test_te.py); what was not rounded at all would give 0.
         assert 1e-3 < numbers[recipe]["gradient"] <= 0.3
         assert numbers[recipe]["ratio_first_max"] <= 1e-6  # the same packs and weights: the same bits
 

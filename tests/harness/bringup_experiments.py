@@ -1,4 +1,5 @@
-"""Experiments for tests/test_bringup.py: made-up ones with every way to end, and the real ones on what a CPU has."""
+"""Experiments for tests/test_bringup.py and tests/test_te.py: made-up ones with every way to end, and the real ones on
+what a CPU has."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def hangs(report: Report) -> None:
 
 def takes_all_memory(report: Report) -> None:
     report.number("before", 3)
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     hoard = []
     while True:
         hoard.append(bytearray(256 << 20))

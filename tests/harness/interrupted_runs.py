@@ -221,6 +221,20 @@ def interrupted(folder: Path, point: Interrupt, *overrides: str) -> Ended:
     return ended
 
 
+def interrupted_here(folder: Path, point: Interrupt, *overrides: str) -> None:
+    """A run in ranks of this session, one of which kills itself at `point`; the others end as it does, and who comes
+    next gets new ranks. Nothing of what a launcher does then is shown by it."""
+    assert point.kills and point.to == "rank" and not (point.delay or point.file), point
+    marker = _beside(folder, "fired")
+    marker.unlink(missing_ok=True)
+    with (
+        mock.patch.dict(os.environ, {cases_runs.POINT: point.as_env(marker)}),
+        pytest.raises(AssertionError, match=f"rank {point.rank} died"),
+    ):
+        trained_here(folder, *overrides)
+    assert marker.exists(), f"the run never came to {point}"
+
+
 def ranks_of(folder: Path) -> list[psutil.Process]:
     """The ranks that train in a run folder now."""
     found = []
@@ -253,10 +267,12 @@ def uninterrupted(layout: str, session: pytest.TempPathFactory, *overrides: str)
     return _once(session, name, lambda folder: trained_here(folder, *LAYOUTS[layout], *overrides))
 
 
-def stopped(layout: str, point: Interrupt, session: pytest.TempPathFactory) -> Path:
+def stopped(
+    layout: str, point: Interrupt, session: pytest.TempPathFactory, stop: Callable[..., object] = interrupted
+) -> Path:
     """The folder of a run of this layout that was hit at `point`; likewise."""
-    name = "-".join(["stopped", layout, *map(str, vars(point).values())]).replace("/", "-")
-    return _once(session, name, lambda folder: interrupted(folder, point, *LAYOUTS[layout]))
+    name = "-".join([stop.__name__, layout, *map(str, vars(point).values())]).replace("/", "-")
+    return _once(session, name, lambda folder: stop(folder, point, *LAYOUTS[layout]))
 
 
 def _once(session: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

@@ -72,20 +72,20 @@ def run_ranks(
 ) -> dict[str, list[Any]]:
     """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
 
-    `fresh`: in processes that have imported nothing, and do nothing after; say why. `te`: so, too, and with the layer
-    spec of Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
+    `fresh`: in processes that have imported nothing, and do nothing after; say why. `te`: with the layer spec of
+    Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     for stale in folder.glob("rank-*.log"):  # of other ranks that ran in this folder
         stale.unlink()
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
     task = Task(names, folder, timeout, dict(os.environ))
-    if te or fresh:
+    if fresh:
         new = World(world, folder, te, fresh)
         try:
             results = new.run(task)
         finally:
             new.end()
     else:
-        results = world_of(world, folder).run(task)
+        results = world_of(world, folder, te).run(task)
     return {case.__qualname__: [result[name] for result in results] for case, name in zip(cases, names, strict=True)}

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from tests.distributed import cases_bringup
 from tests.distributed import cases_te as cases
 from tests.harness.ranks import ROOT, run_ranks
-from tests.test_bringup import on_cpu
 
 EVIDENCE = ROOT / "docs/evidence/te_harness.json"
 
@@ -30,9 +30,11 @@ def main() -> None:
                 "of_rounding_alone": float(f"{found['plain']:.3g}"),
                 "products": found["calls"],
             }
-    traps = on_cpu("traps_on_stand_in", te=True)["numbers"]
+    (found,) = run_ranks(1, cases_bringup.traps_on_stand_in, te=True)["traps_on_stand_in"]
     versions = {"transformer_engine": "2.11.0", "torch": torch.__version__, "transformers": transformers.__version__}
-    EVIDENCE.write_text(json.dumps({"versions": versions, "updates": updates, "cached_copies": traps}, indent=1) + "\n")
+    EVIDENCE.write_text(
+        json.dumps({"versions": versions, "updates": updates, "cached_copies": found["numbers"]}, indent=1) + "\n"
+    )
     print(EVIDENCE.read_text())
 
 

@@ -1,7 +1,8 @@
 """Ranks that stay: forked once for a session, they take one group of cases after the other.
 
 Ranks are forked off a process that has imported torch, Megatron-Core, transformers and vLLM (11 s) and done nothing
-with them (tests/harness/preloaded.py).
+with them (tests/harness/preloaded.py); those with Transformer Engine off another one, since it must be found before
+anything imports Megatron-Core (tests/harness/preloaded_te.py).
 A group of cases finds a process as if it were new, but for what is imported, which takes the seconds: groups of
 processes, Megatron's and vLLM's are destroyed, and random streams, environment, folder, threads, signal handlers and
 the clock are those of the beginning. Whatever fails, dies or hangs takes its world down, and others come after it.
@@ -24,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,10 @@ from a3po_megatron.launch.local import rendezvous
 from tests.harness import tidying
 from tests.harness.tidying import ROOT
 
-HARNESS = [str(ROOT / "tests/harness/te_on_cpu")]
-PRELOADED = ["tests.harness.preloaded"]
+HARNESS = str(ROOT / "tests/harness/te_on_cpu")
+SERVERS = {False: forkserver.ForkServer(), True: forkserver.ForkServer()}  # what ranks are forked off: with TE or not
+SERVERS[False].set_forkserver_preload(["tests.harness.preloaded"])
+SERVERS[True].set_forkserver_preload(["tests.harness.preloaded_te"])
 OTHERS_SECONDS = 2.0  # that ranks get to say what they failed of, once one has; most wait for it in a collective
 RANK_BYTES = 3 << 29  # a larger rank is replaced, and a new one is started where so much is free, or others are ended
 
@@ -57,12 +61,10 @@ class World:
     """So many connected ranks, which do what they are told until they are ended."""
 
     def __init__(self, size: int, logs: Path, te: bool = False, fresh: bool = False) -> None:
-        """`fresh`: in processes that have imported nothing. Transformer Engine (`te`) must be found before anything
-        imports Megatron-Core."""
+        """`fresh`: in processes that have imported nothing. `te`: with the stand-in for Transformer Engine."""
         self.size = size
         meeting = rendezvous(0)
-        context = multiprocessing.get_context("spawn" if te or fresh else "forkserver")
-        multiprocessing.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("spawn" if fresh else "forkserver")
         self._processes, self._pipes = [], []
         for rank in range(size):
             environment = {
@@ -79,8 +81,13 @@ class World:
             ours, theirs = context.Pipe()
             arguments = (environment, dict(os.environ), meeting if rank == 0 else None, theirs, _log(logs, rank))
             process = context.Process(target=_rank, args=arguments)
-            path = [*HARNESS[not te :], *sys.path]
-            with mock.patch.dict(os.environ, environment), mock.patch.object(sys, "path", path):
+            path = [*[HARNESS] * te, *sys.path]
+            around = environment | ({"PYTHONPATH": os.pathsep.join(path)} if te else {})  # for its server's start
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(mock.patch.dict(os.environ, around))
+                stack.enter_context(mock.patch.object(sys, "path", path))
+                connect = SERVERS[te].connect_to_new_process
+                stack.enter_context(mock.patch.object(forkserver, "connect_to_new_process", connect))
                 process.start()
             theirs.close()  # else its end would not be noticed
             self._processes.append(process)
@@ -143,20 +150,21 @@ class World:
             pipe.close()
 
 
-_waiting: dict[int, World] = {}  # size → the world of this session
+_waiting: dict[tuple[int, bool], World] = {}  # size, with Transformer Engine → the world of this session
 
 
-def world_of(size: int, logs: Path) -> World:
-    """The session's world of this size, started now if there is none."""
-    if size in _waiting and not _waiting[size].fit:
-        _waiting.pop(size).end()
-    if size not in _waiting:
+def world_of(size: int, logs: Path, te: bool = False) -> World:
+    """The session's world of this kind, started now if there is none."""
+    kind = size, te
+    if kind in _waiting and not _waiting[kind].fit:
+        _waiting.pop(kind).end()
+    if kind not in _waiting:
         if not _waiting:
             atexit.register(end_worlds)
         if psutil.virtual_memory().available < size * RANK_BYTES:
             end_worlds()
-        _waiting[size] = World(size, logs)
-    return _waiting[size]
+        _waiting[kind] = World(size, logs, te)
+    return _waiting[kind]
 
 
 def end_worlds() -> None:
