@@ -194,7 +194,7 @@ def build(
         journal=journal,
         intake=intake,
         assemble=assembled,
-        scores=Scores(ranks, journal, rejected, learner.scored),
+        scores=Scores(ranks, journal, rejected, learner.score_kinds),
         shape=shaped,
         objective=Regularised(objective_of(settings.objective, settings.correction)),
         publish=publish,

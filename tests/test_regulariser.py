@@ -301,3 +301,26 @@ def make_other(model: Path) -> Path:
 def test_what_would_be_without_effect_is_refused_before_a_run(options: list[str], says: str, tmp_path: Path) -> None:
     ended = tools.launched_here(tmp_path / "run", *tools.LAYOUTS["dp2"], *options)
     assert ended.code == 2 and says in ended.err, ended.all
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["shaping={name: clip_cov, decay: null, low: 0.01, fraction: 0.05}"],
+        ["shaping={name: kl_cov, decay: null, fraction: 0.05}"],
+        *([f"regulariser.kl=0.01,regulariser.estimator={estimator}"] for estimator in ("k1", "k2", "k3")),
+        ["regulariser.entropy=0.001"],
+    ],
+)
+def test_each_of_them_trains(options: list[str], tmp_path: Path) -> None:
+    """On the model of the second demo, which answers now and then."""
+    words = [word for option in options for word in (option.split(",") if option.startswith("reg") else [option])]
+    tools.trained_here(tmp_path / "run", *tools.LAYOUTS["tp2"], *words, "trainer.steps=2", "trainer.mini_batches=2")
+    rows = [json.loads(line) for line in RunFolder(tmp_path / "run").metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(math.isfinite(row["policy/grad_norm"]) and row["policy/grad_norm"] > 0 for row in rows)
+    if "kl_cov" in options[0]:
+        assert all(row["shaping/drawn_rate"] > 0 for row in rows)
+    if "clip_cov" in options[0]:
+        assert all(row["shaping/shaped_rate_positive"] + row["shaping/shaped_rate_negative"] >= 0 for row in rows)

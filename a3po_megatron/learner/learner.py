@@ -100,7 +100,7 @@ class Learner:
         self.arena = Arena(self.chunks, self.optimizer, ranks.backend.local())
         self.reference = Reference(self.parameters()) if has_reference else None
         wanted = (True, True, self.min_p > 0, has_reference)
-        self.scored = tuple(itertools.compress(SCORES, wanted))  # what `score` gives
+        self.score_kinds = tuple(itertools.compress(SCORES, wanted))  # what `score` gives
         if checkpoint is not None:
             self._load(checkpoint)
         grain = token_grain(config.learner.precision)
@@ -313,7 +313,7 @@ class Learner:
         """The chosen rollouts, packed, to predict what is trained on; at least one micro-batch, so that every rank
         joins every collective."""
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
-        sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens.tolist()) for i in chosen]
+        sequences = [(batch.rollouts[i].prompt.tokens, batch.rollouts[i].tokens) for i in chosen]
         grain = 2 * self.ranks.context if self.ranks.context > 1 else 1  # every sequence is padded to that
         lengths = [-(-(len(prompt) + len(response) - 1) // grain) * grain for prompt, response in sequences]
         bins = pack(lengths, self.limit)

@@ -26,7 +26,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-PromptAndResponse = tuple[Sequence[int], Sequence[int]]  # the tokens of one rollout
+PromptAndResponse = tuple[Sequence[int], Sequence[int] | np.ndarray]  # the tokens of one rollout
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class MicroBatch:
 
 
 def micro_batch(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],  # (prompt tokens, response tokens) of each rollout
+    sequences: Sequence[PromptAndResponse],  # of each rollout
     starts: Sequence[int],  # where each rollout's response begins among the batch's response tokens
     multiple: int = 1,  # of which T must be one
     context: tuple[int, int] = (1, 0),  # context-parallel size and rank
@@ -73,41 +73,34 @@ def micro_batch(
     """
     size, rank = context
     grain = 2 * size if size > 1 else 1
-    tokens: list[int] = []
-    positions: list[int] = []
-    predicting: list[int] = []
-    targets: list[int] = []
-    index: list[int] = []
-    ends = [0]
-
-    def pad(count: int) -> None:
-        # Positions go on in the padding: to attention it is the end of the sequence before it.
-        follows = positions[-1] + 1 if tokens else 0
-        positions.extend(range(follows, follows + count))
-        tokens.extend([0] * count)
-
-    for (prompt, response), start in zip(sequences, starts, strict=True):
-        if not prompt:
-            raise ValueError("a rollout without a prompt has nothing that predicts its first token")
-        begin = len(tokens) + len(prompt) - 1
-        tokens += [*prompt, *response][:-1]  # nothing follows the last one
-        positions += range(len(prompt) + len(response) - 1)
-        predicting += range(begin, begin + len(response))
-        targets += response
-        index += range(start, start + len(response))
-        pad(-len(tokens) % grain)
-        ends.append(len(tokens))
+    if any(not len(prompt) for prompt, _ in sequences):
+        raise ValueError("a rollout without a prompt has nothing that predicts its first token")
+    read = [len(prompt) + len(response) - 1 for prompt, response in sequences]  # nothing follows the last token
+    ends = [0, *itertools.accumulate(-(-length // grain) * grain for length in read)]
     # Every rank holds 1 / size of the tokens, and of that `multiple` is asked.
     whole = math.lcm(grain, size * multiple)
-    pad(-len(tokens) % whole if tokens else whole)
-    # The padding of the whole belongs to the last sequence; where there is none, it is one.
-    ends = [*ends[:-1], len(tokens)] if len(ends) > 1 else [0, len(tokens)]
+    length = -(-ends[-1] // whole) * whole or whole
+    # The padding of the whole belongs to the last sequence; where there is none, it is one. Positions go on in padding:
+    # to attention it is the end of the sequence before it.
+    ends = [*ends[:-1], length] if sequences else [0, length]
+    begins = np.array(ends[:-1])
+    tokens, positions = np.zeros(length, np.int64), np.arange(length) - np.repeat(begins, np.diff(ends))
+    for (prompt, response), begin, count in zip(sequences, ends, read, strict=False):
+        tokens[begin : begin + count] = np.concatenate([prompt, response])[:-1]
+    answers = [np.asarray(response, np.int64) for _, response in sequences]
+    targets = np.concatenate([np.zeros(0, np.int64), *answers])
+    counts = np.array([len(answer) for answer in answers], np.int64)
+    # Where the responses begin in what is predicted here: as one row, in the packing, in the batch.
+    rows = np.arange(len(targets)) - np.repeat(counts.cumsum() - counts, counts)
+    firsts = np.array([begin + len(prompt) - 1 for (prompt, _), begin in zip(sequences, ends, strict=False)], np.int64)
+    predicting = rows + np.repeat(firsts, counts)
+    index = rows + np.repeat(np.array(starts, np.int64), counts)
     bounds = torch.tensor(ends, dtype=torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())
     here = local_tokens(ends, size, rank)
-    place = torch.full((len(tokens),), -1)  # of each packed token on this rank; -1: another has it
+    place = torch.full((length,), -1)  # of each packed token on this rank; -1: another has it
     place[here] = torch.arange(len(here))
-    places = place[torch.tensor(predicting, dtype=torch.int64)]
+    places = place[torch.from_numpy(predicting)]
     mine = places >= 0
     routes = rollout = None
     if routed:
@@ -115,8 +108,8 @@ def micro_batch(
         # Of more than 256 experts they come as uint16, for which torch has few operations.
         kind = torch.uint8 if routed[0][1].dtype == np.uint8 else torch.int32
         # Padding takes k experts that differ, as a router's choice does.
-        routes = torch.arange(experts, dtype=kind).repeat(len(tokens), layers, 1)
-        rollout = torch.full((len(tokens),), -1)
+        routes = torch.arange(experts, dtype=kind).repeat(length, layers, 1)
+        rollout = torch.full((length,), -1)
         for (number, chosen_experts), begin in zip(routed, ends[:-1], strict=True):
             routes[begin : begin + len(chosen_experts)] = torch.from_numpy(chosen_experts).to(kind)
             rollout[begin : begin + len(chosen_experts)] = number
@@ -125,12 +118,12 @@ def micro_batch(
         qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
     )
     return MicroBatch(
-        tokens=torch.tensor([tokens])[:, here],
-        positions=torch.tensor([positions])[:, here],
+        tokens=torch.from_numpy(tokens)[None, here],
+        positions=torch.from_numpy(positions)[None, here],
         packing=packing,
         predicting=places[mine],
-        targets=torch.tensor(targets, dtype=torch.int64)[mine],
-        index=torch.tensor(index, dtype=torch.int64)[mine],
+        targets=torch.from_numpy(targets)[mine],
+        index=torch.from_numpy(index)[mine],
         routes=routes,
         rollout=rollout,
     )

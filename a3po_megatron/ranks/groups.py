@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from .backend import Backend, select_backend
 from .handoff import Handoff
 from .topology import Kind, topology_of
 from .travel import exchanged, gathered
+from .tree import Missing, Tree
 
 
 class Ranks:
@@ -50,7 +50,9 @@ class Ranks:
         self.engine_group = self._own_group("engine") if engine_ranks > 1 else None
         self.engine_leaders = self.topology.leaders(self.engine)
         self.within = self.topology.within(self.rank)
-        self._store, self._connection = dist.PrefixStore("agree", store), store
+        decisions: Any = dist.PrefixStore("agree", store)  # torch's stubs lack its time limit
+        self._tree = Tree(decisions, self.rank, self.world, (dist.DistStoreError,))
+        self._connection = store
         self._round = 0
 
     def _own_group(self, kind: Kind) -> dist.ProcessGroup:
@@ -64,27 +66,22 @@ class Ranks:
 
         `op` makes the decision from the list of values by rank, on rank 0: any, all, min, max, sum, list, `same`, or a
         function of one's own. Raises RunFailed if the ranks are not all at `tag` (a rank-local decision would be a
-        hang) or one does not come within the ranks's time limit. Goes through the store: no rank opens connections to
-        all others.
+        hang) or one does not come within the ranks's time limit. Goes through the store, along a tree: no rank opens
+        connections to all others, and none hears each of them.
         """
         self._round += 1
-        key = f"{self._round}"
-        self._store.set(f"{key}/{self.rank}", json.dumps([tag, value]))
-        if self.rank == 0:
-            answers = []
-            for rank in range(self.world):
-                try:
-                    answers.append(json.loads(self._store.get(f"{key}/{rank}")))
-                except dist.DistStoreError as error:
-                    raise RunFailed(f"rank {rank} did not come to '{tag}' in time") from error
-            self._store.set(key, json.dumps(decide(tag, answers, op)))
-            for rank in range(self.world):
-                self._store.delete_key(f"{key}/{rank}")
-            self._store.delete_key(f"{self._round - 2}")  # everyone has read it: all have come to this round
+        name = f"{self._round}"
         try:
-            result = json.loads(self._store.get(key))
-        except dist.DistStoreError as error:
-            raise RunFailed(f"rank 0 did not decide '{tag}' in time") from error
+            said = self._tree.up(name, [tag, value])
+            if said is not None:
+                self._tree.answer(name, decide(tag, said, op))
+                self._tree.forget([f"{self._round - 2}"])  # everyone has read it: all have come to this round
+        except Missing as missing:
+            self._tree.answer(name, {"error": f"rank {missing.rank} did not come to '{tag}' in time"})
+        try:
+            result = self._tree.answered(name)
+        except Missing as missing:
+            raise RunFailed(f"rank {missing.rank} did not decide '{tag}' in time") from missing
         if "error" in result:
             raise RunFailed(result["error"])
         return result["value"]
@@ -95,9 +92,10 @@ class Ranks:
 
     def end(self) -> None:
         """Every rank's last call: rank 0, which holds the store, leaves after all others have heard what it said."""
-        self._store.set(f"left/{self.rank}", "")
-        if self.rank == 0:
-            self._store.wait([f"left/{rank}" for rank in range(self.world)])
+        try:
+            self._tree.up("left", None)
+        except Missing as missing:
+            raise RunFailed(f"rank {missing.rank} did not come to the end in time") from missing
 
     def gather_batch_group(self, value: Any) -> list[Any]:
         """Every rank's (picklable) value, over the ranks that train on the same rollouts."""
