@@ -47,6 +47,7 @@ from .run.stop import INTERRUPT, Interrupt, Stop
 from .schedule.balance import attention_scale
 from .telemetry.catalogue import Phase, evaluation_metrics
 from .telemetry.clock import phase
+from .telemetry.profile import Profile
 from .weights.publish import Publish, Publisher
 
 
@@ -69,6 +70,7 @@ class Parts:
     publish: Publish
     evaluate: Callable[[int], dict[str, float | None]]
     recorder: Recorder
+    profile: Profile
     checkpoints: Checkpoints
     stop: Stop
 
@@ -200,6 +202,7 @@ def build(
         publish=publish,
         evaluate=evaluate,
         recorder=recorder,
+        profile=Profile(place.profile, settings.telemetry, ranks.rank),
         checkpoints=checkpoints,
         stop=stop,
     )

@@ -25,7 +25,7 @@ def train(parts: Parts) -> None:
     with stop.saving(checkpoints):  # when all ranks agreed that time is up
         with residency.publishing():
             publish()  # also after a resume: never sample from weights that were not proven
-        for step in checkpoints.steps():
+        for step in parts.profile.of(checkpoints.steps()):
             with residency.rollout():  # engine awake, learner asleep
                 evaluated = evaluate(step)  # when due: benchmarks, with the weights that the step begins with
                 groups = intake.next(step)  # sample, grade, keep groups with spread

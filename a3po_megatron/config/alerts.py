@@ -43,7 +43,7 @@ class AlertsOptions(Section):
     hacking_repetition: Below1 = option(0.3, "or rollout/repetition_rate grows by so much over the beginning's; 0: off")
     mismatch_kl: NonNegativeFloat = option(0.01, "mismatch: mismatch/kl_k3 above this, nats per token; 0: off")
     mismatch_logprob: NonNegativeFloat = option(0.1, "or mismatch/logprob_abs_mean above this, nats; 0: off")
-    inert_rate: Below1 = option(0.95, "inert_shaping: more of a side's shaped tokens have no gradient to scale; 0: off")
+    inert_rate: Below1 = option(0.75, "inert_shaping: more of a side's shaped tokens have no gradient to scale; 0: off")
     spread_rate: Annotated[float, Field(ge=0, le=1)] = option(
         0.05, "no_spread: fewer of the sampled groups have mixed verdicts; 0: off"
     )

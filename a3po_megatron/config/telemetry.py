@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -17,4 +17,11 @@ class TelemetryOptions(Section):
     stall_factor: Annotated[float, Field(ge=2)] = option(
         10.0, "a rank counts as stuck after so many times the longest silence of its phase so far, at least"
     )
-    without_effect = (NoEffect(("texts_per_step",), lambda t: not t.rollouts, "telemetry.rollouts is false"),)
+    profile_steps: tuple[NonNegative, ...] = option((), "RL steps that are profiled, into profile/; empty: none")
+    profile_kind: Literal["torch", "memory", "nsys"] = option(
+        "torch", "a trace of rank 0's operations; snapshots of its GPU's memory; marks for nsys, which starts the run"
+    )
+    without_effect = (
+        NoEffect(("texts_per_step",), lambda t: not t.rollouts, "telemetry.rollouts is false"),
+        NoEffect(("profile_kind",), lambda t: not t.profile_steps, "telemetry.profile_steps is empty"),
+    )

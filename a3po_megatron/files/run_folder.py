@@ -2,6 +2,7 @@
 
     config.yaml  provenance.json  identity.json  .lock     how the run was started, and whether it lives
     metrics.jsonl  tensorboard/  report.html                one row a step, and what is drawn of it
+    profile/step-00003.rank-0.trace.json.gz                 chosen steps, looked at closely
     rollouts/step-00012.rank-0.jsonl.zst                    rejected/step-00012.mini-batch-1.rank-0.pt
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
     journal/step-00012.rank-0
@@ -43,6 +44,7 @@ class RunFolder:
         self.metrics, self.tensorboard, self.report = path / "metrics.jsonl", path / "tensorboard", path / "report.html"
         self.rollouts, self.rejected = path / "rollouts", path / "rejected"
         self.checkpoints, self.journal, self.hf = path / "checkpoints", path / "journal", path / "hf"
+        self.profile = path / "profile"
         self.latest = self.checkpoints / LATEST
         self.evaluations = path / "evaluations"  # of its checkpoints, a folder each
         self.witness = path / "witness"  # while the weights are shown to transformers
@@ -108,6 +110,12 @@ def rollout_file(rollouts: Path, step: int, rank: int) -> Path:
 def rejected_file(rejected: Path, step: int, mini_batch: int, rank: int) -> Path:
     """`rejected/step-00012.mini-batch-1.rank-0.pt`"""
     return rejected / f"{STEP}{step:05d}.mini-batch-{mini_batch}.rank-{rank}.pt"
+
+
+def profile_file(profile: Path, step: int, rank: int, kind: str) -> Path:
+    """`profile/step-00003.rank-0.trace.json.gz`, or `….memory.pickle`"""
+    ending = {"torch": "trace.json.gz", "memory": "memory.pickle"}[kind]
+    return profile / f"{STEP}{step:05d}.rank-{rank}.{ending}"
 
 
 def journal_file(journal: Path, step: int, rank: int) -> Path:

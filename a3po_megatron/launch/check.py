@@ -48,6 +48,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_process(settings)
     _check_advantage(settings)
     _check_restraint(settings)
+    _check_profile(settings, backend)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     return settings
@@ -185,6 +186,16 @@ def _check_restraint(settings: Settings) -> None:
         raise RequestError(
             "shaping.name: lp_reg draws tokens of negative advantage, and advantage.negative_scale: 0 leaves none: "
             "remove one of the two"
+        )
+
+
+def _check_profile(settings: Settings, backend: Backend) -> None:
+    telemetry, steps = settings.telemetry, settings.trainer.steps
+    if late := [step for step in telemetry.profile_steps if step >= steps]:
+        raise RequestError(f"telemetry.profile_steps: {late[0]} is none of the run's steps, 0 to {steps - 1}")
+    if telemetry.profile_steps and telemetry.profile_kind != "torch" and backend.device == "cpu":
+        raise RequestError(
+            f"telemetry.profile_kind: {telemetry.profile_kind} looks at a GPU, and this run is on CPUs: take torch"
         )
 
 

@@ -67,11 +67,6 @@ def mean(rows: Iterable[Row], metric: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def largest(rows: Iterable[Row], metric: str) -> float:
-    """Returns the largest of a metric's defined values, of those above 0; 0 where there is none."""
-    return max((row.get(metric) or 0.0 for row in rows), default=0.0)
-
-
 def rise(rows: Sequence[Row], metric: str) -> float | None:
     """Returns by how much a metric's mean is higher in the later half of the rows (a middle one counts in neither)."""
     half = len(rows) // 2
@@ -185,11 +180,10 @@ def _above(seen: Seen, metric: str, limit: float, option: str) -> str:
 
 
 def _inert_shaping(seen: Seen) -> str | None:
-    """The largest inert rate of the window > inert_rate, of correct rollouts or of wrong ones: it is a property of the
-    task, highest where a run begins, and one step that shows it is enough."""
+    """mean(inert rate) > inert_rate, of correct rollouts or of wrong ones."""
     limit, sides = seen.options.inert_rate, {"positive": "correct", "negative": "wrong"}
-    rates = {which: largest(seen.window, f"shaping/inert_rate_{side}") for side, which in sides.items()}
-    inert = [f"up to {rate:.1%} of those of {which} rollouts" for which, rate in rates.items() if rate > limit]
+    rates = {which: seen.mean(f"shaping/inert_rate_{side}") for side, which in sides.items()}
+    inert = [f"{rate:.1%} of those of {which} rollouts" for which, rate in rates.items() if rate and rate > limit]
     if not limit or not inert:
         return None
     return f"of the shaped tokens {' and '.join(inert)} have 1 - p < 1e-4, more than {limit:g} (alerts.inert_rate)"

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from .catalogue import Phase
 
@@ -30,6 +32,7 @@ class Clock:
         self._moved = time.monotonic()
         self._stack = [Phase.START_UP]
         self._file: Path | None = None
+        self.mark: Callable[[str], AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()  # for a profile
         self.listener = lambda step, phase: None  # called at every change, for the progress line
 
     @property
@@ -49,7 +52,8 @@ class Clock:
         self.beat()
         self._stack.append(name)
         self._announce()
-        yield  # on an exception the phase stays announced: it is where the process died
+        with self.mark(name):
+            yield  # on an exception the phase stays announced: it is where the process died
         nested = sum(self.seconds.values()) - inside
         self.seconds[name] += time.perf_counter() - start - nested
         self.beat()
