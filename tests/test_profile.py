@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -27,8 +26,8 @@ def test_a_traced_step_names_its_phases_and_the_run_is_as_without(tmp_path: Path
     assert kept[0] == kept[1] and len(kept[0]) == 2
     assert not RunFolder(tmp_path / "plain").profile.exists()
     (trace,) = RunFolder(tmp_path / "run").profile.iterdir()
-    assert trace.name == "step-00001.rank-0.trace.json.gz"
-    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert trace.name == "step-00001.rank-0.trace.json"
+    events = json.loads(trace.read_bytes())["traceEvents"]
     names = {event["name"] for event in events}
     assert {Phase.ROLLOUT, Phase.REWARD, Phase.SCORE, Phase.UPDATE, Phase.PUBLISH} <= names
     assert "aten::mm" in names, "operations stand within them"

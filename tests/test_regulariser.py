@@ -169,7 +169,7 @@ def referred(**options: Any) -> tuple[Batch, Batch]:
         batch = scored(groups=5, size=4)
         assert batch.old_logprobs is not None
         batch.reference_logprobs = batch.old_logprobs + 0.1 * torch.sin(torch.arange(len(batch.rollout_index)))
-        batch.trained = torch.arange(len(batch.rollout_index)) % 5 != 3
+        batch.trained = (torch.arange(len(batch.rollout_index)) % 5 != 3) & (batch.rollout_index % 6 != 4)
         batches.append(batch)
     return batches[0], Regulariser(RegulariserOptions(**options), AdvantageOptions(), alone)(batches[1])
 
@@ -178,20 +178,51 @@ def referred(**options: Any) -> tuple[Batch, Batch]:
 def test_a_divergence_in_the_reward_changes_what_advantages_are_of_and_nothing_else(estimator: str) -> None:
     before, after = referred(kl=0.5, place="reward", estimator=estimator)
     assert before.old_logprobs is not None and before.reference_logprobs is not None and before.trained is not None
-    rewards = []
-    for i, reward in enumerate(before.rewards.tolist()):
-        for t in range(len(before.rollout_index)):
-            if before.rollout_index[t] == i and before.trained[t]:
-                x = float(before.old_logprobs[t]) - float(before.reference_logprobs[t])
-                reward -= 0.5 * {"k1": x, "k2": x * x / 2, "k3": math.exp(-x) - 1 + x}[estimator]
-        rewards.append(reward)
+    paid: list[float | None] = []  # None: it is masked whole, and has no scores
+    for i in range(len(before.rollouts)):
+        mine = [t for t in range(len(before.rollout_index)) if before.rollout_index[t] == i and before.trained[t]]
+        xs = [float(before.old_logprobs[t]) - float(before.reference_logprobs[t]) for t in mine]
+        of = {"k1": lambda x: x, "k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}[estimator]
+        paid.append(0.5 * math.fsum(map(of, xs)) if xs else None)
+    assert None in paid
     for group in range(5):
-        mine = [i for i in range(len(rewards)) if before.group_index[i] == group]
-        values = np.array([rewards[i] for i in mine])
+        mine = [i for i in range(len(paid)) if before.group_index[i] == group]
+        scored_ones = [paid[i] for i in mine if paid[i] is not None]
+        usual = math.fsum(scored_ones) / len(scored_ones)
+        values = np.array([float(before.rewards[i]) - (usual if paid[i] is None else paid[i]) for i in mine])
         wanted = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
         assert after.advantages[mine].tolist() == pytest.approx(wanted.tolist(), abs=2e-5)
     assert torch.equal(before.rewards, after.rewards) and torch.equal(before.positive, after.positive)
     assert not after.pulls and after.entropy_weight == 0
+
+
+def test_a_group_on_two_replicas_has_the_advantages_that_it_has_on_one() -> None:
+    options = RegulariserOptions(kl=0.5, place="reward")
+    _, whole = referred(kl=0.5, place="reward")
+
+    def part(replica: int) -> Batch:
+        batch, _ = referred(kl=0.5)
+        mine = torch.arange(len(batch.rollouts)) % 2 == replica  # of every group some
+        tokens = mine[batch.rollout_index]
+        batch.rollouts = [r for r, m in zip(batch.rollouts, mine.tolist(), strict=True) if m]
+        for name in ("rewards", "positive", "advantages", "lengths"):
+            setattr(batch, name, getattr(batch, name)[mine])
+        batch.rollout_index = torch.repeat_interleave(torch.arange(len(batch.rollouts)), batch.lengths)
+        for name in ("old_logprobs", "reference_logprobs", "trained"):
+            setattr(batch, name, getattr(batch, name)[tokens])
+        return batch
+
+    tables: list[torch.Tensor] = []
+
+    def keep(table: torch.Tensor) -> list[torch.Tensor]:
+        tables.append(table)
+        return [table]
+
+    for replica in (0, 1):
+        Regulariser(options, AdvantageOptions(), alone, keep)(part(replica))
+    for replica in (0, 1):
+        here = Regulariser(options, AdvantageOptions(), alone, lambda _: tables, replica)(part(replica))
+        assert torch.equal(here.advantages, whole.advantages[replica::2])
 
 
 def test_a_divergence_in_the_loss_draws_every_token_to_the_reference() -> None:
@@ -214,6 +245,9 @@ def test_the_bonus_of_a_target_goes_up_below_it_counts_there_and_survives_a_rest
         assert regulariser(batch).entropy_weight == pytest.approx(weight if mean <= 0.5 else 0.0)
         weight = max(0.0, weight + (0.004 if mean < 0.5 else -0.004 if mean > 0.5 else 0.0))
     assert weight == pytest.approx(0.006)
+    nothing = scored()
+    nothing.trained = torch.zeros(len(nothing.rollout_index), dtype=torch.bool)
+    assert regulariser(nothing).entropy_weight == 0 and regulariser.state() == {"entropy_weight": pytest.approx(0.006)}
 
 
 # A run draws to its first weights, takes divergence off rewards, and its bonus follows a target.

@@ -24,10 +24,11 @@ from a3po_megatron.ranks.tree import Tree, below
 
 WORLDS = (8, 16, 32, 64)
 TIMEOUT = timedelta(seconds=60)
+TREES: dict[int, Tree] = {}  # of each rank's connection
 
 
 def along_tree(store: Any, rank: int, world: int, number: int) -> None:
-    tree = Tree(store, rank, world, (dist.DistStoreError,))
+    tree = TREES.setdefault(id(store), Tree(store, rank, world, (dist.DistStoreError,)))
     if tree.up(f"{number}", ["tag", rank]) is not None:
         tree.answer(f"{number}", {"value": number})
     assert tree.answered(f"{number}") == {"value": number}
@@ -48,6 +49,7 @@ def seconds(world: int, way: Callable[[Any, int, int, int], None], times: int) -
     """The median of so many decisions, from when the last rank has come to when rank 0 goes on."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     barrier, took = threading.Barrier(world), []
+    TREES.clear()
 
     def run(rank: int) -> None:
         store = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False, timeout=TIMEOUT)
@@ -75,7 +77,7 @@ def main() -> None:
     print("ranks   tree ms   one by one ms   ratio   busiest rank asks")
     for world in WORLDS:
         tree, flat = (seconds(world, way, arguments.times) for way in (along_tree, one_by_one))
-        asks = 3 * len(below(0, world)) + 3, 2 * world + 3
+        asks = 3 * len(below(0, world)) + 6, 2 * world + 4
         rows.append({"ranks": world, "tree_ms": 1e3 * tree, "one_by_one_ms": 1e3 * flat, "asks": asks})
         print(f"{world:5}{1e3 * tree:10.2f}{1e3 * flat:16.2f}{flat / tree:8.2f}   {asks[0]} against {asks[1]}")
     if arguments.json:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,17 +109,25 @@ class Regulariser:
         assert batch.old_logprobs is not None and batch.reference_logprobs is not None, "score the batch first"
         trained = batch.is_trained()
         apart = (batch.old_logprobs - batch.reference_logprobs)[trained].double()
-        sums = torch.zeros(len(batch.rollouts), dtype=torch.float64)
-        sums.index_add_(0, batch.rollout_index[trained], ESTIMATORS[self._options.estimator](apart))
-        rewards = batch.rewards.double() - self._options.kl * sums
-        # A group's rollouts may be on several replicas (rollout/balance.py).
-        prompts = torch.tensor([rollout.prompt.index for rollout in batch.rollouts], dtype=torch.float64)
-        tables = self._gather(torch.stack([rewards, prompts, batch.positive.double()], dim=1))
-        rewards, prompts, positive = torch.cat(tables).T
+        paid, tokens = torch.zeros(2, len(batch.rollouts), dtype=torch.float64)
+        paid.index_add_(0, batch.rollout_index[trained], ESTIMATORS[self._options.estimator](apart))
+        tokens.index_add_(0, batch.rollout_index[trained], torch.ones_like(apart))
+        names = torch.tensor([(r.prompt.index, r.sample) for r in batch.rollouts], dtype=torch.float64).view(-1, 2)
+        columns = (batch.rewards.double(), self._options.kl * paid, tokens, batch.positive.double())
+        # A group's rollouts may be on several replicas (rollout/balance.py): they are added in one order wherever.
+        tables = self._gather(torch.cat([names, torch.stack(columns, dim=1)], dim=1))
+        table = torch.cat(tables)
+        order = torch.from_numpy(np.lexsort((table[:, 1].numpy(), table[:, 0].numpy())))
+        prompts, _, rewards, penalty, scored, positive = table[order].T
         groups = torch.unique(prompts, return_inverse=True)[1]
+        # What is masked has no scores, and stays in its group: it pays what the others pay on average.
+        sums = torch.zeros(2, len(groups), dtype=torch.float64)
+        sums.index_add_(1, groups, torch.stack([penalty, torch.ones_like(penalty)]) * (scored > 0))
+        penalty = torch.where(scored > 0, penalty, (sums[0] / sums[1].clamp(min=1))[groups])
         valid = torch.ones_like(groups, dtype=torch.bool)
-        advantages = group_advantages(rewards.float(), groups, positive > 0, valid, self._advantage)
-        batch.advantages = advantages.split([len(table) for table in tables])[self._replica]
+        advantages = torch.empty(len(order))
+        advantages[order] = group_advantages((rewards - penalty).float(), groups, positive > 0, valid, self._advantage)
+        batch.advantages = advantages.split([len(each) for each in tables])[self._replica]
         return batch
 
     def _bonus(self, batch: Batch) -> float:
@@ -129,7 +138,9 @@ class Regulariser:
             return weight
         trained = batch.is_trained()
         entropy, tokens = self._total(torch.stack([batch.entropy[trained].double().sum(), trained.sum().double()]))
-        mean = float(entropy / tokens.clamp(min=1))
+        if not tokens:  # an empty step says nothing of entropy
+            return 0.0
+        mean = float(entropy / tokens)
         step = options.entropy_step if mean < options.entropy_target else -options.entropy_step
         self._entropy_weight = max(0.0, weight + (step if mean != options.entropy_target else 0.0))
         return weight if mean <= options.entropy_target else 0.0

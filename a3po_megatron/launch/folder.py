@@ -105,13 +105,13 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
         remarks.append(f"goes on from {checkpoint.name}")
     if size:
         os.truncate(run.metrics, metrics_bytes)
-    for path in [*step_files(run.rollouts), *step_files(run.rejected)]:
+    for path in [*step_files(run.rollouts), *step_files(run.rejected), *step_files(run.profile)]:
         if step_of(path) >= step or path.suffix == PARTIAL:  # an older version wrote these in the open
             path.unlink()
     for path in step_folders(run.hf):
         if step_of(path) > step:
             shutil.rmtree(path)
-    written = (folder, run.checkpoints, run.hf, run.rollouts, run.rejected, run.logs)
+    written = (folder, run.checkpoints, run.hf, run.rollouts, run.rejected, run.profile, run.logs)
     for path in (*(left for part in written for left in partials(part)), run.witness):
         if path.exists():  # what a killed run left half done
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -19,7 +19,10 @@ class Reference:
     def __init__(self, parameters: Mapping[Any, Tensor]) -> None:
         """Of a learner whose parameters hold the reference now."""
         self._parameters = parameters
-        self._away = {key: tensor.detach().to("cpu", copy=True) for key, tensor in parameters.items()}
+        self._away = {key: _on_host(tensor).copy_(tensor.detach()) for key, tensor in parameters.items()}
+        largest = max((tensor.nbytes for tensor in parameters.values()), default=0)
+        on_gpu = any(tensor.is_cuda for tensor in parameters.values())
+        self._between = torch.empty(largest, dtype=torch.uint8, pin_memory=on_gpu)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -32,6 +35,13 @@ class Reference:
     @torch.no_grad()
     def _swap(self) -> None:
         for key, tensor in self._parameters.items():
-            held = tensor.detach().to("cpu", copy=True)
-            tensor.data.copy_(self._away[key])
-            self._away[key].copy_(held)
+            away = self._away[key]
+            held = self._between[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            held.copy_(tensor)
+            tensor.data.copy_(away)
+            away.copy_(held)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Memory of a tensor's form on the host, which a GPU copies to and from at full speed."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

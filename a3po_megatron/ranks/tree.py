@@ -4,18 +4,21 @@ A binomial tree. With low(r) the lowest bit that is set in r, rank r hands what 
 before that what the ranks r + 1, r + 2, r + 4, … up to r + low(r) hand it: of ranks in a row, whose words come in their
 order. Rank 0 hears of all so. Its answer is one key that everyone reads.
 
-Words travel as JSON that only rank 0 reads. A rank that does not come is named by the one that waits for it, which
-hands that on: the higher a rank stands in the tree, the longer it waits.
+Words travel as JSON that only rank 0 reads. The higher a rank stands in the tree, the longer it waits. Every rank says
+that it is there before it waits for others: whoever waits in vain names the first of those below that never came, and
+not one that waits in vain itself.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 GRACE = timedelta(seconds=2)  # longer that a rank waits than those below it
+SHORTEST = timedelta(milliseconds=10)  # that it waits in any case: 0 would be for ever
 _MISSING = "!"  # before the name of a rank that did not come
 
 
@@ -27,6 +30,7 @@ class Store(Protocol):
     def set(self, key: str, value: str, /) -> Any: ...
     def get(self, key: str, /) -> bytes: ...
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+    def check(self, keys: list[str], /) -> bool: ...
     def delete_key(self, key: str, /) -> Any: ...
 
 
@@ -61,15 +65,24 @@ class Tree:
         """`late`: what the store raises when the time is up."""
         self._store, self._rank, self._world, self._late = store, rank, world, late
         self._below = below(rank, world)
+        self._mark = ""  # that this rank is there, of the decision before
 
     def up(self, name: str, value: Any) -> list[Any] | None:
         """Hands on this rank's value (JSON) with those of the ranks below; returns all by rank on rank 0, else None.
         Every rank must call it. Raises Missing on rank 0 for a rank that did not come."""
-        words, missing = [json.dumps(value)], ""
+        # Whoever begins a decision has read the one before: nobody looks for its mark any more.
+        before, self._mark = self._mark, f"{name}/here/{self._rank}"
+        self._store.set(self._mark, "")
+        if before:
+            self._store.delete_key(before)
+        words, missing, begin = [json.dumps(value)], "", time.monotonic()
         for number, rank in enumerate(self._below):
-            said = self._heard(f"{name}/{rank}", number)
-            missing = missing or (f"{_MISSING}{rank}" if said is None else said if said.startswith(_MISSING) else "")
-            words.append(said or "")
+            patience = self._store.timeout + GRACE * number - timedelta(seconds=time.monotonic() - begin)
+            said = self._heard(f"{name}/{rank}", max(patience, SHORTEST))
+            if said is None:
+                said = f"{_MISSING}{self._absent(name, rank)}"
+            missing = missing or (said if said.startswith(_MISSING) else "")
+            words.append(said)
         if self._rank:
             self._store.set(f"{name}/{self._rank}", missing or ",".join(words))
             return None
@@ -94,11 +107,16 @@ class Tree:
         for name in names:
             self._store.delete_key(name)
 
-    def _heard(self, key: str, height: int) -> str | None:
+    def _heard(self, key: str, patience: timedelta) -> str | None:
         try:
-            self._store.wait([key], self._store.timeout + GRACE * height)
+            self._store.wait([key], patience)
         except self._late:
             return None
         said = self._store.get(key).decode()
         self._store.delete_key(key)
         return said
+
+    def _absent(self, name: str, rank: int) -> int:
+        """The first rank of those that a rank speaks for that never came; the rank itself if all did, too late."""
+        spoken_for = range(rank, min(rank + _low(rank), self._world))
+        return next((each for each in spoken_for if not self._store.check([f"{name}/here/{each}"])), rank)

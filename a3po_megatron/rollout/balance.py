@@ -22,6 +22,8 @@ from ..ranks.groups import Ranks
 from ..schedule.balance import costs_of, deal, imbalance
 from .parcel import pack, unpack
 
+_Share = tuple[list[Rollout], dict[str, np.ndarray]]
+NOTHING = torch.zeros(0, dtype=torch.uint8)
 RESULTS = ("advantages", "old_logprobs", "entropy", "token_weights")  # what comes home
 
 
@@ -58,29 +60,28 @@ class Balance:
             targets = deal(costs_of(lengths, self._scale), owners, replicas)
             worst = max(worst, imbalance(lengths, targets, replicas))
             plan |= dict(zip(zip(prompts, samples, strict=True), zip(owners, targets, strict=True), strict=True))
-        order = [_name(rollout) for rollout in batch.rollouts]
-        self._last = _Deal(
-            batch,
-            order,
-            {name: source for name, (source, target) in plan.items() if target == here},
-            {name: target for name, (source, target) in plan.items() if source == here},
-        )
         if replicas > 1:
+            self._last = _Deal(
+                batch,
+                [_name(rollout) for rollout in batch.rollouts],
+                {name: source for name, (source, target) in plan.items() if target == here},
+                {name: target for name, (source, target) in plan.items() if source == here},
+            )
             batch = self._dealt(batch, self._last)
         batch.imbalance = worst
         return batch
 
     def home(self, batch: Batch) -> Batch:
         """Returns the batch as it was before, with what was found of its rollouts since. Collective."""
-        assert self._last is not None, "nothing was dealt"
         if self._ranks.data == 1:
             return batch
-        back = self._last.assembled
-        parts = [
-            pack([], _results(batch, [i for i, r in enumerate(batch.rollouts) if self._last.kept[_name(r)] == replica]))
+        assert self._last is not None, "nothing was dealt"
+        back, kept = self._last.assembled, self._last.kept
+        shares = [
+            _results(batch, [row for row, rollout in enumerate(batch.rollouts) if kept[_name(rollout)] == replica])
             for replica in range(self._ranks.data)
         ]
-        found = [unpack(part, self._prompt_at)[1] for part in self._ranks.exchange_over_data(parts)]
+        found = [arrays for _, arrays in self._exchanged([([], arrays) for arrays in shares])]
         # Both sides have a replica's rollouts in the same order: by prompt and sample.
         rows = [[i for i, name in enumerate(self._last.order) if self._last.gone[name] == r] for r in range(len(found))]
         for name in RESULTS:
@@ -89,14 +90,22 @@ class Balance:
                 places = torch.tensor(mine, dtype=torch.int64) if name == "advantages" else _tokens_of(back, mine)
                 whole[places] = torch.from_numpy(arrays[name])
             setattr(back, name, whole)
+        self._last = None  # with routes and all that is much to keep through a rollout
         return back
 
     def _dealt(self, batch: Batch, last: _Deal) -> Batch:
         rows: list[list[int]] = [[] for _ in range(self._ranks.data)]
         for row, name in enumerate(last.order):
             rows[last.gone[name]].append(row)
-        parts = [pack([batch.rollouts[row] for row in mine], _columns(batch, mine)) for mine in rows]
-        return _joined([unpack(part, self._prompt_at) for part in self._ranks.exchange_over_data(parts)], batch)
+        shares = [([batch.rollouts[row] for row in mine], _columns(batch, mine)) for mine in rows]
+        return _joined(self._exchanged(shares), batch)
+
+    def _exchanged(self, shares: list[_Share]) -> list[_Share]:
+        """What every replica has for this one; what this one has for itself stays as it is."""
+        here = self._ranks.coordinates.data
+        parts = [NOTHING if replica == here else pack(*share) for replica, share in enumerate(shares)]
+        came = self._ranks.exchange_over_data(parts)
+        return [shares[here] if replica == here else unpack(part, self._prompt_at) for replica, part in enumerate(came)]
 
 
 def gather_rollouts(ranks: Ranks, rollouts: Sequence[Rollout], prompt_at: Callable[[int], Prompt]) -> list[Rollout]:
@@ -138,7 +147,7 @@ def _results(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
     return {name: getattr(batch, name)[chosen if name == "advantages" else tokens].numpy() for name in RESULTS}
 
 
-def _joined(parts: list[tuple[list[Rollout], dict[str, np.ndarray]]], before: Batch) -> Batch:
+def _joined(parts: list[_Share], before: Batch) -> Batch:
     """One batch of all that came, by prompt and sample."""
     rollouts = [rollout for mine, _ in parts for rollout in mine]
     order = sorted(range(len(rollouts)), key=lambda row: _name(rollouts[row]))

@@ -33,19 +33,26 @@ def pack(rollouts: Sequence[Rollout], arrays: Mapping[str, np.ndarray] | None = 
         "arrays": {name: [array.dtype.str, array.shape] for name, array in content.items()},
     }
     text = json.dumps(header).encode()
-    data = b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in content.values())])
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    head = len(text).to_bytes(8, "little") + text
+    parcel = np.empty(len(head) + sum(array.nbytes for array in content.values()), np.uint8)
+    parcel[: len(head)] = np.frombuffer(head, np.uint8)
+    end = len(head)
+    for array in content.values():
+        parcel[end : end + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        end += array.nbytes
+    return torch.from_numpy(parcel)
 
 
 def unpack(data: Tensor, prompt_at: Callable[[int], Prompt]) -> tuple[list[Rollout], dict[str, np.ndarray]]:
     """Returns what was packed: rollouts, and the arrays that came with them."""
-    raw = data.numpy().tobytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    header, arrays = json.loads(raw[8:end]), {}
+    raw = data.numpy()
+    end = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    header, arrays = json.loads(raw[8:end].tobytes()), {}
     for name, (kind, shape) in header["arrays"].items():
         arrays[name] = np.frombuffer(raw, kind, math.prod(shape), end).reshape(shape).copy()
         end += arrays[name].nbytes
     tokens, logprobs, routes = (arrays.pop(name) for name in ("tokens", "logprobs", "routes"))
+    prompts = {index: prompt_at(index) for index in {entry["prompt"] for entry in header["rollouts"]}}
     rollouts, begin, routes_begin = [], 0, 0
     for entry in header["rollouts"]:
         segments = tuple(Segment(*segment) for segment in entry["segments"])
@@ -55,7 +62,7 @@ def unpack(data: Tensor, prompt_at: Callable[[int], Prompt]) -> tuple[list[Rollo
         chosen = slice(routes_begin, routes_begin := routes_begin + (math.prod(shape) if shape else 0))
         rollouts.append(
             Rollout(
-                prompt=prompt_at(entry["prompt"]),
+                prompt=prompts[entry["prompt"]],
                 sample=entry["sample"],
                 seed=entry["seed"],
                 step=entry["step"],

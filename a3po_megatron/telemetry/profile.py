@@ -1,6 +1,6 @@
 """A closer look at chosen steps of a run, on rank 0: `telemetry.profile_steps`.
 
-    torch     profile/step-00003.rank-0.trace.json.gz    operations and phases over time, for chrome://tracing, Perfetto
+    torch     profile/step-00003.rank-0.trace.json    operations and phases over time, for chrome://tracing, Perfetto
     memory    profile/step-00003.rank-0.memory.pickle    what held the GPU's memory when, for pytorch.org/memory_viz
     nsys      nothing here: the steps are what `nsys profile --capture-range=cudaProfilerApi` records of a run that it
               starts
@@ -57,11 +57,7 @@ def _trace(path: Path) -> Iterator[None]:
             yield
         finally:
             CLOCK.mark = plain
-    # The profiler goes by the end of a name.
-    named = path.with_name(f"{path.name}.json.gz")
-    found.export_chrome_trace(str(named))
-    path.write_bytes(named.read_bytes())
-    named.unlink()
+    found.export_chrome_trace(str(path))
 
 
 @contextlib.contextmanager
