@@ -11,6 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from a3po_megatron.config.alerts import AlertName
+from a3po_megatron.errors import RunFailed
 from a3po_megatron.report.page import write_report
 from tests.harness import interrupted_runs as tools
 from tests.harness.bit_for_bit import rows_of
@@ -83,6 +84,7 @@ def assert_told(found: list[dict[str, Any]], said: str, name: str, *words: str) 
     assert all(row[f"alert/{each}"] in (0, 1) for row in found for each in get_args(AlertName))
 
 
+@pytest.mark.soak
 def test_a_run_that_learns_far_too_fast_what_solves_half_of_the_task_clips_and_collapses(tmp_path: Path) -> None:
     found, said = failing_run(
         tmp_path,
@@ -134,23 +136,32 @@ GUESSER = (
 )
 
 
+@pytest.mark.parametrize("by_command", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_an_alert_ends_the_run_with_1_and_a_checkpoint_from_which_it_comes_out_as_if_nothing_had_been(
-    tmp_path: Path,
+    by_command: bool, tmp_path: Path
 ) -> None:
+    """In ranks of this session, where what ends them is what the command ends with 1 and says; and by command."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     tools.trained_here(whole, *tools.LAYOUTS["tp2"], *GUESSER)
     steps = steps_of(rows_of(whole), "inert_shaping")
     assert steps[0] == 2  # a full window
-    ended = tools.launch(run, *tools.LAYOUTS["tp2"], *GUESSER, "alerts.stop=[no_spread, inert_shaping]")
-    assert ended.code == 1, ended.all
+    mine = (*tools.LAYOUTS["tp2"], *GUESSER, "alerts.stop=[no_spread, inert_shaping]")
+    if by_command:
+        ended = tools.launch(run, *mine)
+        assert ended.code == 1 and "Traceback" not in ended.err, ended.all
+        said = ended.err
+    else:
+        with pytest.raises(AssertionError) as failed:
+            tools.trained_here(run, *mine)
+        assert RunFailed.__name__ in str(failed.value) and RunFailed.exit_code == 1
+        said = str(failed.value)
     for words in (
         "step 2: alert inert_shaping: of the shaped tokens",
         "of wrong rollouts have 1 - p < 1e-4, more than 0.75 (alerts.inert_rate)",
         f"alerts.stop ended the run; what it has done is in {run}/checkpoints/step-000003",
         "take it out of alerts.stop, or change its threshold",
     ):
-        assert words in " ".join(ended.err.split()), ended.all
-    assert "Traceback" not in ended.err
+        assert words in " ".join(said.split()), said
     assert tools.saved_steps(run) == 3  # not one that was due: those are of every second step
     assert len(rows_of(run)) == 3
     tools.trained_here(run, *tools.LAYOUTS["tp2"], *GUESSER)

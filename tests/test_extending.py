@@ -155,6 +155,7 @@ def test_a_method_is_an_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     settle(config, CPU)
 
 
+@pytest.mark.soak
 def test_a_launcher_is_a_script(tmp_path: Path) -> None:
     script, folder = tmp_path / "launcher.py", tmp_path / "run"
     script.write_text(example("launchers/torchrun.py"))

@@ -198,6 +198,7 @@ def test_a_chain_goes_on_with_its_next_job_and_ends_bit_for_bit_as_undisturbed(w
     assert len(list((folder / "logs").glob("slurm-*.out"))) == 2
 
 
+@pytest.mark.soak  # signals of a start, without Slurm: tests/test_start_signals.py, tests/test_job.py
 def test_a_job_that_is_told_to_leave_in_its_first_moments_comes_back(whole: Path, tmp_path: Path) -> None:
     """While the batch script sets up, which Slurm says once; and while srun and the ranks begin, again and again.
 
