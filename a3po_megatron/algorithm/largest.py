@@ -17,7 +17,8 @@ KEYS = DIGIT * DIGIT  # keys are 0 … KEYS - 1
 
 
 def keys_of(values: Tensor) -> Tensor:
-    """Returns keys [T] int64 that are in the order of their values, as float32."""
+    """Returns keys [T] int64 that are in the order of their values, as float32: its bits order like integers once those
+    of negative numbers are turned round."""
     bits = (values.to(torch.float32) + 0.0).view(torch.int32).to(torch.int64)  # + 0.0: -0.0 is 0.0
     return torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF)) + (1 << 31)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..config import Shaping, ShapingOptions
+from .largest import keys_of
 
 
 def rho(step: int, options: ShapingOptions) -> tuple[float, float]:
@@ -65,9 +66,8 @@ def token_weights(
     is_positive = positive[rollout_index]
     unlikely = torch.where(is_positive, options.positives == "unlikely", options.negatives == "unlikely")
     # One stable sort by (rollout, key, position), both in one integer: the position of a token in its segment is its
-    # rank. Bits of a float32 order like integers once those of negative numbers are turned round; + 0.0 makes -0.0 0.0.
-    bits = (torch.where(unlikely, ranked, -ranked).to(torch.float32) + 0.0).view(torch.int32)
-    key = (rollout_index.long() << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    # rank.
+    key = (rollout_index.long() << 32) + keys_of(torch.where(unlikely, ranked, -ranked))
     order = torch.argsort(key, stable=True)
     length = torch.bincount(rollout_index, minlength=positive.numel())
     start = length.cumsum(0) - length

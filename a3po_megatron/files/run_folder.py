@@ -2,7 +2,7 @@
 
     config.yaml  provenance.json  identity.json  .lock     how the run was started, and whether it lives
     metrics.jsonl  tensorboard/  report.html                one row a step, and what is drawn of it
-    profile/step-00003.rank-0.trace.json                 chosen steps, looked at closely
+    profile/step-00003.rank-0.trace.json                    chosen steps, looked at closely
     rollouts/step-00012.rank-0.jsonl.zst                    rejected/step-00012.mini-batch-1.rank-0.pt
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
     journal/step-00012.rank-0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from .micro_batch import MicroBatch
 from .proxy import proxy_logprobs
 from .replay import ChunkReplay
 
+Of = TypeVar("Of")
 # (micro-batch, log-probs [R], entropy [R]) → (summed loss, number of tokens, sums to collect)
 LossFunction = Callable[[MicroBatch, Tensor, Tensor | None], tuple[Tensor, int, Tensor]]
 
@@ -49,9 +50,10 @@ class Pipeline:
         log-probs of the less noisy policy."""
 
         def collect(batch: MicroBatch, model: GPT, hidden: Tensor) -> Tensor:
-            logprobs, entropy = self._logprobs(batch, model, hidden, temperature, with_entropy)
-            rows = [logprobs] if entropy is None else [logprobs, entropy]
-            return torch.stack([*rows, *([self._proxy(batch, model, hidden, temperature, min_p)] if min_p else [])])
+            given = batch, model, hidden, temperature
+            logprobs, entropy = self._of_head(logprob_and_entropy, *given, with_entropy=with_entropy)
+            proxy = self._of_head(proxy_logprobs, *given, min_p=min_p) if min_p else None
+            return torch.stack([row for row in (logprobs, entropy, proxy) if row is not None])
 
         for chunk in self.chunks:
             chunk.eval()
@@ -73,38 +75,31 @@ class Pipeline:
         """Accumulates gradients of the summed loss over the tokens of all ranks; returns what the loss collected."""
 
         def loss(batch: MicroBatch, model: GPT, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            values = self._logprobs(batch, model, hidden, temperature, with_entropy)
+            values = self._of_head(logprob_and_entropy, batch, model, hidden, temperature, with_entropy=with_entropy)
             total, tokens, sums = loss_function(batch, *values)
             return total, torch.tensor(tokens, dtype=torch.int, device=self.device), sums
 
         return self._run(micro_batches, loss, forward_only=False)
 
-    def _logprobs(
-        self, batch: MicroBatch, model: GPT, hidden: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return logprob_and_entropy(
+    def _of_head(
+        self,
+        function: Callable[..., Of],  # logprob_and_entropy or proxy_logprobs
+        batch: MicroBatch,
+        model: GPT,
+        hidden: Tensor,
+        temperature: float,
+        **options: Any,
+    ) -> Of:
+        return function(
             hidden[:, 0],  # [T, H], or this rank's share of T under sequence parallelism
             model.output_weight(),
             batch.targets,
             self.ranks.tensor_group if self.ranks.tensor > 1 else None,
             temperature,
             vocab_size=self.vocab_size,
-            with_entropy=with_entropy,
             sequence_parallel=model.config.sequence_parallel,
             rows=batch.predicting,
-        )
-
-    def _proxy(self, batch: MicroBatch, model: GPT, hidden: Tensor, temperature: float, min_p: float) -> Tensor:
-        return proxy_logprobs(
-            hidden[:, 0],
-            model.output_weight(),
-            batch.targets,
-            self.ranks.tensor_group if self.ranks.tensor > 1 else None,
-            temperature,
-            min_p,
-            vocab_size=self.vocab_size,
-            sequence_parallel=model.config.sequence_parallel,
-            rows=batch.predicting,
+            **options,
         )
 
     def _run(

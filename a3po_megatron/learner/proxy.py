@@ -26,9 +26,9 @@ def proxy_logprobs(
     targets: Tensor,  # [R] global token ids ([T] without rows)
     group: dist.ProcessGroup | None,  # tensor-parallel
     temperature: float,
-    min_p: float,  # above 0, below 1
     chunk_tokens: int | None = None,
     *,
+    min_p: float,  # above 0, below 1
     vocab_size: int | None = None,  # true V where the last slices are padded
     sequence_parallel: bool = False,  # hidden is this rank's [T/tp, H]
     rows: Tensor | None = None,  # [R] int64: of these of the T tokens

@@ -87,7 +87,9 @@ class Balance:
         for name in RESULTS:
             whole = torch.zeros_like(back.advantages if name == "advantages" else back.rollout_logprobs)
             for mine, arrays in zip(rows, found, strict=True):
-                places = torch.tensor(mine, dtype=torch.int64) if name == "advantages" else _tokens_of(back, mine)
+                places = (
+                    torch.tensor(mine, dtype=torch.int64) if name == "advantages" else _tokens_of(back.lengths, mine)
+                )
                 whole[places] = torch.from_numpy(arrays[name])
             setattr(back, name, whole)
         self._last = None  # with routes and all that is much to keep through a rollout
@@ -119,16 +121,16 @@ def _name(rollout: Rollout) -> tuple[int, int]:
     return rollout.prompt.index, rollout.sample
 
 
-def _tokens_of(batch: Batch, rows: Sequence[int]) -> Tensor:
-    """Places of the rollouts' response tokens among the batch's, rollout after rollout."""
-    ends = batch.lengths.cumsum(0)
-    spans = [torch.arange(int(ends[row] - batch.lengths[row]), int(ends[row])) for row in rows]
+def _tokens_of(lengths: Tensor, rows: Sequence[int]) -> Tensor:
+    """Places of some rollouts' tokens among those of all, which are so long, rollout after rollout."""
+    ends = lengths.cumsum(0)
+    spans = [torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in rows]
     return torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
 
 
 def _columns(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
     """What a batch knows of rollouts beside what they are."""
-    chosen, tokens = torch.tensor(rows, dtype=torch.int64), _tokens_of(batch, rows)
+    chosen, tokens = torch.tensor(rows, dtype=torch.int64), _tokens_of(batch.lengths, rows)
     masked = torch.zeros_like(batch.positive) if batch.masked is None else batch.masked
     columns = {
         "mini_batch": batch.mini_batch[chosen],
@@ -143,7 +145,7 @@ def _columns(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
 
 
 def _results(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
-    chosen, tokens = torch.tensor(rows, dtype=torch.int64), _tokens_of(batch, rows)
+    chosen, tokens = torch.tensor(rows, dtype=torch.int64), _tokens_of(batch.lengths, rows)
     return {name: getattr(batch, name)[chosen if name == "advantages" else tokens].numpy() for name in RESULTS}
 
 
@@ -152,9 +154,7 @@ def _joined(parts: list[_Share], before: Batch) -> Batch:
     rollouts = [rollout for mine, _ in parts for rollout in mine]
     order = sorted(range(len(rollouts)), key=lambda row: _name(rollouts[row]))
     lengths = torch.tensor([len(rollout.tokens) for rollout in rollouts], dtype=torch.int64)
-    ends = lengths.cumsum(0)
-    spans = [torch.arange(int(ends[row] - lengths[row]), int(ends[row])) for row in order]
-    tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])
+    tokens = _tokens_of(lengths, order)
     rows = torch.tensor(order, dtype=torch.int64)
 
     def column(name: str, places: Tensor) -> Tensor:

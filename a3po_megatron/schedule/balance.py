@@ -14,11 +14,12 @@ The first is taken where it comes near enough, else the better of the two. Pure:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from .packing import longest_first
 
 NEAR = 1.03  # times the mean: near enough
 BOUND = 1.005  # times the least that is possible: likewise
@@ -66,7 +67,7 @@ def deal(costs: Sequence[float], owners: Sequence[int], replicas: int) -> list[i
     moved = _Shares(costs, owners, replicas).levelled(enough)
     if moved.heaviest() <= enough:
         return moved.owners
-    anew = _Shares(costs, _longest_first(costs, owners, replicas), replicas).levelled(enough)
+    anew = _Shares(costs, _anew(costs, owners, replicas), replicas).levelled(enough)
     return min(moved, anew, key=lambda shares: shares.heaviest()).owners
 
 
@@ -130,13 +131,8 @@ class _Shares:
         self.owners[item] = target
 
 
-def _longest_first(costs: Sequence[float], owners: Sequence[int], replicas: int) -> list[int]:
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    heap = [(0.0, share) for share in range(replicas)]
-    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        load, share = heapq.heappop(heap)
-        shares[share].append(item)
-        heapq.heappush(heap, (load + costs[item], share))
+def _anew(costs: Sequence[float], owners: Sequence[int], replicas: int) -> list[int]:
+    shares = longest_first(costs, replicas)
     # Of shares and replicas those with most in common come together first.
     common = np.zeros((replicas, replicas))
     for share, items in enumerate(shares):

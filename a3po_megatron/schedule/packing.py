@@ -20,10 +20,10 @@ def pack(lengths: Sequence[int], limit: int) -> list[list[int]]:
     rest = [item for item, length in enumerate(lengths) if length <= limit]
     sizes = [lengths[item] for item in rest]
     count = max(-(-sum(sizes) // limit), 1 if sizes else 0)
-    bins = _balance(sizes, count)
+    bins = longest_first(sizes, count)
     while any(sum(sizes[item] for item in items) > limit for items in bins):
         count += 1
-        bins = _balance(sizes, count)
+        bins = longest_first(sizes, count)
     return sorted([*alone, *(sorted(rest[item] for item in items) for items in bins if items)])
 
 
@@ -41,9 +41,10 @@ def token_multiple(grain: int, tensor: int, sequence_parallel: bool) -> int:
     return grain * (tensor if sequence_parallel else 1)
 
 
-def _balance(lengths: Sequence[int], count: int) -> list[list[int]]:
+def longest_first(lengths: Sequence[float], count: int) -> list[list[int]]:
+    """Splits items into so many bins: longest first, each into the emptiest one."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, index) for index in range(count)]
+    heap = [(0.0, index) for index in range(count)]
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         load, index = heapq.heappop(heap)
         bins[index].append(item)

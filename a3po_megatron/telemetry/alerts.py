@@ -168,7 +168,7 @@ def _mismatch(seen: Seen) -> str | None:
         ("mismatch/kl_k3", options.mismatch_kl, "alerts.mismatch_kl"),
         ("mismatch/logprob_abs_mean", options.mismatch_logprob, "alerts.mismatch_logprob"),
     )
-    return " and ".join(_above(seen, *limit) for limit in limits if _above(seen, *limit)) or None
+    return " and ".join(filter(None, (_above(seen, *limit) for limit in limits))) or None
 
 
 def _above(seen: Seen, metric: str, limit: float, option: str) -> str:

@@ -1,6 +1,6 @@
 """A closer look at chosen steps of a run, on rank 0: `telemetry.profile_steps`.
 
-    torch     profile/step-00003.rank-0.trace.json    operations and phases over time, for chrome://tracing, Perfetto
+    torch     profile/step-00003.rank-0.trace.json       operations and phases over time, for chrome://tracing, Perfetto
     memory    profile/step-00003.rank-0.memory.pickle    what held the GPU's memory when, for pytorch.org/memory_viz
     nsys      nothing here: the steps are what `nsys profile --capture-range=cudaProfilerApi` records of a run that it
               starts
