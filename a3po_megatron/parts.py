@@ -35,7 +35,8 @@ from .reward.graders import chosen
 from .reward.sandbox.choose import check_sandbox
 from .rollout.balance import Balance
 from .rollout.engine import local_experts
-from .rollout.intake import Graders, Intake
+from .rollout.intake import Intake
+from .rollout.sample import Graders
 from .rollout.vllm_engine import VllmEngine
 from .run.checkpoints import Checkpoints, resumed_from
 from .run.journal import Journal

@@ -17,7 +17,7 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.launch.check import settle
 from a3po_megatron.ranks.backend import CPU
-from a3po_megatron.rollout.intake import repeated_phrases
+from a3po_megatron.rollout.tally import repeated_phrases
 from a3po_megatron.telemetry.alerts import ALERTS, Alerts, Row, Scale, rise, rows_needed, stretches
 from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.metrics import read_ends

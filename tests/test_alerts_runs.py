@@ -62,7 +62,7 @@ def failing_run(tmp_path: Path, grader: str, *changes: str) -> tuple[list[dict[s
         *tools.LAYOUTS["tp2"],
         *(f"model.path={tmp_path}/model", f"data.path={tmp_path}/train.jsonl", "data.grader_field=grader"),
         *(f"reward.function={tmp_path}/graders.py:{grader}", "reward.extract=any", "trainer.prompts_per_step=8"),
-        *("trainer.rollouts_per_prompt=8", "rollout.max_tokens=6", "rollout.max_rounds=1", "alerts.window=2"),
+        *("trainer.rollouts_per_prompt=8", "rollout.max_tokens=6", "rollout.max_batches=1", "alerts.window=2"),
         "trainer.max_empty_steps=10",
         *changes,
     )

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from a3po_megatron.batch import Prompt, Rollout, Segment, Step, Verdict
 from a3po_megatron.rollout.parcel import pack, unpack
 from a3po_megatron.schedule.balance import attention_scale, costs_of, deal, imbalance
-from a3po_megatron.schedule.packing import heaviest_first
+from a3po_megatron.schedule.packing import heaviest_first, token_multiple
+from a3po_megatron.schedule.packing import pack as bins_of
 from tests.distributed import cases_balance as cases
 from tests.harness.ranks import run_ranks
 from tests.harness.tiny_models import make_checkpoint
@@ -49,6 +50,23 @@ def test_the_heaviest_replica_is_near_the_mean_or_the_longest_rollout(
         moved.append(sum(a != b for a, b in zip(owners, dealt, strict=True)) / MINI_BATCH)
     if replicas < 64:  # there half of the replicas have nothing to begin with
         assert np.mean(moved) < 0.2
+
+
+@pytest.mark.parametrize("grain", [1, 128])  # bf16, blockwise FP8 (model/precision.py)
+@pytest.mark.parametrize(("median", "sigma"), [(4000, 0.6), (8000, 0.6), (6000, 1.0)])
+def test_of_what_the_learner_computes_two_percent_at_most_is_padding(median: int, sigma: float, grain: int) -> None:
+    """Tensor parallel 4 with sequence parallelism, context parallel 2, 8 replicas, 65,536 tokens a micro-batch."""
+    multiple, held, read = 2 * token_multiple(grain, 4, True), 0, 0
+    for seed in range(10):
+        draw = np.random.default_rng(seed)
+        lengths = np.minimum(np.exp(np.log(median) + sigma * draw.normal(size=MINI_BATCH)), 16384).astype(int).tolist()
+        dealt = deal(costs_of(lengths, float("inf")), [n % 8 for n in range(MINI_BATCH)], 8)
+        for replica in range(8):
+            mine = [-(-n // 4) * 4 for n, owner in zip(lengths, dealt, strict=True) if owner == replica]
+            sums = [sum(mine[item] for item in items) for items in bins_of(mine, 65536)]
+            held += sum(-(-tokens // multiple) * multiple for tokens in sums)
+        read += sum(lengths)
+    assert 1 - read / held <= 0.02
 
 
 @settings(max_examples=200, deadline=None)

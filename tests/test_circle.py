@@ -24,6 +24,7 @@ def two_ranks() -> dict[str, list[Any]]:
     return run_ranks(
         2,
         cases.one_step_of_rollouts,
+        cases.one_slow_engine,
         cases.publish_faults,
         cases.witness_faults,
         cases.never_finite,
@@ -107,11 +108,13 @@ def test_a_score_that_is_not_finite_on_one_rank_ends_the_run_with_the_batch_kept
         assert found["rows"] == [0]
 
 
-def test_rollouts_are_the_same_for_one_and_two_engines_any_order_and_again(
-    one_rank: dict[str, list[Any]], two_ranks: dict[str, list[Any]]
+@pytest.mark.parametrize("case", ["one_step_of_rollouts", "one_slow_engine"])
+def test_rollouts_are_the_same_for_one_and_two_engines_however_fast_in_any_order_and_again(
+    one_rank: dict[str, list[Any]], two_ranks: dict[str, list[Any]], case: str
 ) -> None:
     (alone,) = one_rank["one_step_of_rollouts"]
-    first, second = two_ranks["one_step_of_rollouts"]
+    first, second = two_ranks[case]
+    assert alone["surplus"] == first["surplus"] == second["surplus"]
     assert alone["tokens"] == first["tokens"] | second["tokens"]
     assert alone["logprobs"] == first["logprobs"] | second["logprobs"]
     assert not first["tokens"].keys() & second["tokens"].keys()

@@ -71,7 +71,13 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def of_four() -> dict[str, list[Any]]:
-    return run_ranks(4, cases.layouts, cases.groups_held, cases.coordinates_told)
+    return run_ranks(4, cases.layouts, cases.groups_held, cases.coordinates_told, cases.connections)
+
+
+def test_a_group_of_all_ranks_connects_none_until_they_talk_and_then_neighbours(of_four: dict[str, list[Any]]) -> None:
+    """Each with all others from the start would be three connections a rank, and 1,023 of 1,024 ranks."""
+    for unused, used in of_four["connections"]:
+        assert (unused, used) == (1, 3)  # one listens
 
 
 @pytest.fixture(scope="module")

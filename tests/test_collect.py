@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from a3po_megatron.batch import Answered, Collected, Group, Prompt, Segment, Step, Verdict
-from a3po_megatron.config import NoProcess, RewardOptions, RolloutOptions, SpanRewards, TrainerOptions
+from a3po_megatron.config import NoProcess, ParallelOptions, RewardOptions, RolloutOptions, SpanRewards, TrainerOptions
 from a3po_megatron.data.order import rollout_seed
 from a3po_megatron.errors import RunFailed
+from a3po_megatron.ranks.topology import topology_of
 from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.math import grade
-from a3po_megatron.rollout import intake as collect
 from a3po_megatron.rollout.engine import Completion, Request
 from a3po_megatron.rollout.intake import Intake
+from a3po_megatron.rollout.sample import _answered
 from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.stop import Interrupt
 
@@ -34,14 +36,21 @@ Script = Callable[[int], str]  # prompt index → one letter a sample
 class FakeCluster:
     """A single rank, alone with its replica and its engine. A fake: real ranks are tests/test_circle.py's."""
 
-    rank, engine, engines, engine_leaders = 0, 0, 1, (0,)
+    rank, engine, engine_rank, engines, engine_leaders = 0, 0, 0, 1, (0,)
     batch_group = SimpleNamespace(size=lambda: 1)
+    topology = topology_of(ParallelOptions())
+
+    def store_of(self, name: str) -> Any:
+        return dist.PrefixStore(name, dist.HashStore())
 
     def agree(self, tag: str, value: Any, op: Callable[[list[Any]], Any]) -> Any:
         return op([value])
 
     def any_of_engine(self, flag: bool) -> bool:
         return flag
+
+    def told_by_engine(self, number: int) -> int:
+        return number
 
 
 class FakePrompts:
@@ -50,10 +59,6 @@ class FakePrompts:
     def __init__(self) -> None:
         self.position = 0
         self.way_of: Callable[[str], str] | None = None
-
-    def take(self, count: int) -> list[Prompt]:
-        first, self.position = self.position, self.position + count
-        return [self.at(n) for n in range(first, self.position)]
 
     def at(self, index: int) -> Prompt:
         return Prompt(f"p/{index}", f"problem {index}", f"gold {index}", (index,), index)
@@ -74,9 +79,14 @@ class ScriptedEngine:
         self.weight_version = 1
         self.requests: list[Request] = []
 
-    def sample(self, requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
-        """All in one engine step, the last request first."""
-        yield list(enumerate(self.complete(requests)))[::-1]
+    def sample(
+        self, requests: Iterable[Request | None], room: int | None = None
+    ) -> Generator[list[tuple[int, Completion]]]:
+        """All that there is at once in one engine step, the last request first."""
+        number = 0
+        for batch in batches(requests):
+            yield [(number + place, done) for place, done in enumerate(self.complete(batch))][::-1]
+            number += len(batch)
 
     def complete(self, requests: Sequence[Request]) -> list[Completion]:
         seen: dict[int, int] = {}
@@ -91,6 +101,18 @@ class ScriptedEngine:
             completions.append(Completion(tokens, np.full(length, -0.5, dtype=np.float32), finish, routes))
         self.requests += requests
         return completions
+
+
+def batches(requests: Iterable[Request | None]) -> Iterator[list[Request]]:
+    """What there is to sample until there is nothing for now, again and again."""
+    batch: list[Request] = []
+    for request in requests:
+        if request is not None:
+            batch.append(request)
+        else:
+            yield batch
+            batch = []
+    yield batch
 
 
 def known(verdicts: list[Verdict]) -> Future[list[Verdict]]:
@@ -121,7 +143,7 @@ class Setting:
         self,
         script: Script,
         wanted: int = 4,
-        rounds: int = 3,
+        batches: int = 3,
         length: Callable[[int, int], int] = lambda prompt, sample: 1,
         empty: int = 3,
         size: int = 4,
@@ -138,7 +160,7 @@ class Setting:
             FakeCluster(),
             FakeTokens(),
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
-            RolloutOptions(max_rounds=rounds, max_tokens=MAX_TOKENS, dynamic_sampling=dynamic),
+            RolloutOptions(max_batches=batches, max_tokens=MAX_TOKENS, dynamic_sampling=dynamic),
             RewardOptions(**reward),
             Journal(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
@@ -174,13 +196,13 @@ def test_every_rollout_keeps_its_own_routes(tmp_path: Path) -> None:
 # --- what is accepted ----------------------------------------------------------------------------------------------
 
 
-def test_groups_are_accepted_in_prompt_order_over_the_rounds_and_those_without_spread_dropped() -> None:
+def test_groups_are_accepted_in_prompt_order_and_those_without_spread_dropped() -> None:
     setting = Setting(spread_at(1, 3, 4, 5))
     found = setting.step(0)
     assert found.accepted == indices(found.groups) == [1, 3, 4, 5]
     assert indices(found.sampled) == list(range(setting.prompts.position))
     assert found.metrics["rollout/kept_groups"] == 4
-    assert found.metrics["rollout/rounds"] == 2
+    assert found.metrics["rollout/sampled_groups"] == setting.prompts.position
 
 
 def test_without_dynamic_sampling_every_group_with_a_verdict_counts() -> None:
@@ -189,58 +211,61 @@ def test_without_dynamic_sampling_every_group_with_a_verdict_counts() -> None:
     setting = Setting(lambda prompt: script.get(prompt, "wwww"), wanted=4, dynamic=False, max_invalid_rate=1.0)
     found = setting.step(0)
     assert found.accepted == indices(found.groups) == [0, 1, 3, 4]
-    assert found.metrics["rollout/rounds"] == 2 and setting.intake.state()["surplus"] == [5]
+    assert setting.intake.state()["surplus"] == list(range(5, setting.prompts.position))
 
 
-def test_enough_groups_end_the_rounds_at_once() -> None:
+def test_where_all_groups_count_no_more_are_sampled_than_a_step_wants() -> None:
     setting = Setting(lambda prompt: "cwcw")
     assert setting.step(0).accepted == [0, 1, 2, 3]
     assert setting.prompts.position == 4
     assert setting.step(1).accepted == [4, 5, 6, 7]
 
 
-def test_a_step_takes_no_more_than_its_rounds_and_goes_on_with_what_it_has() -> None:
-    setting = Setting(spread_at(0), rounds=3)
+def test_a_step_samples_no_more_than_it_may_and_goes_on_with_what_it_has() -> None:
+    setting = Setting(spread_at(0), batches=3)
     found = setting.step(0)
     assert found.accepted == [0]
-    assert found.metrics["rollout/rounds"] == 3
-    assert setting.prompts.position <= 3 * 4
-    assert len(Setting(spread_at(0), rounds=1).step(0).sampled) == 4
+    assert found.metrics["rollout/sampled_groups"] == setting.prompts.position == 3 * 4
+    assert len(Setting(spread_at(0), batches=1).step(0).sampled) == 4
 
 
 def test_surplus_is_used_first_in_the_next_step_with_the_weight_version_that_sampled_it() -> None:
-    # Round 1 finds half of what it needs, so round 2 draws four prompts for two places.
-    setting = Setting(spread_at(0, 1, 4, 5, 6, 7, 8, 9, 10, 11))
-    first, second = setting.step(0), setting.step(1)
-    assert first.accepted == [0, 1, 4, 5]
-    assert second.accepted[:2] == [6, 7] == indices(second.groups)[:2]
-    assert second.accepted == indices(second.groups) == [6, 7, 8, 9]
+    # The first prompts find nothing, so that more are sampled ahead than turn out to be needed.
+    setting = Setting(lambda prompt: "cwww" if prompt > 3 else "wwww")
+    first = setting.step(0)
+    surplus = list(range(8, setting.prompts.position))
+    assert first.accepted == [4, 5, 6, 7]
+    assert 0 < len(surplus) <= 4 and setting.intake.state()["surplus"] == surplus
+    second = setting.step(1)
+    assert second.accepted == indices(second.groups) == [8, 9, 10, 11]
+    fresh = 4 - len(surplus)
     versions = [{s.weight_version for r in group.rollouts for s in r.segments} for group in second.groups]
-    assert versions == [{1}, {1}, {2}, {2}]
-    assert [group.rollouts[0].step for group in second.groups] == [0, 0, 1, 1]
-    assert not {6, 7} & set(indices(second.sampled)), "carried groups are not sampled again"
-    assert (first.metrics["rollout/carried_groups"], second.metrics["rollout/carried_groups"]) == (0, 2)
+    assert versions == [{1}] * len(surplus) + [{2}] * fresh
+    assert [group.rollouts[0].step for group in second.groups] == [0] * len(surplus) + [1] * fresh
+    assert not {*surplus} & {*indices(second.sampled)}, "carried groups are not sampled again"
+    carried = [found.metrics["rollout/carried_groups"] for found in (first, second)]
+    assert carried == [0, len(surplus)]
     assert second.metrics["rollout/kept_groups"] == 4
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_over_many_steps_no_group_with_spread_is_lost_repeated_or_overtaken(seed: int) -> None:
     draw = random.Random(seed)
-    share, wanted, rounds = draw.choice([0.1, 0.4, 0.9]), draw.randint(1, 6), draw.randint(1, 4)
+    share, wanted, batches = draw.choice([0.1, 0.4, 0.9]), draw.randint(1, 6), draw.randint(1, 4)
     spread = {prompt for prompt in range(2000) if draw.random() < share}
-    setting = Setting(spread_at(*spread), wanted, rounds, empty=10**6)
+    setting = Setting(spread_at(*spread), wanted, batches, empty=10**6)
     accepted: list[int] = []
     for number in range(15):
         before = setting.prompts.position
         found = setting.step(number)
         assert indices(found.sampled) == list(range(before, setting.prompts.position))
-        assert len(found.sampled) <= rounds * wanted
+        assert len(found.sampled) <= batches * wanted
         assert found.accepted == indices(found.groups)
-        assert len(found.accepted) == wanted or found.metrics["rollout/rounds"] == rounds
+        assert len(found.accepted) == wanted or len(found.sampled) == batches * wanted
         accepted += found.accepted
     finished = [prompt for prompt in range(setting.prompts.position) if prompt in spread]
     assert accepted == finished[: len(accepted)]
-    assert len(finished) - len(accepted) < wanted
+    assert setting.intake.state()["surplus"] == finished[len(accepted) :]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +285,7 @@ def test_over_many_steps_no_group_with_spread_is_lost_repeated_or_overtaken(seed
 def test_invalid_verdicts_make_no_spread_and_a_group_with_fewer_than_two_valid_members_is_dropped(
     letters: str, kept: bool
 ) -> None:
-    found = Setting(lambda prompt: letters, wanted=1, rounds=1, max_invalid_rate=1.0).step(0)
+    found = Setting(lambda prompt: letters, wanted=1, batches=1, max_invalid_rate=1.0).step(0)
     assert found.accepted == ([0] if kept else [])
     if kept:
         assert len(found.groups[0].valid) == sum(letter != "i" for letter in letters)
@@ -271,7 +296,7 @@ def test_invalid_verdicts_make_no_spread_and_a_group_with_fewer_than_two_valid_m
 def test_rewards_that_differ_by_the_overlong_penalty_alone_are_no_spread(letters: str) -> None:
     setting = Setting(
         lambda prompt: letters,
-        rounds=1,
+        batches=1,
         length=lambda prompt, sample: (1, 12, 16, MAX_TOKENS)[sample],
         overlong_tokens=10,
     )
@@ -310,10 +335,12 @@ def test_a_group_is_given_to_the_graders_as_soon_as_it_is_finished_while_the_eng
     setting = Setting(spread_at(0, 1, 2, 3))
     seen: list[int] = []
 
-    def one_by_one(requests: Sequence[Request]) -> Generator[list[tuple[int, Completion]]]:
-        for number, completion in enumerate(setting.engine.complete(requests)):
-            seen.append(len(setting.graders.asked))
-            yield [(number, completion)]
+    def one_by_one(requests: Iterable[Request | None], room: int | None) -> Generator[list[tuple[int, Completion]]]:
+        for batch in batches(requests):
+            for number, completion in enumerate(setting.engine.complete(batch)):
+                seen.append(len(setting.graders.asked))
+                yield [(number, completion)]
+            yield []
 
     setting.engine.sample = one_by_one  # type: ignore[method-assign]
     setting.step(0)
@@ -358,7 +385,7 @@ def test_graders_are_told_what_was_cut_off_and_that_a_prompt_has_opened_the_thou
     def answered(prompt: str, response: str, finish: str) -> Any:
         asked = Prompt("p", prompt, "4", grader="choice")
         rollout = SimpleNamespace(prompt=asked, text=response, finish=finish)
-        return collect._answered(rollout)
+        return _answered(rollout)
 
     assert answered("2+2=", "4", "stop") == ("4", "4", True, "choice", "", "", 0)
     assert answered("2+2=", "It is 4, or", "length") == ("It is 4, or", "4", False, "choice", "", "", 0)
@@ -381,11 +408,11 @@ def test_steps_are_counted_over_all_sampled_rollouts_where_they_are_rewarded_and
 
     names = ("reward/steps_rate", "reward/steps_mean", "reward/step_score_mean")
     for process, wanted in ((NoProcess(), [None] * 3), (SpanRewards(), [6 / 8, 9 / 8, 1.5 / 9])):
-        setting = Setting(lambda prompt: "ccwi" if prompt else "cwwi", wanted=2, rounds=1)
+        setting = Setting(lambda prompt: "ccwi" if prompt else "cwwi", wanted=2, batches=1)
         setting.intake.graders, setting.intake.process = Stepping(), process
         metrics = setting.step(0).metrics
         assert [metrics[name] for name in names] == (wanted if wanted[0] is None else pytest.approx(wanted))
-    none = Setting(spread_at(0), wanted=1, rounds=1)
+    none = Setting(spread_at(0), wanted=1, batches=1)
     none.intake.process = SpanRewards()
     assert [none.step(0).metrics[name] for name in names] == [0.0, 0.0, None]
 
@@ -394,7 +421,7 @@ def test_metrics_are_over_all_sampled_rollouts_not_over_the_kept_ones() -> None:
     script = {0: "cccc", 1: "cwww", 2: "wwww", 3: "wwww", 4: "ccww", 5: "wwww", 6: "cccw", 7: "wwww"}
     lengths = {(prompt, sample): 1 + (7 * prompt + 5 * sample) % MAX_TOKENS for prompt in script for sample in range(4)}
     setting = Setting(
-        script.__getitem__, rounds=2, length=lambda *place: lengths[place], correct=2.0, wrong=-1.0, overlong_tokens=0
+        script.__getitem__, batches=2, length=lambda *place: lengths[place], correct=2.0, wrong=-1.0, overlong_tokens=0
     )
     found = setting.step(0)
     assert found.accepted == [1, 4, 6]
@@ -410,7 +437,7 @@ def test_metrics_are_over_all_sampled_rollouts_not_over_the_kept_ones() -> None:
         "rollout/tokens": sum(lengths.values()),
         "rollout/kept_groups": 3,
         "rollout/carried_groups": 0,
-        "rollout/rounds": 2,
+        "rollout/sampled_groups": 8,
     }
     assert {name: found.metrics[name] for name in wanted} == wanted
     assert sum(n == MAX_TOKENS for n in lengths.values()) > 0
@@ -434,10 +461,10 @@ def test_invalid_verdicts_are_a_rate_of_all_sampled_rollouts() -> None:
 
 
 def test_the_share_of_each_way_of_answering_is_over_all_sampled_rollouts_and_null_where_a_task_names_none() -> None:
-    setting = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, rounds=1)
+    setting = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, batches=1)
     assert setting.step(0).metrics["task/stepwise_rate"] is None
     assert setting.step(1).metrics["task/at_once_rate"] is None
-    ways = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, rounds=1)
+    ways = Setting(lambda prompt: "cccc" if prompt else "cwww", wanted=2, batches=1)
     ways.prompts.way_of = {"c": "stepwise", "w": "at_once"}.__getitem__
     found = ways.step(0).metrics  # the second group has no spread and is dropped, but counts
     assert (found["task/stepwise_rate"], found["task/at_once_rate"]) == (5 / 8, 3 / 8)
@@ -447,7 +474,7 @@ def test_the_share_of_each_way_of_answering_is_over_all_sampled_rollouts_and_nul
 
 
 def test_a_rate_of_invalid_verdicts_above_the_bound_ends_the_run_and_is_said() -> None:
-    setting = Setting(lambda prompt: "cwii" if prompt < 4 else "ciii", wanted=4, rounds=1, max_invalid_rate=0.5)
+    setting = Setting(lambda prompt: "cwii" if prompt < 4 else "ciii", wanted=4, batches=1, max_invalid_rate=0.5)
     assert setting.step(0).accepted == [0, 1, 2, 3], "at the bound the step goes on"
     with pytest.raises(RunFailed) as caught:
         setting.step(1)
@@ -457,7 +484,7 @@ def test_a_rate_of_invalid_verdicts_above_the_bound_ends_the_run_and_is_said() -
 
 
 def test_steps_in_a_row_without_any_group_end_the_run_and_the_message_says_the_correct_rate() -> None:
-    setting = Setting(lambda prompt: "cccc" if prompt % 4 == 0 else "wwww", wanted=4, rounds=2, empty=3)
+    setting = Setting(lambda prompt: "cccc" if prompt % 4 == 0 else "wwww", wanted=4, batches=2, empty=3)
     for number in range(2):
         assert setting.step(number).accepted == []
     with pytest.raises(RunFailed) as caught:
@@ -469,7 +496,7 @@ def test_steps_in_a_row_without_any_group_end_the_run_and_the_message_says_the_c
 
 def test_a_step_with_a_group_starts_the_count_of_empty_steps_again() -> None:
     empty = {0, 1, 3, 4}
-    setting = Setting(lambda prompt: "wwww" if prompt // 2 in empty else "cwww", wanted=2, rounds=1, empty=3)
+    setting = Setting(lambda prompt: "wwww" if prompt // 2 in empty else "cwww", wanted=2, batches=1, empty=3)
     assert [bool(setting.step(number).accepted) for number in range(6)] == [n not in empty for n in range(6)]
 
 
@@ -484,7 +511,7 @@ def test_with_a_single_empty_step_allowed_the_first_one_ends_the_run() -> None:
 def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_restart_and_not_sampled_again(
     tmp_path: Path,
 ) -> None:
-    script = spread_at(1, 3, 4, 5)  # two rounds
+    script = spread_at(1, 3, 4, 5)
     broken = Setting(script, journal=tmp_path)
     broken.graders = broken.intake.graders = BrokenGraders()
     with pytest.raises(RunFailed, match=r"reward\.max_invalid_rate"):
@@ -496,7 +523,8 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
     assert again.engine.requests == [], "what was sampled is sampled again"
     assert sorted(again.graders.asked) == sorted(undisturbed.graders.asked), "every response is graded, once"
     assert found.accepted == wanted.accepted == [1, 3, 4, 5]
-    assert found.metrics == wanted.metrics | {"perf/recalled_groups": len(found.sampled)}
+    timing = {"perf/engine_idle_share": found.metrics["perf/engine_idle_share"]}
+    assert found.metrics == wanted.metrics | {"perf/recalled_groups": len(found.sampled)} | timing
     assert [r.reward for g in found.groups for r in g.rollouts] == [r.reward for g in wanted.groups for r in g.rollouts]
 
     third = Setting(script, journal=tmp_path)  # the verdicts that followed count, the invalid ones before them do not

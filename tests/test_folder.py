@@ -147,7 +147,7 @@ def test_a_run_without_a_checkpoint_is_held_to_what_it_was_started_with_once_it_
     with pytest.raises(RequestError, match=r"identity\.json: cannot tell what"):
         goes_on(folder, changed)
     (folder / "identity.json").write_text('{"config": {}, "inputs": {}}')  # as earlier versions wrote it
-    with pytest.raises(RequestError, match=r"identity\.json: its format is 1, this version reads 3: go on"):
+    with pytest.raises(RequestError, match=r"identity\.json: its format is 1, this version reads 4: go on"):
         goes_on(folder, changed)
 
 

@@ -23,6 +23,7 @@ from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.cache import Cache
+from tests.harness.taking import take
 from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 GOOD = '{"problem": "1+1", "answer": "2"}'
@@ -147,9 +148,9 @@ def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(
     for named in ("5 tokens", "rollout.max_prompt_tokens is 4", "data.drop_long_prompts"):
         assert named in message
     kept = prompts(path, tokens, limit=4, drop_long_prompts=True)
-    assert {prompt.text for prompt in kept.take(6)} == {"1+1", "1111"}
-    assert all(len(prompt.tokens) <= 4 for prompt in kept.take(6))
-    assert len(prompts(path, tokens, limit=5).take(3)) == 3
+    assert {prompt.text for prompt in take(kept, 6)} == {"1+1", "1111"}
+    assert all(len(prompt.tokens) <= 4 for prompt in take(kept, 6))
+    assert len(take(prompts(path, tokens, limit=5), 3)) == 3
     with pytest.raises(RequestError, match="no prompt is left"):
         prompts(path, tokens, limit=2, drop_long_prompts=True)
 
@@ -159,7 +160,7 @@ def test_a_too_long_prompt_is_named_with_line_and_lengths_or_dropped_on_request(
 
 def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Path, tokens: Tokenizer) -> None:
     source = prompts(rows(tmp_path, 20), tokens)
-    epochs = [source.take(20) for _ in range(3)]
+    epochs = [take(source, 20) for _ in range(3)]
     texts = [[prompt.text for prompt in epoch] for epoch in epochs]
     assert [sorted(epoch) for epoch in texts] == [sorted(f"{n}+{n}" for n in range(20))] * 3
     assert texts[0] != texts[1] != texts[2] != texts[0]
@@ -170,30 +171,30 @@ def test_each_epoch_is_another_permutation_and_its_ids_are_its_own(tmp_path: Pat
 
 def test_the_order_depends_on_the_seed_and_not_on_history(tmp_path: Path, tokens: Tokenizer) -> None:
     path = rows(tmp_path, 7)
-    straight = prompts(path, tokens).take(40)
+    straight = take(prompts(path, tokens), 40)
     pieces = prompts(path, tokens)
-    assert [p for count in (1, 0, 13, 6, 20) for p in pieces.take(count)] == straight
+    assert [p for count in (1, 0, 13, 6, 20) for p in take(pieces, count)] == straight
     backwards = prompts(path, tokens)
     assert [backwards.at(index) for index in reversed(range(40))] == straight[::-1]
-    assert prompts(path, tokens, seed=1).take(40) != straight
+    assert take(prompts(path, tokens, seed=1), 40) != straight
 
 
 @pytest.mark.parametrize("builtin", [False, True])
 def test_a_restored_position_gives_the_same_sequel(tmp_path: Path, tokens: Tokenizer, builtin: bool) -> None:
     path = ARITHMETIC if builtin else rows(tmp_path, 7)
     source = prompts(path, tokens, seed=3)
-    source.take(9)
+    take(source, 9)
     state = json.loads(json.dumps(source.state()))
-    sequel = source.take(25)
+    sequel = take(source, 25)
     again = prompts(path, tokens, seed=3)
-    again.take(2)
+    take(again, 2)
     again.restore(state)
-    assert again.take(25) == sequel
+    assert take(again, 25) == sequel
 
 
 def test_without_shuffling_the_order_is_the_files(tmp_path: Path, tokens: Tokenizer) -> None:
     source = prompts(rows(tmp_path, 5), tokens, shuffle=False)
-    assert [prompt.text for prompt in source.take(10)] == [f"{n}+{n}" for n in range(5)] * 2
+    assert [prompt.text for prompt in take(source, 10)] == [f"{n}+{n}" for n in range(5)] * 2
 
 
 def test_every_first_place_is_drawn_about_equally_often() -> None:
@@ -225,7 +226,7 @@ def test_every_rollout_has_a_seed_of_its_own() -> None:
 
 
 def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmetic(tokens: Tokenizer) -> None:
-    taken = prompts(ARITHMETIC, tokens).take(300)
+    taken = take(prompts(ARITHMETIC, tokens), 300)
     for prompt in taken:
         expression = prompt.text.removesuffix(":")
         left = f"({expression[0]})"
@@ -237,11 +238,11 @@ def test_built_in_problems_are_distinct_draws_with_the_answer_of_digit_arithmeti
     assert len({prompt.id for prompt in taken}) == 300
     assert len({prompt.text for prompt in taken}) > 200
     assert {len(prompt.text) for prompt in taken} == {4, 6, 8, 10, 12}  # 2 to 6 operands
-    assert prompts(ARITHMETIC, tokens, seed=1).take(300) != taken
+    assert take(prompts(ARITHMETIC, tokens, seed=1), 300) != taken
 
 
 def test_the_first_built_in_problems_are_pinned(tokens: Tokenizer) -> None:
-    first = prompts(ARITHMETIC, tokens).take(2)
+    first = take(prompts(ARITHMETIC, tokens), 2)
     assert [(prompt.id, prompt.text, prompt.answer) for prompt in first] == [
         ("arithmetic/0", "5-4:", "1"),
         ("arithmetic/1", "8-5-7*7+3-8:", "7"),  # 3, -4 = 6, 42 = 2, 5, -3 = 7
@@ -313,7 +314,7 @@ def test_a_folder_without_a_readable_tokenizer_or_chat_template_is_refused(tmp_p
 
 
 def test_prompts_of_a_file_carry_their_tokens_and_gold_answer(tmp_path: Path, tokens: Tokenizer) -> None:
-    for prompt in prompts(rows(tmp_path, 5), tokens).take(5):
+    for prompt in take(prompts(rows(tmp_path, 5), tokens), 5):
         number = int(prompt.text.partition("+")[0])
         wanted = Prompt(
             f"rows.jsonl/{number + 1}", prompt.text, str(2 * number), tokens.encode(prompt.text), prompt.index

@@ -80,7 +80,7 @@ def metrics_row(step: int, rate: float, rho: float, draw: random.Random) -> dict
         "rollout/truncated_rate": 0.12 * math.exp(-step / 10) * noise,
         "rollout/kept_groups": 8 - (step % 3),
         "rollout/carried_groups": step % 2,
-        "rollout/rounds": 1 + step % 2,
+        "rollout/sampled_groups": 32 + step % 2,
         "policy/entropy": 0.9 * math.exp(-step / (60 if shaped else 25)) * noise,
         "policy/kl_old": 2e-3 * noise,
         "policy/clip_low_rate": 4e-3 * noise,

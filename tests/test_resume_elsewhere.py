@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.alone]
 TP2 = LAYOUTS["tp2"]
 ONE_ENGINE = ("rollout.tensor=2",)
 # Small groups have spread less often: more rounds, and most steps end with groups to spare.
-CARRYING = ("trainer.rollouts_per_prompt=2", "trainer.prompts_per_step=6", "rollout.max_rounds=4")
+CARRYING = ("trainer.rollouts_per_prompt=2", "trainer.prompts_per_step=6", "rollout.max_batches=4")
 
 
 @pytest.fixture(scope="session")

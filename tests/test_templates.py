@@ -16,6 +16,7 @@ from a3po_megatron.data.fields import Turn
 from a3po_megatron.data.prompts import Prompts
 from a3po_megatron.data.tokenizer import Tokenizer
 from a3po_megatron.errors import RequestError
+from tests.harness.taking import take
 from tests.harness.tiny_models import VOCAB, save_tokenizer
 
 CHATML = """\
@@ -217,7 +218,7 @@ def test_the_length_filter_is_that_of_tokenising_everything(tmp_path: Path, kind
         options = DataOptions(path=str(path), drop_long_prompts=True, shuffle=False)
         prompts = Prompts(options, ours, 0, limit)
         wanted = [problem for problem in problems if lengths[problem] <= limit]
-        kept = [prompt.text for prompt in prompts.take(len(wanted))]
+        kept = [prompt.text for prompt in take(prompts, len(wanted))]
         assert kept == [ours.render(problem) for problem in wanted]
         left_out = len(problems) - len(wanted)
         assert prompts.remarks == [
@@ -233,7 +234,7 @@ def test_weights_draw_each_source_as_often_as_they_say_and_each_in_its_own_epoch
     paths = tuple(str(tmp_path / f"{name}.jsonl") for name in "abc")
     ours = tokens(folder, "raw")
     prompts = Prompts(DataOptions(path=paths, weights=(0.5, 0.3, 0.2)), ours, 3, 100)
-    drawn = [prompt.text for prompt in prompts.take(700)]
+    drawn = [prompt.text for prompt in take(prompts, 700)]
     for start in range(0, 700, 10):
         block = "".join(sorted(text[0] for text in drawn[start : start + 10]))
         assert block == "aaaaabbbcc"
@@ -244,9 +245,9 @@ def test_weights_draw_each_source_as_often_as_they_say_and_each_in_its_own_epoch
     assert len({prompts.at(index).id for index in range(700)}) == 700
     again = Prompts(DataOptions(path=paths, weights=(5, 3, 2)), ours, 3, 100)
     again.restore({"position": 333})
-    assert [prompt.text for prompt in again.take(50)] == drawn[333:383]
+    assert [prompt.text for prompt in take(again, 50)] == drawn[333:383]
     without = Prompts(DataOptions(path=paths), ours, 3, 100)
-    assert sorted(prompt.text for prompt in without.take(14)) == sorted({*drawn}), "each row once an epoch"
+    assert sorted(prompt.text for prompt in take(without, 14)) == sorted({*drawn}), "each row once an epoch"
     with pytest.raises(RequestError, match="data.weights has 2 numbers, data.path has 3 sources"):
         Prompts(DataOptions(path=paths, weights=(1, 2)), ours, 3, 100)
 
@@ -261,5 +262,5 @@ def test_unreadable_golds_are_refused_with_file_and_line_or_dropped_and_counted(
         Prompts(DataOptions(**options), ours, 0, 100, check_golds=True)
     assert str(caught.value).startswith(f"{path}:2: the gold answer cannot be read: '))((' (and 2 more rows like it): ")
     prompts = Prompts(DataOptions(**options, unreadable_golds="drop"), ours, 0, 100)
-    assert sorted(prompt.answer for prompt in prompts.take(2)) == ["1", "3"]
+    assert sorted(prompt.answer for prompt in take(prompts, 2)) == ["1", "3"]
     assert prompts.remarks == ["3 of 5 rows were left out: the grader cannot read their gold answers"]

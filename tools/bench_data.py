@@ -82,7 +82,8 @@ def start(options: argparse.Namespace) -> None:
     tokens = Tokenizer.of(data, options.tokenizer, facts.vocab, facts.eos)
     imported = time.perf_counter() - begin
     prompts = Prompts(data, tokens, 0, options.limit, check_golds=True)
-    prompts.take(128)
+    for index in range(128):
+        prompts.at(index)
     seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     found = {"seconds": round(seconds, 1), "of_which_imports_and_tokenizer": round(imported, 1)}
     print(json.dumps(found | {"peak_gb": round(peak, 2), "said": prompts.remarks}))

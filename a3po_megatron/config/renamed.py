@@ -12,6 +12,7 @@ RENAMED = {
     "reward.workers": "grader_pool.workers",
     "reward.timeout_seconds": "grader_pool.timeout_seconds",
     "reward.memory_bytes": "grader_pool.memory_bytes",
+    "rollout.max_rounds": "rollout.max_batches",
 }
 # `null` is the default now; what it was, where that was something else.
 NULL_WAS = {"objective.dual_clip": "off, which is 0 now"}

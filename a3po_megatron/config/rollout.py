@@ -21,7 +21,9 @@ class RolloutOptions(Section):
     dynamic_sampling: bool = option(
         True, "leave out groups whose verdicts are all alike, and sample others; false: train on all (GRPO)"
     )
-    max_rounds: Positive = option(4, "rounds of sampling that a step may take to find enough groups")
+    max_batches: Positive = option(
+        4, "times trainer.prompts_per_step prompts that a step may sample to find enough groups"
+    )
     max_sequences: Positive = option(256, "rollouts that an engine decodes at once")
     kv_cache_bytes: Positive = option(256 << 20, "of one engine's KV cache")
     quantization: Literal["none", "fp8_per_block"] = option(

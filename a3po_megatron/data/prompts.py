@@ -56,12 +56,6 @@ class Prompts:
         self._shares = self._checked_shares() if self._data is not None else []
         self.position = 0
 
-    def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts."""
-        taken = [self.at(self.position + offset) for offset in range(count)]
-        self.position += count
-        return taken
-
     def at(self, index: int) -> Prompt:
         """The prompt at a position of the endless order."""
         if self._data is None:

@@ -26,7 +26,7 @@ from ..ranks.agree import first
 from ..ranks.groups import Ranks
 from ..reward.grader import grader_of
 from ..rollout.engine import Engine, Request
-from ..rollout.intake import Graders, opened_thoughts
+from ..rollout.sample import Graders, opened_thoughts
 from ..run.stop import Interrupt
 from ..telemetry.catalogue import Phase
 from ..telemetry.clock import CLOCK, phase

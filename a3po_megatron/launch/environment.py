@@ -30,6 +30,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "TORCH_GLOO_LAZY_INIT": "1",  # ranks connect when they first talk: each with all others would be world² connections
 }
 ON_CPU = {
     # torch.compile inside vLLM and Megatron: minutes of compilation, and a C++ compiler, for nothing at these sizes.

@@ -62,6 +62,7 @@ class Update:
     gradient_norm: float | None  # mean over the mini-batches that were applied; None: none was
     learning_rate: float
     rejected: int  # mini-batches that were not applied
+    padding: float  # share of what the model computed that is of no rollout
 
 
 class Learner:
@@ -224,10 +225,12 @@ class Learner:
         with phase(Phase.UPDATE):
             assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
             self.schedule.step(increment=1)
-            whole, norms = Report(objective.metrics), []
+            whole, norms, held = Report(objective.metrics), [], 0
             for number in range(batch.mini_batches):
                 chosen = torch.nonzero(batch.mini_batch == number)[:, 0].tolist()
-                part = self._accumulate(self._micro_batches(batch, chosen), batch, objective, number)
+                micro_batches = self._micro_batches(batch, chosen)
+                held += sum(part.tokens.shape[1] for part in micro_batches)
+                part = self._accumulate(micro_batches, batch, objective, number)
                 whole.take(part.largest)
                 if self._is_broken(part.sums):
                     batch.rejected.append(number)
@@ -242,7 +245,15 @@ class Learner:
                 gradient_norm=sum(norms) / len(norms) if norms else None,
                 learning_rate=self.optimizer.param_groups[0]["lr"],
                 rejected=len(batch.rejected),
+                padding=self._padding(batch, held),
             )
+
+    def _padding(self, batch: Batch, held: int) -> float:
+        """`held`: tokens of this rank's micro-batches. Each context-parallel rank holds a part of every rollout."""
+        read = sum(len(rollout.prompt.tokens) + len(rollout.tokens) - 1 for rollout in batch.rollouts)
+        mine = read if self.ranks.coordinates.context == 0 else 0
+        of_rollouts, all_tokens = self.ranks.sum_over_tokens(torch.tensor([mine, held], dtype=torch.float64)).tolist()
+        return 1 - of_rollouts / all_tokens
 
     def _accumulate(self, micro_batches: list[MicroBatch], batch: Batch, objective: Objective, number: int) -> Report:
         """Gradients of one mini-batch; returns what the objective reports of its tokens: sums as on the last stage,

@@ -126,6 +126,14 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.engine_group)
         return bool(value)
 
+    def told_by_engine(self, number: int) -> int:
+        """What the first rank of this rank's engine says: the others' number does not count."""
+        if self.engine_group is None:
+            return number
+        value = torch.tensor([number], dtype=torch.int64)
+        dist.broadcast(value, group=self.engine_group, group_src=0)
+        return int(value)
+
     def sum_over_tokens(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks that hold different tokens: context- and data-parallel ones."""
         if self.data * self.context > 1:

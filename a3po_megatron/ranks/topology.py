@@ -138,13 +138,24 @@ class Topology:
         Of a colocated one the first of every data-parallel rank that it spans: all its ranks hold all its completions,
         so that each replica takes its share without sending any. Of one by itself its first rank.
         """
-        ranks = self.groups("engine")[engine]
+        begin = self._first_sampling + engine * self.engine_ranks
+        ranks = range(begin, begin + self.engine_ranks)
         if self.apart:
             return [ranks[0]]
         first: dict[int, int] = {}
         for rank in ranks:
             first.setdefault(self.coordinates(rank).data, rank)
         return sorted(first.values())
+
+    def leader(self, prompt: int, engine: int) -> int:
+        """Which of an engine's leaders answers for a prompt, by its index."""
+        leaders = self.leaders(engine)
+        return leaders[prompt // self.engines % len(leaders)]
+
+    def home(self, prompt: int) -> int:
+        """The replica that would train on a prompt's rollouts if each engine sampled its own (rollout/board.py), and
+        none had to be moved for balance."""
+        return self.coordinates(self.leader(prompt, prompt % self.engines)).data
 
     def group(self, kind: Kind, rank: int) -> list[int]:
         """The group of a kind that a rank is in."""

@@ -162,9 +162,9 @@ CHARTS = (
     ),
     Chart(
         COST,
-        "Sampling rounds",
-        "Rounds of sampling a step needed to fill its groups; more rounds, more prompts without mixed verdicts.",
-        "rounds",
+        "Sampled groups",
+        "Groups that a step sampled to find enough that count; the more, the more prompts without mixed verdicts.",
+        "groups",
     ),
     Chart(
         COST,

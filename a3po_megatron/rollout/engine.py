@@ -68,10 +68,12 @@ class Engine(Protocol):
     fused_experts: bool  # takes a layer's experts as one tensor (weights/fuse.py)
 
     def sample(
-        self, requests: Iterable[Request], sampling: Sampling | None = None, room: int | None = None
+        self, requests: Iterable[Request | None], sampling: Sampling | None = None, room: int | None = None
     ) -> Generator[list[tuple[int, Completion]]]:
         """After every engine step, what it finished: (which request, its completion). Closing it drops the rest.
 
+        requests: None in place of one: there is none now, ask again after the next step (an empty one where the engine
+            has nothing to do); it has no number
         sampling: None: as the run's rollouts are sampled
         room: how many requests it holds at once, and so how far ahead it takes them; None: all
         """

@@ -14,7 +14,6 @@ until a reload has written it anew: hence the reload of whole layers, the receip
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +99,7 @@ class VllmEngine:
         self.sleep()
 
     def sample(
-        self, requests: Iterable[Request], sampling: Sampling | None = None, room: int | None = None
+        self, requests: Iterable[Request | None], sampling: Sampling | None = None, room: int | None = None
     ) -> Generator[list[tuple[int, Completion]]]:
         options = self._options
         own = Sampling(options.temperature, options.top_p, options.top_k, options.max_tokens)
@@ -155,18 +154,24 @@ class VllmEngine:
                 yield HEAD, tensor
 
     def _complete(
-        self, requests: Iterable[Request], how: Sampling, room: int | None = None
+        self, requests: Iterable[Request | None], how: Sampling, room: int | None = None
     ) -> Generator[list[tuple[int, Completion]]]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
         devices = [torch.cuda.current_device()] if self._backend.device == "cuda" else []
-        coming = enumerate(requests)
+        coming, taken, ended = iter(requests), 0, False
         try:
             while True:
-                space = None if room is None else max(0, room - engine.get_num_unfinished_requests())
-                for number, request in itertools.islice(coming, space):
+                while not ended and (room is None or engine.get_num_unfinished_requests() < room):
+                    try:
+                        request = next(coming)
+                    except StopIteration:
+                        ended = True
+                        break
+                    if request is None:
+                        break
                     parameters = SamplingParams(
                         temperature=how.temperature,
                         top_p=how.top_p,
@@ -178,9 +183,13 @@ class VllmEngine:
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
                     )
-                    engine.add_request(str(number), {"prompt_token_ids": list(request.prompt)}, parameters)
+                    engine.add_request(str(taken), {"prompt_token_ids": list(request.prompt)}, parameters)
+                    taken += 1
                 if not engine.has_unfinished_requests():
-                    return
+                    if ended:
+                        return
+                    yield []
+                    continue
                 # vLLM draws for the whole batch before it draws anew for requests with a seed: this process' streams
                 # would go on with every engine step, of which a resumed run has fewer.
                 with torch.random.fork_rng(devices, device_type="cuda"):

@@ -27,7 +27,7 @@ from ..files.run_folder import MANIFEST, step_of
 from ..files.side_files import side_files
 from ..files.sources import files_of, paths_of
 
-FORMAT = 3  # of a run's checkpoints, and of what says which run a folder holds: 3 has resolved settings
+FORMAT = 4  # of a run's checkpoints, and of what says which run a folder holds: 4 has the share of groups that count
 LEFT_BY_NFS = ".nfs"  # a removed file that some process had open
 
 

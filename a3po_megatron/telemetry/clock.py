@@ -26,6 +26,7 @@ class Clock:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.before: dict[str, float] = {}  # the seconds of the step before
         self.begun = time.perf_counter()  # when the step began
+        self.idle = 0.0  # seconds of the step that this rank's engine had nothing to sample
         self.bytes: dict[str, int] = {}  # memory in use in each state of residency.py, at its end
         self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
         self.changes = 0
@@ -76,6 +77,7 @@ class Clock:
         self._stack[0] = Phase.BETWEEN
         self.before = dict(self.seconds)
         self.seconds.clear()
+        self.idle = 0.0
         self._announce()
 
     def _announce(self) -> None:

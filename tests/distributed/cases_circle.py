@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,12 +25,13 @@ from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model import cut
 from a3po_megatron.parts import Parts, build
 from a3po_megatron.reward.math import grade
-from a3po_megatron.rollout.engine import Request, in_order
+from a3po_megatron.rollout.engine import Completion, Request, in_order
 from a3po_megatron.rollout.vllm_engine import VllmEngine
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
 from a3po_megatron.weights import publish, witness
 from tests.harness.ranks import ROOT, CaseRanks
+from tests.harness.taking import take
 from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
@@ -103,7 +106,7 @@ def _publishes(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, Any
         with torch.no_grad():
             for parameter in learner.parameters().values():
                 parameter.mul_(1.05)
-    requests = [Request(prompt.tokens, seed) for seed, prompt in enumerate(prompts.take(4))]
+    requests = [Request(prompt.tokens, seed) for seed, prompt in enumerate(take(prompts, 4))]
     found["tokens"] = [completion.tokens.tolist() for completion in in_order(engine.sample(requests))]
     return found
 
@@ -254,18 +257,40 @@ def _gather_arguments(made: Parts) -> tuple[Any, ...]:
     return made.publish.publisher.plan, made.learner.parameters(), made.publish.publisher.groups, torch.float32
 
 
-def one_step_of_rollouts(ranks: CaseRanks) -> dict[str, Any]:
+class Slow:
+    """An engine whose steps take longer."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine, self.weight_version = engine, engine.weight_version
+
+    def sample(self, *arguments: Any, **options: Any) -> Iterator[list[tuple[int, Completion]]]:
+        with contextlib.closing(self._engine.sample(*arguments, **options)) as steps:
+            for done in steps:
+                time.sleep(0.05)
+                yield done
+
+
+def one_slow_engine(ranks: CaseRanks) -> dict[str, Any]:
+    """As below, with an engine on rank 1 that is slow."""
+    return one_step_of_rollouts(ranks, slow=1)
+
+
+def one_step_of_rollouts(ranks: CaseRanks, slow: int | None = None) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
-    made = parts(ranks, 1, ranks.world, FEW)
+    options = ["parallel.tensor=1", f"parallel.data={ranks.world}", FEW]
+    made = built(ranks, f"sampled-{slow}", options, InProcess(grade), engine_of=Forgetful)
     engine = made.engine
     made.publish()
+    if ranks.rank == slow:
+        made.intake.engine = Slow(engine)  # type: ignore[assignment]
     collected = made.intake.next(0)
     rollouts = [r for group in collected.sampled for r in group.rollouts]
     result = {
         "tokens": {r.name: r.tokens.tolist() for r in rollouts},
         "logprobs": {r.name: r.logprobs.tolist() for r in rollouts},
         "accepted": collected.accepted,
-        "metrics": collected.metrics,
+        "metrics": {name: value for name, value in collected.metrics.items() if "idle" not in name},  # seconds
+        "surplus": made.intake.state()["surplus"],
         "finish": sorted({r.finish for r in rollouts}),
     }
     if ranks.world == 1:
@@ -283,7 +308,7 @@ def logprobs_are_of_the_sampling_distribution(ranks: CaseRanks) -> float:
     made = parts(ranks, 1, ranks.world, "rollout.temperature=0.7")
     engine, learner, prompts = made.engine, made.learner, made.prompts
     made.publish()
-    asked = prompts.take(16)
+    asked = take(prompts, 16)
     completions = in_order(engine.sample([Request(prompt.tokens, seed) for seed, prompt in enumerate(asked)]))
     worst = 0.0
     for prompt, completion in zip(asked, completions, strict=True):
@@ -433,7 +458,7 @@ def gsm8k_through_the_loop(ranks: CaseRanks) -> dict[str, Any]:
         "model": {"path": str(model)},
         "data": {"path": str(data / "gsm8k_train.jsonl"), "template": "qwen", "drop_long_prompts": True},
         "parallel": {"tensor": 2},
-        "rollout": {"max_prompt_tokens": 400, "max_tokens": 24, "max_rounds": 2},
+        "rollout": {"max_prompt_tokens": 400, "max_tokens": 24, "max_batches": 2},
         "trainer": {
             "steps": 1,
             "prompts_per_step": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -78,6 +79,23 @@ def absences(ranks: CaseRanks) -> dict[str, str]:
             store.set_timeout(timedelta(seconds=120))
         dist.barrier()
     return found
+
+
+def connections(ranks: CaseRanks) -> list[int]:
+    """How many sockets this rank has for a new group of all: before it is used, after a sum over it."""
+    before = _sockets()
+    group = dist.new_group()
+    counts = [_sockets() - before]
+    dist.all_reduce(torch.ones(1), group=group)
+    return [*counts, _sockets() - before]
+
+
+def _sockets() -> int:
+    return sum(os.readlink(f"/proc/self/fd/{number}").startswith("socket:") for number in _numbers())
+
+
+def _numbers() -> list[str]:
+    return [number for number in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{number}")]
 
 
 def layouts(ranks: CaseRanks) -> dict[str, Any]:

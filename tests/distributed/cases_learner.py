@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from a3po_megatron.algorithm.shaping import shape
 from a3po_megatron.batch import Batch, Collected
 from a3po_megatron.config import Config, Settings
 from a3po_megatron.learner.learner import Learner
-from a3po_megatron.learner.micro_batch import micro_batch
+from a3po_megatron.learner.micro_batch import MicroBatch, micro_batch
 from a3po_megatron.model.cut import hf_tensors
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.ranks.groups import Ranks
@@ -152,6 +153,15 @@ def literal_update(folder: Path, tools: bool) -> Literal:
     return Literal(float(loss), float(norm), logprobs, gradients, moved, float(second))
 
 
+def padding_share(cluster: Ranks, collected: Collected, held: int) -> float:
+    """Of what all ranks computed: each model-parallel rank computes all tokens of its replica."""
+    everywhere = torch.tensor([float(held)])
+    dist.all_reduce(everywhere)
+    rollouts = [rollout for group in collected.groups for rollout in group.rollouts]
+    read = sum(len(rollout.prompt.tokens) + len(rollout.tokens) - 1 for rollout in rollouts)
+    return 1 - read * cluster.tensor * cluster.pipeline / float(everywhere)
+
+
 def one_update(ranks: CaseRanks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
@@ -179,7 +189,16 @@ def one_update(ranks: CaseRanks, kind: str, tensor: int, data: int, **parallel: 
     assert (scored.trained is not None) == tools
     results["score"] = float((scored.old_logprobs - logprobs).abs().max())
     results["padding"] = padding_moves(learner, batch_of(collected, mine))
-    stats = learner.update(batch_of(collected, mine), CLIPPED)
+    held, packed = [], learner._packed
+
+    def recorded(contents: Any) -> list[MicroBatch]:
+        parts = packed(contents)
+        held.extend(part.tokens.numel() for part in parts)
+        return parts
+
+    with mock.patch.object(learner, "_packed", recorded):
+        stats = learner.update(batch_of(collected, mine), CLIPPED)
+    results["padding_share"] = abs(stats.padding - padding_share(cluster, collected, sum(held)))
     results["loss"] = abs(stats.reported["learner/loss"] - exact.loss)
     results["norm_sgd"] = abs(stats.gradient_norm / exact.norm - 1)
     ours = as_hf(learner, {key: p.main_grad for key, p in learner.parameters().items()})

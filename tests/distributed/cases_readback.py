@@ -30,6 +30,7 @@ from a3po_megatron.rollout.vllm_engine import VllmEngine
 from tests.distributed import cases_circle as circle
 from tests.distributed.cases_circle import Forgetful
 from tests.harness.ranks import CaseRanks
+from tests.harness.taking import take
 from tests.harness.tiny_models import hf_model, make_checkpoint, resolved
 
 # As in cases_circle: an engine over two ranks, and experts dealt over them, have processes of their own.
@@ -344,7 +345,7 @@ def _two_steps(made: Any, residency: Residency) -> list[str]:
     for _ in range(2):
         with residency.rollout():
             engine.calls.append("sample")
-            in_order(engine.sample([Request(prompt.tokens, 1) for prompt in prompts.take(2)]))
+            in_order(engine.sample([Request(prompt.tokens, 1) for prompt in take(prompts, 2)]))
         with residency.training():
             engine.calls.append("train")
         with residency.publishing():

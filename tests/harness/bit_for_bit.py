@@ -6,7 +6,7 @@ import argparse
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from a3po_megatron.files.run_folder import rollout_files
 from a3po_megatron.report.read import read_rollouts
+from a3po_megatron.run.journal import read_frames
 
 VOLATILE = ("perf/", "startup/", "memory/", "refit/seconds")  # metrics that measure the machine
 TIME_STAMPS = ("time",)  # of a rollout
@@ -63,26 +64,30 @@ def _bits(value: Any) -> Any:
 
 
 def _rollouts_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
-    ours, theirs = (
-        {path.name: path for files in rollout_files(folder).values() for path in files} for folder in (found, wanted)
-    )
-    for name in sorted(ours.keys() ^ theirs.keys()):
-        yield f"rollouts/{name} is only in {found if name in ours else wanted}"
-    for name in sorted(ours.keys() & theirs.keys()):
+    """Step by step: which rank's engine sampled a prompt, and so whose file has it, is a matter of time."""
+    ours, theirs = (rollout_files(folder) for folder in (found, wanted))
+    for step in sorted(ours.keys() | theirs.keys()):
         notes: list[str] = []
-        records, others = (list(read_rollouts(path, notes)) for path in (ours[name], theirs[name]))
+        records, others = (_by_name(files.get(step, []), notes) for files in (ours, theirs))
         yield from notes
-        if len(records) != len(others):
-            yield f"rollouts/{name}: {len(records)} rollouts, not {len(others)}"
-        for number, (record, other) in enumerate(zip(records, others, strict=False)):
-            where = f"rollouts/{name}, rollout {number} (prompt {other['prompt_id']}, sample {other['sample']})"
+        for name in sorted(records.keys() ^ others.keys()):
+            yield f"rollouts of step {step}: {name} is only in {found if name in records else wanted}"
+        for name in sorted(records.keys() & others.keys()):
+            record, other, where = records[name], others[name], f"rollouts of step {step}, {name}"
             if list(record) != list(other):
                 yield f"{where}: its keys are {list(record)}, not {list(other)}"
             for key in (key for key in record if key in other):
                 if key not in TIME_STAMPS:
                     yield from objects_differ(record[key], other[key], f"{where}: {key}")
-    if set(rollout_files(wanted)) != set(range(steps)):
-        yield f"{wanted}: rollouts of the steps {sorted(rollout_files(wanted))}, not 0 to {steps - 1}"
+    if set(theirs) != set(range(steps)):
+        yield f"{wanted}: rollouts of the steps {sorted(theirs)}, not 0 to {steps - 1}"
+
+
+def _by_name(files: Sequence[Path], notes: list[str]) -> dict[str, dict[str, Any]]:
+    records = [record for path in files for record in read_rollouts(path, notes)]
+    named = {f"prompt {record['prompt_id']} sample {record['sample']}": record for record in records}
+    assert len(named) == len(records), f"{files}: a rollout is there twice"
+    return named
 
 
 def _checkpoints_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
@@ -104,9 +109,14 @@ def _checkpoints_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
     for path in sorted(theirs.glob("rank-*.json")):  # the random streams
         streams, other = (json.loads((folder / path.name).read_text()) for folder in (ours, theirs))
         yield from objects_differ(streams, other, f"{name}/{path.name}")
-    for path in sorted(theirs.glob("surplus.rank-*")):
-        if (ours / path.name).read_bytes() != path.read_bytes():
-            yield f"{name}/{path.name}: other groups are carried over"
+    ours, theirs = (_carried(folder) for folder in (ours, theirs))
+    yield from objects_differ(ours, theirs, f"{name}: groups that are carried over")
+
+
+def _carried(checkpoint: Path) -> dict[str, bytes]:
+    """What each group that is carried over holds, whichever rank answers for it."""
+    frames = (frame for path in sorted(checkpoint.glob("surplus.rank-*")) for frame in read_frames(path))
+    return {json.dumps(frame.header, sort_keys=True): frame.payload() or b"" for frame in frames}
 
 
 def read_chunks(checkpoint: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from unittest import mock
 import psutil
 
 import tests.distributed  # noqa: F401  # prepares this process, before anything imports Megatron
-from a3po_megatron.launch.environment import die_with_parent
+from a3po_megatron.launch.environment import SETTINGS, die_with_parent
 from a3po_megatron.launch.local import rendezvous
 from tests.harness import tidying
 from tests.harness.tidying import ROOT
@@ -75,6 +75,7 @@ class World:
                 "MASTER_PORT": str(meeting.getsockname()[1]),
                 "GLOO_SOCKET_IFNAME": "lo",
                 "VLLM_HOST_IP": "127.0.0.1",
+                "TORCH_GLOO_LAZY_INIT": SETTINGS["TORCH_GLOO_LAZY_INIT"],
             }
             if te:
                 environment |= {"A3PO_TEST_SPEC": "te", "NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
