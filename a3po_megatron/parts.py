@@ -251,4 +251,5 @@ def _publisher(settings: Settings, ranks: Ranks, facts: ModelFacts, learner: Lea
     def engine_experts(rank: int) -> tuple[int, int]:
         return local_experts(rank, rollout.tensor, rollout.expert, experts)
 
-    return Publisher(ranks, facts, learner.layout, settings.publish, canary, engine_experts)
+    dtype = DTYPES[settings.model.dtype]
+    return Publisher(ranks, facts, learner.layout, settings.publish, canary, engine_experts, dtype)

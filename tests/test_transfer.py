@@ -120,7 +120,7 @@ def run(case: Case, consume: Callable[[FakeDist, int, Any], Any] | None = None) 
 
     def work(global_rank: int) -> Any:
         def stream(some: Plan = the_plan, allocate: Allocate = fresh) -> Iterator[tuple[str, Tensor]]:
-            return gather(some, parameters[rank], groups[rank], DTYPE, allocate)
+            return itertools.chain.from_iterable(gather(some, parameters[rank], groups[rank], DTYPE, allocate))
 
         rank = by_global[global_rank]
         return consume(fake, rank, stream) if consume else list(stream())

@@ -16,6 +16,7 @@ its bytes are on the disk (fsync). Prints a table with ratios; --json keeps it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -105,7 +106,7 @@ def load_and_save(source: Path, target: Path, facts: ModelFacts) -> None:
     parameters = {key: torch.empty(shape, dtype=torch.bfloat16) for key, shape in shapes.items()}
     load_shards(source, facts, mine, parameters)
     whole = plan(layout, [mine], list(hf_tensors(facts)), 256 << 20, 2, [(0, 0)])
-    stream = gather(whole, parameters, Groups(0, 0), torch.bfloat16)
+    stream = itertools.chain.from_iterable(gather(whole, parameters, Groups(0, 0), torch.bfloat16))
     export_stream(stream, whole.tensors(0), torch.bfloat16, source, target)
 
 

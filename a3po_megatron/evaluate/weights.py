@@ -49,8 +49,9 @@ def load_weights(
         sums: dict[str, int] = {}
         inside: dict[str, int] = {}
         quantised = engine.quantised if engine.receipt_strength == "requantised" else None
+        read = stream_of(Path(source.weights), facts, engine.dtype, allocate, torch.device(ranks.backend.device))
         stream = checked(
-            stream_of(Path(source.weights), facts, engine.dtype, allocate, torch.device(ranks.backend.device)),
+            ([each] for each in read),
             every,
             engine.dtype,
             sums,

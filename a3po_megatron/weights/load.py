@@ -107,8 +107,13 @@ def load_shards(
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no element is infinite or NaN: the extremes show it (a NaN is both), at memory's speed."""
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values))
+    """Whether no element is infinite or NaN; waits for the device."""
+    return bool(finite(values))
+
+
+def finite(values: Tensor) -> Tensor:
+    """The same, [] bool on the tensor's device: the extremes show it (a NaN is both), at memory's speed."""
+    return torch.isfinite(torch.stack(torch.aminmax(values))).all()
 
 
 def parts_of(stored: Stored, first: int, count: int) -> Iterator[tuple[int, int]]:

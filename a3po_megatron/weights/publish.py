@@ -13,6 +13,7 @@ whose layout is the kernel's), else it shows in the canary.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -41,8 +42,8 @@ from ..telemetry.catalogue import Phase
 from ..telemetry.clock import phase
 from .export import export_stream
 from .fuse import FusedExperts
-from .load import all_finite
-from .receipt import Receipt, shard_checksums, tensor_checksum, wrap
+from .load import finite
+from .receipt import Receipt, shard_checksums, tensor_sum, wrap
 from .route import plan
 from .transfer import Groups, Parameters, Timings, fresh, gather, kept_in
 from .witness import Scored, lacks_room, largest_difference
@@ -72,6 +73,7 @@ class Publisher:
         options: PublishSettings,
         canary: Sequence[Sequence[int]],
         engine_experts: Callable[[int], tuple[int, int]] | None = None,  # of a global rank; None: all of them
+        dtype: torch.dtype = torch.float32,  # of the engine's weights
     ) -> None:
         self.ranks, self.facts, self.options = ranks, facts, options
         self.canary = [Request(prompt, named_seed("canary", number)) for number, prompt in enumerate(canary)]
@@ -85,11 +87,11 @@ class Publisher:
         self.replica = dist.get_process_group_ranks(ranks.replica_group)
         experts = [engine_experts(rank) if engine_experts else every for rank in self.replica]
         self.tensors = tensors(facts)
-        self.plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, 4, experts)
+        self.plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, dtype.itemsize, experts)
         self.export_plan = self.plan  # whole models, for who writes them down
         if any(needed != every for needed in experts):
             whole = [every] * len(by_rank)
-            self.export_plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, 4, whole)
+            self.export_plan = plan(layout, by_rank, list(self.tensors), options.bucket_bytes, dtype.itemsize, whole)
         # Both follow from the plan alone, and take a second where it is a large one.
         self.digest, self.received = self.plan.digest(), self.plan.received(self.rank)
         self.groups = Groups(
@@ -169,7 +171,7 @@ class Publisher:
     def export(self, parameters: Parameters, dtype: torch.dtype, source: Path, target: Path) -> None:
         """Writes the weights as an HF folder, on rank 0. A collective over all ranks."""
         if 0 in self.replica:
-            stream = gather(self.export_plan, parameters, self.groups, dtype)
+            stream = itertools.chain.from_iterable(gather(self.export_plan, parameters, self.groups, dtype))
             order = self.export_plan.tensors(self.rank)
             export_stream(stream, order, dtype, source, target if self.ranks.rank == 0 else None)
         self.ranks.agree("export", True, all)
@@ -260,6 +262,7 @@ def compare_back(ranks: Ranks, engine: Engine, expected: dict[str, int], what: s
     pieces, tensors = engine.holdings()
     whole = [piece for piece in pieces if piece.numel == math.prod(piece.shape)]
     cut = [piece for piece in pieces if piece.numel < math.prod(piece.shape)]
+    names_of_whole = [piece.tensor for piece in whole]
     sums = torch.stack([shard_checksums(cut, tensors, None, names), _held(cut, names)])
     if ranks.engine_group is not None:
         dist.all_reduce(sums, group=ranks.engine_group)
@@ -269,7 +272,7 @@ def compare_back(ranks: Ranks, engine: Engine, expected: dict[str, int], what: s
         if name in shapes:  # keys and values are there several times where an engine has more ranks than KV heads
             wanted[name] = wrap(expected[name] * (held // math.prod(shapes[name])))
     sums_here = dict(zip(names, sums[0].tolist(), strict=True))
-    sums_here |= {p.tensor: int(shard_checksums([p], tensors, None, [p.tensor])) for p in whole}
+    sums_here |= dict(zip(names_of_whole, shard_checksums(whole, tensors, None, names_of_whole).tolist(), strict=True))
     here = {piece.tensor for piece in pieces}
     wrong = [name for name in names if name in here and sums_here[name] != wanted[name]]
     for rank, missed in enumerate(ranks.agree("engine's tensors", wrong, list)):
@@ -300,7 +303,7 @@ def one_plan_a_replica(values: list[tuple[list[int], str]]) -> None:
 
 
 def checked(
-    stream: Iterable[tuple[str, Tensor]],
+    stream: Iterable[Sequence[tuple[str, Tensor]]],
     coming: Mapping[str, HfTensor],
     dtype: torch.dtype,  # of the model
     sums: dict[str, int],
@@ -308,30 +311,37 @@ def checked(
     quantised: Callable[[str, Tensor], Tensor] | None = None,
     inside: dict[str, int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Hands on a stream of HF tensors, each only after its check; `sums` gets the checksum of what was handed on, and
-    `inside` that of what the engine makes of it (`quantised`).
+    """Hands on HF tensors that come in parts, each part only after its check; at the end `sums` has the checksum of
+    what was handed on, and `inside` that of what the engine makes of it (`quantised`). The host waits for the device
+    once a part, and not once a tensor.
 
     Raises PublishError for a tensor that is unknown, given twice, of another shape or dtype, not finite, or missing at
     the end: vLLM itself would take most of these silently, or be unusable afterwards.
     """
-    for name, tensor in stream:
+    came: dict[str, list[Tensor]] = {}  # name → its sum, and that of what the engine makes of it: [] on the device
+    for part in stream:
         start = time.perf_counter()
-        if name not in coming or name in sums:
-            raise PublishError(f"publish: {name} is {'sent twice' if name in sums else 'no tensor of this model'}")
-        shape, kind = coming[name].shape, kept_in(coming[name], dtype)
-        if tuple(tensor.shape) != shape or tensor.dtype != kind:
-            raise PublishError(
-                f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shape} {kind}"
-            )
-        if not all_finite(tensor):
-            raise PublishError(f"publish: {name} holds a value that is not finite")
-        sums[name] = tensor_checksum(tensor)
-        if quantised is not None and inside is not None:
-            inside[name] = tensor_checksum(quantised(name, tensor))
+        for name, tensor in part:
+            if name not in coming or name in came:
+                raise PublishError(f"publish: {name} is {'sent twice' if name in came else 'no tensor of this model'}")
+            shape, kind = coming[name].shape, kept_in(coming[name], dtype)
+            if tuple(tensor.shape) != shape or tensor.dtype != kind:
+                raise PublishError(
+                    f"publish: {name} is {tuple(tensor.shape)} {tensor.dtype}, the engine needs {shape} {kind}"
+                )
+            made = [] if quantised is None else [quantised(name, tensor)]
+            came[name] = [tensor_sum(each) for each in (tensor, *made)]
+        sound = torch.stack([finite(tensor) for _, tensor in part]).tolist() if part else []
+        for (name, _), is_finite in zip(part, sound, strict=True):
+            if not is_finite:
+                raise PublishError(f"publish: {name} holds a value that is not finite")
         timings.receipt += time.perf_counter() - start
-        yield name, tensor
-    if missing := [name for name in coming if name not in sums]:
+        yield from part
+    if missing := [name for name in coming if name not in came]:
         raise PublishError(f"publish: {missing[0]} was not sent ({len(missing)} tensors missing)")
+    for place, found in enumerate([sums] if inside is None or quantised is None else [sums, inside]):
+        if came:
+            found |= zip(came, torch.stack([each[place] for each in came.values()]).tolist(), strict=True)
 
 
 class Publish:

@@ -42,9 +42,14 @@ class Receipt:
     witness: float | None = None  # the same, learner − transformers on an export; None: not asked this time
 
 
-@torch.no_grad()
 def block_checksum(values: Tensor, first: int, stride: int, dtype: torch.dtype) -> int:
-    """The sum for a block [R, C] of an HF tensor, after the cast, as a signed 64-bit integer.
+    """As `block_sum`, on the host: waits for the device."""
+    return int(block_sum(values, first, stride, dtype))
+
+
+@torch.no_grad()
+def block_sum(values: Tensor, first: int, stride: int, dtype: torch.dtype) -> Tensor:
+    """The sum for a block [R, C] of an HF tensor, after the cast, as a signed 64-bit integer [] on its device.
 
     Its element (r, c) has the HF index first + r * stride + c. Worked off in parts that stay in a processor's cache:
     13 times as fast on a CPU as in parts that do not.
@@ -63,7 +68,7 @@ def block_checksum(values: Tensor, first: int, stride: int, dtype: torch.dtype) 
             bits = part.view(_BITS[part.element_size()]).to(torch.int64)
             bits &= (1 << 8 * part.element_size()) - 1
             total += (_odd_splitmix64(hashes) * bits).sum()
-    return int(total)
+    return total
 
 
 def _odd_splitmix64(z: Tensor) -> Tensor:
@@ -74,8 +79,13 @@ def _odd_splitmix64(z: Tensor) -> Tensor:
 
 
 def tensor_checksum(tensor: Tensor) -> int:
-    """The checksum of a whole HF tensor."""
-    return block_checksum(tensor.reshape(1, -1), 0, 0, tensor.dtype)
+    """The checksum of a whole HF tensor, on the host: waits for the device."""
+    return int(tensor_sum(tensor))
+
+
+def tensor_sum(tensor: Tensor) -> Tensor:
+    """The same, [] int64 on the tensor's device."""
+    return block_sum(tensor.reshape(1, -1), 0, 0, tensor.dtype)
 
 
 def shard_checksums(
@@ -85,19 +95,25 @@ def shard_checksums(
 
     Of their values in `dtype`, or in what a tensor is kept in; None: of what they are.
     """
-    totals = dict.fromkeys(names, 0)
+    places = {name: place for place, name in enumerate(names)}
+    owned: list[int] = []
+    sums: list[Tensor] = []  # on the device, which is waited for once
     for piece in pieces:
         if piece.owner:
             values = parameters[piece.key].detach().narrow(piece.dim, piece.offset, piece.length)
             columns, kind = math.prod(piece.shape[1:]), kept_in(piece.hf, dtype) if dtype else values.dtype
             if piece.dim == 0 and values.is_contiguous():  # rows that follow each other in the HF tensor too
-                checksum = block_checksum(values.view(1, -1), piece.start * columns, 0, kind)
+                total = block_sum(values.view(1, -1), piece.start * columns, 0, kind)
             elif piece.dim == 0:
-                checksum = block_checksum(values.reshape(piece.length, columns), piece.start * columns, columns, kind)
+                total = block_sum(values.reshape(piece.length, columns), piece.start * columns, columns, kind)
             else:
-                checksum = block_checksum(values, piece.start, columns, kind)
-            totals[piece.tensor] += checksum
-    return torch.tensor([wrap(totals[name]) for name in names], dtype=torch.int64)
+                total = block_sum(values, piece.start, columns, kind)
+            owned.append(places[piece.tensor])
+            sums.append(total)
+    totals = torch.zeros(len(names), dtype=torch.int64)
+    if sums:  # int64 wraps modulo 2^64, as it should
+        totals.index_add_(0, torch.tensor(owned), torch.stack(sums).cpu())
+    return totals
 
 
 def wrap(value: int) -> int:

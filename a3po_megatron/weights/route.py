@@ -17,6 +17,8 @@ bucket. The plan is the same on every rank of a replica; weights/transfer.py car
 
 from __future__ import annotations
 
+import collections
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ from dataclasses import dataclass, replace
 
 from ..model.cut import HfTensor, Piece
 from ..model.layout import Layout
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of what a tensor may be kept in
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def plan(
     by_rank: Sequence[Sequence[Piece]],  # of a replica's ranks, stage after stage
     order: Sequence[str],  # HF names as they are to arrive
     bucket_bytes: int,
-    itemsize: int,
+    itemsize: int,  # bytes of an element of the model's dtype
     experts: Sequence[tuple[int, int]],  # per rank: first and last + 1 of the experts that its engine rank needs
 ) -> Plan:
     """Plans buckets of at most `bucket_bytes` (or one tensor, where that is larger), each of one stage.
@@ -126,7 +130,7 @@ def plan(
             names.clear()
 
     for tensor in _dealt([tensors[name] for name in order], layout.expert):
-        bytes_here = tensor.numel * itemsize
+        bytes_here = tensor.numel * (WIDTHS[tensor.dtype] if tensor.dtype else itemsize)
         # All owners of a tensor stand on one stage: the copy of a tied embedding on the last one owns nothing.
         where = owners[tensor.name][0] // layout.stage_ranks
         # One collective packs a bucket into one buffer: of one dtype.
@@ -176,6 +180,51 @@ def slices(plan: Plan, bucket: Bucket, within: int) -> list[Piece]:
     """Returns what a column gives to its tensor-parallel group: slices of dense tensors; all have the whole ones."""
     held = bucket.held[plan.rank(bucket.stage, within)]
     return [piece for piece in held if piece.hf.expert is None and piece.hf.cut != "whole"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the ranks of an expert group give each other of one bucket, as one of them sees it."""
+
+    sent: list[list[Piece]]  # to each member, none to itself
+    got: list[list[Piece]]  # from each member
+    alike: list[list[Piece]] | None  # what each gives, where every receiver gets the same and all give as much
+
+
+def expert_exchange(plan: Plan, bucket: Bucket, stage: int, within: int) -> Exchange | None:
+    """None where nothing has to move, the same on all members. Looks at each piece of the bucket once, not at all pairs
+    of members."""
+    members = plan.expert_group(within)
+    held = [_experts_of(bucket.held[plan.rank(bucket.stage, member)]) for member in members]
+    needed_by = _needed_by(tuple(plan.experts[plan.rank(stage, member)] for member in members))
+    if not any(other != sender for sender, its in enumerate(held) for e, _ in its for other in needed_by[e][:2]):
+        return None
+    if all(len(needed_by[e]) in (0, len(members)) for its in held for e, _ in its):
+        shares = [[piece for e, piece in its if needed_by[e]] for its in held]
+        if len({sum(piece.numel for piece in share) for share in shares}) == 1:
+            return Exchange([], [], shares)
+    me = members.index(within)
+    sent: list[list[Piece]] = [[] for _ in members]
+    for e, piece in held[me]:
+        for other in needed_by[e]:
+            if other != me:
+                sent[other].append(piece)
+    got = [[piece for e, piece in its if other != me and me in needed_by[e]] for other, its in enumerate(held)]
+    return Exchange(sent, got, None)
+
+
+@functools.lru_cache(maxsize=8)
+def _needed_by(needs: tuple[tuple[int, int], ...]) -> dict[int, tuple[int, ...]]:
+    """Expert → which members need it, in order; `needs`: first and last + 1 of what each needs."""
+    experts: dict[int, list[int]] = collections.defaultdict(list)
+    for member, (first, end) in enumerate(needs):
+        for expert in range(first, end):
+            experts[expert].append(member)
+    return collections.defaultdict(tuple, {expert: tuple(who) for expert, who in experts.items()})
+
+
+def _experts_of(held: Sequence[Piece]) -> list[tuple[int, Piece]]:
+    return [(piece.hf.expert, piece) for piece in held if piece.hf.expert is not None]
 
 
 def expert_pieces(plan: Plan, bucket: Bucket, within: int, receiver: int) -> list[Piece]:

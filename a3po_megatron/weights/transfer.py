@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..model.cut import HfTensor, Piece
-from .route import Bucket, Plan, expert_pieces, slices
+from .route import Bucket, Plan, expert_exchange, slices
 
 Parameters = Mapping[tuple[int, str], Tensor]  # (model chunk, Megatron name) → shard
 Allocate = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
@@ -59,14 +59,14 @@ def gather(
     dtype: torch.dtype,
     allocate: Allocate = fresh,
     timings: Timings | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the HF tensors that this rank needs, in `dtype` or what they are kept in.
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yields the HF tensors that this rank needs, in `dtype` or what they are kept in, bucket by bucket.
 
     A collective: all ranks of a replica must iterate to the end.
     """
     executor = _Executor(plan, parameters, groups, dtype, allocate, timings or Timings())
     for bucket in plan.buckets:
-        yield from executor.run(bucket)
+        yield executor.run(bucket)
 
 
 class _Executor:
@@ -136,20 +136,14 @@ class _Executor:
 
     def _expert_hop(self, bucket: Bucket, column: list[tuple[Piece, Tensor]], tensors: dict[str, Tensor]) -> None:
         members = self.plan.expert_group(self.groups.within)
-        me = members.index(self.groups.within)
-        # given[sender][receiver]: pieces
-        receivers = [self.plan.rank(self.groups.stage, member) for member in members]
-        parts = [[expert_pieces(self.plan, bucket, member, to) for to in receivers] for member in members]
-        if not any(parts[a][b] for a in range(len(members)) for b in range(len(members)) if a != b):
+        exchange = expert_exchange(self.plan, bucket, self.groups.stage, self.groups.within)
+        if exchange is None:
             return
-        # Where every receiver gets the same, and all give as much, a share is packed once and not once a receiver.
-        first = [by_receiver[0] for by_receiver in parts]
-        alike = all(pieces == mine for by_receiver, mine in zip(parts, first, strict=True) for pieces in by_receiver)
-        if alike and len({sum(piece.numel for piece in pieces) for pieces in first}) == 1:
-            self._all_gather(self._chosen(column, first[me]), members, first, self.groups.experts, tensors)
+        if exchange.alike is not None:  # a share is packed once and not once a receiver
+            mine = exchange.alike[members.index(self.groups.within)]
+            self._all_gather(self._chosen(column, mine), members, exchange.alike, self.groups.experts, tensors)
             return
-        sent = [[] if to == me else parts[me][to] for to in range(len(members))]
-        got = [[] if sender == me else parts[sender][me] for sender in range(len(members))]
+        sent, got = exchange.sent, exchange.got
         buffer = self._pack([v for pieces in sent for v in self._chosen(column, pieces)])
         sizes = [[sum(piece.numel for piece in pieces) for pieces in part] for part in (got, sent)]
         incoming = self._empty(sum(sizes[0]))

@@ -149,11 +149,10 @@ def publish_faults(ranks: CaseRanks) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def attempt(name: str, damage: Callable[[str, Tensor], Tensor | None] | None) -> None:
-        def damaged(*args: Any) -> Iterator[tuple[str, Tensor]]:
-            for tensor_name, tensor in whole(*args):
-                changed = damage(tensor_name, tensor) if damage else tensor
-                if changed is not None:
-                    yield tensor_name, changed
+        def damaged(*args: Any) -> Iterator[list[tuple[str, Tensor]]]:
+            for part in whole(*args):
+                changed = [(name, damage(name, tensor) if damage else tensor) for name, tensor in part]
+                yield [(name, tensor) for name, tensor in changed if tensor is not None]
 
         publish.gather = damaged
         try:
@@ -167,7 +166,7 @@ def publish_faults(ranks: CaseRanks) -> dict[str, Any]:
             publish.gather = whole
 
     attempt("sound", None)
-    before = {name: tensor.clone() for name, tensor in whole(*_gather_arguments(made))}
+    before = {name: tensor.clone() for part in whole(*_gather_arguments(made)) for name, tensor in part}
 
     def flipped(name: str, tensor: Tensor) -> Tensor:
         if name == STALE:
