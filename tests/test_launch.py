@@ -120,7 +120,7 @@ def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_train
         assert list(row) == ["step", *METRICS]
     for name in ("config.yaml", "provenance.json", "report.html", "tensorboard"):
         assert (folder / name).exists()
-    records = [r for files in rollout_files(folder).values() for file in files for r in read_rollouts(file, [])]
+    records = [r for files in rollout_files(folder).values() for file in files for r in read_rollouts(file)]
     assert {version for record in records for _, version, _ in record["segments"]} >= {1, 2}
     trained = [record for record in records if record["accepted"] and record["outcome"] != "invalid"]
     assert trained

@@ -265,12 +265,12 @@ def test_one_changed_bit_of_a_metric_a_rollout_or_a_weight_is_seen_and_named(
     assert "step 3: metric policy/entropy is " in str(found.value)
     assert f"not {entropy!r}" in str(found.value)
 
-    (folder / "rollouts" / "step-00002.rank-1.jsonl.zst").unlink()
+    (folder / "rollouts" / "step-00002.rank-1.parquet").unlink()
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in [*rows[:5], rows[4]]))
     tools.flip_a_bit_of_a_weight(folder / "checkpoints" / f"step-{STEPS:06d}")
     with pytest.raises(AssertionError) as found:
         tools.assert_same_run(folder, wanted)
-    for words in ("the steps are [0, 1, 2, 3, 4, 4]", "step-00002.rank-1.jsonl.zst is only in", "1 of "):
+    for words in ("the steps are [0, 1, 2, 3, 4, 4]", "step-00002.rank-1.parquet is only in", "1 of "):
         assert words in str(found.value)
 
 

@@ -18,7 +18,7 @@ from ..batch import Batch, Collected
 from ..config import Settings
 from ..data.tokenizer import Tokenizer
 from ..errors import RunFailed
-from ..files.run_folder import RunFolder
+from ..files.run_folder import RunFolder, rollout_file
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
 from ..telemetry.alerts import Alerts, Scale, columns, rows_needed
@@ -26,7 +26,7 @@ from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Metric, Pha
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
-from ..telemetry.rollouts import save_rollouts
+from ..telemetry.rollouts import rollout_table, write_rollouts
 from .rejected import Rejected
 
 
@@ -156,10 +156,8 @@ class Recorder:
         # All ranks of a batch group hold its carried-over groups: the first of them, a leader too, writes them down.
         writer = self._ranks.batch_group.rank() == 0
         carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
-        save_rollouts(
-            self._folder.rollouts,
+        table = rollout_table(
             step,
-            self._ranks.rank,
             [*carried, *collected.sampled],
             set(collected.accepted),
             batch,
@@ -167,6 +165,7 @@ class Recorder:
             self._tokenizer.pieces,
             self._way_of,
         )
+        write_rollouts(rollout_file(self._folder.rollouts, step, self._ranks.rank), table)
 
     def _tell(self, step: int, raised: Mapping[str, str]) -> None:
         """Says an alert when it is raised for the first time since the start; one of alerts.stop ends the run."""

@@ -69,9 +69,7 @@ def _rollouts_differ(found: Path, wanted: Path, steps: int) -> Iterator[str]:
     for name in sorted(ours.keys() ^ theirs.keys()):
         yield f"rollouts/{name} is only in {found if name in ours else wanted}"
     for name in sorted(ours.keys() & theirs.keys()):
-        notes: list[str] = []
-        records, others = (list(read_rollouts(path, notes)) for path in (ours[name], theirs[name]))
-        yield from notes
+        records, others = (list(read_rollouts(path)) for path in (ours[name], theirs[name]))
         if len(records) != len(others):
             yield f"rollouts/{name}: {len(records)} rollouts, not {len(others)}"
         for number, (record, other) in enumerate(zip(records, others, strict=False)):

@@ -320,7 +320,7 @@ def steps_shown(ended: Ended) -> list[int]:
 def rollouts_of(folder: Path) -> dict[int, list[dict[str, Any]]]:
     """Step → its rollouts, of all ranks; carried-over groups stand in the step that trained on them."""
     files = rollout_files(folder)
-    return {step: [r for path in paths for r in read_rollouts(path, [])] for step, paths in files.items()}
+    return {step: [r for path in paths for r in read_rollouts(path)] for step, paths in files.items()}
 
 
 def groups_sampled(folder: Path) -> dict[int, int]:
