@@ -25,6 +25,7 @@ from .evaluate.request import graders_in
 from .evaluate.sampling import Evaluation
 from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
+from .files.writer import Beside
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
@@ -109,7 +110,8 @@ def build(
     with phase(Phase.MODEL):
         learner = learner_of(ranks, facts, settings, checkpoint)
     stop.while_starting(folder)
-    journal = Journal(place.journal, ranks.rank, identity(settings), settings.checkpoint.replay == "all")
+    writer = Beside()  # of everything that a step writes
+    journal = Journal(place.journal, ranks.rank, identity(settings), settings.checkpoint.replay == "all", writer)
     intake = Intake(
         ranks,
         tokenizer,
@@ -131,12 +133,12 @@ def build(
         ranks.coordinates.data,
     )
     adapts: dict[str, Stateful] = {"regulariser": regulariser} if settings.regulariser.entropy_target else {}
-    rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
+    rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates, writer)
     first_step = 0 if checkpoint is None else step_of(checkpoint)
     further = evaluation_metrics([each.benchmark for each in asked])
     balance = Balance(ranks, prompts.at, attention_scale(facts))
     recorder = Recorder(
-        folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step, further, balance.home
+        folder, settings, ranks, tokenizer, rejected, prompts.way_of, writer, started, first_step, further, balance.home
     )
     evaluation = functools.partial(
         Evaluation,
@@ -165,6 +167,7 @@ def build(
         journal,
         stop,
         publish.export,
+        writer,
         evaluating.best,
         checkpoint,
     )

@@ -33,7 +33,7 @@ from a3po_megatron.config import (
 from a3po_megatron.reward.grader import grade
 from a3po_megatron.reward.pool import GraderPool
 from a3po_megatron.reward.worker import judge
-from a3po_megatron.telemetry.rollouts import rollout_table, save_rejected, write_rollouts
+from a3po_megatron.telemetry.rollouts import rejected_entries, rollout_table, write_rejected, write_rollouts
 from tests.harness import interrupted_runs as tools
 from tests.harness.ranks import ROOT
 from tests.harness.tiny_models import literal_token_weights, make_collected, trained_places, with_tools
@@ -263,7 +263,8 @@ def test_records_hold_steps_and_what_they_add_and_stay_as_they_were_without_proc
                 continue
             values = [v if t in places else None for t, v in enumerate(found[rollout.name])]
             assert record["process"] == values
-        kept = torch.load(save_rejected(tmp_path / "rejected", 20, 0, 0, batch), weights_only=False)
+        write_rejected(path := tmp_path / "rejected" / "batch.pt", rejected_entries(batch, 0))
+        kept = torch.load(path, weights_only=False)
         assert all(entry["process"].tolist() == found[entry["name"]] for entry in kept)
 
 

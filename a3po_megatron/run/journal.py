@@ -14,6 +14,8 @@ A frame is believed only if its digests are right (the last one of a killed run 
 says that it is of this run's options and data, this prompt, and these weights, by a digest of them; a group, if they
 sampled every segment of it. Then it is what would be computed again, since every rollout has its own seed; what is
 missing, or of something else, is computed again.
+Frames are appended by the writer beside the run (files/writer.py), in their order, so that a step never waits for the
+disk: what a killed rank had not written yet is as if it had not been finished, and is computed again.
 Several starts of a run may have written frames of one step, in whichever order of files: all are looked through. Every
 frame says which format it is in: one of another version is refused.
 
@@ -38,6 +40,7 @@ from blake3 import blake3
 from ..batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from ..errors import RequestError, RunFailed
 from ..files.run_folder import journal_file, step_files, step_of
+from ..files.writer import AtOnce, Writer
 
 FORMAT = 2  # 1 had one weight version a rollout, and said nothing of formats
 Decode = Callable[[Any], str]  # token ids → text
@@ -116,20 +119,29 @@ def cut_torn_frames(folder: Path) -> None:
 
 def write_group(file: _Sink, group: Group, of: str = "") -> str:
     """Returns the frame's digest, which its verdicts go by."""
+    header, arrays = group_frame(group, of)
+    return write_frame(file, header, *arrays)
+
+
+def group_frame(group: Group, of: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and arrays of a group's frame: of rollouts what nobody alters, so nothing of their verdicts."""
     samples = [[r.sample, r.seed, r.step, r.finish, r.segments] for r in group.rollouts]
     header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
-    tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     routes = [r.routes for r in group.rollouts if r.routes is not None]
     header["routes"] = [list(part.shape) for part in routes]  # of every rollout, or of none
     kind = header["routes_dtype"] = routes[0].dtype.newbyteorder("<").str if routes else "|u1"
-    chosen = (part.astype(kind) for part in routes)
-    return write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *chosen)
+    tokens = [r.tokens.astype("<i8", copy=False) for r in group.rollouts]
+    logprobs = [r.logprobs.astype("<f4", copy=False) for r in group.rollouts]
+    return header, [*tokens, *logprobs, *(part.astype(kind, copy=False) for part in routes)]
 
 
 def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
     """`frame`: the digest of the group's own."""
-    verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward, *_steps(r.verdict)] for r in group.rollouts]
-    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": verdicts})
+    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": _verdicts(group)})
+
+
+def _verdicts(group: Group) -> list[list[Any]]:
+    return [[r.verdict.outcome, r.verdict.reason, r.reward, *_steps(r.verdict)] for r in group.rollouts]
 
 
 def _steps(verdict: Verdict) -> list[tuple[Step, ...]]:
@@ -174,12 +186,15 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
 class Journal:
     """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
 
-    def __init__(self, folder: Path, rank: int, run: str, any_weights: bool = False) -> None:
+    def __init__(
+        self, folder: Path, rank: int, run: str, any_weights: bool = False, writer: Writer | None = None
+    ) -> None:
         """`run`: a digest of what makes the run the one that it is (run/manifest.py: identity)."""
+        self._writer = writer or AtOnce()
         self.weights, self.version = "", 0  # of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
-        self._written: dict[int, str] = {}  # prompt → the digest of its last group's frame
+        self._written: dict[int, _Later] = {}  # prompt → its last group's frame
         self._frames: dict[tuple[int, str, Any], list[Frame]] = {}
         for path in step_files(folder):
             for frame in read_frames(path):
@@ -211,31 +226,47 @@ class Journal:
             sound = (v for v in frames_of_verdicts if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
             verdicts = next(sound, None)
             if group := read_group(frame, verdicts, prompt, decode):
-                self._written[prompt.index] = frame.digest
+                self._written[prompt.index] = _Later(frame.digest)
                 return group, verdicts is not None
         return None
 
     def add_group(self, step: int, group: Group) -> None:
-        with self._appending(step) as file:
-            self._written[group.prompt.index] = write_group(file, group, self._of)
+        header, arrays = group_frame(group, self._of)
+        frame = self._written[group.prompt.index] = _Later()
+
+        def write() -> None:
+            with self._appending(step) as file:
+                frame.digest = write_frame(file, header, *arrays)
+
+        self._writer.put(self._path(step), write)
 
     def add_verdicts(self, step: int, groups: Sequence[Group]) -> None:
-        """Of groups that were added, or found, in this step; with all that was added before they are on the disk then,
-        where a machine's end does not reach them."""
+        """Of groups that were added, or found, in this step; once they are written they are on the disk, with all that
+        was added before them, where a machine's end does not reach them."""
         if not groups:  # a rank that leads none has no file
             return
-        with self._appending(step) as file:
-            for group in groups:
-                write_verdicts(file, group, self._written.pop(group.prompt.index))
-            os.fdatasync(file.fileno())
+        frames = [(self._written.pop(group.prompt.index), _verdicts(group)) for group in groups]
+
+        def write() -> None:
+            with self._appending(step) as file:
+                for frame, verdicts in frames:
+                    write_frame(file, {"kind": "verdicts", "of": frame.digest, "verdicts": verdicts})
+                os.fdatasync(file.fileno())
+
+        self._writer.put(self._path(step), write)
 
     def add_scores(self, step: int, batch: Batch) -> None:
         names, lengths = [_scored(rollout) for rollout in batch.rollouts], batch.lengths.tolist()
         rerouted = None if batch.rerouted is None else batch.rerouted.tolist()
         header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths, "rerouted": rerouted}
-        with self._appending(step) as file:
-            write_frame(file, header, *(values.numpy() for values in batch.scores().values()))
-            os.fdatasync(file.fileno())
+        arrays = [values.numpy().copy() for values in batch.scores().values()]  # the step goes on with the batch
+
+        def write() -> None:
+            with self._appending(step) as file:
+                write_frame(file, header, *arrays)
+                os.fdatasync(file.fileno())
+
+        self._writer.put(self._path(step), write)
 
     def scores(
         self, step: int, rollouts: Sequence[Rollout], kinds: int = 2
@@ -265,18 +296,33 @@ class Journal:
             if step_of(path) < before:
                 path.unlink(missing_ok=True)
 
+    def _path(self, step: int) -> Path:
+        return journal_file(self._folder, step, self._rank)
+
     @contextlib.contextmanager
     def _appending(self, step: int) -> Iterator[IO[bytes]]:
-        path = journal_file(self._folder, step, self._rank)
-        try:
-            if self._file is None or self._file.name != str(path):
-                if self._file is not None:
-                    self._file.close()
-                self._folder.mkdir(exist_ok=True)
-                self._file = path.open("ab")
-            yield self._file
-        except OSError as error:
-            raise RunFailed(f"{path}: cannot write it: {error.strerror}") from error
+        """Of the writer's thread alone."""
+        path = self._path(step)
+        if self._file is None or self._file.name != str(path):
+            if self._file is not None:
+                self._file.close()
+            self._file = _opened(path)
+        yield self._file
+
+
+@dataclass
+class _Later:
+    """The digest of a frame, which the writer knows once it has written it."""
+
+    digest: str = ""
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("ab")
+    except FileNotFoundError:  # the first frame of the run
+        path.parent.mkdir(exist_ok=True)
+        return path.open("ab")
 
 
 def _names(header: dict[str, Any]) -> list[Any]:

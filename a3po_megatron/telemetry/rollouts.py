@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from ..batch import Batch, Group, Rollout
 from ..errors import RunFailed
 from ..files.replace import replacing
-from ..files.run_folder import rejected_file
 
 SEGMENT = pa.struct([("length", pa.int32()), ("weight_version", pa.int32()), ("trained", pa.bool_())])
 STEP = pa.struct([("begin", pa.int32()), ("end", pa.int32()), ("score", pa.float64())])
@@ -92,8 +91,8 @@ def write_rollouts(path: Path, table: pa.Table) -> None:
         raise RunFailed(f"{path}: cannot write it: {error.strerror or error}") from error
 
 
-def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Batch) -> Path:
-    """Everything that went into an update that was not finite, bit for bit, for `torch.load`.
+def rejected_entries(batch: Batch, mini_batch: int) -> list[dict[str, Any]]:
+    """Returns everything that went into an update that was not finite, bit for bit, copied.
 
     One entry a rollout of the mini-batch: names, tokens, segments, routes, both engines' log-probs, entropy, advantage,
     weights, what steps add to the advantage, what a regulariser goes by (None where there is no such thing).
@@ -119,16 +118,21 @@ def save_rejected(folder: Path, step: int, mini_batch: int, rank: int, batch: Ba
                 "prompt": list(rollout.prompt.tokens),
                 "tokens": rollout.tokens.tolist(),
                 "segments": [tuple(segment) for segment in rollout.segments],
-                "routes": None if rollout.routes is None else torch.from_numpy(rollout.routes),
+                "routes": None if rollout.routes is None else torch.from_numpy(rollout.routes.copy()),
                 "advantage": batch.advantages[row].clone(),
                 **{name: None if v is None else v[tokens].clone() for name, v in per_token.items()},
             }
         )
-    folder.mkdir(exist_ok=True)
-    path = rejected_file(folder, step, mini_batch, rank)
+    return entries
+
+
+def write_rejected(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Writes them for `torch.load`, whole at once, in a folder that need not be there."""
+    import torch
+
+    path.parent.mkdir(exist_ok=True)
     with replacing(path) as partial:
         torch.save(entries, partial)
-    return path
 
 
 def _trained(rollouts: Sequence[Rollout], batch: Batch) -> dict[str, pa.Array]:

@@ -20,6 +20,7 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.files.hashed import HashedFile
 from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.files.writer import AtOnce
 from a3po_megatron.learner.learner import Learner, Update
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
@@ -252,7 +253,7 @@ def _run(ranks: CaseRanks, learner: Learner, folder: Path, name: str, **checkpoi
     run._stop = Stop(learner.ranks, Interrupt())
     run._journal = Journal(folder / "journal", ranks.rank, "run")
     run._pending, run._saved, run._inputs = None, 0, {}
-    run._best = lambda: None
+    run._best, run._writer = lambda: None, AtOnce()
     return run
 
 
