@@ -25,7 +25,7 @@ from .evaluate.request import graders_in
 from .evaluate.sampling import Evaluation
 from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
-from .files.writer import Beside
+from .files.writer import BesideRun
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
@@ -39,6 +39,7 @@ from .rollout.engine import local_experts
 from .rollout.intake import Graders, Intake
 from .rollout.vllm_engine import VllmEngine
 from .run.checkpoints import Checkpoints, resumed_from
+from .run.found import find
 from .run.journal import Journal
 from .run.manifest import Stateful, identity
 from .run.recorder import Recorder
@@ -110,8 +111,12 @@ def build(
     with phase(Phase.MODEL):
         learner = learner_of(ranks, facts, settings, checkpoint)
     stop.while_starting(folder)
-    writer = Beside()  # of everything that a step writes
-    journal = Journal(place.journal, ranks.rank, identity(settings), settings.checkpoint.replay == "all", writer)
+    writer = BesideRun()  # of everything that a step writes
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    before = find(place.journal, ranks, first_step)
+    journal = Journal(
+        place.journal, ranks.rank, identity(settings), before, writer, settings.checkpoint.replay == "all"
+    )
     intake = Intake(
         ranks,
         tokenizer,
@@ -134,7 +139,6 @@ def build(
     )
     adapts: dict[str, Stateful] = {"regulariser": regulariser} if settings.regulariser.entropy_target else {}
     rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates, writer)
-    first_step = 0 if checkpoint is None else step_of(checkpoint)
     further = evaluation_metrics([each.benchmark for each in asked])
     balance = Balance(ranks, prompts.at, attention_scale(facts))
     recorder = Recorder(

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from a3po_megatron.errors import RunFailed
-from a3po_megatron.files.writer import AtOnce, Beside
+from a3po_megatron.files.writer import AtOnce, BesideRun
 
 
 def test_the_main_thread_goes_on_while_a_disk_hangs_and_all_is_written_in_order_by_one_other_thread(
     tmp_path: Path,
 ) -> None:
-    hangs, writer, threads = threading.Event(), Beside(), set()
+    hangs, writer, threads = threading.Event(), BesideRun(), set()
 
     def write(number: int) -> None:
         hangs.wait(10)
@@ -36,7 +36,7 @@ def test_the_main_thread_goes_on_while_a_disk_hangs_and_all_is_written_in_order_
 def test_a_failure_is_raised_with_its_path_at_the_next_put_and_drain_and_nothing_is_written_behind_it(
     tmp_path: Path,
 ) -> None:
-    writer, path = Beside(), tmp_path / "nowhere" / "step-00003.rank-0"
+    writer, path = BesideRun(), tmp_path / "nowhere" / "step-00003.rank-0"
     writer.put(path, lambda: path.write_text("a"))
     writer.put(tmp_path / "after", lambda: (tmp_path / "after").write_text("leans on what is missing"))
     for _ in range(2):
@@ -51,14 +51,14 @@ def test_a_failure_is_raised_with_its_path_at_the_next_put_and_drain_and_nothing
 
 
 def test_an_error_that_nobody_foresaw_is_heard_too() -> None:
-    writer = Beside()
+    writer = BesideRun()
     writer.put(Path("x/y"), lambda: 1 // 0)
     with pytest.raises(RunFailed, match="x/y: cannot write it: ZeroDivisionError"):
         writer.drain()
 
 
 def test_a_put_waits_while_too_much_is_waiting() -> None:
-    goes_on, writer = threading.Event(), Beside(limit=2)
+    goes_on, writer = threading.Event(), BesideRun(limit=2)
     for _ in range(3):  # one in the thread's hands, two that wait
         writer.put(Path("x"), lambda: goes_on.wait(10))
         time.sleep(0.05)

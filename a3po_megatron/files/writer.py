@@ -40,7 +40,7 @@ class AtOnce:
         pass
 
 
-class Beside:
+class BesideRun:
     """The writer of a run: one thread a rank, which ends with the process."""
 
     def __init__(self, limit: int = LIMIT) -> None:

@@ -70,7 +70,7 @@ def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
 
 def _resume(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
-    from ..run.journal import check_format, cut_torn_frames  # with numpy, which a submission does not wait for
+    from ..run.journal import check_format  # with numpy, which a submission does not wait for
 
     run = RunFolder(folder)
     check_format(run.journal)  # before anything in the folder is changed
@@ -119,7 +119,6 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
         stale.unlink()
     if run.stall.exists():
         move(run.stall, run.stall.with_suffix(".previous"))
-    cut_torn_frames(run.journal)
     return remarks
 
 

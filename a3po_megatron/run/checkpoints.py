@@ -246,11 +246,23 @@ class Checkpoints:
         if (before.parallel, before.rollout.tensor) == (self._settings.parallel, self._settings.rollout.tensor):
             self._streams = json.loads((checkpoint / f"rank-{self._ranks.rank}.json").read_text())
             self._intake.take_over(self._surplus(checkpoint / f"surplus.rank-{self._ranks.rank}"))
-        elif self._ranks.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
-            files = sorted(checkpoint.glob("surplus.rank-*"))
-            groups = sorted((g for file in files for g in self._surplus(file)), key=lambda g: g.prompt.index)
-            self._intake.take_over(groups[self._ranks.coordinates.data :: self._ranks.data])
+        else:
+            self._intake.take_over(self._shared_out(checkpoint, manifest.ranks))
         return manifest.step
+
+    def _shared_out(self, checkpoint: Path, before: int) -> list[Group]:
+        """What this rank takes over of the groups that `before` ranks of another layout carried over: replicas share
+        them out, in prompt order. Every rank looks through a share of the files, and opens those of its groups.
+        Collective."""
+        files = [f"surplus.rank-{rank}" for rank in range(self._ranks.rank, before, self._ranks.world)]
+        groups = {file: list(read_frames(checkpoint / file))[::2] for file in files}
+        there = [(g.header["prompt"], file, number) for file in files for number, g in enumerate(groups[file])]
+        held = sorted(self._ranks.agree("carried over", there, sum_lists))
+        if self._ranks.batch_group.rank():
+            return []
+        mine = held[self._ranks.coordinates.data :: self._ranks.data]
+        read = {file: self._surplus(checkpoint / file) for file in {file for _, file, _ in mine}}
+        return [read[file][number] for _, file, number in mine]
 
     def _surplus(self, file: Path) -> list[Group]:
         """Groups that were carried over, from a file of a checkpoint."""

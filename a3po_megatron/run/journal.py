@@ -16,8 +16,8 @@ sampled every segment of it. Then it is what would be computed again, since ever
 missing, or of something else, is computed again.
 Frames are appended by the writer beside the run (files/writer.py), in their order, so that a step never waits for the
 disk: what a killed rank had not written yet is as if it had not been finished, and is computed again.
-Several starts of a run may have written frames of one step, in whichever order of files: all are looked through. Every
-frame says which format it is in: one of another version is refused.
+Several starts of a run may have written frames of one step, in whichever order of files: all are looked through, each
+by one rank (run/found.py). Every frame says which format it is in: one of another version is refused.
 
 A replay whose kernels do not add in a fixed order comes to other weights in the last bits, and finds nothing of its
 later steps again; `checkpoint.replay: all` believes those rollouts nevertheless (never their scores).
@@ -29,7 +29,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -40,7 +40,7 @@ from blake3 import blake3
 from ..batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from ..errors import RequestError, RunFailed
 from ..files.run_folder import journal_file, step_files, step_of
-from ..files.writer import AtOnce, Writer
+from ..files.writer import Writer
 
 FORMAT = 2  # 1 had one weight version a rollout, and said nothing of formats
 Decode = Callable[[Any], str]  # token ids → text
@@ -78,14 +78,15 @@ def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> str
     return digest
 
 
-def read_frames(path: Path) -> Iterator[Frame]:
-    """Yields the frames of a file up to the first that is not whole. Reads no payload.
+def read_frames(path: Path, end: float = math.inf) -> Iterator[Frame]:
+    """Yields the frames of a file, or of its first bytes up to `end`, up to the first that is not whole. Reads no
+    payload.
 
     Raises RequestError for a frame of another version's format.
     """
     with path.open("rb") as file:
-        size = path.stat().st_size
-        while line := file.readline():
+        size = min(os.fstat(file.fileno()).st_size, end)
+        while file.tell() < size and (line := file.readline()):
             digest, _, text = line.rstrip(b"\n").partition(b" ")
             if blake3(text).hexdigest().encode() != digest:
                 return
@@ -106,15 +107,9 @@ def read_frames(path: Path) -> Iterator[Frame]:
 def check_format(folder: Path) -> None:
     """Raises RequestError for a journal of another version's format."""
     for path in step_files(folder):
-        next(read_frames(path), None)  # a start appends to no file of another version: the first frame tells
-
-
-def cut_torn_frames(folder: Path) -> None:
-    """Cuts every file of a journal behind its last whole frame: what is appended must be found again."""
-    for path in step_files(folder):
-        whole = max((frame.offset + frame.header["bytes"] for frame in read_frames(path)), default=0)
-        with path.open("r+b") as file:
-            file.truncate(whole)
+        # A start adds to no journal of another version: of all files the first whole frame tells.
+        if next(read_frames(path), None) is not None:
+            return
 
 
 def write_group(file: _Sink, group: Group, of: str = "") -> str:
@@ -183,23 +178,30 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
     return Group(prompt, rollouts)
 
 
+class Written(Protocol):
+    """What was written before the start (run/found.py)."""
+
+    def frames(self, step: int, kind: str, name: Any) -> Iterable[Frame]:
+        """Yields the frames of a step and a kind that are looked for by a name (`names_of`)."""
+
+
 class Journal:
     """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
 
     def __init__(
-        self, folder: Path, rank: int, run: str, any_weights: bool = False, writer: Writer | None = None
+        self,
+        folder: Path,
+        rank: int,
+        run: str,  # a digest of what makes the run the one that it is (run/manifest.py: identity)
+        before: Written,
+        writer: Writer,
+        any_weights: bool = False,
     ) -> None:
-        """`run`: a digest of what makes the run the one that it is (run/manifest.py: identity)."""
-        self._writer = writer or AtOnce()
+        self._before, self._writer = before, writer
         self.weights, self.version = "", 0  # of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
         self._written: dict[int, _Later] = {}  # prompt → its last group's frame
-        self._frames: dict[tuple[int, str, Any], list[Frame]] = {}
-        for path in step_files(folder):
-            for frame in read_frames(path):
-                for name in _names(frame.header):
-                    self._frames.setdefault((step_of(path), frame.header["kind"], name), []).append(frame)
 
     def published(self, version: int, weights: str) -> None:
         """Takes note of what the engine holds from now on: its version and a digest."""
@@ -219,10 +221,10 @@ class Journal:
 
         A verdict that is no verdict (a grader was killed, or had too little time) is asked for again.
         """
-        frames = self._frames.get((step, "group", prompt.index), [])
+        frames = list(self._before.frames(step, "group", prompt.index))
         of_run = [frame for frame in frames if self._any_weights and frame.header["of"].partition(" ")[0] == self._run]
         for frame in (*filter(self._sampled_now, frames), *of_run):
-            frames_of_verdicts = self._frames.get((step, "verdicts", frame.digest), [])
+            frames_of_verdicts = self._before.frames(step, "verdicts", frame.digest)
             sound = (v for v in frames_of_verdicts if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
             verdicts = next(sound, None)
             if group := read_group(frame, verdicts, prompt, decode):
@@ -276,7 +278,7 @@ class Journal:
         read: dict[str, tuple[dict[str, np.ndarray], dict[str, int]]] = {}  # frame → what is in it
         values, rerouted = [np.empty((kinds, 0), np.float32)], []
         for name in map(_scored, rollouts):
-            for frame in self._frames.get((step, "scores", name), []):
+            for frame in self._before.frames(step, "scores", name):
                 if frame.header["of"] != self._of:
                     continue
                 if frame.digest not in read:
@@ -325,7 +327,7 @@ def _opened(path: Path) -> IO[bytes]:
         return path.open("ab")
 
 
-def _names(header: dict[str, Any]) -> list[Any]:
+def names_of(header: dict[str, Any]) -> list[Any]:
     """What a frame is looked for by."""
     if header["kind"] == "scores":
         return list(header["names"])

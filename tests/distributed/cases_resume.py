@@ -25,6 +25,7 @@ from a3po_megatron.learner.learner import Learner, Update
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
 from a3po_megatron.run.checkpoints import Checkpoints, _Boundary
+from a3po_megatron.run.found import Found
 from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.manifest import check_whole
 from a3po_megatron.run.stop import Interrupt, Stop
@@ -251,7 +252,7 @@ def _run(ranks: CaseRanks, learner: Learner, folder: Path, name: str, **checkpoi
     run._settings = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
     run.folder, run._ranks, run._learner = RunFolder(folder), learner.ranks, learner
     run._stop = Stop(learner.ranks, Interrupt())
-    run._journal = Journal(folder / "journal", ranks.rank, "run")
+    run._journal = Journal(folder / "journal", ranks.rank, "run", Found(folder / "journal"), AtOnce())
     run._pending, run._saved, run._inputs = None, 0, {}
     run._best, run._writer = lambda: None, AtOnce()
     return run
