@@ -97,7 +97,7 @@ def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_
         # half done, of whichever step
         *("rollouts/step-00001.rank-0.jsonl.partial", "rejected/step-00001.mini-batch-0.rank-0.partial"),
         *("hf/.step-000002.partial/", "checkpoints/.step-000006.partial/", "checkpoints/.latest.partial"),
-        *("witness/", ".witness.partial/", "logs/rank-0.phase"),
+        *("witness/", ".witness.partial/", "logs/node-h1.beat"),
     ]
     put(run, *kept, *gone)
     assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]

@@ -44,7 +44,7 @@ def test_a_name_is_as_runs_have_it_on_disk_and_says_its_step_and_rank(
 
 
 def test_a_rank_is_read_from_the_names_of_its_logs() -> None:
-    assert [rank_of(rank_file(RUN.logs, 3, kind)) for kind in ("phase", "beat", "words")] == [3, 3, 3]
+    assert [rank_of(rank_file(RUN.logs, 3, kind)) for kind in ("log", "stacks", "words")] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("name", ["step-best", "step-", "step-9th", "latest", "a-step-3", ".step-000004.partial"])

@@ -6,7 +6,7 @@
     rollouts/step-00012.rank-0.parquet                      rejected/step-00012.mini-batch-1.rank-0.pt
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
     journal/step-00012.rank-0
-    logs/rank-0.{log,phase,beat,stacks}  stall  starts.json attempt-3/rank-0.{log,words}
+    logs/rank-0.{log,stacks}  node-NAME.beat  stall  starts.json  attempt-3/rank-0.{log,words}
     evaluations/step-000012/                                of that checkpoint: a result each benchmark
     lead_seconds  witness/  job.sbatch                      sweep.json: in the folder above the runs of a sweep
 
@@ -142,5 +142,15 @@ def rollout_files(folder: Path) -> dict[int, list[Path]]:
 
 
 def rank_file(folder: Path, rank: int, kind: str) -> Path:
-    """`logs/rank-3.phase`; kinds are log, phase, beat and stacks, and words in a folder of an attempt."""
+    """`logs/rank-3.stacks`; kinds are log and stacks, and words in a folder of an attempt."""
     return folder / f"rank-{rank}.{kind}"
+
+
+def beat_file(logs: Path, node: str) -> Path:
+    """`logs/node-h200-07.beat`: what the ranks of a node say of themselves."""
+    return logs / f"node-{re.sub(r'[^A-Za-z0-9_.-]', '_', node)}.beat"
+
+
+def beat_files(logs: Path) -> list[Path]:
+    """Lists those of all nodes."""
+    return sorted(logs.glob("node-*.beat"))

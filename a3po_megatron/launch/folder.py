@@ -17,7 +17,7 @@ from ..config import Settings, unlike
 from ..errors import Finished, RequestError
 from ..files.lock import hold
 from ..files.replace import PARTIAL, move, partials, write_whole
-from ..files.run_folder import RunFolder, step_files, step_folders, step_of
+from ..files.run_folder import RunFolder, beat_files, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
 from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
 from ..telemetry.versions import installed
@@ -115,7 +115,7 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
     for path in (*(left for part in written for left in partials(part)), run.witness):
         if path.exists():  # what a killed run left half done
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for stale in (*run.logs.glob("rank-*.phase"), *run.logs.glob("*.beat*")):
+    for stale in beat_files(run.logs):
         stale.unlink()
     if run.stall.exists():
         move(run.stall, run.stall.with_suffix(".previous"))
