@@ -83,10 +83,14 @@ def write_rollouts(path: Path, table: pa.Table) -> None:
         "use_byte_stream_split": [name for name in SPLIT if name.partition(".")[0] in table.column_names],
     }
     try:
-        with replacing(path) as partial, pq.ParquetWriter(partial, table.schema, **options) as writer:
+        with (
+            replacing(path) as partial,
+            partial.open("wb") as file,
+            pq.ParquetWriter(file, table.schema, **options) as to,
+        ):
             for part in (table[:with_texts], table[with_texts:]):
                 if len(part):
-                    writer.write_table(part, row_group_size=len(part))
+                    to.write_table(part, row_group_size=len(part))
     except OSError as error:
         raise RunFailed(f"{path}: cannot write it: {error.strerror or error}") from error
 
@@ -131,8 +135,8 @@ def write_rejected(path: Path, entries: list[dict[str, Any]]) -> None:
     import torch
 
     path.parent.mkdir(exist_ok=True)
-    with replacing(path) as partial:
-        torch.save(entries, partial)
+    with replacing(path) as partial, partial.open("wb") as file:
+        torch.save(entries, file)
 
 
 def _trained(rollouts: Sequence[Rollout], batch: Batch) -> dict[str, pa.Array]:
