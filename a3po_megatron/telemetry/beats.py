@@ -8,7 +8,7 @@ that is killed leaves the phase that it died in. Of each node the rank that came
 its node say into logs/node-NAME.beat, every `period`, in a thread of its own: a disk that hangs stops no heartbeat.
 
 A thread that waits in torch's store blocks all others on the same connection: each rank has one more, for this thread
-alone. The store lives in rank 0: where it does not answer any more, that is what `silence_of_store` grows of.
+alone. The store lives in rank 0: where it does not answer any more, `answered` stands still.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Beats:
         self._looked = -float("inf")  # when the others were looked at
         self._lines: list[bytes] = []  # of its node's file
         self._said = ""
-        self._answered = time.monotonic()
+        self.answered = time.monotonic()  # when the store did last
         self._to_announce: str | None = None
         self.stall: str | None = None  # why all ranks are to end
         self.wanted = False  # whether the others' beats are looked at
@@ -109,10 +109,6 @@ class Beats:
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="beats", daemon=True).start()
-
-    def silence_of_store(self) -> float:
-        """Seconds since the store answered last."""
-        return time.monotonic() - self._answered
 
     def announce(self, stall: str) -> None:
         """Has all ranks told why they end; of several words the first ones count."""
@@ -157,7 +153,7 @@ class Beats:
         if self._leads:
             mine = self._store.get(f"ranks/{self._node}").decode().split()
             self._lines = sorted(self._store.multi_get(mine), key=lambda line: int(line.split()[1]))
-        self._answered = time.monotonic()
+        self.answered = time.monotonic()
 
     def _keep_file(self) -> None:
         while True:

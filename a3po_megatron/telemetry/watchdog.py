@@ -62,7 +62,7 @@ class Watchdog:
         self._last_words = last_words
         self.period = min(5.0, options.stall_seconds / 8)
         self._stacks: IO[str] | None = None
-        self._beats: Beats | None = None
+        self._answered, self._unanswered = 0.0, 0  # when the store did last, and for how many looks it has not
 
     def start(self) -> None:
         """Once; later calls do nothing."""
@@ -75,9 +75,9 @@ class Watchdog:
         """Watches from now on, with all ranks that have come to the store; `store`: over a connection of its own."""
         self.start()
         assert self._stacks is not None
-        self._beats = self.beats_over(store)
-        self._beats.start()
-        threading.Thread(target=self._watch, args=(self._beats, self._stacks), name="watchdog", daemon=True).start()
+        beats = self.beats_over(store)
+        beats.start()
+        threading.Thread(target=self._watch, args=(beats, self._stacks), name="watchdog", daemon=True).start()
 
     def beats_over(self, store: Store) -> Beats:
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
@@ -113,9 +113,13 @@ class Watchdog:
         """
         silence, limit = self._clock.silence(), self.limit()
         beats.wanted = silence > limit - (OTHERS + 1) * self.period  # it is heard a period later
+        # Counted in looks, not in seconds: a process that was stopped for a while has missed its own answers.
+        self._unanswered = self._unanswered + 1 if beats.answered == self._answered else 0
+        self._answered = beats.answered
         if silence <= limit:
             return None
-        if (gone := beats.silence_of_store()) > OTHERS * self.period:
+        if self._unanswered > OTHERS:
+            gone = time.monotonic() - self._answered
             last = beats.seen.get(0, (None, 0))[0]
             where = place(-1, Phase.START_UP) if last is None else last.place
             return self._message(f"rank 0 ({where}; no heartbeat: its store has not answered for {gone:.0f} s)")
