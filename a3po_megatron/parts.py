@@ -25,6 +25,7 @@ from .evaluate.request import graders_in
 from .evaluate.sampling import Evaluation
 from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
+from .files.writer import BesideRun
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
@@ -39,6 +40,7 @@ from .rollout.intake import Intake
 from .rollout.sample import Graders
 from .rollout.vllm_engine import VllmEngine
 from .run.checkpoints import Checkpoints, resumed_from
+from .run.found import find
 from .run.journal import Journal
 from .run.manifest import Stateful, identity
 from .run.recorder import Recorder
@@ -110,7 +112,12 @@ def build(
     with phase(Phase.MODEL):
         learner = learner_of(ranks, facts, settings, checkpoint)
     stop.while_starting(folder)
-    journal = Journal(place.journal, ranks.rank, identity(settings), settings.checkpoint.replay == "all")
+    writer = BesideRun()  # of everything that a step writes
+    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    before = find(place.journal, ranks, first_step)
+    journal = Journal(
+        place.journal, ranks.rank, identity(settings), before, writer, settings.checkpoint.replay == "all"
+    )
     intake = Intake(
         ranks,
         tokenizer,
@@ -132,12 +139,11 @@ def build(
         ranks.coordinates.data,
     )
     adapts: dict[str, Stateful] = {"regulariser": regulariser} if settings.regulariser.entropy_target else {}
-    rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates)
-    first_step = 0 if checkpoint is None else step_of(checkpoint)
+    rejected = Rejected(ranks, place.rejected, settings.trainer.max_rejected_updates, writer)
     further = evaluation_metrics([each.benchmark for each in asked])
     balance = Balance(ranks, prompts.at, attention_scale(facts))
     recorder = Recorder(
-        folder, settings, ranks, tokenizer, rejected, prompts.way_of, started, first_step, further, balance.home
+        folder, settings, ranks, tokenizer, rejected, prompts.way_of, writer, started, first_step, further, balance.home
     )
     evaluation = functools.partial(
         Evaluation,
@@ -166,6 +172,7 @@ def build(
         journal,
         stop,
         publish.export,
+        writer,
         evaluating.best,
         checkpoint,
     )

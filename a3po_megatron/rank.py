@@ -36,7 +36,7 @@ def start(folder: Path, loop: Loop, build: Build | None = None) -> None:
 
 def _run(folder: Path, loop: Loop, build: Build | None) -> None:
     from .config import load_resolved
-    from .files.run_folder import RunFolder, rank_file
+    from .files.run_folder import RunFolder
     from .launch.folder import prepare_folder
     from .launch.hardware import find_hardware
     from .launch.shell import check_interfaces
@@ -50,7 +50,8 @@ def _run(folder: Path, loop: Loop, build: Build | None) -> None:
     from .telemetry.watchdog import Watchdog
 
     rank, world = environment.rank(), environment.world()
-    CLOCK.attach(rank_file(RunFolder(folder).logs, rank, "phase"))
+    if (note := Handoff.of().phase_fd) is not None:
+        CLOCK.attach(note)
     settings = load_resolved(RunFolder(folder).config)
     # Held until the process ends.
     lock = None if environment.launched() or rank else prepare_folder(folder, settings)
@@ -62,7 +63,7 @@ def _run(folder: Path, loop: Loop, build: Build | None) -> None:
     check_interfaces()
     with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
         with phase(Phase.GROUPS):
-            ranks = connect(settings.parallel, settings.cluster, settings.rollout.tensor, settings.trainer.seed)
-        watchdog.start()  # at the latest; until all have met, the folder may hold what is left of an earlier start
+            parallel, engine = settings.parallel, settings.rollout.tensor
+            ranks = connect(parallel, settings.cluster, engine, settings.trainer.seed, watchdog.meet)
         loop((build or build_learner)(folder, settings, ranks, graders, started=Handoff.of().started))
     del lock

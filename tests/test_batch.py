@@ -17,7 +17,7 @@ from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
 from a3po_megatron.batch import Batch, Collected, Prompt, Rollout, Segment
 from a3po_megatron.config import AdvantageOptions, ShapingOptions
 from a3po_megatron.report.read import read_rollouts
-from a3po_megatron.telemetry.rollouts import save_rollouts
+from a3po_megatron.telemetry.rollouts import rollout_table, write_rollouts
 from tests.harness.tiny_models import literal_token_weights, make_collected, trained_places, with_tools
 
 SEGMENTS = st.lists(st.builds(Segment, st.integers(1, 9), st.integers(0, 3), st.booleans()), min_size=1, max_size=6)
@@ -104,10 +104,9 @@ def test_the_sums_over_a_batch_are_those_of_one_without_the_tokens_that_are_not_
 def test_what_is_written_of_tokens_that_were_not_trained_on_is_null_and_segments_are_there(tmp_path: Path) -> None:
     collected = with_tools(make_collected(groups=3, size=4))
     batch = scored(collected)
-    path = save_rollouts(
-        tmp_path, 20, 0, collected.groups, set(collected.accepted), batch, 3, lambda tokens: [""] * len(tokens)
-    )
-    records = list(read_rollouts(path, []))
+    table = rollout_table(20, collected.groups, set(collected.accepted), batch, 3, lambda tokens: [""] * len(tokens))
+    write_rollouts(path := tmp_path / "rollouts.parquet", table)
+    records = list(read_rollouts(path))
     assert len(records) == len(batch.rollouts)
     for record, rollout in zip(records, batch.rollouts, strict=True):
         assert [tuple(segment) for segment in record["segments"]] == list(rollout.segments)

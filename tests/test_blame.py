@@ -51,7 +51,7 @@ def dead(kind: str, message: str = "") -> local._Rank:
     os.close(said)
     process = subprocess.Popen(["sh", "-c", ENDS[kind][0]])
     process.wait()
-    return local._Rank(process, words)
+    return local._Rank(process, words, phase=-1)
 
 
 def in_job(folder: Path, kinds: tuple[str, ...], order: list[int]) -> InJob:
@@ -165,7 +165,7 @@ def test_a_rank_that_dies_of_a_signal_meant_for_the_run_is_interrupted_unless_sr
     os.close(said)
     process = subprocess.Popen(["sh", "-c", f"kill -{number} $$"])
     process.wait()
-    rank = local._Rank(process, words)
+    rank = local._Rank(process, words, phase=-1)
     assert isinstance(failure(Here([rank], {0}, {0: "phase imports"}), tmp_path, False), Interrupted)
     text = {"USR1": "User defined signal 1", "TERM": "Terminated", "INT": "Interrupt"}[number]
     first = f"srun: error: n0: task 0: {text}\n"

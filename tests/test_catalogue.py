@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from a3po_megatron.files.writer import AtOnce
 from a3po_megatron.report.charts import CHARTS, chart_of
 from a3po_megatron.telemetry.catalogue import CATALOGUE, METRICS, STARTUP, STEP, Phase
 from a3po_megatron.telemetry.clock import Clock
@@ -28,7 +29,7 @@ def test_every_metric_says_what_it_is_and_what_draws_it() -> None:
 
 
 def test_a_metric_that_is_not_in_the_catalogue_is_refused(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path, False, AtOnce())
     with pytest.raises(KeyError, match="policy/kl_olt"):
         writer.write(0, {"policy/kl_olt": 0.0})
     assert list(writer.write(0, {})) == ["step", *METRICS]

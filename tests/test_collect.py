@@ -25,8 +25,8 @@ from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.engine import Completion, Request
 from a3po_megatron.rollout.intake import Intake
 from a3po_megatron.rollout.sample import _answered
-from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.stop import Interrupt
+from tests.harness.journals import journal_of
 
 MAX_TOKENS = 20
 OUTCOMES = {"c": "correct", "w": "wrong", "i": "invalid"}
@@ -162,7 +162,7 @@ class Setting:
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
             RolloutOptions(max_batches=batches, max_tokens=MAX_TOKENS, dynamic_sampling=dynamic),
             RewardOptions(**reward),
-            Journal(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
+            journal_of(journal or Path(tempfile.mkdtemp(prefix="journal-")), 0, "run"),
             Interrupt(),
             self.engine,
             self.prompts,

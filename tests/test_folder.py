@@ -81,7 +81,7 @@ def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_
     run: Path, config: Settings
 ) -> None:
     kept = [
-        *(f"rollouts/step-{step:05d}.rank-{rank}.jsonl.zst" for step in range(SAVED) for rank in (0, 1)),
+        *(f"rollouts/step-{step:05d}.rank-{rank}.parquet" for step in range(SAVED) for rank in (0, 1)),
         "rejected/step-00003.mini-batch-1.rank-0.pt",
         "hf/step-000002/",
         "hf/step-000004/",
@@ -90,14 +90,14 @@ def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_
         *("hf/step-best/", "hf/notes.txt", "checkpoints/step-best/", "checkpoints/notes.txt", "notes.txt"),
     ]
     gone = [
-        *(f"rollouts/step-{step:05d}.rank-{rank}.jsonl.zst" for step in (4, 5, 100000) for rank in (0, 1)),
+        *(f"rollouts/step-{step:05d}.rank-{rank}.parquet" for step in (4, 5, 100000) for rank in (0, 1)),
         "rejected/step-00004.mini-batch-0.rank-0.pt",
         "rejected/step-00005.mini-batch-0.rank-1.pt",
         *("hf/step-000006/", "hf/step-1000000/"),
         # half done, of whichever step
         *("rollouts/step-00001.rank-0.jsonl.partial", "rejected/step-00001.mini-batch-0.rank-0.partial"),
         *("hf/.step-000002.partial/", "checkpoints/.step-000006.partial/", "checkpoints/.latest.partial"),
-        *("witness/", ".witness.partial/", "logs/rank-0.phase"),
+        *("witness/", ".witness.partial/", "logs/node-h1.beat"),
     ]
     put(run, *kept, *gone)
     assert goes_on(run, config) == [f"goes on from step-{SAVED:06d}"]
@@ -113,7 +113,7 @@ def test_of_a_run_that_goes_on_later_steps_are_cut_off_and_earlier_ones_and_odd_
 def test_of_a_run_without_a_checkpoint_nothing_but_odd_names_is_left(run: Path, config: Settings) -> None:
     for path in (run / "checkpoints").iterdir():
         path.rename(run / f"old-{path.name}")
-    gone = ["rollouts/step-00000.rank-0.jsonl.zst", "rejected/step-00000.mini-batch-0.rank-0.pt", "hf/step-000002/"]
+    gone = ["rollouts/step-00000.rank-0.parquet", "rejected/step-00000.mini-batch-0.rank-0.pt", "hf/step-000002/"]
     save_identity(run, config)
     put(run, *gone, "rollouts/notes.txt", "journal/step-00000.rank-0")
     assert goes_on(run, config) == []
@@ -167,14 +167,14 @@ def test_where_rows_of_metrics_are_missing_the_run_is_refused_and_nothing_is_cut
     goes_on(run, config)  # as many as were recorded will do
     short = ROW * SAVED
     (run / "metrics.jsonl").write_text(short[:-1])
-    put(run, "rollouts/step-00005.rank-0.jsonl.zst")
+    put(run, "rollouts/step-00005.rank-0.parquet")
     torn = save_checkpoint(run, SAVED + 2, config)
     (torn / MANIFEST).unlink()
     with pytest.raises(RequestError, match=rf"metrics\.jsonl: it has {len(short) - 1} bytes.* {len(short)}: rows are"):
         goes_on(run, config)
     assert (run / "metrics.jsonl").read_text() == short[:-1]
     assert torn.exists()  # not put aside
-    assert (run / "rollouts" / "step-00005.rank-0.jsonl.zst").exists()
+    assert (run / "rollouts" / "step-00005.rank-0.parquet").exists()
 
 
 @pytest.mark.parametrize(("name", "role"), [("prompts.jsonl", "data"), ("model/tokenizer.json", "tokenizer.json")])
@@ -199,7 +199,7 @@ def test_a_journal_of_an_earlier_version_is_refused_and_nothing_changes(run: Pat
     journal.parent.mkdir()
     text = json.dumps({"kind": "verdicts", "of": "", "verdicts": [], "bytes": 0, "blake3": ""}).encode()
     journal.write_bytes(blake3(text).hexdigest().encode() + b" " + text + b"\n torn")
-    put(run, "rollouts/step-00005.rank-0.jsonl.zst")
+    put(run, "rollouts/step-00005.rank-0.parquet")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(RequestError, match=r"journal/step-00004\.rank-0: it was written by an earlier version"):
         goes_on(run, config)
@@ -221,13 +221,13 @@ def test_latest_is_written_where_a_kill_came_between_a_checkpoint_and_its_name(r
 
 def test_with_a_damaged_newest_checkpoint_the_folder_goes_back_to_the_one_before(run: Path, config: Settings) -> None:
     (run / "checkpoints" / f"step-{SAVED:06d}" / MANIFEST).unlink()
-    put(run, "rollouts/step-00001.rank-0.jsonl.zst", "rollouts/step-00002.rank-0.jsonl.zst", "hf/step-000004/")
+    put(run, "rollouts/step-00001.rank-0.parquet", "rollouts/step-00002.rank-0.parquet", "hf/step-000004/")
     remarks = goes_on(run, config)
     assert len(remarks) == 2
     assert "step-000004/manifest.json: the file is missing" in remarks[0]
     assert remarks[1] == "goes on from step-000002"
     assert (run / "metrics.jsonl").read_text() == ROW * 2
-    assert sorted(path.name for path in (run / "rollouts").iterdir()) == ["step-00001.rank-0.jsonl.zst"]
+    assert sorted(path.name for path in (run / "rollouts").iterdir()) == ["step-00001.rank-0.parquet"]
     assert not (run / "hf" / "step-000004").exists()
     assert (run / "checkpoints" / "latest").read_text() == "step-000002\n"
     assert (run / "checkpoints" / "torn-step-000004").is_dir()

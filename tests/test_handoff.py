@@ -149,7 +149,7 @@ def test_a_launchers_variables_are_named_in_one_file_and_the_shells_are_its_name
 
 
 def test_a_process_reads_what_its_launcher_wrote_and_nothing_where_there_is_none() -> None:
-    told = Handoff(1753900000.25, 7, Path("/runs/a b/logs/attempt-1"), 8, 9, "SIGUSR1", 0)
+    told = Handoff(1753900000.25, 7, Path("/runs/a b/logs/attempt-1"), 8, 9, "SIGUSR1", 0, 11)
     assert None not in vars(told).values() and set(told.environment()) == set(VARIABLES.values())
     assert Handoff.of(USERS | told.environment()) == told
     assert Handoff.of(USERS) == Handoff() and Handoff().environment() == {}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from a3po_megatron.files.run_folder import LEAD
+from a3po_megatron.files.writer import AtOnce
 from a3po_megatron.run.stop import CAUTION, MARGIN_SECONDS, SIGNALS, Interrupt
 
 pytestmark = pytest.mark.alone
@@ -191,7 +192,7 @@ def test_what_a_start_measured_is_known_to_the_next_one_and_the_lead_is_that_of_
 ) -> None:
     interrupt = Interrupt(now)
     interrupt.observe({"reward": 9.0, "score": 4.0, "update": 5.0, "publish": 1.0, "save": 2.0})
-    interrupt.save(tmp_path)
+    interrupt.save(tmp_path, AtOnce())
     assert (tmp_path / LEAD).read_text().splitlines()[0] == f"{CAUTION * 15.0 + MARGIN_SECONDS:.0f}"
     again = Interrupt(now)
     again.recall(tmp_path)

@@ -14,7 +14,10 @@ from blake3 import blake3
 
 from a3po_megatron.batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from a3po_megatron.errors import RequestError, RunFailed
-from a3po_megatron.run.journal import Journal, check_format, cut_torn_frames, read_frames
+from a3po_megatron.files.writer import AtOnce
+from a3po_megatron.run.found import find
+from a3po_megatron.run.journal import Journal, check_format, read_frames
+from tests.harness.journals import Alone, journal_of
 
 PROMPTS = [Prompt(f"p/{n}", f"problem {n}", f"gold {n}", (n, n + 1), n) for n in range(6)]
 
@@ -25,7 +28,7 @@ def decode(tokens: Any) -> str:
 
 def opened(folder: Path, rank: int, run: str, any_weights: bool = False) -> Journal:
     """Where the engine holds the weights of version 4, which sampled every group here."""
-    journal = Journal(folder, rank, run, any_weights)
+    journal = journal_of(folder, rank, run, any_weights)
     journal.published(4, "")
     return journal
 
@@ -251,7 +254,6 @@ def test_what_is_written_behind_a_torn_frame_is_found_once_that_was_cut_off(tmp_
         journal.add_group(3, group(number))
     path = tmp_path / "step-00003.rank-0"
     path.write_bytes(path.read_bytes()[:-5])
-    cut_torn_frames(tmp_path)
     opened(tmp_path, 0, "run").add_group(3, group(4))
     found = opened(tmp_path, 0, "run")
     assert [n for n in range(6) if found.group(3, PROMPTS[n], decode) is not None] == [0, 1, 4]
@@ -333,7 +335,7 @@ def test_a_journal_of_another_version_is_refused_by_its_name_with_what_to_do(
     text = json.dumps(header).encode()
     path.write_bytes(blake3(text).hexdigest().encode() + b" " + text + b"\n" + payload)
     before = path.read_bytes()
-    for read in (check_format, cut_torn_frames, lambda folder: opened(folder, 1, "run")):
+    for read in (check_format, lambda folder: opened(folder, 1, "run")):
         with pytest.raises(RequestError) as refused:
             read(tmp_path)
         assert str(refused.value).startswith(f"{path}: it was written by {whose}")
@@ -346,5 +348,79 @@ def test_a_journal_of_another_version_is_refused_by_its_name_with_what_to_do(
 def test_a_file_that_holds_something_else_holds_nothing(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "step-00003.rank-0").write_bytes(junk)
     assert opened(tmp_path, 0, "run").group(3, PROMPTS[0], decode) is None
-    cut_torn_frames(tmp_path)
     assert (tmp_path / "step-00003.rank-0").read_bytes() == b""
+
+
+class _Met:
+    """A rank of a world whose ranks come one after the other: `agree` tells the first that it lacks the rest."""
+
+    def __init__(self, rank: int, said: list[dict[str, Any]]) -> None:
+        self.rank, self.world, self._said = rank, len(said), said
+
+    def agree(self, tag: str, value: Any, op: Any) -> Any:
+        self._said[self.rank][tag] = json.loads(json.dumps(value))
+        if any(tag not in said for said in self._said):
+            raise _Waits
+        return op([said[tag] for said in self._said])
+
+
+class _Waits(Exception):
+    pass
+
+
+def found_by_all(folder: Path, world: int, first_step: int = 0) -> list[Any]:
+    """What `find` gives, or raises, on every rank."""
+    said: list[dict[str, Any]] = [{} for _ in range(world)]
+    results: list[Any] = [_Waits()] * world
+    while any(isinstance(result, _Waits) for result in results):
+        for rank in range(world):
+            try:
+                results[rank] = find(folder, _Met(rank, said), first_step)
+            except (_Waits, RequestError, RunFailed) as error:
+                results[rank] = error
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_every_rank_of_any_world_finds_all_that_ranks_of_another_wrote(tmp_path: Path, world: int) -> None:
+    for number in range(6):
+        journal = opened(tmp_path, number % 3, "run")
+        journal.add_group(3 + number % 2, group(number, 3 + number % 2))
+        journal.add_verdicts(3 + number % 2, [group(number)])
+        journal.add_scores(3 + number % 2, batch([number]))
+    with (tmp_path / "step-00003.rank-1").open("ab") as file:
+        file.write(b"a torn frame")
+    for found in found_by_all(tmp_path, world):
+        journal = Journal(tmp_path, 0, "run", found, AtOnce())
+        journal.published(4, "")
+        for number in range(6):
+            here = journal.group(3 + number % 2, PROMPTS[number], decode)
+            assert here is not None and here[1] and facts(here[0]) == facts(group(number, 3 + number % 2))
+            assert journal.scores(3 + number % 2, batch([number]).rollouts) is not None
+            assert journal.group(4 - number % 2, PROMPTS[number], decode) is None
+    assert not (tmp_path / "step-00003.rank-1").read_bytes().endswith(b"torn frame")
+    for found in found_by_all(tmp_path, world, first_step=4):  # of steps that are done nothing is read
+        assert not list(found.frames(3, "group", 0)) and list(found.frames(4, "group", 1))
+
+
+def test_what_one_rank_cannot_read_ends_the_start_of_all_with_its_name(tmp_path: Path) -> None:
+    for rank in range(3):
+        opened(tmp_path, rank, "run").add_group(3, group(rank))
+    text = json.dumps({"kind": "group", "format": 1, "bytes": 0}).encode()
+    path = tmp_path / "step-00003.rank-1"
+    path.write_bytes(blake3(text).hexdigest().encode() + b" " + text + b"\n")
+    for said in found_by_all(tmp_path, 3):
+        assert isinstance(said, RequestError) and str(said).startswith(f"{path}: it was written by an earlier version")
+    path.unlink()
+    path.mkdir()
+    for said in found_by_all(tmp_path, 3):
+        assert isinstance(said, RunFailed) and str(said) == f"{path}: cannot read it: Is a directory"
+
+
+def test_what_this_start_adds_to_a_file_is_not_taken_for_what_was_there(tmp_path: Path) -> None:
+    opened(tmp_path, 0, "run").add_group(3, group(0))
+    now = opened(tmp_path, 0, "run")
+    now.add_group(3, other_tokens(group(0)))
+    found = now.group(3, PROMPTS[0], decode)
+    assert found is not None and facts(found[0]) == facts(group(0))
+    assert len(list(find(tmp_path, Alone(), 0).frames(3, "group", 0))) == 2

@@ -20,6 +20,7 @@ from a3po_megatron.launch.folder import make_folder
 from a3po_megatron.report.read import read_rollouts
 from a3po_megatron.telemetry.catalogue import METRICS
 from tests.harness import interrupted_runs as tools
+from tests.harness.interrupted_runs import phase_of
 from tests.harness.ranks import ROOT
 
 # Small steps: what is trained is not the subject.
@@ -34,12 +35,11 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: float = 120) -> str:
     deadline = time.monotonic() + seconds
-    path = folder / "logs" / f"rank-{rank}.phase"
     while time.monotonic() < deadline:
-        if path.exists() and path.read_text().partition("\n")[0].partition(" ")[2] in phases:
-            return path.read_text()
+        if (found := phase_of(folder, rank)).partition(" ")[2] in phases:
+            return found
         time.sleep(0.02)
-    raise AssertionError(f"rank {rank} did not come to {phases}: {path.read_text() if path.exists() else 'no file'}")
+    raise AssertionError(f"rank {rank} did not come to {phases}: {found or 'it is not there'}")
 
 
 def rank_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
@@ -120,7 +120,7 @@ def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_train
         assert list(row) == ["step", *METRICS]
     for name in ("config.yaml", "provenance.json", "report.html", "tensorboard"):
         assert (folder / name).exists()
-    records = [r for files in rollout_files(folder).values() for file in files for r in read_rollouts(file, [])]
+    records = [r for files in rollout_files(folder).values() for file in files for r in read_rollouts(file)]
     assert {version for record in records for _, version, _ in record["segments"]} >= {1, 2}
     trained = [record for record in records if record["accepted"] and record["outcome"] != "invalid"]
     assert trained

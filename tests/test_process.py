@@ -33,7 +33,7 @@ from a3po_megatron.config import (
 from a3po_megatron.reward.grader import grade
 from a3po_megatron.reward.pool import GraderPool
 from a3po_megatron.reward.worker import judge
-from a3po_megatron.telemetry.rollouts import save_rejected, save_rollouts
+from a3po_megatron.telemetry.rollouts import rejected_entries, rollout_table, write_rejected, write_rollouts
 from tests.harness import interrupted_runs as tools
 from tests.harness.ranks import ROOT
 from tests.harness.tiny_models import literal_token_weights, make_collected, trained_places, with_tools
@@ -248,8 +248,9 @@ def test_records_hold_steps_and_what_they_add_and_stay_as_they_were_without_proc
     collected = graded(5, tools_too=True)
     for process in (NoProcess(), RewardsToGo(weight=0.5)):
         batch = shape(prepared(assembled(collected, process)), 20, NoShaping())
-        path = save_rollouts(tmp_path, 20, 0, collected.groups, set(collected.accepted), batch, 0, list)
-        records = {f"{r['prompt_id']}#{r['sample']}": r for r in tools.read_rollouts(path, [])}
+        table = rollout_table(20, collected.groups, set(collected.accepted), batch, 0, list)
+        write_rollouts(path := tmp_path / "rollouts.parquet", table)
+        records = {f"{r['prompt_id']}#{r['sample']}": r for r in tools.read_rollouts(path)}
         if isinstance(process, NoProcess):
             assert not any({"steps", "process"} & record.keys() for record in records.values())
             continue
@@ -260,9 +261,10 @@ def test_records_hold_steps_and_what_they_add_and_stay_as_they_were_without_proc
             if rollout.verdict.outcome == "invalid":
                 assert record["process"] is None
                 continue
-            values = [round(v, 7) if t in places else None for t, v in enumerate(found[rollout.name])]
+            values = [v if t in places else None for t, v in enumerate(found[rollout.name])]
             assert record["process"] == values
-        kept = torch.load(save_rejected(tmp_path / "rejected", 20, 0, 0, batch), weights_only=False)
+        write_rejected(path := tmp_path / "rejected" / "batch.pt", rejected_entries(batch, 0))
+        kept = torch.load(path, weights_only=False)
         assert all(entry["process"].tolist() == found[entry["name"]] for entry in kept)
 
 

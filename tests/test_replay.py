@@ -21,7 +21,7 @@ from a3po_megatron.model.facts import Experts
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.catalogue import METRICS
-from a3po_megatron.telemetry.rollouts import save_rejected
+from a3po_megatron.telemetry.rollouts import rejected_entries, write_rejected
 from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAYERS, PER_TOKEN
 from tests.harness.ranks import Case, run_ranks
 from tests.harness.tiny_models import make_checkpoint, make_collected
@@ -281,7 +281,8 @@ def test_what_is_kept_of_a_rejected_update_holds_its_routes(tmp_path: Path) -> N
     batch = assemble(make_collected(groups=2, size=4), AdvantageOptions(), 1)
     for number, rollout in enumerate(batch.rollouts[1:]):
         rollout.routes = np.full((number + 1, 3, 2), number, np.uint8)
-    entries = torch.load(save_rejected(tmp_path / "rejected", 0, 0, 0, batch))
+    write_rejected(path := tmp_path / "rejected" / "batch.pt", rejected_entries(batch, 0))
+    entries = torch.load(path)
     assert entries[0]["routes"] is None
     for entry, rollout in zip(entries[1:], batch.rollouts[1:], strict=True):
         assert torch.equal(entry["routes"], torch.from_numpy(rollout.routes))

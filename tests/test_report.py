@@ -18,9 +18,10 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
-import zstandard
 
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import rollout_files
@@ -63,7 +64,7 @@ def make_run(
         records = [
             rollout(step, prompt, sample, rate, rho_now, draw, text) for prompt in range(groups) for sample in range(4)
         ]
-        write_rollouts(folder / f"rollouts/step-{step:05d}.rank-0.jsonl.zst", records)
+        write_rollouts(folder / f"rollouts/step-{step:05d}.rank-0.parquet", records)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -144,8 +145,17 @@ def rollout(step: int, prompt: int, sample: int, rate: float, rho: float, draw: 
 
 
 def write_rollouts(path: Path, records: list[dict]) -> None:
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    path.write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+    """A file as pyarrow makes it of plain objects, whatever column types it finds in them."""
+    rows = []
+    for record in records:
+        segments = [dict(zip(("length", "weight_version", "trained"), s, strict=True)) for s in record["segments"]]
+        answer = record.get("answer")
+        row = record | {"segments": segments, "answer": [answer] if isinstance(answer, str) else answer}
+        rows.append(json.loads(json.dumps(row).replace("\\ud800", "\\\\ud800")))  # which UTF-8 does not have
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    columns["seed"] = pa.array(columns["seed"], pa.uint64())
+    pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 class Scripts(HTMLParser):
@@ -243,33 +253,25 @@ def test_damaged_settings_are_refused_with_their_line(tmp_path: Path) -> None:
         read_run(folder)
 
 
-def test_a_rollout_file_cut_off_in_its_second_frame_is_read_up_to_there_with_a_note(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    path = rollout_files(folder)[5][0]
-    whole, notes = path.read_bytes(), []
-    path.write_bytes(whole + whole)
-    assert [record["sample"] for record in read_rollouts(path, notes)] == [0, 1, 2, 3] * 4
-    assert notes == []
-    path.write_bytes(whole + whole[:-30])
-    assert [record["sample"] for record in read_rollouts(path, notes)][:8] == [0, 1, 2, 3] * 2
-    assert f"{path.name} is incomplete" in notes[0]
-
-
-def test_damaged_rollouts_are_refused_with_file_and_line(tmp_path: Path) -> None:
+def test_damaged_rollouts_are_refused_with_file_and_row(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     path = rollout_files(folder)[0][0]
     records = [rollout(0, 0, sample, 0.5, 2.0, random.Random(sample), "") for sample in range(3)]
     records[1]["weights"].pop()
     write_rollouts(path, records)
-    with pytest.raises(RequestError, match=re.escape(f"{path}, line 2: `weights` must have one entry a token")):
+    with pytest.raises(RequestError, match=re.escape(f"{path}, row 2: `weights` must have one entry a token")):
         write_report([folder])
-    del records[1]["weights"], records[1]["finish"]
+    for record in records:
+        del record["finish"]
     write_rollouts(path, records)
-    with pytest.raises(RequestError, match=re.escape(f"{path}, line 2: the rollout lacks finish")):
+    with pytest.raises(RequestError, match=re.escape(f"{path}: its rollouts lack finish")):
         write_report([folder])
-    path.write_bytes(b"no zstandard at all")
-    with pytest.raises(RequestError, match=re.escape(f"{path}: not a readable zstandard file")):
-        write_report([folder])
+    write_rollouts(path, [rollout(0, 0, 0, 0.5, 2.0, random.Random(0), "")])
+    whole = path.read_bytes()
+    for damaged in (b"no Parquet at all", whole[:-30], whole[:40] + bytes(200) + whole[240:]):
+        path.write_bytes(damaged)
+        with pytest.raises(RequestError, match=re.escape(f"{path}: not a readable Parquet file")):
+            write_report([folder])
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -319,8 +321,8 @@ def test_hostile_texts_are_inert_and_survive_unchanged(tmp_path: Path) -> None:
     plain = make_run(tmp_path / "plain", groups=1)
     assert Scripts(html).tags == Scripts(write_report([plain]).read_text("utf-8")).tags
     group = page_data(folder / "report.html")["runs"][0]["rollouts"][0]["groups"][0]
-    assert group["prompt"].endswith(HOSTILE)
-    assert group["samples"][0]["pieces"][1].endswith(HOSTILE)
+    assert group["prompt"].endswith(HOSTILE.replace("\ud800", "\\ud800"))
+    assert group["samples"][0]["pieces"][1].endswith(HOSTILE.replace("\ud800", "\\ud800"))
 
 
 def test_the_script_puts_texts_into_the_page_only_as_text() -> None:
@@ -331,7 +333,7 @@ def test_the_script_puts_texts_into_the_page_only_as_text() -> None:
 
 def test_the_viewer_holds_the_shaped_tokens_and_both_engines(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=1)
-    truth = list(read_rollouts(rollout_files(folder)[0][0], []))
+    truth = list(read_rollouts(rollout_files(folder)[0][0]))
     groups = page_data(write_report([folder]))["runs"][0]["rollouts"][0]["groups"]
     samples = [sample for group in groups for sample in group["samples"]]
     assert len(samples) == len(truth) == 8
@@ -355,7 +357,7 @@ def test_the_viewer_opens_on_a_correct_rollout_of_the_rarer_way_that_shaping_wei
     assert page_data(write_report([plain, folder]))["open"] is None
     for run in (plain, folder):
         for number, path in enumerate(sorted((run / "rollouts").iterdir())):
-            records = list(read_rollouts(path, []))
+            records = list(read_rollouts(path))
             for record in records:  # one in 16 at first, nearly all at the end
                 steps = record["prompt_index"] % 4 == 0 and record["sample"] == 0 if number < 6 else record["sample"]
                 record["way"] = "stepwise" if steps else "at_once"

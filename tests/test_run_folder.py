@@ -28,7 +28,7 @@ ON_DISK = [  # (path, its step, its rank)
     (step_folder(RUN.hf, 1_000_000), "hf/step-1000000", 1_000_000, None),
     (torn_folder(step_folder(RUN.checkpoints, 12)), "checkpoints/torn-step-000012", 12, None),
     (journal_file(RUN.journal, 12, 34), "journal/step-00012.rank-34", 12, 34),
-    (rollout_file(RUN.rollouts, 123_456, 0), "rollouts/step-123456.rank-0.jsonl.zst", 123_456, 0),
+    (rollout_file(RUN.rollouts, 123_456, 0), "rollouts/step-123456.rank-0.parquet", 123_456, 0),
     (rejected_file(RUN.rejected, 3, 5, 7), "rejected/step-00003.mini-batch-5.rank-7.pt", 3, 7),
 ]
 
@@ -44,7 +44,7 @@ def test_a_name_is_as_runs_have_it_on_disk_and_says_its_step_and_rank(
 
 
 def test_a_rank_is_read_from_the_names_of_its_logs() -> None:
-    assert [rank_of(rank_file(RUN.logs, 3, kind)) for kind in ("phase", "beat", "words")] == [3, 3, 3]
+    assert [rank_of(rank_file(RUN.logs, 3, kind)) for kind in ("log", "stacks", "words")] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("name", ["step-best", "step-", "step-9th", "latest", "a-step-3", ".step-000004.partial"])
@@ -71,8 +71,8 @@ def test_files_of_steps_come_by_step_and_rank_and_rollouts_without_what_is_half_
     for name in (
         "step-00001.txt",
         "notes.rank-0.txt",
-        "step-best.rank-0.jsonl.zst",
-        ".step-00009.rank-0.jsonl.zst.partial",
+        "step-best.rank-0.parquet",
+        ".step-00009.rank-0.parquet.partial",
     ):
         (run.rollouts / name).touch()
     (run.rollouts / "step-00003.rank-0.jsonl.partial").touch()

@@ -19,7 +19,8 @@ from a3po_megatron.files.lock import hold, is_live
 from a3po_megatron.launch.status import status
 from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.run.folder import save_resolved
-from a3po_megatron.telemetry.clock import Clock
+from a3po_megatron.telemetry.beats import Beat
+from a3po_megatron.telemetry.clock import place
 from tests.harness.ranks import ROOT
 
 SECONDS = {"rollout": 4.0, "reward": 0.5, "score": 1.0, "update": 3.0, "publish": 1.0, "checkpoint": 0.5}
@@ -50,13 +51,10 @@ def trained(folder: Path, steps: int) -> None:
 
 
 def say(folder: Path, rank: int, step: int, phase: str, changes: int, silent: float = 1.0) -> None:
-    """What a rank's clock and its watchdog write down."""
-    clock = Clock()
-    clock.step, clock.changes = step, changes - 1
-    clock.attach(folder / f"logs/rank-{rank}.phase")
-    clock._stack.append(phase)
-    clock._announce()
-    (folder / f"logs/rank-{rank}.beat").write_text(f"silent {silent} s of 300.0 s, beat 7\n")
+    """What the watchdogs of a node write down, two ranks each."""
+    beat = Beat(rank, 7, silent, 300.0, changes, place(step, phase))
+    with (folder / f"logs/node-h{rank // 2}.beat").open("a") as file:
+        file.write(f"{beat.line()}\n")
 
 
 def rows(folder: Path) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from a3po_megatron.config import TelemetryOptions
+from a3po_megatron.launch.local import free_port
+from a3po_megatron.telemetry.beats import Beat, read_beats
 from a3po_megatron.telemetry.clock import Clock
-from a3po_megatron.telemetry.watchdog import Watchdog, position
+from a3po_megatron.telemetry.watchdog import Watchdog, stalled
 from tests.harness.ranks import ROOT
 from tests.test_launch import ended, rank_processes, start, wait_for_phase  # noqa: F401
 
@@ -50,23 +51,69 @@ def test_the_limit_of_a_phase_follows_from_its_own_longest_silence(tmp_path: Pat
         assert dog.limit() == 2.0
 
 
-def test_ranks_that_others_wait_for_have_gone_through_fewer_phases(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
-    clocks = [Clock(), Clock()]
-    for rank, clock in enumerate(clocks):
-        clock.attach(tmp_path / "logs" / f"rank-{rank}.phase")
-        clock.begin(4)
+class Stores:
+    """One store in this process, with what the watchdog uses of torch's."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.held[key] = value.encode()
+
+    def add(self, key: str, value: int) -> int:
+        self.set(key, str(int(self.held.get(key, b"0")) + value))
+        return int(self.held[key])
+
+    def append(self, key: str, value: str) -> None:
+        self.held[key] = self.held.get(key, b"") + value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.held[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.held for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.held[key] for key in keys]
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        if self.held.get(key, b"") == expected.encode():
+            self.set(key, desired)
+        return self.held[key]
+
+
+def test_of_each_node_one_file_says_where_its_ranks_are_and_how_far_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (logs := tmp_path / "logs").mkdir()
+    store, clocks = Stores(), [Clock() for _ in range(4)]
+    dogs = [Watchdog(tmp_path, rank, 5, FAST, clock, print) for rank, clock in enumerate(clocks)]
+    beats = []
+    for rank, dog in enumerate(dogs):
+        monkeypatch.setenv("SLURMD_NODENAME", f"h/{rank // 2}")
+        beats.append(dog.beats_over(store))
+        clocks[rank].begin(4)
     with clocks[0].phase("reward"):
         pass
     with clocks[1].phase("reward"):
-        assert position(tmp_path / "logs", 1) < position(tmp_path / "logs", 0)
-        assert position(tmp_path / "logs", 1)[1] == "phase reward of step 4"
-    assert position(tmp_path / "logs", 2) == (0, "phase start-up")  # has not even begun
+        for _ in range(2):
+            for each in beats:
+                each.round()
+                each.write()
+    assert sorted(path.name for path in logs.iterdir()) == ["node-h_0.beat", "node-h_1.beat"]
+    found = {rank: beat for rank, (beat, _) in read_beats(logs).items()}
+    assert list(found) == [0, 1, 2, 3]  # one has not even begun
+    assert [found[rank].count for rank in range(4)] == [2, 1, 2, 1]  # as the first of each node heard it
+    assert found[1].place == "phase reward of step 4" and found[1].changes < found[0].changes
+    (logs / "node-h_1.beat").write_text("rank 3 bea")  # cut off
+    assert list(read_beats(logs)) == [0, 1]
 
 
 STUCK = """
-import sys, threading
+import os, sys, threading, time
+from datetime import timedelta
 from pathlib import Path
+from torch.distributed import PrefixStore, TCPStore
 from a3po_megatron.config import TelemetryOptions
 from a3po_megatron.telemetry.clock import Clock
 from a3po_megatron.telemetry.watchdog import Watchdog
@@ -77,10 +124,14 @@ def say(*words):
 def waits_for_ever(lock):
     lock.acquire()
 
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, rank, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+store = TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=60), wait_for_workers=False)
 clock = Clock()
-clock.attach(folder / "logs" / f"rank-{rank}.phase")
-Watchdog(folder, rank, 2, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), clock, say).start()
+dog = Watchdog(folder, rank, 2, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), clock, say)
+dog.meet(PrefixStore("beats", store.clone()))
+store.add("met", 1)
+while store.add("met", 0) < 2:
+    time.sleep(0.05)
 clock.begin(7)
 lock = threading.Lock()
 with clock.phase("score"):
@@ -94,14 +145,19 @@ with clock.phase("score"):
 """
 
 
+def two_ranks(folder: Path, script: str) -> list[subprocess.Popen[bytes]]:
+    (folder / "logs").mkdir()
+    port = str(free_port())
+    return [
+        subprocess.Popen([sys.executable, "-c", script, str(folder), str(rank), port], cwd=ROOT, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+
+
 def test_two_ranks_that_stand_still_end_with_85_name_the_one_behind_and_leave_the_stacks_of_both(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "logs").mkdir()
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path), str(rank)], cwd=ROOT, stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
+    ranks = two_ranks(tmp_path, STUCK)
     begun = time.monotonic()
     for rank, process in enumerate(ranks):
         assert process.wait(60) == 85
@@ -113,17 +169,6 @@ def test_two_ranks_that_stand_still_end_with_85_name_the_one_behind_and_leave_th
 
 
 WORKS = """
-import os, sys, time
-from pathlib import Path
-
-if sys.argv[2] == "1":  # on a node whose clock is an hour behind
-
-    def replace(path, target):
-        os.utime(path, (time.time() - 3600, time.time() - 3600))
-        os.replace(path, target)
-
-    Path.replace = replace
-
 def at_work(rank, clock, lock):
     \"\"\"Rank 0 waits, as in a collective; rank 1 is behind it and gets on.\"\"\"
     while rank == 0 or not time.sleep(0.1):
@@ -135,47 +180,83 @@ def at_work(rank, clock, lock):
 
 
 def test_a_rank_that_waits_for_one_that_is_slow_but_at_work_ends_nothing(tmp_path: Path) -> None:
-    (tmp_path / "logs").mkdir()
     script = STUCK.replace("    lock.acquire()\n    waits_for_ever(lock)\n", "    at_work(rank, clock, lock)\n")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", WORKS + script, str(tmp_path), str(rank)], cwd=ROOT)
-        for rank in range(2)
-    ]
+    ranks = two_ranks(tmp_path, WORKS + script)
     try:
-        time.sleep(10)  # ten times the limit of the waiting one
+        deadline = time.monotonic() + 60
+        while 0 not in (found := read_beats(tmp_path / "logs")) or found[0][0].silence < 10:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert [process.poll() for process in ranks] == [None, None]
-        words = (tmp_path / "logs/rank-0.beat").read_text().split()
-        assert float(words[1]) > float(words[4])  # it is beyond its limit, and knows better
+        assert found[0][0].silence > found[0][0].limit  # it is beyond its limit, and knows better
     finally:
         for process in ranks:
             process.kill()
             process.wait()
 
 
-def test_a_heartbeat_is_missed_when_its_counter_stands_still_whatever_time_its_file_bears(
-    tmp_path: Path, times: list[float]
-) -> None:
-    (logs := tmp_path / "logs").mkdir()
-    clock = Clock()
-    dog = Watchdog(tmp_path, 0, 3, FAST, clock, print)
-    (logs / "rank-0.phase").write_text("3 update\nchanges 9\n")
-    for rank in (1, 2):  # both are ahead of rank 0, which waits for them
-        (logs / f"rank-{rank}.phase").write_text("3 update\nchanges 10\n")
+def test_two_ranks_whose_store_is_gone_with_rank_0_end_with_85_and_say_so(tmp_path: Path) -> None:
+    ranks = two_ranks(tmp_path, STUCK.replace("stall_seconds=1.0", "stall_seconds=2.0"))
+    while not list((tmp_path / "logs").glob("node-*.beat")):
+        time.sleep(0.02)
+    time.sleep(1)
+    ranks[0].send_signal(signal.SIGSTOP)  # a node that froze: no connection breaks
+    try:
+        assert ranks[1].wait(60) == 85
+    finally:
+        ranks[0].kill()
+        ranks[0].wait()
+    assert ranks[1].stdout is not None
+    words = ranks[1].stdout.read().decode()
+    assert "interrupted rank 0 (phase " in words and "no heartbeat: its store has not answered for " in words
+    assert stalled(tmp_path / "logs") in words
+
+
+def say(store: Stores, rank: int, count: int, changes: int, silence: float = 0.1) -> None:
+    store.set(f"{rank}", Beat(rank, count, silence, 8.0, changes, "phase update of step 3").line())
+
+
+def test_a_heartbeat_is_missed_when_its_counter_stands_still(tmp_path: Path, times: list[float]) -> None:
+    (tmp_path / "logs").mkdir()
+    store = Stores()
+    dog = Watchdog(tmp_path, 0, 3, FAST, Clock(), print)
+    beats = dog.beats_over(store)
     said = []
     for number in range(60):  # 15 s
         times.append(number * dog.period)
-        (logs / "rank-1.beat").write_text(f"silent 0.1 s of 8.0 s, beat {number}\n")
-        os.utime(logs / "rank-1.beat", (0, 0))
-        (logs / "rank-2.beat").write_text("silent 0.1 s of 8.0 s, beat 3\n")  # the file server's clock goes on
-        said.append(dog.look())
+        say(store, 1, number, 10)  # both are ahead of rank 0, which waits for them
+        say(store, 2, 3, 10)
+        beats.round()
+        said.append(dog.look(beats))
     assert dog.limit() == 8.0
     assert not any(said[: int(8.0 / dog.period) + 1])
     assert said[int(8.0 / dog.period) + 1].startswith("rank 2 (phase update of step 3; no heartbeat) stood still")
 
 
+def test_a_rank_that_never_came_is_named_and_one_that_is_late_and_at_work_is_not(
+    tmp_path: Path, times: list[float]
+) -> None:
+    (tmp_path / "logs").mkdir()
+    for missing in (True, False):
+        store, clock = Stores(), Clock()
+        dog = Watchdog(tmp_path, 0, 3, FAST, clock, print)
+        beats, said, begun = dog.beats_over(store), [], times[-1]
+        for number in range(60):
+            times.append(begun + number * dog.period)
+            say(store, 1, number, 50)
+            if not missing:
+                say(store, 2, number, 0)
+            beats.round()
+            said.append(dog.look(beats))
+        words = next(filter(None, said), None)
+        assert (words or "").startswith("rank 2 (phase start-up; no heartbeat) stood still") == missing
+
+
 LEFT = """
 import sys, time
+from datetime import timedelta
 from pathlib import Path
+from torch.distributed import PrefixStore, TCPStore
 from a3po_megatron.config import TelemetryOptions
 from a3po_megatron.telemetry.clock import Clock
 from a3po_megatron.telemetry.watchdog import Watchdog
@@ -183,29 +264,35 @@ from a3po_megatron.telemetry.watchdog import Watchdog
 def say(*words):
     print(*words, flush=True)
 
-Watchdog(Path(sys.argv[1]), 0, 1, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), Clock(), say).start()
+store = TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=60), wait_for_workers=False)
+dog = Watchdog(Path(sys.argv[1]), 0, 1, TelemetryOptions(stall_seconds=1.0, stall_factor=2.0), Clock(), say)
+dog.meet(PrefixStore("beats", store.clone()))
 say("watches")
+sys.stdin.readline()
+PrefixStore("beats", store).set("stall", "rank 1 stood still, again")
 time.sleep(60)
 """
 
 
-def test_what_an_earlier_start_left_or_what_cannot_be_read_does_not_end_a_run_nor_its_watch(tmp_path: Path) -> None:
+def test_what_an_earlier_start_left_does_not_end_a_run_and_what_a_rank_says_now_does(tmp_path: Path) -> None:
     stall = tmp_path / "logs" / "stall"
     stall.parent.mkdir()
     stall.write_text("rank 1 stood still, once")
     rank = subprocess.Popen(
-        [sys.executable, "-c", LEFT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, "-c", LEFT, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
     try:
-        assert rank.stdout is not None
+        assert rank.stdout is not None and rank.stdin is not None
         assert rank.stdout.readline() == "watches\n"
         time.sleep(0.5)  # four looks
-        stall.rename(stall.with_suffix(".previous"))
-        stall.mkdir()
-        time.sleep(0.5)
         assert rank.poll() is None
-        stall.rmdir()
-        stall.write_text("rank 1 stood still, again")
+        rank.stdin.write("\n")
+        rank.stdin.flush()
         assert rank.wait(10) == 85
         assert rank.stdout.read() == "interrupted rank 1 stood still, again\n"
     finally:

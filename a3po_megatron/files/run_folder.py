@@ -3,10 +3,10 @@
     config.yaml  provenance.json  identity.json  .lock     how the run was started, and whether it lives
     metrics.jsonl  tensorboard/  report.html                one row a step, and what is drawn of it
     profile/step-00003.rank-0.trace.json                    chosen steps, looked at closely
-    rollouts/step-00012.rank-0.jsonl.zst                    rejected/step-00012.mini-batch-1.rank-0.pt
+    rollouts/step-00012.rank-0.parquet                      rejected/step-00012.mini-batch-1.rank-0.pt
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
     journal/step-00012.rank-0
-    logs/rank-0.{log,phase,beat,stacks}  stall  starts.json attempt-3/rank-0.{log,words}
+    logs/rank-0.{log,stacks}  node-NAME.beat  stall  starts.json  attempt-3/rank-0.{log,words}
     evaluations/step-000012/                                of that checkpoint: a result each benchmark
     lead_seconds  witness/  job.sbatch                      sweep.json: in the folder above the runs of a sweep
 
@@ -30,7 +30,7 @@ SCRIPT = "job.sbatch"
 STEP, TORN = "step-", "torn-"  # of a checkpoint that was put aside, TORN stands before its name
 _STEP = re.compile(rf"(?:{TORN})?{STEP}([0-9]+)(?:\..*)?")
 _RANK = re.compile(r"(?:.*\.)?rank-([0-9]+)(?:\..*)?")
-_ROLLOUTS = re.compile(rf"{STEP}[0-9]+\.rank-[0-9]+\.jsonl\.zst")
+_ROLLOUTS = re.compile(rf"{STEP}[0-9]+\.rank-[0-9]+\.parquet")
 
 
 class RunFolder:
@@ -103,8 +103,8 @@ def _folders(parent: Path, kind: str) -> list[Path]:
 
 
 def rollout_file(rollouts: Path, step: int, rank: int) -> Path:
-    """`rollouts/step-00012.rank-0.jsonl.zst`"""
-    return rollouts / f"{STEP}{step:05d}.rank-{rank}.jsonl.zst"
+    """`rollouts/step-00012.rank-0.parquet`"""
+    return rollouts / f"{STEP}{step:05d}.rank-{rank}.parquet"
 
 
 def rejected_file(rejected: Path, step: int, mini_batch: int, rank: int) -> Path:
@@ -142,5 +142,15 @@ def rollout_files(folder: Path) -> dict[int, list[Path]]:
 
 
 def rank_file(folder: Path, rank: int, kind: str) -> Path:
-    """`logs/rank-3.phase`; kinds are log, phase, beat and stacks, and words in a folder of an attempt."""
+    """`logs/rank-3.stacks`; kinds are log and stacks, and words in a folder of an attempt."""
     return folder / f"rank-{rank}.{kind}"
+
+
+def beat_file(logs: Path, node: str) -> Path:
+    """`logs/node-h200-07.beat`: what the ranks of a node say of themselves."""
+    return logs / f"node-{re.sub(r'[^A-Za-z0-9_.-]', '_', node)}.beat"
+
+
+def beat_files(logs: Path) -> list[Path]:
+    """Lists those of all nodes."""
+    return sorted(logs.glob("node-*.beat"))

@@ -17,7 +17,7 @@ from ..config import Settings, unlike
 from ..errors import Finished, RequestError
 from ..files.lock import hold
 from ..files.replace import PARTIAL, move, partials, write_whole
-from ..files.run_folder import RunFolder, step_files, step_folders, step_of
+from ..files.run_folder import RunFolder, beat_files, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
 from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
 from ..telemetry.versions import installed
@@ -70,7 +70,7 @@ def prepare_folder(folder: Path, settings: Settings) -> IO[str]:
 
 def _resume(folder: Path, settings: Settings) -> list[str]:
     """Puts the folder into the state of its newest whole checkpoint, or into that of a new run."""
-    from ..run.journal import check_format, cut_torn_frames  # with numpy, which a submission does not wait for
+    from ..run.journal import check_format  # with numpy, which a submission does not wait for
 
     run = RunFolder(folder)
     check_format(run.journal)  # before anything in the folder is changed
@@ -115,11 +115,10 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
     for path in (*(left for part in written for left in partials(part)), run.witness):
         if path.exists():  # what a killed run left half done
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for stale in (*run.logs.glob("rank-*.phase"), *run.logs.glob("*.beat*")):
+    for stale in beat_files(run.logs):
         stale.unlink()
     if run.stall.exists():
         move(run.stall, run.stall.with_suffix(".previous"))
-    cut_torn_frames(run.journal)
     return remarks
 
 

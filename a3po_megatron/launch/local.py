@@ -25,7 +25,7 @@ from ..config import Settings
 from ..errors import RequestError
 from ..files.run_folder import RunFolder, rank_file
 from ..ranks.handoff import Handoff
-from ..telemetry.watchdog import position
+from ..telemetry.clock import noted
 from .blame import Here, Words, words_of
 from .environment import WORDS_BYTES, die_with_parent
 from .shell import of_one_machine
@@ -61,6 +61,7 @@ def free_port() -> int:
 class _Rank:
     process: subprocess.Popen[bytes]
     words: int  # a pipe: what it fails of (environment.last_words)
+    phase: int  # memory: where it is (telemetry/clock.py)
 
     @property
     def code(self) -> int | None:
@@ -111,8 +112,10 @@ class _Processes(Start):
     def _begin(self, rank: int, world: int, meeting: socket.socket) -> _Rank:
         words, said = os.pipe()
         os.set_blocking(words, False)
-        handoff = Handoff(started=self._started, words_fd=said)
-        inherited = [said, os.dup(self._lock.fileno())]  # the run is live as long as any of its ranks is
+        phase = os.memfd_create(f"phase of rank {rank}")
+        shared = os.dup(phase)
+        handoff = Handoff(started=self._started, words_fd=said, phase_fd=shared)
+        inherited = [said, shared, os.dup(self._lock.fileno())]  # the run is live as long as any of its ranks is
         if rank == 0:
             console, store = os.dup(sys.stdout.fileno()), os.dup(meeting.fileno())
             handoff = dataclasses.replace(handoff, console_fd=console, store_fd=store)
@@ -135,7 +138,7 @@ class _Processes(Start):
             )
         for descriptor in inherited:
             os.close(descriptor)
-        return _Rank(process, words)
+        return _Rank(process, words, phase)
 
     def wake(self) -> None:
         for process in self.processes:
@@ -145,7 +148,7 @@ class _Processes(Start):
     def ended(self) -> Here:
         ranks = range(len(self._ranks))
         dead = {rank for rank in ranks if self._ranks[rank].code not in (None, 0)}
-        return Here(self._ranks, dead, {rank: position(RunFolder(self._folder).logs, rank)[1] for rank in ranks})
+        return Here(self._ranks, dead, {rank: noted(self._ranks[rank].phase) for rank in ranks})
 
     def end(self) -> None:
         if self._meeting is not None:
@@ -153,6 +156,7 @@ class _Processes(Start):
         super().end()
         for each in self._ranks:
             os.close(each.words)
+            os.close(each.phase)
         if sys.stdout.isatty():  # a rank that was killed left its progress bar, and the cursor hidden
             sys.stdout.write("\r\x1b[?25h")
             sys.stdout.flush()

@@ -14,11 +14,12 @@ from ..config import Settings, load_resolved
 from ..config.slurm_forms import node_names
 from ..errors import RequestError
 from ..files.lock import is_live
-from ..files.run_folder import RunFolder, rank_file, step_of
+from ..files.run_folder import RunFolder, step_of
 from ..run.folder import newest_whole
 from ..run.manifest import check_saved
+from ..telemetry.beats import read_beats
 from ..telemetry.catalogue import SECONDS, STEP
-from ..telemetry.watchdog import position, stalled
+from ..telemetry.watchdog import stalled
 from .tables import runs
 
 ASK_SECONDS = 20
@@ -33,7 +34,7 @@ def status(folder: Path) -> list[Row]:
         return [(name, "; ".join(text for _, text in status(folder / name)[1:4])) for name in names]
     settings = _settings(folder)
     live = is_live(folder)
-    said = [("run", f"{settings.name} ({folder})"), *_progress(folder, settings, live), *_ranks(folder, settings, live)]
+    said = [("run", f"{settings.name} ({folder})"), *_progress(folder, settings, live), *_ranks(folder, live)]
     return [*said, *_jobs(folder), *([] if live else _last_words(folder))]
 
 
@@ -88,35 +89,23 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _ranks(folder: Path, settings: Settings, live: bool | None) -> Iterator[Row]:
-    logs = RunFolder(folder).logs
-    world = settings.ranks
-    ranks = [rank for rank in range(world) if rank_file(logs, rank, "phase").exists()]
-    if not ranks:
+def _ranks(folder: Path, live: bool | None) -> Iterator[Row]:
+    found = read_beats(RunFolder(folder).logs)
+    beats = {rank: beat for rank, (beat, _) in found.items()}
+    if not beats:
         return
-    where = {rank: position(logs, rank) for rank in ranks}
     places: dict[str, list[int]] = {}
-    for rank, (_, place) in where.items():
-        places.setdefault(place, []).append(rank)
+    for rank, beat in beats.items():
+        places.setdefault(beat.place, []).append(rank)
     for place, there in places.items():
         yield ("now" if live else "was in"), f"{place}: rank{'s' * (len(there) > 1)} {runs(there)}"
-    least, most = (extreme(changes for changes, _ in where.values()) for extreme in (min, max))
+    least, most = (extreme(beat.changes for beat in beats.values()) for extreme in (min, max))
     if live and least < most:
-        behind = [rank for rank, (changes, _) in where.items() if changes == least]
+        behind = [rank for rank, beat in beats.items() if beat.changes == least]
         yield "waits for", f"rank{'s' * (len(behind) > 1)} {runs(behind)}, {most - least} changes of phase behind"
-    beats = {rank: text for rank in ranks if (text := _text(rank_file(logs, rank, "beat")))}
-    if beats:
-        quietest = max(beats, key=lambda rank: _silence(beats[rank]))
-        words = beats[quietest].partition(", beat")[0].strip()
-        yield "beat", f"rank {quietest} is the quietest: {words}, written {_ago(rank_file(logs, quietest, 'beat'))}"
-
-
-def _silence(beat: str) -> float:
-    """silent 1.5 s of 300.0 s, beat 7 → 1.5"""
-    try:
-        return float(beat.split()[1])
-    except (IndexError, ValueError):  # it is being written
-        return 0.0
+    quietest = max(beats.values(), key=lambda beat: beat.silence)
+    words = f"silent {quietest.silence:.1f} s of {quietest.limit:.1f} s"
+    yield "beat", f"rank {quietest.rank} is the quietest: {words}, written {_ago(found[quietest.rank][1])}"
 
 
 def _jobs(folder: Path) -> Iterator[Row]:

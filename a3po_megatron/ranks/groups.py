@@ -159,9 +159,17 @@ class Ranks:
         return values
 
 
-def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: int, seed: int) -> Ranks:
-    """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups."""
+def connect(
+    parallel: ParallelOptions,
+    options: ClusterOptions,
+    engine_ranks: int,
+    seed: int,
+    met: Callable[[Any], None] = lambda store: None,
+) -> Ranks:
+    """Joins the other ranks (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and builds Megatron's groups.
 
+    `met`: called before it waits for them, with a part of the store by itself, over a connection of its own
+    """
     backend = select_backend(options.device)
     if backend.device == "cuda":
         torch.cuda.set_device(backend.local())
@@ -173,9 +181,11 @@ def connect(parallel: ParallelOptions, options: ClusterOptions, engine_ranks: in
         world,
         is_master=rank == 0,
         timeout=timeout,
+        wait_for_workers=False,  # the group does; who never comes is seen by those that have
         # The launcher of this machine listens already: nobody else can have the port.
         master_listen_fd=Handoff.of().store_fd,
     )
+    met(dist.PrefixStore("beats", store.clone()))  # type: ignore[attr-defined]  # torch's stubs lack it
     dist.init_process_group(backend.collectives, store=store, rank=rank, world_size=world, timeout=timeout)
     return arrange(backend, parallel, engine_ranks, seed, store)
 

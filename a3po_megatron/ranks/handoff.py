@@ -36,6 +36,8 @@ class Handoff:
     # To a job's batch process: what came to the shell that it was before (slurm/train.sbatch.j2); its place in a chain.
     signalled: str | None = field(default=None, metadata=_of("A3PO_SIGNALLED", str))
     attempt: int | None = field(default=None, metadata=_of("A3PO_ATTEMPT", int))
+    # To every rank on the launcher's machine: memory in which its clock notes its phase, which outlives the rank.
+    phase_fd: int | None = field(default=None, metadata=_of("A3PO_PHASE_FD", int))
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ) -> Handoff:

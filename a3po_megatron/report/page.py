@@ -32,6 +32,9 @@ METRIC_VALUES = 150_000  # embedded at most, of all runs together; about 10 byte
 READ_BYTES = 300_000_000  # of compressed rollout files read per run: keeps a report on a long run quick
 STEP_SHARE = 8  # one step takes at most this part of its run's bytes, so that at least that many steps fit
 SHOWN_TOKENS = 4_096  # of one rollout
+OF_SAMPLE = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
+OF_TOKENS = ("pieces", "old_logprobs", "entropy", "weights")
+VIEWED = (*OF_SAMPLE, *OF_TOKENS, "prompt_index", "seed", "segments", "prompt", "answer")  # columns of rollouts
 OPTIONS_NOT_COMPARED = ("name",)  # of the configuration: the name is the column's head
 
 
@@ -220,7 +223,7 @@ def _step_rollouts(paths: list[Path], budget: int, notes: list[str]) -> tuple[li
     full = False
     for path in paths:
         opened += path.stat().st_size
-        records = read_rollouts(path, notes, with_pieces=True)
+        records = read_rollouts(path, VIEWED, with_pieces=True)
         for (index, prompt_id), members in groupby(records, lambda r: (r.get("prompt_index"), r["prompt_id"])):
             key = str(prompt_id)
             if any(group["key"] == key for group in groups):  # the same question twice in one step
@@ -262,9 +265,8 @@ def _sample(record: Record, notes: list[str]) -> Record:
         notes.append(CUT)
     segments = record.get("segments") or []
     sampled, old = record["logprobs"][:end], (record.get("old_logprobs") or [])[:end]
-    names = ("outcome", "reason", "reward", "advantage", "accepted", "carried", "finish", "step", "way")
     return {
-        **{key: _short(record.get(key)) for key in names},
+        **{key: _short(record.get(key)) for key in OF_SAMPLE},
         "n": record["sample"],
         "seed": str(record.get("seed")),  # a 64-bit hash: more than a JavaScript number holds
         "versions": sorted({version for _, version, _ in segments}),

@@ -3,23 +3,25 @@
     config.yaml       the resolved configuration, plain YAML
     provenance.json   versions, git, host, command
     metrics.jsonl     one object a step, flat `group/name` keys; null where a metric is undefined
-    rollouts/         one object a rollout; a sample of them also with prompt, answer and pieces
+    rollouts/         one row a rollout (telemetry/rollouts.py); a sample of them also with prompt, answer and pieces
 
-A run may be going on, or may have been killed in the middle of a write: an incomplete *last* line is left out with a
-note. Any other damage is refused with file and line, because a curve with silently missing steps is a wrong curve.
+A run may be going on, or may have been killed in the middle of a write: an incomplete *last* line of metrics.jsonl is
+left out with a note. Any other damage is refused with file and line, because a curve with silently missing steps is a
+wrong curve.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import yaml
-import zstandard
 
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder
@@ -29,6 +31,7 @@ Record = dict[str, Any]
 ROLLOUT_KEYS = ("prompt_id", "sample", "outcome", "reward", "finish", "tokens", "logprobs")
 # Where present: as long as `tokens`
 PER_TOKEN = ("logprobs", "old_logprobs", "entropy", "weights", "process", "pieces")
+OF_TEXTS = ("prompt", "answer", "text", "pieces")  # of the rollouts that were saved with their texts
 
 
 @dataclass
@@ -69,47 +72,49 @@ def read_run(folder: Path) -> Run:
     return Run(folder, config, provenance, list(rows), metrics, notes)
 
 
-def read_rollouts(path: Path, notes: list[str], *, with_pieces: bool = False) -> Iterator[Record]:
+def read_rollouts(path: Path, columns: Sequence[str] | None = None, *, with_pieces: bool = False) -> Iterator[Record]:
     """The rollouts of one file, one by one; with `with_pieces` only those saved with their texts.
 
-    A long run's files are far larger than what a page shows of them, so that lines without pieces are not even parsed.
+    `columns`: beside ROLLOUT_KEYS, those that are wanted, as far as they are there; None: all. A long run's files are
+    far larger than what a page shows of them: no other column, and no row group without pieces, is read. Raises
+    RequestError for a file that is damaged.
     """
     try:
-        with path.open("rb") as file:
-            wanted = b'"pieces"' if with_pieces else b""
-            for number, record in _json_lines(_decompressed_lines(file, path, notes), path, notes, wanted):
-                _check_rollout(record, path, number)
-                yield record
-    except zstandard.ZstdError as error:
-        raise RequestError(f"{path}: not a readable zstandard file ({error}). Delete it to leave it out.") from error
+        with pyarrow.parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            if missing := [key for key in ROLLOUT_KEYS if key not in there]:
+                raise RequestError(f"{path}: its rollouts lack {', '.join(missing)}.")
+            wanted = [name for name in there if columns is None or name in columns or name in ROLLOUT_KEYS]
+            row = 0
+            for number in range(file.num_row_groups):
+                facts = file.metadata.row_group(number)
+                if with_pieces and _without_pieces(facts):
+                    row += facts.num_rows
+                    continue
+                for record in file.read_row_group(number, wanted).to_pylist():
+                    row += 1
+                    if not with_pieces or record.get("pieces") is not None:
+                        yield _checked(record, f"{path}, row {row}")
+    except (pyarrow.ArrowException, OSError) as error:
+        said = " ".join(str(error).split())
+        raise RequestError(f"{path}: not a readable Parquet file ({said}). Delete it to leave it out.") from error
 
 
-def _decompressed_lines(file: BinaryIO, path: Path, notes: list[str]) -> Iterator[bytes]:
-    """The lines of a file of zstandard frames. (`stream_reader` would end a cut-off frame without a word.)"""
-    frame, pending = None, b""
-    while chunk := file.read(1 << 20):
-        while chunk:
-            if frame is None or frame.eof:
-                frame = zstandard.ZstdDecompressor().decompressobj()
-            *lines, pending = (pending + frame.decompress(chunk)).split(b"\n")
-            yield from lines
-            chunk = frame.unused_data if frame.eof else b""
-    if frame is not None and not frame.eof:
-        notes.append(
-            f"{path.name} is incomplete (the run was killed while writing it, or is still writing); what follows its "
-            "last whole line is left out."
-        )
-    else:
-        yield pending
+def _without_pieces(facts: pyarrow.parquet.RowGroupMetaData) -> bool:
+    """Whether a row group says of itself that no row of it has any."""
+    for number in range(facts.num_columns):
+        column = facts.column(number)
+        if column.path_in_schema.partition(".")[0] == "pieces":
+            known = column.statistics
+            return known is not None and known.has_null_count and known.null_count == column.num_values
+    return True
 
 
-def _json_lines(
-    lines: Iterable[bytes], path: Path, notes: list[str], wanted: bytes = b""
-) -> Iterator[tuple[int, Record]]:
-    """Line number and object of each line that contains `wanted`. An unreadable last line is noted and left out."""
+def _json_lines(lines: Iterable[bytes], path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
+    """Line number and object of each line. An unreadable last line is noted and left out."""
     numbered = enumerate(lines, 1)
     for number, line in numbered:
-        if not line.strip() or wanted not in line:
+        if not line.strip():
             continue
         try:
             record = json.loads(line.decode())
@@ -182,14 +187,19 @@ def _provenance(path: Path, notes: list[str]) -> Record:
     return provenance
 
 
-def _check_rollout(record: Record, path: Path, number: int) -> None:
-    if missing := [key for key in ROLLOUT_KEYS if key not in record]:
-        raise RequestError(f"{path}, line {number}: the rollout lacks {', '.join(missing)}.")
+def _checked(record: Record, where: str) -> Record:
+    """A rollout in the form that it has in the run, without texts where it was saved without."""
     if not isinstance(record["tokens"], list):
-        raise RequestError(f"{path}, line {number}: `tokens` must be a list.")
+        raise RequestError(f"{where}: `tokens` must be a list.")
     length = len(record["tokens"])
     for key in PER_TOKEN:
         values = record.get(key)
         if values is not None and (not isinstance(values, list) or len(values) != length):
             size = len(values) if isinstance(values, list) else repr(values)
-            raise RequestError(f"{path}, line {number}: `{key}` must have one entry a token ({length}), not {size}.")
+            raise RequestError(f"{where}: `{key}` must have one entry a token ({length}), not {size}.")
+    for key in ("segments", "steps"):
+        if record.get(key) is not None:
+            record[key] = [tuple(part.values()) for part in record[key]]
+    if (answer := record.get("answer")) is not None and len(answer) == 1:
+        record["answer"] = answer[0]
+    return {key: value for key, value in record.items() if key not in OF_TEXTS or value is not None}

@@ -24,9 +24,19 @@ from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RequestError, RunFailed
 from ..files.hashed import HashedFile, Written, digest_of
 from ..files.replace import partial_of, sync, whole_folder
-from ..files.run_folder import MANIFEST, RunFolder, rank_of, step_files, step_folder, step_folders, step_of
+from ..files.run_folder import (
+    MANIFEST,
+    RunFolder,
+    rank_of,
+    rollout_file,
+    step_files,
+    step_folder,
+    step_folders,
+    step_of,
+)
 from ..files.side_files import HF, copy_side_files
 from ..files.torch_dist import indexes
+from ..files.writer import Writer
 from ..ranks.agree import first, same, sum_lists
 from ..ranks.groups import Ranks
 from ..telemetry.catalogue import Phase
@@ -124,6 +134,7 @@ class Checkpoints:
         journal: Journal,
         stop: Stop,
         export: Callable[[Path], None],  # writes the weights as an HF folder; collective
+        writer: Writer,
         best: Callable[[], int | None],  # the step whose checkpoint is kept beside the last ones
         checkpoint: Path | None = None,  # where the run resumes from; the learner has its share
     ) -> None:
@@ -131,7 +142,7 @@ class Checkpoints:
         self._prompts, self._tokenizer = prompts, tokenizer
         self._learner, self._intake, self._publisher = learner, intake, publisher
         self._recorder, self._journal, self._stop, self._export = recorder, journal, stop, export
-        self._best = best
+        self._best, self._writer = best, writer
         # What all ranks know alike and must survive a restart. Later parts register here.
         self.inventory: dict[str, Stateful] = {"prompts": prompts, "collector": intake, "learner": learner, **others}
         self._pending: _Pending | None = None
@@ -171,7 +182,7 @@ class Checkpoints:
                 self._complete_save(wait=True)
         self._stop.interrupt.observe(CLOCK.seconds)
         if self._ranks.rank == 0:  # what a job's signal should come before its end, for the next submission
-            self._stop.interrupt.save(self.folder.path)
+            self._stop.interrupt.save(self.folder.path, self._writer)
         self._end_where_alerted()
         if not last:
             self._stop.if_due(Phase.SCORE)
@@ -215,7 +226,8 @@ class Checkpoints:
                 self._complete_save(wait=True)
 
     def close(self) -> None:
-        """Ends a run, whichever way. Collective."""
+        """Ends a run, whichever way, with all that it handed to its writer on the disk. Collective."""
+        self._writer.drain()
         self._ranks.end()
         self._recorder.close()
 
@@ -234,11 +246,23 @@ class Checkpoints:
         if (before.parallel, before.rollout.tensor) == (self._settings.parallel, self._settings.rollout.tensor):
             self._streams = json.loads((checkpoint / f"rank-{self._ranks.rank}.json").read_text())
             self._intake.take_over(self._surplus(checkpoint / f"surplus.rank-{self._ranks.rank}"))
-        elif self._ranks.batch_group.rank() == 0:  # another layout: its replicas share them out, in prompt order
-            files = sorted(checkpoint.glob("surplus.rank-*"))
-            groups = sorted((g for file in files for g in self._surplus(file)), key=lambda g: g.prompt.index)
-            self._intake.take_over(groups[self._ranks.coordinates.data :: self._ranks.data])
+        else:
+            self._intake.take_over(self._shared_out(checkpoint, manifest.ranks))
         return manifest.step
+
+    def _shared_out(self, checkpoint: Path, before: int) -> list[Group]:
+        """What this rank takes over of the groups that `before` ranks of another layout carried over: replicas share
+        them out, in prompt order. Every rank looks through a share of the files, and opens those of its groups.
+        Collective."""
+        files = [f"surplus.rank-{rank}" for rank in range(self._ranks.rank, before, self._ranks.world)]
+        groups = {file: list(read_frames(checkpoint / file))[::2] for file in files}
+        there = [(g.header["prompt"], file, number) for file in files for number, g in enumerate(groups[file])]
+        held = sorted(self._ranks.agree("carried over", there, sum_lists))
+        if self._ranks.batch_group.rank():
+            return []
+        mine = held[self._ranks.coordinates.data :: self._ranks.data]
+        read = {file: self._surplus(checkpoint / file) for file in {file for _, file, _ in mine}}
+        return [read[file][number] for _, file, number in mine]
 
     def _surplus(self, file: Path) -> list[Group]:
         """Groups that were carried over, from a file of a checkpoint."""
@@ -272,6 +296,7 @@ class Checkpoints:
         saving = Saving(self._learner.sharded_state(), partial)
 
         def write() -> Share:
+            self._writer.drain()  # what the steps before it left elsewhere, and it counts on (_save_rank)
             share = saving.write()
             return dataclasses.replace(share, files=[*share.files, *self._save_rank(boundary, partial)])
 
@@ -327,10 +352,13 @@ class Checkpoints:
     def _left_by(self, steps: range) -> Iterator[Path]:
         """Files that this rank wrote in some steps, all done, and their folders."""
         run = self.folder
-        for part in (run.rollouts, run.rejected):
-            mine = (path for path in step_files(part) if rank_of(path) == self._ranks.rank)
-            yield from (path for path in mine if step_of(path) in steps)
-            yield from (path for path in [part] if path.exists())
+        # By their names: of a long run with many ranks the folder of rollouts is too large for every rank to list.
+        mine = (rollout_file(run.rollouts, step, self._ranks.rank) for step in steps)
+        yield from (path for path in mine if path.exists())
+        if run.rejected.exists():
+            rejected = (path for path in step_files(run.rejected) if rank_of(path) == self._ranks.rank)
+            yield from (path for path in rejected if step_of(path) in steps)
+        yield from (path for path in [run.rollouts, run.rejected] if path.exists())
         yield from (path for path in [run.metrics] if self._ranks.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:

@@ -14,8 +14,10 @@ A frame is believed only if its digests are right (the last one of a killed run 
 says that it is of this run's options and data, this prompt, and these weights, by a digest of them; a group, if they
 sampled every segment of it. Then it is what would be computed again, since every rollout has its own seed; what is
 missing, or of something else, is computed again.
-Several starts of a run may have written frames of one step, in whichever order of files: all are looked through. Every
-frame says which format it is in: one of another version is refused.
+Frames are appended by the writer beside the run (files/writer.py), in their order, so that a step never waits for the
+disk: what a killed rank had not written yet is as if it had not been finished, and is computed again.
+Several starts of a run may have written frames of one step, in whichever order of files: all are looked through, each
+by one rank (run/found.py). Every frame says which format it is in: one of another version is refused.
 
 A replay whose kernels do not add in a fixed order comes to other weights in the last bits, and finds nothing of its
 later steps again; `checkpoint.replay: all` believes those rollouts nevertheless (never their scores).
@@ -27,7 +29,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -38,6 +40,7 @@ from blake3 import blake3
 from ..batch import Batch, Group, Prompt, Rollout, Segment, Step, Verdict
 from ..errors import RequestError, RunFailed
 from ..files.run_folder import journal_file, step_files, step_of
+from ..files.writer import Writer
 
 FORMAT = 2  # 1 had one weight version a rollout, and said nothing of formats
 Decode = Callable[[Any], str]  # token ids → text
@@ -75,14 +78,15 @@ def write_frame(file: _Sink, header: dict[str, Any], *arrays: np.ndarray) -> str
     return digest
 
 
-def read_frames(path: Path) -> Iterator[Frame]:
-    """Yields the frames of a file up to the first that is not whole. Reads no payload.
+def read_frames(path: Path, end: float = math.inf) -> Iterator[Frame]:
+    """Yields the frames of a file, or of its first bytes up to `end`, up to the first that is not whole. Reads no
+    payload.
 
     Raises RequestError for a frame of another version's format.
     """
     with path.open("rb") as file:
-        size = path.stat().st_size
-        while line := file.readline():
+        size = min(os.fstat(file.fileno()).st_size, end)
+        while file.tell() < size and (line := file.readline()):
             digest, _, text = line.rstrip(b"\n").partition(b" ")
             if blake3(text).hexdigest().encode() != digest:
                 return
@@ -103,33 +107,36 @@ def read_frames(path: Path) -> Iterator[Frame]:
 def check_format(folder: Path) -> None:
     """Raises RequestError for a journal of another version's format."""
     for path in step_files(folder):
-        next(read_frames(path), None)  # a start appends to no file of another version: the first frame tells
-
-
-def cut_torn_frames(folder: Path) -> None:
-    """Cuts every file of a journal behind its last whole frame: what is appended must be found again."""
-    for path in step_files(folder):
-        whole = max((frame.offset + frame.header["bytes"] for frame in read_frames(path)), default=0)
-        with path.open("r+b") as file:
-            file.truncate(whole)
+        # A start adds to no journal of another version: of all files the first whole frame tells.
+        if next(read_frames(path), None) is not None:
+            return
 
 
 def write_group(file: _Sink, group: Group, of: str = "") -> str:
     """Returns the frame's digest, which its verdicts go by."""
+    header, arrays = group_frame(group, of)
+    return write_frame(file, header, *arrays)
+
+
+def group_frame(group: Group, of: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Header and arrays of a group's frame: of rollouts what nobody alters, so nothing of their verdicts."""
     samples = [[r.sample, r.seed, r.step, r.finish, r.segments] for r in group.rollouts]
     header = {"kind": "group", "prompt": group.prompt.index, "of": of, "asked": asked(group.prompt), "samples": samples}
-    tokens, logprobs = ([getattr(r, name) for r in group.rollouts] for name in ("tokens", "logprobs"))
     routes = [r.routes for r in group.rollouts if r.routes is not None]
     header["routes"] = [list(part.shape) for part in routes]  # of every rollout, or of none
     kind = header["routes_dtype"] = routes[0].dtype.newbyteorder("<").str if routes else "|u1"
-    chosen = (part.astype(kind) for part in routes)
-    return write_frame(file, header, *(t.astype("<i8") for t in tokens), *(p.astype("<f4") for p in logprobs), *chosen)
+    tokens = [r.tokens.astype("<i8", copy=False) for r in group.rollouts]
+    logprobs = [r.logprobs.astype("<f4", copy=False) for r in group.rollouts]
+    return header, [*tokens, *logprobs, *(part.astype(kind, copy=False) for part in routes)]
 
 
 def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
     """`frame`: the digest of the group's own."""
-    verdicts = [[r.verdict.outcome, r.verdict.reason, r.reward, *_steps(r.verdict)] for r in group.rollouts]
-    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": verdicts})
+    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": _verdicts(group)})
+
+
+def _verdicts(group: Group) -> list[list[Any]]:
+    return [[r.verdict.outcome, r.verdict.reason, r.reward, *_steps(r.verdict)] for r in group.rollouts]
 
 
 def _steps(verdict: Verdict) -> list[tuple[Step, ...]]:
@@ -171,20 +178,30 @@ def read_group(frame: Frame, verdicts: Frame | None, prompt: Prompt, decode: Dec
     return Group(prompt, rollouts)
 
 
+class Written(Protocol):
+    """What was written before the start (run/found.py)."""
+
+    def frames(self, step: int, kind: str, name: Any) -> Iterable[Frame]:
+        """Yields the frames of a step and a kind that are looked for by a name (`names_of`)."""
+
+
 class Journal:
     """One rank's view: it appends to its own files and finds what any rank, of any layout, wrote before."""
 
-    def __init__(self, folder: Path, rank: int, run: str, any_weights: bool = False) -> None:
-        """`run`: a digest of what makes the run the one that it is (run/manifest.py: identity)."""
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        run: str,  # a digest of what makes the run the one that it is (run/manifest.py: identity)
+        before: Written,
+        writer: Writer,
+        any_weights: bool = False,
+    ) -> None:
+        self._before, self._writer = before, writer
         self.weights, self.version = "", 0  # of what the engine holds, from the receipt of the last publish
         self._folder, self._rank, self._run, self._any_weights = folder, rank, run, any_weights
         self._file: IO[bytes] | None = None
-        self._written: dict[int, str] = {}  # prompt → the digest of its last group's frame
-        self._frames: dict[tuple[int, str, Any], list[Frame]] = {}
-        for path in step_files(folder):
-            for frame in read_frames(path):
-                for name in _names(frame.header):
-                    self._frames.setdefault((step_of(path), frame.header["kind"], name), []).append(frame)
+        self._written: dict[int, _Later] = {}  # prompt → its last group's frame
 
     def published(self, version: int, weights: str) -> None:
         """Takes note of what the engine holds from now on: its version and a digest."""
@@ -204,38 +221,54 @@ class Journal:
 
         A verdict that is no verdict (a grader was killed, or had too little time) is asked for again.
         """
-        frames = self._frames.get((step, "group", prompt.index), [])
+        frames = list(self._before.frames(step, "group", prompt.index))
         of_run = [frame for frame in frames if self._any_weights and frame.header["of"].partition(" ")[0] == self._run]
         for frame in (*filter(self._sampled_now, frames), *of_run):
-            frames_of_verdicts = self._frames.get((step, "verdicts", frame.digest), [])
+            frames_of_verdicts = self._before.frames(step, "verdicts", frame.digest)
             sound = (v for v in frames_of_verdicts if all(outcome != "invalid" for outcome, *_ in v.header["verdicts"]))
             verdicts = next(sound, None)
             if group := read_group(frame, verdicts, prompt, decode):
-                self._written[prompt.index] = frame.digest
+                self._written[prompt.index] = _Later(frame.digest)
                 return group, verdicts is not None
         return None
 
     def add_group(self, step: int, group: Group) -> None:
-        with self._appending(step) as file:
-            self._written[group.prompt.index] = write_group(file, group, self._of)
+        header, arrays = group_frame(group, self._of)
+        frame = self._written[group.prompt.index] = _Later()
+
+        def write() -> None:
+            with self._appending(step) as file:
+                frame.digest = write_frame(file, header, *arrays)
+
+        self._writer.put(self._path(step), write)
 
     def add_verdicts(self, step: int, groups: Sequence[Group]) -> None:
-        """Of groups that were added, or found, in this step; with all that was added before they are on the disk then,
-        where a machine's end does not reach them."""
+        """Of groups that were added, or found, in this step; once they are written they are on the disk, with all that
+        was added before them, where a machine's end does not reach them."""
         if not groups:  # a rank that leads none has no file
             return
-        with self._appending(step) as file:
-            for group in groups:
-                write_verdicts(file, group, self._written.pop(group.prompt.index))
-            os.fdatasync(file.fileno())
+        frames = [(self._written.pop(group.prompt.index), _verdicts(group)) for group in groups]
+
+        def write() -> None:
+            with self._appending(step) as file:
+                for frame, verdicts in frames:
+                    write_frame(file, {"kind": "verdicts", "of": frame.digest, "verdicts": verdicts})
+                os.fdatasync(file.fileno())
+
+        self._writer.put(self._path(step), write)
 
     def add_scores(self, step: int, batch: Batch) -> None:
         names, lengths = [_scored(rollout) for rollout in batch.rollouts], batch.lengths.tolist()
         rerouted = None if batch.rerouted is None else batch.rerouted.tolist()
         header = {"kind": "scores", "of": self._of, "names": names, "lengths": lengths, "rerouted": rerouted}
-        with self._appending(step) as file:
-            write_frame(file, header, *(values.numpy() for values in batch.scores().values()))
-            os.fdatasync(file.fileno())
+        arrays = [values.numpy().copy() for values in batch.scores().values()]  # the step goes on with the batch
+
+        def write() -> None:
+            with self._appending(step) as file:
+                write_frame(file, header, *arrays)
+                os.fdatasync(file.fileno())
+
+        self._writer.put(self._path(step), write)
 
     def scores(
         self, step: int, rollouts: Sequence[Rollout], kinds: int = 2
@@ -245,7 +278,7 @@ class Journal:
         read: dict[str, tuple[dict[str, np.ndarray], dict[str, int]]] = {}  # frame → what is in it
         values, rerouted = [np.empty((kinds, 0), np.float32)], []
         for name in map(_scored, rollouts):
-            for frame in self._frames.get((step, "scores", name), []):
+            for frame in self._before.frames(step, "scores", name):
                 if frame.header["of"] != self._of:
                     continue
                 if frame.digest not in read:
@@ -265,21 +298,36 @@ class Journal:
             if step_of(path) < before:
                 path.unlink(missing_ok=True)
 
+    def _path(self, step: int) -> Path:
+        return journal_file(self._folder, step, self._rank)
+
     @contextlib.contextmanager
     def _appending(self, step: int) -> Iterator[IO[bytes]]:
-        path = journal_file(self._folder, step, self._rank)
-        try:
-            if self._file is None or self._file.name != str(path):
-                if self._file is not None:
-                    self._file.close()
-                self._folder.mkdir(exist_ok=True)
-                self._file = path.open("ab")
-            yield self._file
-        except OSError as error:
-            raise RunFailed(f"{path}: cannot write it: {error.strerror}") from error
+        """Of the writer's thread alone."""
+        path = self._path(step)
+        if self._file is None or self._file.name != str(path):
+            if self._file is not None:
+                self._file.close()
+            self._file = _opened(path)
+        yield self._file
 
 
-def _names(header: dict[str, Any]) -> list[Any]:
+@dataclass
+class _Later:
+    """The digest of a frame, which the writer knows once it has written it."""
+
+    digest: str = ""
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return path.open("ab")
+    except FileNotFoundError:  # the first frame of the run
+        path.parent.mkdir(exist_ok=True)
+        return path.open("ab")
+
+
+def names_of(header: dict[str, Any]) -> list[Any]:
     """What a frame is looked for by."""
     if header["kind"] == "scores":
         return list(header["names"])

@@ -5,6 +5,7 @@ Rank 0 writes metrics and shows progress; every engine's leaders write their sha
 
 from __future__ import annotations
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from ..batch import Batch, Collected
 from ..config import Settings
 from ..data.tokenizer import Tokenizer
 from ..errors import RunFailed
-from ..files.run_folder import RunFolder
+from ..files.run_folder import RunFolder, rollout_file
+from ..files.writer import Writer
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
 from ..telemetry.alerts import Alerts, Scale, columns, rows_needed
@@ -26,7 +28,7 @@ from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Metric, Pha
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
-from ..telemetry.rollouts import save_rollouts
+from ..telemetry.rollouts import rollout_table, write_rollouts
 from .rejected import Rejected
 
 
@@ -39,6 +41,7 @@ class Recorder:
         tokenizer: Tokenizer,
         rejected: Rejected,
         way_of: Callable[[str], str] | None,  # of a task that names ways of answering
+        writer: Writer,
         started: float,  # when the command was given, seconds since the epoch
         first_step: int = 0,
         further: Sequence[Metric] = (),  # metrics beside the catalogue's
@@ -47,13 +50,13 @@ class Recorder:
         self._folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
         self._tokenizer, self._rejected, self._way_of = tokenizer, rejected, way_of
         self._started, self._startup = started, 0.0
-        self._home = home
+        self._home, self._writer = home, writer
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
         self._said: set[str] = set()  # alerts
         self.alarm: str | None = None  # why the step that was written last ends the run (alerts.stop), on rank 0
         if ranks.rank == 0:
-            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, first_step, further)
+            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, writer, first_step, further)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
             scale = Scale.of(settings)
@@ -80,7 +83,7 @@ class Recorder:
         receipt: Any,
         evaluated: Mapping[str, float | None] | None = None,
     ) -> dict[str, float | None] | None:
-        """Writes down what the step was; returns the row of metrics on rank 0, None elsewhere. Collective.
+        """Has what the step was written down; returns the row of metrics on rank 0, None elsewhere. Collective.
 
         `update`: what the learner says of it (learner/learner.py); `receipt`: of the publish after it
         (weights/receipt.py); `evaluated`: metrics of the weights that it began with. Raises RunFailed, with the row
@@ -130,7 +133,7 @@ class Recorder:
             self._progress.step(step + 1, row)
             self._tell(step, raised)
         if self._rejected.too_many:
-            self._ranks.agree("the last row", True, all)  # rank 0 writes it before any rank ends the run
+            self._rejected.settle()  # batches, and on rank 0 the row, before any rank ends the run
             raise RunFailed(
                 f"step {step}: {self._settings.trainer.max_rejected_updates} updates in a row were not finite "
                 f"(trainer.max_rejected_updates); none was applied, and {self._rejected.folder} holds what went into "
@@ -158,10 +161,8 @@ class Recorder:
         # All ranks of a batch group hold its carried-over groups: the first of them, a leader too, writes them down.
         writer = self._ranks.batch_group.rank() == 0
         carried = [group for group in collected.groups if writer and group.rollouts[0].step < step]
-        save_rollouts(
-            self._folder.rollouts,
+        table = rollout_table(
             step,
-            self._ranks.rank,
             [*carried, *collected.sampled],
             set(collected.accepted),
             batch,
@@ -169,6 +170,8 @@ class Recorder:
             self._tokenizer.pieces,
             self._way_of,
         )
+        path = rollout_file(self._folder.rollouts, step, self._ranks.rank)
+        self._writer.put(path, functools.partial(write_rollouts, path, table))
 
     def _tell(self, step: int, raised: Mapping[str, str]) -> None:
         """Says an alert when it is raised for the first time since the start; one of alerts.stop ends the run."""

@@ -1,5 +1,5 @@
-"""Old log-probs and entropies of a step's batch, and what else is wanted of its tokens: computed once, durable before
-its update.
+"""Old log-probs and entropies of a step's batch, and what else is wanted of its tokens: computed once, and written down
+while its update is made.
 
 A run that was interrupted between score and update finds them in the journal; what it finds is what it would compute.
 """
@@ -46,6 +46,7 @@ class Scores:
         if self._ranks.agree("scores", not sound, any):
             for number in range(batch.mini_batches):
                 self._rejected.save(step, number, batch)
+            self._rejected.settle()
             raise RunFailed(
                 f"step {step}: the learner's log-probs are not finite: its weights cannot be trusted; "
                 f"{self._rejected.folder} holds the batch"

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import Interrupted
 from ..files.replace import write_whole
 from ..files.run_folder import RunFolder
+from ..files.writer import Writer
 from ..ranks.agree import first
 from ..telemetry.catalogue import Phase
 
@@ -110,11 +111,12 @@ class Interrupt:
         fits = self._now() + CAUTION * left + self.lead(*after) < min(self._deadline, self._killed)
         return 0 < left <= at_stake and fits
 
-    def save(self, folder: Path) -> None:
-        """Writes down what was measured, for the run's next start, and its next job's signal."""
+    def save(self, folder: Path, writer: Writer) -> None:
+        """Has written down what was measured, for the run's next start, and its next job's signal."""
         lead = max(self.lead(Phase.REWARD, Phase.SCORE), self.lead(Phase.UPDATE, Phase.PUBLISH))
         seconds = {phase: round(self.expected(phase), 3) for phase in self._seconds}
-        write_whole(RunFolder(folder).lead_seconds, f"{lead:.0f}\n{json.dumps(seconds)}\n")
+        path, text = RunFolder(folder).lead_seconds, f"{lead:.0f}\n{json.dumps(seconds)}\n"
+        writer.put(path, lambda: write_whole(path, text))
 
     def recall(self, folder: Path) -> None:
         """What a start of before measured counts as seen once, if there is anything to be read."""

@@ -1,23 +1,27 @@
 """Which phase this process is in, how long each phase of a step took, and when it last got on.
 
-One clock per process, like a logger: any room may mark its phase, or a `beat` within one. Every change is written to
-`logs/rank-N.phase`, so that whoever finds this rank dead or stuck can say where it was:
+One clock per process, like a logger: any room may mark its phase, or a `beat` within one. Every change wakes the thread
+of the heartbeats (beats.py), which tells the others. It is also noted in memory that the launcher of this machine
+holds, if there is one: that is no disk, which the main thread must not wait for, and it is true at once, so that the
+launcher can say where a rank was in the moment in which it was killed:
 
     3 rollout
-    changes 57                  of phase, since the start: ranks that wait for another are ahead of it
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from .catalogue import Phase
+
+NOTE_BYTES = 64  # in the launcher's memory
 
 
 class Clock:
@@ -29,10 +33,11 @@ class Clock:
         self.idle = 0.0  # seconds of the step that this rank's engine had nothing to sample
         self.bytes: dict[str, int] = {}  # memory in use in each state of residency.py, at its end
         self.longest_silence: dict[str, float] = {}  # phase → seconds between two signs of life in it, so far
-        self.changes = 0
+        self.changes = 0  # of phase, since the start: ranks that wait for another are ahead of it
+        self.changed = threading.Event()  # for who tells it
         self._moved = time.monotonic()
         self._stack = [Phase.START_UP]
-        self._file: Path | None = None
+        self._note: int | None = None
         self.mark: Callable[[str], AbstractContextManager[Any]] = lambda name: contextlib.nullcontext()  # for a profile
         self.listener = lambda step, phase: None  # called at every change, for the progress line
 
@@ -40,9 +45,9 @@ class Clock:
     def current(self) -> Phase:
         return self._stack[-1]
 
-    def attach(self, file: Path) -> None:
-        """Writes the current phase to `file` from now on."""
-        self._file = file
+    def attach(self, note: int) -> None:
+        """Notes the current phase from now on in what this descriptor stands for: memory, no file on a disk."""
+        self._note = note
         self._announce()
 
     @contextlib.contextmanager
@@ -82,10 +87,21 @@ class Clock:
 
     def _announce(self) -> None:
         self.changes += 1
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk: who writes what counts says so, and where
-                self._file.write_text(f"{self.step} {self.current}\nchanges {self.changes}\n")
+        self.changed.set()
+        if self._note is not None:
+            os.pwrite(self._note, f"{self.step} {self.current}".encode().ljust(NOTE_BYTES), 0)
         self.listener(self.step, self.current)
+
+
+def noted(note: int) -> str:
+    """Reads where a rank is, or was when it died, from what its clock noted."""
+    step, _, phase = os.pread(note, NOTE_BYTES, 0).decode().strip().partition(" ")
+    return place(int(step), phase) if phase else place(-1, Phase.START_UP)
+
+
+def place(step: int, phase: str) -> str:
+    """Says it in words: "phase rollout of step 3"; before the first step "phase engine"."""
+    return f"phase {phase} of step {step}" if step >= 0 else f"phase {phase}"
 
 
 CLOCK = Clock()

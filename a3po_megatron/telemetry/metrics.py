@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import RunFailed
 from ..files.run_folder import RunFolder
+from ..files.writer import Writer
 from .catalogue import METRICS, Metric
 
 
@@ -40,11 +41,19 @@ def read_ends(folder: Path, first: int, last: int) -> tuple[list[dict[str, Any]]
 
 
 class MetricsWriter:
-    def __init__(self, folder: Path, tensorboard: bool, first_step: int = 0, further: Sequence[Metric] = ()) -> None:
-        """`further`: metrics beside the catalogue's, in every row behind them."""
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool,
+        writer: Writer,
+        first_step: int = 0,
+        further: Sequence[Metric] = (),  # metrics beside the catalogue's, in every row behind them
+    ) -> None:
         run = RunFolder(folder)
+        self._writer, self._path = writer, run.metrics
         self._names = (*METRICS, *(metric.name for metric in further))
         self._file = run.metrics.open("a", encoding="utf-8")
+        self._bytes = self._file.tell()
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +61,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float | None]) -> dict[str, float | None]:
-        """Writes one row with every metric, in the fixed order; returns it."""
+        """Has one row written with every metric, in the fixed order; returns it."""
         if unknown := values.keys() - set(self._names):
             raise KeyError(f"not in telemetry/catalogue.py: {sorted(unknown)}")
         row: dict[str, float | None] = {"step": step}
@@ -61,20 +70,26 @@ class MetricsWriter:
             if value is not None and not math.isfinite(value):
                 raise RunFailed(f"step {step}: the metric {name} is {value}")
             row[name] = value
-            if self._board is not None and value is not None:
-                self._board.add_scalar(name, value, step)
-        try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunFailed(f"{self._file.name}: cannot write it: {error.strerror}") from error
+        line = json.dumps(row) + "\n"
+        self._bytes += len(line)  # ASCII
+        self._writer.put(self._path, lambda: self._append(step, line, dict(row)))
         return row
 
+    def _append(self, step: int, line: str, row: dict[str, float | None]) -> None:
+        """Of the writer's thread alone."""
+        self._file.write(line)
+        self._file.flush()
+        if self._board is not None:
+            for name in self._names:
+                if (value := row[name]) is not None:
+                    self._board.add_scalar(name, value, step)
+
     def bytes(self) -> int:
-        """The size of metrics.jsonl."""
-        return self._file.tell()
+        """The size of metrics.jsonl with all rows that were given."""
+        return self._bytes
 
     def close(self) -> None:
+        self._writer.drain()
         self._file.close()
         if self._board is not None:
             self._board.close()

@@ -20,10 +20,12 @@ from a3po_megatron.config import Config
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.files.hashed import HashedFile
 from a3po_megatron.files.run_folder import RunFolder
+from a3po_megatron.files.writer import AtOnce
 from a3po_megatron.learner.learner import Learner, Update
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.run.background import Background
 from a3po_megatron.run.checkpoints import Checkpoints, _Boundary
+from a3po_megatron.run.found import Found
 from a3po_megatron.run.journal import Journal
 from a3po_megatron.run.manifest import check_whole
 from a3po_megatron.run.stop import Interrupt, Stop
@@ -250,9 +252,9 @@ def _run(ranks: CaseRanks, learner: Learner, folder: Path, name: str, **checkpoi
     run._settings = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
     run.folder, run._ranks, run._learner = RunFolder(folder), learner.ranks, learner
     run._stop = Stop(learner.ranks, Interrupt())
-    run._journal = Journal(folder / "journal", ranks.rank, "run")
+    run._journal = Journal(folder / "journal", ranks.rank, "run", Found(folder / "journal"), AtOnce())
     run._pending, run._saved, run._inputs = None, 0, {}
-    run._best = lambda: None
+    run._best, run._writer = lambda: None, AtOnce()
     return run
 
 

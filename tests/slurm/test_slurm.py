@@ -28,6 +28,7 @@ from a3po_megatron.config import load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.evaluate.result import read
 from a3po_megatron.launch import slurm as launched
+from a3po_megatron.telemetry.beats import read_beats
 from tests.harness import interrupted_runs as tools
 from tests.harness.ranks import ROOT
 
@@ -111,20 +112,26 @@ def wait_done(*jobs: str, seconds: float = 200) -> None:
 
 def wait_for(folder: Path, step: int, seconds: float = 120) -> None:
     """Until rank 0 has begun a step, in a rollout or later."""
-    deadline, path = time.monotonic() + seconds, folder / "logs/rank-0.phase"
-    while not path.exists() or not (text := path.read_text()) or int(text.split()[0]) < step:
+    deadline = time.monotonic() + seconds
+    while step_of_rank_0(folder) < step:
         assert time.monotonic() < deadline, said(folder)
         time.sleep(0.02)
 
 
+def step_of_rank_0(folder: Path) -> int:
+    """The step that rank 0 says it is in; -1 before the first."""
+    beat = read_beats(folder / "logs").get(0)
+    return -1 if beat is None or " of step " not in beat[0].place else int(beat[0].place.rpartition(" ")[2])
+
+
 def wait_for_start(folder: Path, number: int, step: int) -> None:
     """Until the so-many-eth start of a run is at a step."""
-    deadline, path = time.monotonic() + 120, folder / "logs/rank-0.phase"
+    deadline = time.monotonic() + 120
     while attempts(folder) < number:
         assert time.monotonic() < deadline, said(folder)
         time.sleep(0.05)
-    began = time.time()
-    while not path.exists() or path.stat().st_mtime < began:  # else it is the phase of the start before
+    began = time.time()  # what was written before is of the start before
+    while (beat := read_beats(folder / "logs").get(0)) is None or beat[1].stat().st_mtime < began:
         assert time.monotonic() < deadline, said(folder)
         time.sleep(0.05)
     wait_for(folder, step)
