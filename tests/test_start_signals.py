@@ -17,6 +17,8 @@ from unittest import mock
 import psutil
 import pytest
 
+from a3po_megatron.config import load_resolved
+from a3po_megatron.launch.folder import make_folder
 from tests.harness import interrupted_runs as tools
 from tests.harness.interrupted_runs import Interrupt, Launched
 
@@ -100,14 +102,16 @@ def new_cache(tmp_path: Path) -> contextlib.AbstractContextManager[object]:
     return mock.patch.dict(os.environ, {NEW: str(tmp_path / "cache")})
 
 
-def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    whole = tools.uninterrupted("dp2", tmp_path_factory)
+def test_a_signal_in_a_start_is_survived_and_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+    """So what trains in the folder then is a new run."""
+    folder = tmp_path / "run"
     with new_cache(tmp_path):
-        started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
-    tools.trained_here(tmp_path / "run", *DP2)
-    tools.assert_same_run(tmp_path / "run", whole)
+        started_and_hit(folder, "engine, later", signal.SIGTERM, 3)
+    left = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert left <= {"config.yaml", "provenance.json", "logs", ".lock"}, left
+    lock, remarks = make_folder(folder, load_resolved(folder / "config.yaml"), ["a3po", "train"])
+    lock.close()
+    assert remarks == []
 
 
 @pytest.mark.soak

@@ -213,6 +213,7 @@ def test_what_an_earlier_start_left_or_what_cannot_be_read_does_not_end_a_run_no
         rank.wait()
 
 
+@pytest.mark.soak  # that ranks which stand still end with 85 and are named is shown above of two processes
 def test_a_run_one_rank_of_which_is_stopped_ends_with_85_and_names_it(
     tmp_path: Path,
     ended: list[subprocess.Popen[str]],  # noqa: F811
