@@ -81,8 +81,10 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named_with_its_phase(
     second = tools.launched_here(folder)
     assert second.code == 2 and "a run is live in this folder" in second.err, second.all
 
-    family = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(family) >= 4  # two ranks, each with its grader's worker
+    deadline = time.monotonic() + 30
+    while len(family := psutil.Process(launcher.pid).children(recursive=True)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)  # two ranks, each with its grader's worker
+    assert len(family) >= 4
     victim = rank_processes(launcher)[1]
     wait_for_phase(folder, 1, ("rollout", "update"))
     victim.send_signal(signal.SIGKILL)

@@ -23,6 +23,7 @@ from tests.harness import interrupted_runs as tools
 from tests.harness.interrupted_runs import Interrupt, Launched
 
 DP2 = tools.LAYOUTS["dp2"]
+ALONE = ("parallel.tensor=1",)
 NEW = "VLLM_CACHE_ROOT"  # where vLLM remembers models' classes: in a new one it inspects them in a process of its own
 
 
@@ -77,13 +78,15 @@ def hit(launched: Launched, number: signal.Signals, times: int) -> None:
                 process.send_signal(number)
 
 
-def started_and_hit(folder: Path, moment: str, number: signal.Signals, times: int) -> None:
+def started_and_hit(
+    folder: Path, moment: str, number: signal.Signals, times: int, layout: tuple[str, ...] = DP2
+) -> None:
     if moment in PHASES:
         point = PHASES[moment]
         point = Interrupt(point.phase, point.step, number.name, "family", times=times, delay=point.delay)
-        launched = Launched(folder, *DP2, interrupt=point)
+        launched = Launched(folder, *layout, interrupt=point)
     else:
-        launched = Launched(folder, *DP2)
+        launched = Launched(folder, *layout)
         deadline = time.monotonic() + 60
         while not OUTSIDE[moment](launched):
             assert launched.process.poll() is None and time.monotonic() < deadline, f"never came to: {moment}"
@@ -103,12 +106,13 @@ def new_cache(tmp_path: Path) -> contextlib.AbstractContextManager[object]:
 
 
 def test_a_signal_in_a_start_is_survived_and_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
-    """So what trains in the folder then is a new run."""
+    """So what trains in the folder then is a new run. Of one rank: that several stop together is tests/test_resume.py's
+    subject, and of a start's too with `make soak`."""
     folder = tmp_path / "run"
     with new_cache(tmp_path):
-        started_and_hit(folder, "engine, later", signal.SIGTERM, 3)
+        started_and_hit(folder, "engine, later", signal.SIGTERM, 3, ALONE)
     left = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
-    assert left <= {"config.yaml", "provenance.json", "logs", ".lock"}, left
+    assert left <= {"config.yaml", "identity.json", "provenance.json", "logs", ".lock"}, left
     lock, remarks = make_folder(folder, load_resolved(folder / "config.yaml"), ["a3po", "train"])
     lock.close()
     assert remarks == []

@@ -137,7 +137,7 @@ def parts(
     **backend: Any,
 ) -> Parts:
     """A run's parts; `backend`: where its record is to differ from the CPU's."""
-    options = [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]
+    options = [f"parallel.tensor={tensor}", f"parallel.data={data}", "publish.canary_tokens=8", *overrides]
     return built(ranks, f"run-{tensor}-{data}", options, InProcess(grade), engine_of=engine_of, backend=backend)
 
 

@@ -35,17 +35,17 @@ def dense(
 
 def heads(ranks: CaseRanks) -> dict[str, float]:
     """A fourth of all (of one rank's, half), in which any two of the dimensions take every pair of values."""
-    return _heads(ranks, whole=False)
+    return _heads(ranks, every=False)
 
 
 def all_heads(ranks: CaseRanks) -> dict[str, float]:
-    return _heads(ranks, whole=True)
+    return _heads(ranks, every=True)
 
 
 SCALES, TEMPERATURES = (0.2, 8.0, 2000.0), (0.7, 1.0, 1.3)  # logits up to 1e4
 
 
-def _heads(ranks: CaseRanks, whole: bool) -> dict[str, float]:
+def _heads(ranks: CaseRanks, every: bool) -> dict[str, float]:
     """Worst relative errors over dtypes, temperatures, scales, chunks, rows, sequence parallelism and main_grad."""
     world, rank, group = ranks.world, ranks.rank, torch.distributed.group.WORLD
     columns = -(-VOCAB // world) + 3  # the last slice is padded, by more than rounding up
@@ -64,7 +64,7 @@ def _heads(ranks: CaseRanks, whole: bool) -> dict[str, float]:
             continue  # a covering choice
         odd = (dtype == torch.bfloat16) + entropy + picked + SCALES.index(scale)
         even = sequence + buffer + (chunk is None) + TEMPERATURES.index(temperature)
-        if not whole and (odd % 2 == 0 or (world > 1 and even % 2 == 1)):
+        if not every and (odd % 2 == 0 or (world > 1 and even % 2 == 1)):
             continue
         torch.manual_seed(3)
         hidden, weight = torch.randn(TOKENS, HIDDEN).to(dtype), (torch.randn(VOCAB, HIDDEN) * scale).to(dtype)
