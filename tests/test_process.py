@@ -479,11 +479,20 @@ def by_prompt(record: dict[str, object]) -> object:
     return record["prompt_index"]
 
 
-def test_every_layout_learns_from_the_advantages_of_tokens(asked: list[str], tmp_path: Path) -> None:
+LAYOUTS = tools.LAYOUTS | {"cp2": ("parallel.tensor=1", "parallel.context=2")}
+
+
+# Data parallelism is that of the runs above.
+@pytest.mark.parametrize(
+    "names", [("tp2", "pp2", "cp2"), pytest.param(tuple(LAYOUTS), marks=pytest.mark.soak)], ids=len
+)
+def test_every_layout_learns_from_the_advantages_of_tokens(
+    names: tuple[str, ...], asked: list[str], tmp_path: Path
+) -> None:
     """At a ratio of 1 the loss is -Σ w · A' · TIS / tokens: the records say it, and no rank's code."""
-    layouts = tools.LAYOUTS | {"cp2": ("parallel.tensor=1", "parallel.context=2")}
     rows = {}
-    for name, layout in layouts.items():
+    for name in names:
+        layout = LAYOUTS[name]
         once = ("trainer.steps=1", "trainer.mini_batches=1", "process.name=to_go", "process.polarity=tokens")
         tools.trained_here(tmp_path / name, *layout, *asked, *once)
         (rows[name],) = tools.rows_of(tmp_path / name)
