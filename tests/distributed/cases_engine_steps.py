@@ -84,7 +84,8 @@ def _left(ranks: CaseRanks) -> dict[str, Any]:
     options = RolloutOptions(max_prompt_tokens=16, max_tokens=16, kv_cache_bytes=1 << 22)
     folder, backend = ranks.folder / "m", ranks.arrange().backend
     engine = VllmEngine(folder, read_facts(folder), [STOP], options, torch.float32, backend)
-    core = engine._llm.llm_engine.engine_core.engine_core
+    client: Any = engine._llm.llm_engine.engine_core
+    core = client.engine_core
     given = core.scheduler
     core.scheduler = AsyncScheduler(
         vllm_config=given.vllm_config,
