@@ -11,11 +11,11 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG = (
-    *("test_resume", "test_evaluate", "test_circle", "test_start_signals", "test_learner", "test_launch"),
-    *("test_replay", "test_readback", "test_bringup", "test_te", "test_resume_faults", "test_reload"),
-    *("test_checkpoint", "test_extending", "test_engine_config", "test_convert_damage", "test_convert"),
-    *("test_engine_steps", "test_convert_forms", "test_requests", "test_process", "test_code", "test_mixed_run"),
-    "test_sandbox",
+    *("test_circle", "test_learner", "test_resume", "test_evaluate", "test_readback", "test_replay", "test_launch"),
+    *("test_te", "test_convert", "test_alerts_runs", "test_code", "test_convert_damage", "test_reload"),
+    *("test_bringup", "test_start_signals", "test_process", "test_convert_hostile", "test_sandbox", "test_transfer"),
+    *("test_arena", "test_config", "test_checkpoint", "test_mixed_run", "test_resume_faults", "test_regulariser"),
+    *("test_families", "test_engine_config", "test_requests", "test_doctor_gpu", "test_judge"),
 )
 
 

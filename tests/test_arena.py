@@ -84,35 +84,61 @@ def test_what_shares_the_blocks_memory_finds_it_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("arena")
     for kind in ("qwen3", "qwen3_moe"):
         make_checkpoint(folder / kind, kind)
     make_checkpoint(folder / "qwen3_deep", "qwen3", num_hidden_layers=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
     return run_ranks(2, cases.leaves_and_returns, folder=folder, timeout=400)["leaves_and_returns"]
 
 
 def test_a_learner_that_left_between_updates_is_bit_for_bit_the_one_that_stayed(found: list[dict[str, Any]]) -> None:
     for by_name in found:
-        assert len(by_name) == len(cases.SAVED)
-        for name, each in by_name.items():
-            assert each["rows"] and each["weights"], name
+        assert by_name.keys() == {*cases.CROSSING}
+        assert_as_one_that_stayed(by_name)
 
 
 def test_nothing_of_it_stays_behind(found: list[dict[str, Any]]) -> None:
     for by_name in found:
-        for name, each in by_name.items():
-            for held in each["left"]:
-                assert held == dict.fromkeys(held, 0), name
-            # Masters and moments of their own moved, wherever there are any (momentum has moments, plain masters too).
-            assert each["masters"] > 0, name
+        assert_nothing_stays(by_name)
 
 
 def test_its_weights_come_back_as_they_were_and_a_checkpoint_is_taken_while_its_optimizer_is_away(
     found: list[dict[str, Any]],
 ) -> None:
     for by_name in found:
-        for name, each in by_name.items():
-            assert all(each["readable"]), name
-            assert each["checkpoint"] == [], name
-            assert each["resumed"], name
+        assert_comes_back(by_name)
+
+
+@pytest.mark.soak
+def test_and_so_it_does_where_others_imply_it(folder: Path) -> None:
+    case = cases.leaves_and_returns_elsewhere
+    for by_name in run_ranks(2, case, folder=folder, timeout=400)[case.__name__]:
+        assert len(by_name) == len(cases.SAVED) - len(cases.CROSSING)
+        for holds in (assert_as_one_that_stayed, assert_nothing_stays, assert_comes_back):
+            holds(by_name)
+
+
+def assert_as_one_that_stayed(by_name: dict[str, Any]) -> None:
+    for name, each in by_name.items():
+        assert each["rows"] and each["weights"], name
+
+
+def assert_nothing_stays(by_name: dict[str, Any]) -> None:
+    for name, each in by_name.items():
+        for held in each["left"]:
+            assert held == dict.fromkeys(held, 0), name
+        # Masters and moments of their own moved, wherever there are any (momentum has moments, plain masters too).
+        assert each["masters"] > 0, name
+
+
+def assert_comes_back(by_name: dict[str, Any]) -> None:
+    for name, each in by_name.items():
+        assert all(each["readable"]), name
+        assert each["checkpoint"] == [], name
+        assert each["resumed"], name

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed import cases_checkpoint as cases
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import Case, run_ranks
 from tests.harness.tiny_models import KINDS, make_checkpoint
 from tests.test_convert import DTYPES, assert_same_bits, convert, converted, read_tensors
 
@@ -25,15 +26,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("case", "saved"),
+    [
+        (cases.saved_and_read_again, cases.SAVED),
+        pytest.param(cases.implied_saved_and_read_again, cases.IMPLIED, marks=pytest.mark.soak),
+    ],
+    ids=["chosen", "implied"],
+)
 @pytest.mark.parametrize("world", cases.SAVED)
 def test_what_a_run_saves_at_one_layout_is_read_at_another_and_exports_bit_for_bit(
-    world: int, models: Path, tmp_path: Path
+    world: int, case: Case, saved: dict[int, dict[str, Any]], models: Path, tmp_path: Path
 ) -> None:
     for kind in KINDS:
         (tmp_path / kind).symlink_to(models / kind)
-    for wrong in run_ranks(world, cases.saved_and_read_again, folder=tmp_path)["saved_and_read_again"]:
-        assert wrong == {name: [] for name in cases.SAVED[world]}
-    for name, (kind, dtype, _) in cases.SAVED[world].items():
+    for wrong in run_ranks(world, case, folder=tmp_path)[case.__name__]:
+        assert wrong == {name: [] for name in saved[world]}
+    for name, (kind, dtype, _) in saved[world].items():
         run, source = tmp_path / name, models / kind
         wanted = {n: t.to(DTYPES[dtype]) for n, t in read_tensors(source).items()}
         (run / "config.yaml").write_text("")  # what the launcher leaves in a run folder

@@ -144,7 +144,16 @@ def test_tensor_data_pipeline_and_context_parallel_runs_tell_the_same_story(
         assert row["refit/canary"] < 1e-4
 
 
-@pytest.mark.parametrize("case", [cases.publishes_into_engines_of_one_rank, cases.publishes_into_engines_of_two_ranks])
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.publishes_into_engines_of_one_rank,
+        cases.publishes_into_engines_of_two_ranks,
+        pytest.param(cases.implied_publishes_into_engines_of_one_rank, marks=pytest.mark.soak),
+        pytest.param(cases.implied_publishes_into_engines_of_two_ranks, marks=pytest.mark.soak),
+    ],
+    ids=lambda case: case.__name__,
+)
 def test_every_family_publishes_again_and_again_from_any_learner_layout_into_any_engine_layout(
     case: Callable[..., Any],
 ) -> None:

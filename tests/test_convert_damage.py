@@ -483,7 +483,12 @@ def wait_for_bytes(folder: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)], ids=["killed", "interrupted from the keyboard"]
+    ("how", "workers"),
+    [
+        pytest.param(signal.SIGKILL, 2, id="killed"),
+        # tests/test_convert_hostile.py ends one by TERM
+        pytest.param(signal.SIGINT, 1, id="interrupted from the keyboard", marks=pytest.mark.soak),
+    ],
 )
 def test_an_export_that_is_cut_short_leaves_no_folder_and_the_next_one_is_whole(
     large: Large, tmp_path: Path, how: signal.Signals, workers: int

@@ -477,8 +477,15 @@ def limited(limit: int, value: int, *words: object) -> Ended:
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-@pytest.mark.parametrize("limit", [200_000, 1_000_000], ids=["in the weights", "in the files beside them"])
+@pytest.mark.parametrize(
+    ("limit", "command"),
+    [
+        pytest.param(200_000, "import", id="in the weights-import"),
+        pytest.param(1_000_000, "export", id="in the files beside them-export"),
+        pytest.param(200_000, "export", id="in the weights-export", marks=pytest.mark.soak),
+        pytest.param(1_000_000, "import", id="in the files beside them-import", marks=pytest.mark.soak),
+    ],
+)
 def test_a_write_that_fails_ends_with_1_and_one_line_and_leaves_nothing(
     origins: dict[str, Path], tmp_path: Path, limit: int, command: str
 ) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from tests.harness.ranks import ROOT
+from tests.distributed import cases_engine_steps as cases
+from tests.harness.ranks import run_ranks
 from tests.harness.tiny_models import make_checkpoint
 
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What is left in flight, with our drain and without it."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("steps") / "m", "qwen3")
-    command = [sys.executable, "-m", "tests.harness.overlapping_steps", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    drained, before = (json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rounds"'))
-    return {"drained": drained, "before": before}
+    folder = tmp_path_factory.mktemp("steps")
+    make_checkpoint(folder / "m", "qwen3")
+    found = (run_ranks(1, case, folder=folder, own=True) for case in (cases.drained, cases.before))
+    return {name: by_rank[0] for by_case in found for name, by_rank in by_case.items()}
 
 
 def test_no_step_is_left_in_flight_when_the_last_response_ends_on_a_stop_token(left: dict[str, dict[str, Any]]) -> None:

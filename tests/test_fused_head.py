@@ -11,12 +11,15 @@ import torch
 
 from a3po_megatron.learner.fused_head import logprob_and_entropy
 from tests.distributed import cases_fused_head as cases
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import Case, run_ranks
 
 
+@pytest.mark.parametrize("case", [cases.heads, pytest.param(cases.all_heads, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_values_and_gradients_equal_dense_float64_for_any_slices_rows_and_sequence_parallelism(world: int) -> None:
-    for rank, found in enumerate(run_ranks(world, cases.heads)["heads"]):
+def test_values_and_gradients_equal_dense_float64_for_any_slices_rows_and_sequence_parallelism(
+    world: int, case: Case
+) -> None:
+    for rank, found in enumerate(run_ranks(world, case)[case.__name__]):
         for name, error in found.items():
             rounded = name in ("bfloat16/hidden", "bfloat16/main_grad/hidden", "bfloat16/weight")
             # Gradients that are handed back in bfloat16 are rounded to 8 bits; all else is summed in float32.

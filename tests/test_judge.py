@@ -62,7 +62,8 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        often = 0.02  # seconds after which it looks for its end again
+        threading.Thread(target=self.server.serve_forever, args=(often,), daemon=True).start()
 
 
 @pytest.fixture

@@ -27,10 +27,14 @@ from tests.harness.ranks import ROOT
 SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def words(folder: Path, *overrides: str) -> list[str]:
     options = [word for override in (*SMALL, *overrides) for word in ("--set", override)]
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/arithmetic.yaml", "--run-dir", str(folder)]
-    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return ["train", "configs/arithmetic.yaml", "--run-dir", str(folder), *options]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "a3po_megatron", *words(folder, *overrides)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: float = 120) -> str:
@@ -77,8 +81,10 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named_with_its_phase(
     second = tools.launched_here(folder)
     assert second.code == 2 and "a run is live in this folder" in second.err, second.all
 
-    family = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(family) >= 4  # two ranks, each with its grader's worker
+    deadline = time.monotonic() + 30
+    while len(family := psutil.Process(launcher.pid).children(recursive=True)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)  # two ranks, each with its grader's worker
+    assert len(family) >= 4
     victim = rank_processes(launcher)[1]
     wait_for_phase(folder, 1, ("rollout", "update"))
     victim.send_signal(signal.SIGKILL)
@@ -96,6 +102,8 @@ def test_a_rank_that_dies_takes_the_others_down_and_is_named_with_its_phase(
 def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_trains(
     tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
+    """It trains in ranks of this session; that a start has ranks that train, and an end, is shown above and by
+    tests/test_evaluate.py."""
     folder = tmp_path / "run"
     launcher = start(folder, "trainer.steps=500")
     ended.append(launcher)
@@ -107,13 +115,11 @@ def test_a_killed_launcher_leaves_no_rank_and_no_stale_lock_and_the_folder_train
     launcher.kill()
     assert all_gone(family, 10)
 
-    again = start(folder, "trainer.steps=2")
-    ended.append(again)
-    out, err = again.communicate(timeout=180)
-    assert again.returncode == 0, err
-    assert f"run folder: {folder}" in out
-    assert f"report:     {folder / 'report.html'}" in out
-    assert "step    2/2" in out  # plain lines where there is no terminal
+    again = tools.launched_in_session(words(folder, "trainer.steps=2"))
+    assert again.code == 0, again.all
+    assert f"run folder: {folder}" in again.out
+    assert f"report:     {folder / 'report.html'}" in again.out
+    assert "step    2/2" in (folder / "logs/rank-0.log").read_text()  # plain lines where there is no terminal
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:

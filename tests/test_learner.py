@@ -26,7 +26,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("world", "names"),
     [
-        (1, None),
         *CROSSING.items(),
         *(pytest.param(world, None, marks=pytest.mark.soak) for world in CROSSING),
     ],
@@ -64,7 +63,7 @@ def test_one_update_equals_plain_pytorch_on_the_hf_model(
 @pytest.mark.parametrize(
     ("case", "faults"),
     [
-        (cases_learner.rejected_updates, 2),
+        (cases_learner.rejected_updates, 1),
         pytest.param(cases_learner.all_rejected_updates, len(cases_learner.FAULTS), marks=pytest.mark.soak),
     ],
 )
@@ -85,11 +84,15 @@ def test_an_update_whose_loss_or_gradient_is_not_finite_on_one_rank_is_applied_o
                 assert found["gradients_finite"], layout  # the loss alone gives it away
 
 
-@pytest.fixture(scope="module")
-def steps(models: Path) -> dict[str, Any]:
+ALL = pytest.param(cases_learner.all_whole_steps, marks=pytest.mark.soak)
+
+
+@pytest.fixture(scope="module", params=[cases_learner.whole_steps, ALL], ids=lambda case: case.__name__)
+def steps(request: pytest.FixtureRequest, models: Path) -> dict[str, Any]:
+    case: Case = request.param
     found: dict[str, Any] = {}
     for world in cases_learner.STEPS:
-        for by_layout in run_ranks(world, cases_learner.whole_steps, folder=models)["whole_steps"]:
+        for by_layout in run_ranks(world, case, folder=models)[case.__name__]:
             for layout, step in by_layout.items():
                 tokens = found.setdefault(layout, step | {"tokens": {}, "worst": []})
                 for name, given in step["tokens"].items():  # the same on all ranks that hold the rollout, bit for bit

@@ -14,17 +14,18 @@ from tests.harness import interrupted_runs as tools
 CHANGING = ("perf/", "startup/", "memory/", "refit/seconds")
 
 
-def test_a_traced_step_names_its_phases_and_the_run_is_as_without(tmp_path: Path) -> None:
-    options = (*tools.LAYOUTS["dp2"], "trainer.steps=2")
-    tools.trained_here(tmp_path / "plain", *options)
-    tools.trained_here(tmp_path / "run", *options, "telemetry.profile_steps=[1]")
+def test_a_traced_step_names_its_phases_and_the_run_is_as_without(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plain = tools.uninterrupted("dp2", tmp_path_factory)  # of more steps, which begins as one of two does
+    tools.trained_here(tmp_path / "run", *tools.LAYOUTS["dp2"], "trainer.steps=2", "telemetry.profile_steps=[1]")
     rows = [
-        [json.loads(line) for line in RunFolder(tmp_path / name).metrics.read_text().splitlines()]
-        for name in ("plain", "run")
+        [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()[:2]]
+        for folder in (plain, tmp_path / "run")
     ]
     kept = [[{k: v for k, v in row.items() if not k.startswith(CHANGING)} for row in each] for each in rows]
     assert kept[0] == kept[1] and len(kept[0]) == 2
-    assert not RunFolder(tmp_path / "plain").profile.exists()
+    assert not RunFolder(plain).profile.exists()
     (trace,) = RunFolder(tmp_path / "run").profile.iterdir()
     assert trace.name == "step-00001.rank-0.trace.json"
     events = json.loads(trace.read_bytes())["traceEvents"]

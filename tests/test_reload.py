@@ -35,7 +35,7 @@ def found(folder: Path) -> dict[str, list[Any]]:
 
 
 def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_another(found: dict[str, Any]) -> None:
-    points = {f"{name} 2" for name in cases.SAVED} | {f"{name} 0" for name in cases.AT_ONCE}
+    points = {f"{name} 2" for name in cases.TRAINED} | {f"{name} 0" for name in cases.AT_ONCE}
     for by_rank in found["goes_on"]:
         assert by_rank.keys() == points
         assert all(there["rows"] and there["weights"] for there in by_rank.values()), by_rank
@@ -54,9 +54,9 @@ def test_a_learner_goes_on_bit_for_bit_in_its_layout_and_equal_to_rounding_in_an
 
 
 @pytest.mark.soak
-def test_before_any_update_a_learner_goes_on_bit_for_bit_in_the_other_layouts_too(folder: Path) -> None:
-    for by_rank in run_ranks(2, cases.goes_on_at_once, folder=folder)["goes_on_at_once"]:
-        assert len(by_rank) == len(cases.SAVED) - len(cases.AT_ONCE)
+def test_a_learner_goes_on_bit_for_bit_in_the_other_layouts_too(folder: Path) -> None:
+    for by_rank in run_ranks(2, cases.goes_on_as_well, folder=folder)["goes_on_as_well"]:
+        assert len(by_rank) == 2 * len(cases.SAVED) - len(cases.AT_ONCE) - len(cases.TRAINED)
         assert all(there["rows"] and there["weights"] for there in by_rank.values()), by_rank
 
 

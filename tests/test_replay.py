@@ -22,7 +22,15 @@ from a3po_megatron.ranks.backend import CPU
 from a3po_megatron.rollout.vllm_engine import checked_routes, engine_arguments
 from a3po_megatron.telemetry.catalogue import METRICS
 from a3po_megatron.telemetry.rollouts import rejected_entries, write_rejected
-from tests.distributed.cases_replay import CASES, EXPERTS, FURTHER, IMPLIED, LAYERS, PER_TOKEN
+from tests.distributed.cases_replay import (
+    CASES,
+    EXPERTS,
+    FURTHER,
+    IMPLIED,
+    LAYERS,
+    PER_TOKEN,
+    own_routes_change_nothing_elsewhere,
+)
 from tests.harness.ranks import Case, run_ranks
 from tests.harness.tiny_models import make_checkpoint, make_collected
 
@@ -71,8 +79,8 @@ def test_log_probs_loss_and_gradients_along_injected_routes_are_those_of_transfo
 
 @pytest.mark.soak
 def test_and_so_they_are_in_the_layouts_that_others_imply(folder: Path) -> None:
-    found = {world: run_ranks(world, *chosen(world, implied=True), folder=folder, timeout=500) for world in (2, 4)}
-    assert len(replayed(found)) == 2 * 5 + 4 * 3
+    found = {world: run_ranks(world, *chosen(world, implied=True), folder=folder, timeout=500) for world in CASES}
+    assert len(replayed(found)) == 1 * 1 + 2 * 9 + 4 * 3
     assert not (wrong := beyond_bounds(found)), wrong
 
 
@@ -123,9 +131,20 @@ def test_routes_that_the_router_would_choose_itself_in_any_order_change_no_bit(
     found: dict[int, dict[str, list[Any]]],
 ) -> None:
     for world in (1, 2):
-        for by_layout in found[world]["own_routes_change_nothing"]:
-            assert by_layout
-            assert all(equal == [True, True] for equal in by_layout.values()), by_layout
+        assert_own_routes_change_nothing(found[world]["own_routes_change_nothing"])
+
+
+@pytest.mark.soak
+def test_and_so_it_is_in_the_layouts_that_others_imply(folder: Path) -> None:
+    case = own_routes_change_nothing_elsewhere
+    for world in (1, 2):
+        assert_own_routes_change_nothing(run_ranks(world, case, folder=folder)[case.__name__])
+
+
+def assert_own_routes_change_nothing(by_rank: list[Any]) -> None:
+    for by_layout in by_rank:
+        assert by_layout
+        assert all(equal == [True, True] for equal in by_layout.values()), by_layout
 
 
 def test_routes_of_other_tokens_change_log_probs(found: dict[int, dict[str, list[Any]]]) -> None:

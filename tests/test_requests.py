@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -20,6 +22,8 @@ from transformers import AutoModelForCausalLM
 from a3po_megatron import cli
 from a3po_megatron.errors import RunFailed
 from a3po_megatron.launch import local
+from tests.distributed import cases_requests
+from tests.harness.ranks import run_ranks
 from tests.harness.tiny_models import VOCAB, make_checkpoint, save_tokenizer
 
 STARTED = "the ranks would start now"
@@ -419,6 +423,7 @@ def test_the_program_refuses_a_mistyped_option(place: Place) -> None:
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.soak  # what it says is shown above, and that a program says no more by the one before
 def test_the_program_refuses_a_problem_with_two_gold_answers(place: Place) -> None:
     place.rows.write_text(place.rows.read_text() + '{"problem": "2+2=", "answer": 5}\n')
     assert_one_message(program(place), f"{place.rows}:7: ", "line 3")
@@ -426,7 +431,6 @@ def test_the_program_refuses_a_problem_with_two_gold_answers(place: Place) -> No
 
 
 def test_pass_through_options_that_the_libraries_lack_or_that_are_ours_are_refused_by_name(place: Place) -> None:
-    """One process for all: importing Megatron and vLLM takes most of the time."""
     cases = {
         "megatron.extra.attention_softmax_in_fp23=true": "did you mean attention_softmax_in_fp32?",
         "megatron.extra.moe_enable_routing_replay=true": "follows from the model and the other options",
@@ -437,26 +441,12 @@ def test_pass_through_options_that_the_libraries_lack_or_that_are_ours_are_refus
         "rollout.engine_args.max_model_len=64": "follows from the model and the other options",
         "rollout.engine_args.seed=1": "follows from the model and the other options",
     }
-    code = (
-        "import sys\n"
-        "from a3po_megatron import cli\n"
-        "from a3po_megatron.launch import local\n"
-        "def would_start(*_): raise SystemExit('started')\n"
-        "local.run_local = would_start\n"
-        "config, *overrides = sys.argv[1:]\n"
-        "for override in overrides:\n"
-        "    sys.argv = ['a3po', 'train', config, '--set', override]\n"
-        "    try:\n"
-        "        cli.main()\n"
-        "    except SystemExit as end:\n"
-        "        print(f'ended: {end.code}', file=sys.stderr, flush=True)\n"
-    )
-    command = [sys.executable, "-c", code, str(place.config), *cases]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    lines = [line for line in run.stderr.splitlines() if line.startswith(("error: ", "ended: "))]
-    assert lines[1::2] == ["ended: 2"] * len(cases), run.stderr
-    for (override, words), line in zip(cases.items(), lines[::2], strict=True):
-        assert line.startswith(f"error: {override.partition('=')[0]}: ")
+    asked = json.dumps([str(place.config), str(Path.cwd()), *cases])
+    with mock.patch.dict(os.environ, {cases_requests.REQUEST: asked}):
+        (found,) = run_ranks(1, cases_requests.refused, own=True)["refused"]  # which changes what it is started as
+    for (override, words), (code, said) in zip(cases.items(), found, strict=True):
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert code == 2 and line.startswith(f"error: {override.partition('=')[0]}: "), said
         assert words in line
-    assert "Traceback" not in run.stderr
+        assert "Traceback" not in said
     assert not list(Path.cwd().iterdir())

@@ -4,9 +4,9 @@ Twenty points: three layouts, every phase, polite signals (the run saves and exi
 
     pytest tests/test_resume.py -m '' -k dp2-publish-of-step-3-SIGKILL-to-rank-1
 
-An interrupted run and its resume take a minute. Two points are always tested, with their resumes in ranks of the
-session: a signal, by command, and a kill, of a rank of the session (tests/test_launch.py kills one by command); and one
-of a start by tests/test_start_signals.py. All twenty, by command: `make soak`.
+An interrupted run and its resume take a minute. Two points are always tested, in ranks of the session: a signal and a
+kill. By command tests/test_launch.py kills a rank, and tests/test_start_signals.py sends signals, in a start. All
+twenty, by command: `make soak`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def point(
     return pytest.param(layout, interrupt, stop, resume, id=name, marks=() if always else pytest.mark.soak)
 
 
+IN_SESSION: dict[str, Any] = {"always": True, "stop": tools.interrupted_here, "resume": tools.trained_here}
 # Steps count from 0; saves are due after the steps 1, 3 and 5, and go on into the rollout of the step that follows.
 POINTS = [
     #     layout  phase    step  signal     to
     # also tests/test_resume_faults.py's
-    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", always=True, resume=tools.trained_here),
+    point("tp2", "rollout", 3, "SIGUSR1", "rank 1", **IN_SESSION),
+    point("tp2", "rollout", 3, "SIGUSR1", "rank 1"),
     point("tp2", "save", 3, "SIGKILL", "all"),
-    point("pp2", "update", 2, "SIGKILL", "rank 0", always=True, stop=tools.interrupted_here, resume=tools.trained_here),
+    point("pp2", "update", 2, "SIGKILL", "rank 0", **IN_SESSION),
     point("pp2", "update", 2, "SIGKILL", "rank 0"),
     point("pp2", "publish", 2, "SIGTERM", "launcher"),
     point("dp2", "reward", 2, "SIGKILL", "all"),

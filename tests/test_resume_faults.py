@@ -38,7 +38,8 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tests/test_resume.py shows that it ends as an undisturbed one.
     """
-    folder = tools.stopped("tp2", Interrupt("rollout", 3, "SIGUSR1", "rank", rank=1), tmp_path_factory)
+    point = Interrupt("rollout", 3, "SIGUSR1", "rank", rank=1)
+    folder = tools.stopped("tp2", point, tmp_path_factory, tools.interrupted_here)
     assert len(list((folder / "checkpoints").glob("step-*"))) >= 2
     return folder
 
@@ -277,7 +278,7 @@ def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     with read_only(folder):
-        assert_refused(tools.launch(folder, *TP2), str(folder))
+        assert_refused(tools.launched_here(folder, *TP2), str(folder))
     assert not tools.snapshot(folder)
 
 

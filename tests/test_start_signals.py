@@ -17,10 +17,13 @@ from unittest import mock
 import psutil
 import pytest
 
+from a3po_megatron.config import load_resolved
+from a3po_megatron.launch.folder import make_folder
 from tests.harness import interrupted_runs as tools
 from tests.harness.interrupted_runs import Interrupt, Launched
 
 DP2 = tools.LAYOUTS["dp2"]
+ALONE = ("parallel.tensor=1",)
 NEW = "VLLM_CACHE_ROOT"  # where vLLM remembers models' classes: in a new one it inspects them in a process of its own
 
 
@@ -75,13 +78,15 @@ def hit(launched: Launched, number: signal.Signals, times: int) -> None:
                 process.send_signal(number)
 
 
-def started_and_hit(folder: Path, moment: str, number: signal.Signals, times: int) -> None:
+def started_and_hit(
+    folder: Path, moment: str, number: signal.Signals, times: int, layout: tuple[str, ...] = DP2
+) -> None:
     if moment in PHASES:
         point = PHASES[moment]
         point = Interrupt(point.phase, point.step, number.name, "family", times=times, delay=point.delay)
-        launched = Launched(folder, *DP2, interrupt=point)
+        launched = Launched(folder, *layout, interrupt=point)
     else:
-        launched = Launched(folder, *DP2)
+        launched = Launched(folder, *layout)
         deadline = time.monotonic() + 60
         while not OUTSIDE[moment](launched):
             assert launched.process.poll() is None and time.monotonic() < deadline, f"never came to: {moment}"
@@ -100,14 +105,17 @@ def new_cache(tmp_path: Path) -> contextlib.AbstractContextManager[object]:
     return mock.patch.dict(os.environ, {NEW: str(tmp_path / "cache")})
 
 
-def test_a_signal_at_any_moment_of_a_start_is_survived_and_the_run_is_as_undisturbed(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    whole = tools.uninterrupted("dp2", tmp_path_factory)
+def test_a_signal_in_a_start_is_survived_and_leaves_nothing_to_go_on_from(tmp_path: Path) -> None:
+    """So what trains in the folder then is a new run. Of one rank: that several stop together is tests/test_resume.py's
+    subject, and of a start's too with `make soak`."""
+    folder = tmp_path / "run"
     with new_cache(tmp_path):
-        started_and_hit(tmp_path / "run", "engine, later", signal.SIGTERM, 3)
-    tools.trained_here(tmp_path / "run", *DP2)
-    tools.assert_same_run(tmp_path / "run", whole)
+        started_and_hit(folder, "engine, later", signal.SIGTERM, 3, ALONE)
+    left = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
+    assert left <= {"config.yaml", "identity.json", "provenance.json", "logs", ".lock"}, left
+    lock, remarks = make_folder(folder, load_resolved(folder / "config.yaml"), ["a3po", "train"])
+    lock.close()
+    assert remarks == []
 
 
 @pytest.mark.soak

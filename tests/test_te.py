@@ -34,25 +34,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> dict[str, Any]:
-    return run_ranks(1, *cases.UPDATES[1], folder=folder, te=True)
+    return run_ranks(1, *cases.chosen(1), folder=folder, te=True)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> dict[str, Any]:
-    return run_ranks(2, *cases.UPDATES[2], cases.named, cases.packed, cases.saved, folder=folder, te=True)
+    return run_ranks(2, *cases.chosen(2), cases.named, cases.packed, cases.saved, folder=folder, te=True)
 
 
 @pytest.mark.parametrize(
-    ("world", "case"), [(world, case.__qualname__) for world in (1, 2) for case in cases.UPDATES[world]]
+    ("world", "case"), [(world, case.__qualname__) for world in (1, 2) for case in cases.chosen(world)]
 )
 def test_the_gradient_is_that_of_float64_but_for_the_rounding_of_its_precision(
     world: int, case: str, one_rank: dict[str, Any], two_ranks: dict[str, Any]
 ) -> None:
-    for found in (one_rank, two_ranks)[world - 1][case]:
-        assert found["missing"] == 0
-        assert found["ours"] <= WITHIN * found["plain"], found
-        # A gradient that is wrong by its own size is as far away as 1; rounding is far from that.
-        assert found["plain"] < 0.3, found
+    assert_gradient((one_rank, two_ranks)[world - 1][case])
 
 
 def test_adam_steps_the_float32_masters_and_the_weights_are_those_in_bf16(
@@ -60,19 +56,47 @@ def test_adam_steps_the_float32_masters_and_the_weights_are_those_in_bf16(
 ) -> None:
     for by_case in (one_rank, two_ranks):
         for name, by_rank in by_case.items():
-            if name in ("named", "packed", "saved"):
-                continue
-            for found in by_rank:
-                assert found["step"] <= 2**-8, name  # half a unit in the last of bf16's 8 bits
+            if name not in ("named", "packed", "saved"):
+                assert_masters(name, by_rank)
 
 
 def test_every_product_of_linear_layers_is_computed_in_the_precision_that_was_asked_for(
     one_rank: dict[str, Any],
 ) -> None:
-    for name, (found,) in one_rank.items():
-        precision = name.rpartition("_")[2] if "fp8" in name else "bf16"
-        router = {"torch.float32", "torch.bfloat16"} if "experts" in name and ROUTED_BY_TE else set()
-        assert found["calls"].keys() - router == {STORED[precision]} - router, name
+    for name, by_rank in one_rank.items():
+        assert_products(name, by_rank)
+
+
+@pytest.mark.soak
+def test_and_so_it_is_with_what_others_imply(folder: Path) -> None:
+    by_world = {world: run_ranks(world, *cases.chosen(world, implied=True), folder=folder, te=True) for world in (1, 2)}
+    assert sum(map(len, by_world.values())) == len(cases.IMPLIED)
+    for world, by_case in by_world.items():
+        for name, by_rank in by_case.items():
+            assert_gradient(by_rank)
+            assert_masters(name, by_rank)
+            if world == 1:
+                assert_products(name, by_rank)
+
+
+def assert_gradient(by_rank: list[Any]) -> None:
+    for found in by_rank:
+        assert found["missing"] == 0
+        assert found["ours"] <= WITHIN * found["plain"], found
+        # A gradient that is wrong by its own size is as far away as 1; rounding is far from that.
+        assert found["plain"] < 0.3, found
+
+
+def assert_masters(name: str, by_rank: list[Any]) -> None:
+    for found in by_rank:
+        assert found["step"] <= 2**-8, name  # half a unit in the last of bf16's 8 bits
+
+
+def assert_products(name: str, by_rank: list[Any]) -> None:
+    (found,) = by_rank
+    precision = name.rpartition("_")[2] if "fp8" in name else "bf16"
+    router = {"torch.float32", "torch.bfloat16"} if "experts" in name and ROUTED_BY_TE else set()
+    assert found["calls"].keys() - router == {STORED[precision]} - router, name
 
 
 def test_the_map_names_every_parameter_of_megatrons_transformer_engine_spec_and_no_other(

@@ -300,6 +300,7 @@ def test_what_an_earlier_start_left_does_not_end_a_run_and_what_a_rank_says_now_
         rank.wait()
 
 
+@pytest.mark.soak  # that ranks which stand still end with 85 and are named is shown above of two processes
 def test_a_run_one_rank_of_which_is_stopped_ends_with_85_and_names_it(
     tmp_path: Path,
     ended: list[subprocess.Popen[str]],  # noqa: F811

@@ -19,6 +19,7 @@ from tools.bringup.runner import _load
 
 STAND_IN = ("oracle_on_stand_in", "fp8_on_stand_in", "traps_on_stand_in", "alignment_on_stand_in")
 ENGINE = ("engine_cycles_on_cpu", "mismatch_on_cpu")
+LEARNER = ("learner_leaves_on_cpu",)
 
 
 def _case(name: str) -> Case:
@@ -33,7 +34,7 @@ def _case(name: str) -> Case:
     return case
 
 
-globals().update({name: _case(name) for name in (*STAND_IN, *ENGINE)})
+globals().update({name: _case(name) for name in (*STAND_IN, *ENGINE, *LEARNER)})
 
 
 def not_there(ranks: CaseRanks) -> list[str]:

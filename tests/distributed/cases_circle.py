@@ -36,6 +36,9 @@ from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
 FEW = "trainer.prompts_per_step=8"  # of 32, of which nothing here has need
+# Two mini-batches a step. A coin grades: every step has groups with spread, whatever the model says.
+SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8", "publish.witness_at_start=false")
+BRIEF = (*SHORT, "rollout.max_tokens=32")  # some responses end, others are cut off
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
 STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
@@ -64,9 +67,7 @@ class Forgetful(VllmEngine):
 # vLLM makes the groups of an engine with the first one of a process, experts' too: experts come first, and engines over
 # one rank and over two have processes of their own.
 NARROW = (
-    ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
     ("qwen3_moe", ["parallel.context=2", "parallel.expert=2"]),
-    ("qwen3_moe", ["parallel.pipeline=2"]),
     ("llama31", ["parallel.pipeline=2"]),
     ("qwen3", ["parallel.pipeline=2", "parallel.virtual=2"]),
     ("qwen2", ["parallel.tensor=2", "parallel.sequence=true"]),
@@ -74,18 +75,37 @@ NARROW = (
 WIDE = (
     ("qwen3_moe", ["parallel.data=2", "parallel.expert=2", "rollout.expert=2"]),
     ("qwen3_moe", ["parallel.pipeline=2", "rollout.expert=2"]),
+    ("yarn_fractions", ["parallel.data=2"]),
+)
+# What the others imply: `make soak` runs them.
+NARROW_IMPLIED = (
+    ("qwen3_moe", ["parallel.data=2", "parallel.expert=2"]),
+    ("qwen3_moe", ["parallel.pipeline=2"]),
+)
+WIDE_IMPLIED = (
     ("qwen3_moe", ["parallel.data=2"]),
     ("qwen3", ["parallel.pipeline=2"]),
-    ("yarn_fractions", ["parallel.data=2"]),
 )
 
 
 def publishes_into_engines_of_one_rank(ranks: CaseRanks) -> dict[str, Any]:
-    return {" ".join([kind, *options]): _publishes(ranks, kind, options) for kind, options in NARROW}
+    return _all_publish(ranks, NARROW)
 
 
 def publishes_into_engines_of_two_ranks(ranks: CaseRanks) -> dict[str, Any]:
-    return {" ".join([kind, *layout]): _publishes(ranks, kind, [*layout, "rollout.tensor=2"]) for kind, layout in WIDE}
+    return _all_publish(ranks, WIDE, "rollout.tensor=2")
+
+
+def implied_publishes_into_engines_of_one_rank(ranks: CaseRanks) -> dict[str, Any]:
+    return _all_publish(ranks, NARROW_IMPLIED)
+
+
+def implied_publishes_into_engines_of_two_ranks(ranks: CaseRanks) -> dict[str, Any]:
+    return _all_publish(ranks, WIDE_IMPLIED, "rollout.tensor=2")
+
+
+def _all_publish(ranks: CaseRanks, layouts: Sequence[tuple[str, list[str]]], *more: str) -> dict[str, Any]:
+    return {" ".join([kind, *layout]): _publishes(ranks, kind, [*layout, *more]) for kind, layout in layouts}
 
 
 def _publishes(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, Any]:
@@ -120,7 +140,7 @@ def parts(
     **backend: Any,
 ) -> Parts:
     """A run's parts; `backend`: where its record is to differ from the CPU's."""
-    options = [f"parallel.tensor={tensor}", f"parallel.data={data}", *overrides]
+    options = [f"parallel.tensor={tensor}", f"parallel.data={data}", "publish.canary_tokens=8", *overrides]
     return built(ranks, f"run-{tensor}-{data}", options, InProcess(grade), engine_of=engine_of, backend=backend)
 
 
@@ -324,7 +344,7 @@ def layouts_train_alike(ranks: CaseRanks) -> dict[str, Any]:
         layout = [f"parallel.tensor={tensor}", f"parallel.data={data}", f"parallel.pipeline={pipeline}"]
         layout.append(f"parallel.context={context}")
         name = f"loop-{tensor}-{data}-{pipeline}-{context}"
-        train(built(ranks, name, [*layout, "trainer.steps=2", FEW], InProcess(grade)))
+        train(built(ranks, name, [*layout, "trainer.steps=2", *BRIEF], InProcess(coin)))
         metrics = ranks.folder / name / "metrics.jsonl"
         if ranks.rank == 0:
             rows[f"{tensor}x{data}x{pipeline}x{context}"] = [
@@ -364,17 +384,13 @@ class Patterned(Learner):
 
 def never_finite(ranks: CaseRanks) -> dict[str, Any]:
     """A run whose gradients are not finite on one rank: what it says, and what it leaves."""
-    options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3", FEW)
-    said, folder = run_with(ranks, "never-finite", Patterned, grade, *options)
+    options = ("parallel.tensor=2", "trainer.steps=4", "trainer.max_rejected_updates=3", *SHORT)
+    said, folder = run_with(ranks, "never-finite", Patterned, coin, *options)
     kept = {}
     for path in sorted((folder / "rejected").iterdir()):
         entries = torch.load(path)
         kept[path.name] = [len(entries), sum(len(entry["tokens"]) == len(entry["old_logprobs"]) for entry in entries)]
     return {"said": said, "kept": kept, "rejected": [row["policy/rejected_updates"] for row in rows_of(folder)]}
-
-
-# Two mini-batches a step. A coin grades: every step has groups with spread, whatever the model says.
-SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8")
 
 
 def rejected_in_a_row(ranks: CaseRanks) -> dict[str, Any]:

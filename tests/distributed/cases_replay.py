@@ -197,10 +197,18 @@ def own_routes_of(folder: Path) -> dict[tuple[int, ...], np.ndarray]:
 
 
 def own_routes_change_nothing(ranks: CaseRanks) -> dict[str, Any]:
+    return _own_routes(ranks, PLAIN[ranks.world])
+
+
+def own_routes_change_nothing_elsewhere(ranks: CaseRanks) -> dict[str, Any]:
+    return _own_routes(ranks, PLAIN_IMPLIED[ranks.world])
+
+
+def _own_routes(ranks: CaseRanks, layouts: dict[str, tuple[int, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """With replay of what the router chooses itself, in this order or another, and without replay."""
     folder, found = ranks.folder / "moe", {}
     own = ranks.once("own-routes", lambda: own_routes_of(folder))
-    for name, (data, parallel, extra) in PLAIN[ranks.world].items():
+    for name, (data, parallel, extra) in layouts.items():
         cluster = ranks.arrange(1, data=data, **parallel)
         results = []
         for replay, backwards in ((False, False), (True, False), (True, True)):
@@ -371,7 +379,9 @@ def the_loop(ranks: CaseRanks) -> dict[str, Any]:
     folder, found = ranks.folder / "loop", {}
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
-    few = ["trainer.rollouts_per_prompt=4", "checkpoint.every_steps=1", *SHORT]  # they are sampled one by one
+    # They are sampled one by one.
+    few = ["trainer.rollouts_per_prompt=4", "checkpoint.every_steps=1", *SHORT]
+    few += ["publish.canary_prompts=2", "publish.canary_tokens=4"]
     wanted = [*layout, "rollout.routing_replay=true", "trainer.steps=2", *few]
     config = resolved(load_config(EXAMPLE, wanted))
     os.makedirs(folder / "rollouts", exist_ok=True)
@@ -393,8 +403,12 @@ ALONE = [((3, 4, 5), tuple(range(6, 20))), ((7,), (1, 2, 3))]
 # World size → name → (data, further options of the layout, megatron.extra): none of them pads a sequence, which would
 # change how many rows an expert multiplies at once, and so perhaps the last bit.
 PLAIN: dict[int, dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
-    1: {"alone": (1, {}, {}), "recompute": (1, {}, FULL)},
-    2: {"ep2": (2, {"expert": 2}, {}), "pp2": (1, {"pipeline": 2}, {}), "pp2 recompute": (1, {"pipeline": 2}, FULL)},
+    1: {"alone": (1, {}, {})},
+    2: {"ep2": (2, {"expert": 2}, {}), "pp2 recompute": (1, {"pipeline": 2}, FULL)},
+}
+PLAIN_IMPLIED: dict[int, dict[str, tuple[int, dict[str, Any], dict[str, Any]]]] = {
+    1: {"recompute": (1, {}, FULL)},
+    2: {"pp2": (1, {"pipeline": 2}, {})},
 }
 # World size → name → (model, tensor, data, megatron.extra and further options of the layout)
 GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
@@ -440,7 +454,10 @@ CASES = {
 # What others imply, with recomputation or another dimension beside: `make soak` runs them.
 IMPLIED = tuple(
     f"replayed_{name}"
-    for name in ("tp2_sp", "pp2", "pp2_vp2", "ep2", "cp2", "tp2_pp2_sp_full", "cp2_pp2_full", "tp2_dp2_ep4_etp1_sp")
+    for name in (
+        *("full", "tp2_sp", "pp2", "pp2_full", "pp2_vp2", "pp2_vp2_full", "dp2", "ep2", "ep2_full", "cp2"),
+        *("tp2_pp2_sp_full", "cp2_pp2_full", "tp2_dp2_ep4_etp1_sp"),
+    )
 )
 for _made in CASES.values():
     for _one in _made:

@@ -20,17 +20,21 @@ FOLDER, POINT = "A3PO_TEST_RUN", "A3PO_TEST_INTERRUPT"
 
 
 def trains(ranks: CaseRanks) -> None:
-    """As rank.py does, from the groups on. Where a point is given, it kills a rank; no handler of signals is set."""
+    """As rank.py does, from the groups on. Where a point is given, a signal hits a rank there: it kills it, or is heard
+    as in any rank, and these end with it."""
     folder = Path(os.environ[FOLDER])
     settings = load_resolved(RunFolder(folder).config)
     draws = os.environ.get("A3PO_TEST_DRAWS", "1") == "1"  # as interrupted_runs.environment has it
     take_out = install_draws() if draws else lambda: None
-    if POINT in os.environ and json.loads(os.environ[POINT])["rank"] == ranks.rank:
-        install(json.loads(os.environ[POINT]))
+    interrupt, point = Interrupt(), json.loads(os.environ.get(POINT, "{}"))
+    if point and point["signal"] != "SIGKILL":
+        interrupt.install()
+    if point and point["rank"] == ranks.rank:
+        install(point)
     try:
         with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
             layout = settings.parallel.model_dump()
             made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
-            train(build(folder, settings, made, graders, interrupt=Interrupt()))
+            train(build(folder, settings, made, graders, interrupt=interrupt))
     finally:
         take_out()

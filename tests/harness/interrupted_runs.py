@@ -26,7 +26,8 @@ import psutil
 import pytest
 
 from a3po_megatron import cli
-from a3po_megatron.config import Config, load_config
+from a3po_megatron.config import Config, Settings, load_config
+from a3po_megatron.errors import Interrupted
 from a3po_megatron.files.run_folder import RunFolder, rank_file, rollout_files
 from a3po_megatron.launch.check import settle
 from a3po_megatron.launch.folder import make_folder
@@ -49,6 +50,7 @@ SMALL = (
     "telemetry.texts_per_step=1",
     "telemetry.tensorboard=false",
     "publish.witness_at_start=false",
+    "publish.canary_tokens=8",
 )
 LAYOUTS = {
     "tp2": ("parallel.tensor=2",),
@@ -151,13 +153,31 @@ def launch(folder: Path, *overrides: str, interrupt: Interrupt | None = None) ->
 
 def launched_here(folder: Path, *overrides: str) -> Ended:
     """The same in this process, for what is to be refused; fails where a rank would be started."""
+
+    def starts(*_: object) -> None:
+        raise AssertionError("it was not refused")
+
+    return main_here(command(folder, *overrides)[3:], starts)
+
+
+def launched_in_session(words: Sequence[str]) -> Ended:
+    """The command in this process, to the end of a run in ranks of this session: all of a launcher but how it starts
+    and watches ranks."""
+
+    def starts(folder: Path, settings: Settings, *_: object) -> None:
+        _in_session(folder, settings)
+
+    return main_here(words, starts)
+
+
+def main_here(words: Sequence[str], starts: Callable[..., None]) -> Ended:
+    """`a3po` with these words, in this process; `starts` stands for the start of ranks on this machine."""
     began, out, err = time.monotonic(), io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    words = ["a3po", *command(folder, *overrides)[3:]]
-    not_refused = mock.patch("a3po_megatron.launch.local.run_local", side_effect=AssertionError("it was not refused"))
+    instead = mock.patch("a3po_megatron.launch.local.run_local", starts)
     try:
         with contextlib.ExitStack() as stack:
-            for each in (mock.patch.object(sys, "argv", words), not_refused, contextlib.chdir(ROOT)):
+            for each in (mock.patch.object(sys, "argv", ["a3po", *words]), instead, contextlib.chdir(ROOT)):
                 stack.enter_context(each)
             caught = stack.enter_context(pytest.raises(SystemExit))
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -186,14 +206,20 @@ def trained_here(folder: Path, *overrides: str) -> Ended:
 def trained_as(folder: Path, config: Config, words: Sequence[str] = ()) -> Ended:
     """A run of any configuration in ranks of this session. `words`: the command that it says it was begun with."""
     began = time.monotonic()
-    with contextlib.chdir(ROOT), mock.patch.dict(os.environ, {cases_runs.FOLDER: str(folder.resolve())}):
+    with contextlib.chdir(ROOT):
         settings = settle(config, CPU)
         lock, remarks = make_folder(folder, settings, list(words))
         with lock:
-            logs = RunFolder(folder).logs
-            run_ranks(settings.parallel.ranks_of(settings.parallel.data), cases_runs.trains, folder=logs.resolve())
-    said = rank_file(logs, 0, "log").read_text(errors="replace")
+            _in_session(folder, settings)
+    said = rank_file(RunFolder(folder).logs, 0, "log").read_text(errors="replace")
     return Ended(0, "\n".join([*remarks, said]), "", time.monotonic() - began)
+
+
+def _in_session(folder: Path, settings: Settings) -> None:
+    """Trains in a folder that was made ready."""
+    logs = RunFolder(folder).logs.resolve()
+    with mock.patch.dict(os.environ, {cases_runs.FOLDER: str(folder.resolve())}):
+        run_ranks(settings.parallel.ranks_of(settings.parallel.data), cases_runs.trains, folder=logs)
 
 
 def interrupted(folder: Path, point: Interrupt, *overrides: str) -> Ended:
@@ -219,14 +245,15 @@ def interrupted(folder: Path, point: Interrupt, *overrides: str) -> Ended:
 
 
 def interrupted_here(folder: Path, point: Interrupt, *overrides: str) -> None:
-    """A run in ranks of this session, one of which kills itself at `point`; the others end as it does, and who comes
+    """A run in ranks of this session, one of which hits itself at `point`; the others end as it does, and who comes
     next gets new ranks. Nothing of what a launcher does then is shown by it."""
-    assert point.kills and point.to == "rank" and not (point.delay or point.file), point
+    assert point.to == "rank" and not (point.delay or point.file), point
+    assert Interrupted.exit_code == INTERRUPTED
     marker = _beside(folder, "fired")
     marker.unlink(missing_ok=True)
     with (
         mock.patch.dict(os.environ, {cases_runs.POINT: point.as_env(marker)}),
-        pytest.raises(AssertionError, match=f"rank {point.rank} died"),
+        pytest.raises(AssertionError, match=f"rank {point.rank} died" if point.kills else Interrupted.__name__),
     ):
         trained_here(folder, *overrides)
     assert marker.exists(), f"the run never came to {point}"

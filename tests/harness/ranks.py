@@ -68,19 +68,25 @@ class CaseRanks:
 
 
 def run_ranks(
-    world: int, *cases: Case, folder: Path | None = None, timeout: float = 300, te: bool = False, fresh: bool = False
+    world: int,
+    *cases: Case,
+    folder: Path | None = None,
+    timeout: float = 300,
+    te: bool = False,
+    fresh: bool = False,
+    own: bool = False,
 ) -> dict[str, list[Any]]:
     """Case name → its result on every rank. Raises AssertionError with the traceback of a case that failed.
 
-    `fresh`: in processes that have imported nothing, and do nothing after; say why. `te`: with the layer spec of
-    Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
+    `own`: in processes that do nothing before and after, `fresh`: and that have imported nothing; say why. `te`: with
+    the layer spec of Transformer Engine, of which tests/harness/te_on_cpu is a stand-in.
     """
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     for stale in folder.glob("rank-*.log"):  # of other ranks that ran in this folder
         stale.unlink()
     names = [f"{case.__module__}:{case.__qualname__}" for case in cases]
     task = Task(names, folder, timeout, dict(os.environ))
-    if fresh:
+    if fresh or own:
         new = World(world, folder, te, fresh)
         try:
             results = new.run(task)
