@@ -131,6 +131,8 @@ class Publisher:
                 quantised,
                 inside,
             )
+            # A fault in the first bucket shows before the engine begins: one that stops on its way is of no use.
+            stream = itertools.chain(list(itertools.islice(stream, 1)), stream)
             loading = time.perf_counter()
             spent = timings.gather + timings.send + timings.receipt
             engine.load(fused.fuse(stream) if fused else stream)
