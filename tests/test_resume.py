@@ -275,7 +275,7 @@ def test_one_changed_bit_of_a_metric_a_rollout_or_a_weight_is_seen_and_named(
     tools.flip_a_bit_of_a_weight(folder / "checkpoints" / f"step-{STEPS:06d}")
     with pytest.raises(AssertionError) as found:
         tools.assert_same_run(folder, wanted)
-    for words in ("the steps are [0, 1, 2, 3, 4, 4]", "step-00002.rank-1.parquet is only in", "1 of "):
+    for words in ("the steps are [0, 1, 2, 3, 4, 4]", "rollouts of step 2: prompt ", " is only in ", "1 of "):
         assert words in str(found.value)
 
 

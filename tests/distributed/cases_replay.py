@@ -355,9 +355,13 @@ class Watched(VllmEngine):
     def _record(self, layer: int, experts: torch.Tensor) -> None:
         self.rows.setdefault(layer, []).append(experts.numpy().astype(np.uint8))
 
-    def sample(self, requests: Any) -> Any:
-        assert not (self.mute and requests), "sampled anew"
-        for finished in super().sample(requests):
+    def sample(self, requests: Any, **options: Any) -> Any:
+        def asked() -> Any:
+            for request in requests:
+                assert not (self.mute and request), "sampled anew"
+                yield request
+
+        for finished in super().sample(asked(), **options):
             for _, completion in finished:
                 others = sorted(set(range(EXPERTS)) - set(completion.routes[0, -1].tolist()))
                 completion.routes[0, -1, 0] = others[0]
