@@ -62,7 +62,7 @@ class Update:
     gradient_norm: float | None  # mean over the mini-batches that were applied; None: none was
     learning_rate: float
     rejected: int  # mini-batches that were not applied
-    padding: float  # share of what the model computed that is of no rollout
+    padding: float | None  # share of what the model computed that is of no rollout; None: it computed nothing
 
 
 class Learner:
@@ -248,12 +248,12 @@ class Learner:
                 padding=self._padding(batch, held),
             )
 
-    def _padding(self, batch: Batch, held: int) -> float:
+    def _padding(self, batch: Batch, held: int) -> float | None:
         """`held`: tokens of this rank's micro-batches. Each context-parallel rank holds a part of every rollout."""
         read = sum(len(rollout.prompt.tokens) + len(rollout.tokens) - 1 for rollout in batch.rollouts)
         mine = read if self.ranks.coordinates.context == 0 else 0
         of_rollouts, all_tokens = self.ranks.sum_over_tokens(torch.tensor([mine, held], dtype=torch.float64)).tolist()
-        return 1 - of_rollouts / all_tokens
+        return 1 - of_rollouts / all_tokens if all_tokens else None
 
     def _accumulate(self, micro_batches: list[MicroBatch], batch: Batch, objective: Objective, number: int) -> Report:
         """Gradients of one mini-batch; returns what the objective reports of its tokens: sums as on the last stage,
