@@ -77,7 +77,8 @@ class Sampling:
             steps = self._engine.sample(self._requests(), room=self._rollout.max_sequences)
             with contextlib.closing(steps) as engine_steps:
                 for completions in engine_steps:
-                    CLOCK.beat()
+                    if self._open:  # a sign of life; who waits for others gives none: so it shows where they are stuck
+                        CLOCK.beat()
                     for number, completion in completions:
                         self._take(*self._owners[number], completion)
                     self._settle()
@@ -177,8 +178,7 @@ class Sampling:
         """There is nothing to sample: verdicts are missing, of this rank or of others."""
         start = time.monotonic()
         if self._grading:
-            with phase(Phase.REWARD):
-                self._settle(PATIENCE_SECONDS)
+            self._settle(PATIENCE_SECONDS)
         else:
             time.sleep(POLL_SECONDS)
         self.idle += time.monotonic() - start
