@@ -71,7 +71,7 @@ POINTS = [
     point("pp2", "save", 1, "SIGTERM", "rank 1"),
     #
     point("dp2", "rollout", 1, "SIGINT", "all"),  # Ctrl-C in a terminal hits all of them
-    point("dp2", "rollout", 0, "SIGKILL", "all", nth=2),  # a second round of sampling, before any save
+    point("dp2", "rollout", 0, "SIGKILL", "all", delay=0.05),  # before any save
     point("dp2", "update", 4, "SIGKILL", "all"),
     point("dp2", "publish", 3, "SIGKILL", "rank 1"),
     point("dp2", "save", 3, "SIGKILL", "rank 0", delay=0.015),

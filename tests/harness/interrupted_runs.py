@@ -70,7 +70,7 @@ class Interrupt:
     signal: str
     to: str  # "rank", "launcher", "all" (every rank and the launcher, at once) or "family" (and what ranks started)
     rank: int = 0  # on which the phase is awaited; the one that is hit, where `to` is "rank"
-    nth: int = 1  # occurrence of the phase in this step: `rollout` comes once a round of sampling
+    nth: int = 1  # occurrence of the phase in this step
     delay: float = 0.0  # seconds after the phase's begin
     times: int = 1  # the signal comes so often
     file: tuple[str, str, str] | None = None  # instead of the phase: "before" or "after", a call of `os`, a path's end
