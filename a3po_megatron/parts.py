@@ -37,7 +37,7 @@ from .reward.sandbox.choose import check_sandbox
 from .rollout.balance import Balance
 from .rollout.engine import local_experts
 from .rollout.intake import Intake
-from .rollout.sample import Graders
+from .rollout.sample import Graders, Sampler
 from .rollout.vllm_engine import VllmEngine
 from .run.checkpoints import Checkpoints, resumed_from
 from .run.found import find
@@ -118,7 +118,7 @@ def build(
     journal = Journal(
         place.journal, ranks.rank, identity(settings), before, writer, settings.checkpoint.replay == "all"
     )
-    intake = Intake(
+    sampler = Sampler(
         ranks,
         tokenizer,
         settings.trainer,
@@ -129,8 +129,8 @@ def build(
         engine,
         prompts,
         graders,
-        settings.process,
     )
+    intake = Intake(sampler, settings.process)
     regulariser = Regulariser(
         settings.regulariser,
         settings.advantage,

@@ -24,7 +24,7 @@ from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.math import grade
 from a3po_megatron.rollout.engine import Completion, Request
 from a3po_megatron.rollout.intake import Intake
-from a3po_megatron.rollout.sample import _answered
+from a3po_megatron.rollout.sample import Sampler, _answered
 from a3po_megatron.run.stop import Interrupt
 from tests.harness.journals import journal_of
 
@@ -156,7 +156,7 @@ class Setting:
             ScriptedGraders(),
             FakePrompts(),
         )
-        self.intake = Intake(
+        sampler = Sampler(
             FakeCluster(),
             FakeTokens(),
             TrainerOptions(prompts_per_step=wanted, rollouts_per_prompt=size, max_empty_steps=empty, seed=5),
@@ -168,10 +168,11 @@ class Setting:
             self.prompts,
             self.graders,
         )
+        self.intake = Intake(sampler)
 
     def step(self, number: int) -> Collected:
         self.engine.weight_version = number + 1
-        self.intake.journal.published(number + 1, "")
+        self.intake.sampler.journal.published(number + 1, "")
         return self.intake.next(number)
 
 
@@ -409,7 +410,7 @@ def test_steps_are_counted_over_all_sampled_rollouts_where_they_are_rewarded_and
     names = ("reward/steps_rate", "reward/steps_mean", "reward/step_score_mean")
     for process, wanted in ((NoProcess(), [None] * 3), (SpanRewards(), [6 / 8, 9 / 8, 1.5 / 9])):
         setting = Setting(lambda prompt: "ccwi" if prompt else "cwwi", wanted=2, batches=1)
-        setting.intake.graders, setting.intake.process = Stepping(), process
+        setting.intake.sampler.graders, setting.intake.process = Stepping(), process
         metrics = setting.step(0).metrics
         assert [metrics[name] for name in names] == (wanted if wanted[0] is None else pytest.approx(wanted))
     none = Setting(spread_at(0), wanted=1, batches=1)
@@ -513,7 +514,7 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
 ) -> None:
     script = spread_at(1, 3, 4, 5)
     broken = Setting(script, journal=tmp_path)
-    broken.graders = broken.intake.graders = BrokenGraders()
+    broken.graders = broken.intake.sampler.graders = BrokenGraders()
     with pytest.raises(RunFailed, match=r"reward\.max_invalid_rate"):
         broken.step(0)
     assert len(broken.graders.asked) == len(broken.engine.requests) > 0
@@ -528,6 +529,6 @@ def test_responses_that_broken_graders_ended_a_run_with_are_graded_after_a_resta
     assert [r.reward for g in found.groups for r in g.rollouts] == [r.reward for g in wanted.groups for r in g.rollouts]
 
     third = Setting(script, journal=tmp_path)  # the verdicts that followed count, the invalid ones before them do not
-    third.graders = third.intake.graders = BrokenGraders()
+    third.graders = third.intake.sampler.graders = BrokenGraders()
     assert third.step(0).accepted == [1, 3, 4, 5]
     assert third.graders.asked == [] == third.engine.requests

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -170,16 +169,7 @@ class Evaluation:
 
     def _pulled(self, store: Any, count: int) -> Iterator[int]:
         """Numbers below `count`, each to one engine, whose ranks all get the same."""
-        engine, group = self._ranks.engine, self._ranks.engine_group
-        for turn in itertools.count():
-            if self._leads:
-                number = store.add("next", 1) - 1
-                if group is not None:
-                    store.set(f"{engine}/{turn}", str(number))
-            else:
-                number = int(store.get(f"{engine}/{turn}"))
-            if number >= count:
-                return
+        while (number := self._ranks.told_by_engine(store.add("next", 1) - 1 if self._leads else 0)) < count:
             yield number
 
 

@@ -58,8 +58,8 @@ class Balance:
         for _, part in itertools.groupby(rows, key=lambda row: row[0]):
             _, prompts, samples, lengths, owners = zip(*part, strict=True)
             # Who sampled what is a matter of time, and who trains on it must not be: sums depend on their order.
-            homes = [self._ranks.topology.home(prompt) for prompt in prompts]
-            targets = deal(costs_of(lengths, self._scale), homes, replicas)
+            homes = {prompt: self._ranks.topology.home(prompt) for prompt in dict.fromkeys(prompts)}
+            targets = deal(costs_of(lengths, self._scale), [homes[prompt] for prompt in prompts], replicas)
             worst = max(worst, imbalance(lengths, targets, replicas))
             plan |= dict(zip(zip(prompts, samples, strict=True), zip(owners, targets, strict=True), strict=True))
         if replicas > 1:

@@ -30,8 +30,8 @@ class Board:
         """`first`: index of the step's first prompt."""
         self._ranks, self._store, self._first, self._refill = ranks, store, first, refill
         self._verdicts, self._said = f"{first}/verdicts", f"{first}/said"
-        self._tickets: list[int] = []  # numbers that the engine has taken and that are not released yet
-        self._waits = False  # whether one of them is its own
+        self._ticket: int | None = None  # the next one of its own, which the engine has taken before it is released
+        self._late: list[int] = []  # likewise, of others: their own engine was faster with the last one released
         self._gone = [0] * ranks.engines  # engine → how much was released when its own ones were all taken
         self._read = self._heard = 0  # of the text, of the counter
         self._left = False  # whether an engine left early
@@ -58,14 +58,16 @@ class Board:
         return NO_MORE if self._refill.enough and all(gone == released for gone in others) else NOTHING_NOW
 
     def _own(self) -> int | None:
-        if not self._waits:
-            self._tickets.append(self._taken(self._ranks.engine))
-            self._waits = True
-        number = min(self._tickets)
+        """The first that is released of those that this engine has taken, its own or late ones."""
+        if self._ticket is None:
+            self._ticket = self._taken(self._ranks.engine)
+        number = min([self._ticket, *self._late])
         if number >= self._refill.released:
             return None
-        self._tickets.remove(number)
-        self._waits = any(self._owner(ticket) == self._ranks.engine for ticket in self._tickets)
+        if number == self._ticket:
+            self._ticket = None
+        else:
+            self._late.remove(number)
         return number
 
     def _others(self) -> int | None:
@@ -77,7 +79,7 @@ class Board:
                 if self._number(engine, self._store.add(self._next(engine), 0)) < released:
                     if (number := self._taken(engine)) < released:
                         return number
-                    self._tickets.append(number)  # its own engine was faster with the last one
+                    self._late.append(number)
                 self._gone[engine] = released
         return None
 
@@ -88,9 +90,6 @@ class Board:
         """The `place`-th of an engine's own numbers."""
         engines = self._ranks.engines
         return (engine - self._first) % engines + place * engines
-
-    def _owner(self, number: int) -> int:
-        return (self._first + number) % self._ranks.engines
 
     def _next(self, engine: int) -> str:
         return f"{self._first}/next/{engine}"

@@ -16,19 +16,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..batch import Collected, Group, Rollout
-from ..config import NoProcess, Process, RewardOptions, RolloutOptions, TrainerOptions
-from ..data.prompts import Prompts
-from ..data.tokenizer import Tokenizer
+from ..config import NoProcess, Process
 from ..errors import Interrupted, RunFailed
 from ..ranks.agree import first
-from ..ranks.groups import Ranks
-from ..run.journal import Journal
-from ..run.stop import Interrupt
 from ..schedule.refill import Refill, Share
 from .balance import gather_rollouts
 from .board import Board
-from .engine import Engine
-from .sample import Graders, Sampling
+from .sample import Sampler, Sampling
 from .tally import merged, metrics_of, tally
 
 NO_PROCESS = NoProcess()
@@ -37,29 +31,13 @@ NO_PROCESS = NoProcess()
 class Intake:
     """Takes in one step's groups after the other; holds the surplus that is carried over."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        tokenizer: Tokenizer,
-        trainer: TrainerOptions,
-        rollout: RolloutOptions,
-        reward: RewardOptions,
-        journal: Journal,
-        interrupt: Interrupt,
-        engine: Engine,
-        prompts: Prompts,
-        graders: Graders,
-        process: Process = NO_PROCESS,
-    ) -> None:
-        self.ranks, self.tokenizer = ranks, tokenizer
-        self.engine, self.prompts, self.graders = engine, prompts, graders
-        self.trainer, self.rollout, self.reward, self.process = trainer, rollout, reward, process
-        self.journal, self.interrupt = journal, interrupt
+    def __init__(self, sampler: Sampler, process: Process = NO_PROCESS) -> None:
+        self.sampler, self.process = sampler, process
         self._surplus: list[int] = []  # prompt indices with spread, known to all ranks
         self._own: dict[int, Group] = {}  # those of them that this rank's engine sampled
         self._empty_steps = 0
         self._share = Share()  # of groups that count
-        self._store = ranks.store_of("rollout")
+        self._store = sampler.ranks.store_of("rollout")
 
     def next(self, step: int) -> Collected:
         """The accepted groups of one step. Collective over all ranks.
@@ -67,50 +45,36 @@ class Intake:
         Raises RunFailed when grading itself fails too often, and when `trainer.max_empty_steps` steps in a row found no
         group with spread; Interrupted when any rank is to stop, with what was finished in the journal.
         """
-        wanted, carried = self.trainer.prompts_per_step, set(self._surplus)
-        missing = max(0, wanted - len(carried))
-        refill = Refill(missing, wanted, self.rollout.max_batches * wanted, self._share)
-        board = Board(self.ranks, self._store, self.prompts.position, refill)
-        sampling = Sampling(
-            step,
-            self.ranks,
-            self.tokenizer,
-            self.trainer,
-            self.rollout,
-            self.reward,
-            self.journal,
-            self.interrupt,
-            self.engine,
-            self.prompts,
-            self.graders,
-            board,
-            self._counts,
-        )
-        reason = sampling.run()
-        reason = self.ranks.agree("stop the rollout", reason, first)
-        if self.ranks.rank == 0:
+        ranks, prompts = self.sampler.ranks, self.sampler.prompts
+        wanted, carried = self.sampler.trainer.prompts_per_step, set(self._surplus)
+        most = self.sampler.rollout.max_batches * wanted
+        refill = Refill(max(0, wanted - len(carried)), wanted, most, self._share)
+        board = Board(ranks, self._store, prompts.position, refill)
+        sampling = Sampling(step, self.sampler, board, self._counts)
+        reason = ranks.agree("stop the rollout", sampling.run(), first)
+        if ranks.rank == 0:
             board.clear()
         if reason:
             raise Interrupted(reason)
         sampled = sampling.groups()
         self._own |= {group.prompt.index: group for group in sampled if self._counts(group)}
-        spent = (sampling.seconds, sampling.idle) if self.ranks.engine_rank == 0 else (0.0, 0.0)  # once an engine
-        mine = tally(sampled, self._counts, self.prompts.way_of, sampling.recalled, *spent)
-        outcome = self.ranks.agree("groups", mine, merged)
+        spent = (sampling.seconds, sampling.idle) if ranks.engine_rank == 0 else (0.0, 0.0)  # once an engine
+        mine = tally(sampled, self._counts, prompts.way_of, sampling.recalled, *spent)
+        outcome = ranks.agree("groups", mine, merged)
         totals, tried = outcome["counts"], int(outcome["counts"]["groups"])
-        self.prompts.position += tried
+        prompts.position += tried
         self._share = self._share.after(len(outcome["wanted"]), tried)
         indices = [*self._surplus, *outcome["wanted"]]
         accepted, self._surplus = indices[:wanted], indices[wanted:]
         owned = [self._own.pop(index) for index in accepted if index in self._own]
         rollouts = [rollout for group in owned for rollout in group.rollouts]
-        groups = _groups(gather_rollouts(self.ranks, rollouts, self.prompts.at))
+        groups = _groups(gather_rollouts(ranks, rollouts, prompts.at))
         self._check(step, totals, bool(accepted), sampled)
         return Collected(
             groups=groups,
             sampled=sampled,
             accepted=accepted,
-            metrics=metrics_of(totals, self.prompts.way_of is not None, self.process)
+            metrics=metrics_of(totals, prompts.way_of is not None, self.process)
             | {
                 "rollout/kept_groups": len(accepted),
                 "rollout/carried_groups": len(carried.intersection(accepted)),
@@ -119,7 +83,7 @@ class Intake:
 
     def _counts(self, group: Group) -> bool:
         """Whether a step may train on a group."""
-        return group.has_spread if self.rollout.dynamic_sampling else bool(group.valid)
+        return group.has_spread if self.sampler.rollout.dynamic_sampling else bool(group.valid)
 
     def state(self) -> dict[str, Any]:
         """What all ranks know alike; `held` has the groups themselves."""
@@ -140,16 +104,16 @@ class Intake:
 
     def _check(self, step: int, totals: dict[str, float], any_accepted: bool, groups: list[Group]) -> None:
         sampled = totals["sampled"]
-        if sampled and totals["invalid"] / sampled > self.reward.max_invalid_rate:
+        if sampled and totals["invalid"] / sampled > self.sampler.reward.max_invalid_rate:
             verdicts = [rollout.verdict for group in groups for rollout in group.rollouts]
             reasons = Counter(verdict.reason for verdict in verdicts if verdict.outcome == "invalid")
             commonest = "".join(f": {reason}" for reason, _ in reasons.most_common(1))  # of this rank's own
             raise RunFailed(
                 f"step {step}: grading failed for {totals['invalid']:.0f} of {sampled:.0f} responses, more than "
-                f"reward.max_invalid_rate = {self.reward.max_invalid_rate:g}{commonest}"
+                f"reward.max_invalid_rate = {self.sampler.reward.max_invalid_rate:g}{commonest}"
             )
         self._empty_steps = 0 if any_accepted else self._empty_steps + 1
-        if self._empty_steps >= self.trainer.max_empty_steps:
+        if self._empty_steps >= self.sampler.trainer.max_empty_steps:
             raise RunFailed(
                 f"step {step}: no group with both correct and wrong responses for {self._empty_steps} steps in a row "
                 f"(trainer.max_empty_steps); the correct rate was {totals['correct'] / sampled:.3f} over "

@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..batch import Answered, Group, Prompt, Rollout, Segment, Verdict
@@ -40,29 +41,28 @@ class Graders(Protocol):
         """Their verdicts to come, in their order."""
 
 
+@dataclass
+class Sampler:
+    """What all steps of a run are sampled and graded with."""
+
+    ranks: Ranks
+    tokenizer: Tokenizer
+    trainer: TrainerOptions
+    rollout: RolloutOptions
+    reward: RewardOptions
+    journal: Journal
+    interrupt: Interrupt
+    engine: Engine
+    prompts: Prompts
+    graders: Graders
+
+
 class Sampling:
-    def __init__(
-        self,
-        step: int,
-        ranks: Ranks,
-        tokenizer: Tokenizer,
-        trainer: TrainerOptions,
-        rollout: RolloutOptions,
-        reward: RewardOptions,
-        journal: Journal,
-        interrupt: Interrupt,
-        engine: Engine,
-        prompts: Prompts,
-        graders: Graders,
-        board: Board,
-        counts: Callable[[Group], bool],  # whether the step may train on a group
-    ) -> None:
+    def __init__(self, step: int, sampler: Sampler, board: Board, counts: Callable[[Group], bool]) -> None:
+        """`counts`: whether the step may train on a group."""
         self.recalled = 0  # groups that a run of before had finished
         self.seconds = self.idle = 0.0  # of sampling, and how many of them this rank's engine had nothing to sample
-        self._step, self._ranks, self._tokenizer = step, ranks, tokenizer
-        self._trainer, self._rollout, self._reward = trainer, rollout, reward
-        self._journal, self._interrupt, self._engine = journal, interrupt, engine
-        self._prompts, self._graders, self._board, self._counts = prompts, graders, board, counts
+        self._step, self._by, self._board, self._counts = step, sampler, board, counts
         self._owners: list[tuple[Prompt, int, int]] = []  # of each request: its prompt, sample and seed
         self._open: dict[int, Group] = {}  # index of a prompt → its group as far as it is sampled; here, of any leader
         self._starved = False  # whether there was no prompt to take the last time
@@ -74,7 +74,7 @@ class Sampling:
         """Samples and grades until there is no more to take; returns why it ended early, if it did."""
         start, reason = time.monotonic(), None
         with phase(Phase.ROLLOUT):
-            steps = self._engine.sample(self._requests(), room=self._rollout.max_sequences)
+            steps = self._by.engine.sample(self._requests(), room=self._by.rollout.max_sequences)
             with contextlib.closing(steps) as engine_steps:
                 for completions in engine_steps:
                     if self._open:  # a sign of life; who waits for others gives none: so it shows where they are stuck
@@ -86,7 +86,7 @@ class Sampling:
                         break
                     if self._starved and not self._open:
                         self._wait()
-            if reason and self._ranks.engine_rank == 0:
+            if reason and self._by.ranks.engine_rank == 0:
                 self._board.leave()
             CLOCK.idle += self.idle
             self.seconds = time.monotonic() - start
@@ -94,7 +94,7 @@ class Sampling:
             with phase(Phase.REWARD):
                 while self._grading:
                     self._settle(PATIENCE_SECONDS)
-            reason = self._interrupt.due(Phase.REWARD, Phase.SCORE)
+            reason = self._by.interrupt.due(Phase.REWARD, Phase.SCORE)
         return reason
 
     def groups(self) -> list[Group]:
@@ -107,17 +107,17 @@ class Sampling:
             if self._starved:
                 yield None
                 continue
-            prompt = self._prompts.at(index)
-            leads = self._ranks.topology.leader(index, self._ranks.engine) == self._ranks.rank
+            prompt = self._by.prompts.at(index)
+            leads = self._by.ranks.topology.leader(index, self._by.ranks.engine) == self._by.ranks.rank
             if leads:
                 self._led.add(prompt.index)
-            if known := self._journal.group(self._step, prompt, self._tokenizer.decode):
+            if known := self._by.journal.group(self._step, prompt, self._by.tokenizer.decode):
                 if leads:
                     self._recall(*known)
                 continue
             self._open[prompt.index] = Group(prompt, [])
-            for sample in range(self._trainer.rollouts_per_prompt):
-                seed = rollout_seed(self._trainer.seed, self._step, prompt.id, sample)
+            for sample in range(self._by.trainer.rollouts_per_prompt):
+                seed = rollout_seed(self._by.trainer.seed, self._step, prompt.id, sample)
                 self._owners.append((prompt, sample, seed))
                 yield Request(prompt.tokens, seed)
 
@@ -139,22 +139,22 @@ class Sampling:
             tokens=completion.tokens,
             logprobs=completion.logprobs,
             finish=completion.finish,
-            text=self._tokenizer.decode(completion.tokens) if leads else "",
-            segments=(Segment(len(completion.tokens), self._engine.weight_version),),
+            text=self._by.tokenizer.decode(completion.tokens) if leads else "",
+            segments=(Segment(len(completion.tokens), self._by.engine.weight_version),),
             routes=completion.routes,
         )
         group.rollouts.append(rollout)
-        if len(group.rollouts) < self._trainer.rollouts_per_prompt:
+        if len(group.rollouts) < self._by.trainer.rollouts_per_prompt:
             return
         del self._open[prompt.index]
         if leads:
             group.rollouts.sort(key=lambda each: each.sample)
-            self._journal.add_group(self._step, group)
+            self._by.journal.add_group(self._step, group)
             self._finished[prompt.index] = group
             self._submit(group)
 
     def _submit(self, group: Group) -> None:
-        self._grading[group.prompt.index] = self._graders.submit([_answered(rollout) for rollout in group.rollouts])
+        self._grading[group.prompt.index] = self._by.graders.submit([_answered(rollout) for rollout in group.rollouts])
 
     def _settle(self, patience: float = 0.0) -> None:
         """Takes the verdicts that are there, after waiting for the first of them."""
@@ -166,8 +166,8 @@ class Sampling:
             for rollout, verdict in zip(group.rollouts, verdicts, strict=True):
                 rollout.verdict = verdict
                 length = len(rollout.tokens)
-                rollout.reward = score(length, rollout.finish, verdict, self._reward, self._rollout.max_tokens)
-        self._journal.add_verdicts(self._step, done)
+                rollout.reward = score(length, rollout.finish, verdict, self._by.reward, self._by.rollout.max_tokens)
+        self._by.journal.add_verdicts(self._step, done)
         for group in done:
             self._say(group)
 
@@ -188,10 +188,10 @@ class Sampling:
 
         `elapsed`: seconds that it sampled, whose unfinished rollouts would be lost.
         """
-        reason = self._interrupt.due(Phase.REWARD, Phase.SCORE)
-        worth = self._interrupt.worth_finishing(Phase.ROLLOUT, elapsed, elapsed, Phase.REWARD, Phase.SCORE)
+        reason = self._by.interrupt.due(Phase.REWARD, Phase.SCORE)
+        worth = self._by.interrupt.worth_finishing(Phase.ROLLOUT, elapsed, elapsed, Phase.REWARD, Phase.SCORE)
         wants = reason is not None and not worth
-        return (reason or "another rank of the engine") if self._ranks.any_of_engine(wants) else None
+        return (reason or "another rank of the engine") if self._by.ranks.any_of_engine(wants) else None
 
 
 def opened_thoughts(prompt: str) -> str:

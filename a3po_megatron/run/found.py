@@ -111,7 +111,8 @@ def _read_file(path: Path, step: int) -> tuple[int, str]:
 
 
 def _key(step: int, kind: str, name: Any) -> bytes:
-    """Of scores the prompt alone counts: a rank trains on whole groups, and a key a rollout would be many."""
+    """Of scores the prompt alone counts: a key a rollout would be many. Where several ranks trained on a prompt's
+    rollouts, the files of all of them are looked through."""
     name = name.rpartition("#")[0] if kind == "scores" else name
     return blake3(f"{step} {kind} {name}".encode()).digest(KEY_BYTES)
 

@@ -132,7 +132,11 @@ def group_frame(group: Group, of: str) -> tuple[dict[str, Any], list[np.ndarray]
 
 def write_verdicts(file: _Sink, group: Group, frame: str) -> None:
     """`frame`: the digest of the group's own."""
-    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": _verdicts(group)})
+    _write_verdicts(file, _verdicts(group), frame)
+
+
+def _write_verdicts(file: _Sink, verdicts: list[list[Any]], frame: str) -> None:
+    write_frame(file, {"kind": "verdicts", "of": frame, "verdicts": verdicts})
 
 
 def _verdicts(group: Group) -> list[list[Any]]:
@@ -252,7 +256,7 @@ class Journal:
         def write() -> None:
             with self._appending(step) as file:
                 for frame, verdicts in frames:
-                    write_frame(file, {"kind": "verdicts", "of": frame.digest, "verdicts": verdicts})
+                    _write_verdicts(file, verdicts, frame.digest)
                 os.fdatasync(file.fileno())
 
         self._writer.put(self._path(step), write)

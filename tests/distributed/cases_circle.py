@@ -302,7 +302,7 @@ def one_step_of_rollouts(ranks: CaseRanks, slow: int | None = None) -> dict[str,
     engine = made.engine
     made.publish()
     if ranks.rank == slow:
-        made.intake.engine = Slow(engine)  # type: ignore[assignment]
+        made.intake.sampler.engine = Slow(engine)  # type: ignore[assignment]
     collected = made.intake.next(0)
     rollouts = [r for group in collected.sampled for r in group.rollouts]
     result = {
