@@ -15,6 +15,7 @@ import pytest
 
 from tests.distributed import cases_bringup
 from tests.distributed import cases_te as cases
+from tests.distributed import cases_te_switches as switched
 from tests.harness.ranks import run_ranks
 
 # Sums in another order than plain PyTorch's, and nothing more: as tools/bringup/te.py asks of a GPU.
@@ -156,3 +157,39 @@ def test_refused_token_counts_are_recorded_word_for_word(experiments: dict[str, 
     refusals = experiments["alignment_on_stand_in"]["refusals"]
     assert "divisible by 8" in refusals["fp8-blockwise: 100 tokens"]
     assert "cuBLASLt" in refusals["fp8-blockwise: 24 tokens"]
+
+
+@pytest.fixture(scope="module")
+def switches(folder: Path) -> dict[str, Any]:
+    alone = (switched.FUSED_CASE, switched.FUSED_EXPERTS, *switched.RECOMPUTED)
+    cases = (*alone, switched.fused_rope_is_run, switched.moments_by_hand)
+    two = (switched.flex, switched.moments_saved)
+    return run_ranks(1, *cases, folder=folder, te=True) | run_ranks(2, *two, folder=folder, te=True)
+
+
+def test_fused_rope_and_swiglu_and_recomputation_leave_the_gradient_within_the_rounding_of_its_precision(
+    switches: dict[str, Any],
+) -> None:
+    for case in (switched.FUSED_CASE, switched.FUSED_EXPERTS, *switched.RECOMPUTED):
+        assert_gradient(switches[case.__qualname__])
+        assert_masters(case.__qualname__, switches[case.__qualname__])
+    (asked,) = switches["fused_rope_is_run"]
+    assert asked > 0
+
+
+def test_deep_eps_dispatcher_trains_as_megatrons_own(switches: dict[str, Any]) -> None:
+    for by_case in switches["flex"]:
+        for name, found in by_case.items():
+            assert_gradient([found])
+            assert (found["flex"] > 0) is name.endswith("flex"), name
+
+
+def test_moments_in_bf16_are_adamws_rounded_between_steps_under_float32_masters(switches: dict[str, Any]) -> None:
+    (found,) = switches["moments_by_hand"]
+    assert found["masters"] < 1e-4  # of steps of LR = 0.01: where a moment is next to the middle of two bf16 numbers
+    assert found["weights"] == found["held"] == 1.0
+
+
+def test_moments_in_bf16_come_back_from_a_checkpoint_bit_for_bit(switches: dict[str, Any]) -> None:
+    for found in switches["moments_saved"]:
+        assert found == {"states": True, "after a further step": True}

@@ -84,7 +84,7 @@ def shape(batch: Batch, step: int, options: Shaping) -> Batch:
     """Adds the token weights of RL step `step` to a scored batch. Tokens that are not trained on are neither ranked nor
     counted, and have weight 0. Where tokens have a polarity of their own, a rollout's positive ones are ranked and
     counted among themselves, and its negative ones likewise."""
-    assert batch.old_logprobs is not None and batch.entropy is not None, "score the batch first"
+    assert batch.old_logprobs is not None, "score the batch first"
     if not isinstance(options, ShapingOptions):  # what fork_tokens leaves out is not trained on (fork_tokens.py)
         ones = torch.ones_like(batch.old_logprobs)
         batch.token_weights = ones if batch.trained is None else ones * batch.trained
@@ -92,7 +92,10 @@ def shape(batch: Batch, step: int, options: Shaping) -> Batch:
         return batch
     source = batch.old_logprobs if options.source == "training" else batch.rollout_logprobs
     # High entropy is where low probability is: the same tokens are chosen by the *lowest* negative entropy.
-    metric = -batch.entropy if options.metric == "entropy" else None
+    metric = None
+    if options.metric == "entropy":
+        assert batch.entropy is not None, "score the batch first"
+        metric = -batch.entropy
     trained = batch.is_trained()
     sides = [(trained, batch.positive)]
     if batch.token_positive is not None:

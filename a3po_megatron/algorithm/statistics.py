@@ -22,6 +22,7 @@ _SIDES = ("positive", "negative")
 _NAMES = ("tokens", "shaped", "inert", "gradient", "gradient_shaped")
 KEYS = (
     "tokens",
+    "scored_tokens",
     "entropy",
     "old_logprob",
     "fresh_tokens",
@@ -41,14 +42,16 @@ KEYS = (
 @torch.no_grad()
 def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
     """Returns [len(KEYS)] float64. Mismatch is summed over tokens that the current weights sampled: for those of older
-    weights the difference would be the policy's own progress, not noise between two engines."""
-    assert batch.old_logprobs is not None and batch.entropy is not None and batch.token_weights is not None
+    weights the difference would be the policy's own progress, not noise between two engines. Where the learner did not
+    score (learner.old_logprobs), neither it nor entropy is known."""
+    assert batch.old_logprobs is not None and batch.token_weights is not None
+    scored = batch.entropy is not None
     segments = [segment for rollout in batch.rollouts for segment in rollout.segments]
     lengths = torch.tensor([segment.length for segment in segments], dtype=torch.int64)
     of_weights = torch.tensor([segment.weight_version == weight_version for segment in segments], dtype=torch.bool)
     trained = slice(None) if batch.trained is None else batch.trained
     fresh_tokens = of_weights.repeat_interleave(lengths)[trained]
-    old, entropy, sampled = (v[trained].double() for v in (batch.old_logprobs, batch.entropy, batch.rollout_logprobs))
+    old, sampled = (values[trained].double() for values in (batch.old_logprobs, batch.rollout_logprobs))
     weights = batch.token_weights[trained]
     # Routes are of a whole rollout, prompt and all: of several weights they are nobody's.
     fresh = torch.tensor([rollout.sampled_by(weight_version) for rollout in batch.rollouts], dtype=torch.bool)
@@ -56,9 +59,10 @@ def batch_sums(batch: Batch, weight_version: int) -> torch.Tensor:
     routed = [math.prod(r.routes.shape[:2]) if r.routes is not None else 0 for r in batch.rollouts]
     sums = {
         "tokens": torch.tensor(float(old.numel())),
-        "entropy": entropy.sum(),
+        "scored_tokens": torch.tensor(float(scored * old.numel())),
+        "entropy": torch.tensor(0.0) if batch.entropy is None else batch.entropy[trained].double().sum(),
         "old_logprob": old.sum(),
-        "fresh_tokens": fresh_tokens.sum(),
+        "fresh_tokens": fresh_tokens.sum() * scored,
         "mismatch_abs": difference.abs().sum(),
         "mismatch_k3": kl_k3(difference).sum(),
         "routed": torch.tensor(0.0 if batch.rerouted is None else float(sum(itertools.compress(routed, fresh)))),
@@ -93,7 +97,7 @@ def batch_metrics(total: torch.Tensor, rho: tuple[float, float]) -> dict[str, fl
         return sums[part] / sums[whole] if sums[whole] else None
 
     metrics: dict[str, float | None] = {
-        "policy/entropy": share("entropy", "tokens"),
+        "policy/entropy": share("entropy", "scored_tokens"),
         "policy/old_logprob_mean": share("old_logprob", "tokens"),
         "mismatch/logprob_abs_mean": share("mismatch_abs", "fresh_tokens"),
         "mismatch/kl_k3": share("mismatch_k3", "fresh_tokens"),

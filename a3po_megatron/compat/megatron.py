@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .host_adam import HostAdam
+
 _KEYS = ("param", "exp_avg", "exp_avg_sq")
 GATHERED: list[torch.Tensor] = []  # what spread_states made since this was emptied: memory that nobody else writes to
 
@@ -149,6 +151,14 @@ def prime(optimizer: Any) -> None:
 
 
 def _make_states(optimizer: Any) -> None:
+    if isinstance(optimizer, HostAdam):
+        optimizer.make_states()
+        return
+    if getattr(optimizer, "use_decoupled_grad", False):  # Transformer Engine's, when it is precision-aware
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.initialize_state(parameter, store_param_remainders=False)
+        return
     names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     if "momentum" in optimizer.defaults:  # SGD, torch's or a fused one
         names = ("momentum_buffer",) if optimizer.defaults["momentum"] else ()
@@ -183,10 +193,18 @@ def _install_optimizer_state() -> None:
 
         kind.load_state_dict = loaded
 
+    set_states_of_megatron = DistributedOptimizer._set_main_param_and_optimizer_states
+
     @torch.no_grad()
     def set_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
+        if isinstance(self.optimizer, HostAdam):
+            self.optimizer.set_state(main, tensors)
+            return
+        if self.config.use_precision_aware_optimizer:
+            set_states_of_megatron(self, model_param, tensors)
+            return
         for name, value in {"param": main, **self.optimizer.state[main]}.items():
             if name != "step":  # which is of no element: `loaded` sets it
                 value.copy_(tensors[name])
@@ -198,8 +216,11 @@ def _install_optimizer_state() -> None:
 
 def install() -> None:
     """Installs the patches once per process."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    optimizer.HybridDeviceOptimizer = distrib_optimizer.HybridDeviceOptimizer = HostAdam  # host_adam.py says why
     if DistributedOptimizer.sharded_param_state_fully_reshardable is not spread_states:
         DistributedOptimizer.sharded_param_state_fully_reshardable = spread_states
         _install_optimizer_state()

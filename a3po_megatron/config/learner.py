@@ -23,6 +23,10 @@ class AdamOptions(_Optimizer):
     betas: tuple[Beta, Beta] = option((0.9, 0.95), "decay of the first and the second moment")
     eps: PositiveFloat = option(1e-8, "added to the root of the second moment")
     distributed: bool = option(True, "shard the optimizer's state over the data-parallel ranks")
+    moment_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of both moments (Megatron's precision-aware optimizer); bfloat16 saves 4 bytes a parameter"
+    )
+    on_host: bool = option(False, "masters and moments stay in host memory, and are updated there")
 
 
 class SgdOptions(_Optimizer):
@@ -56,6 +60,8 @@ Precision = Literal["fp32", "bf16", "fp8-blockwise", "fp8-tensorwise"]
 
 
 class LearnerOptions(Section):
+    """The throughput switches are off until they were measured on GPUs (docs/scaling.md)."""
+
     micro_batch_tokens: Positive = option(
         16384, "prompt and response tokens that are packed into one micro-batch, at most"
     )
@@ -63,6 +69,21 @@ class LearnerOptions(Section):
     bf16_layers: tuple[NonNegative, NonNegative] = option((0, 0), "with FP8: first and last layers that stay in bf16")
     offload: Literal["none", "optimizer", "all"] | None = option(
         None, "what leaves the device while the engine samples, besides gradients; null: as docs/backends.md says"
+    )
+    recompute: Literal["none", "selective", "full"] = option(
+        "none", "activations that the backward computes again: none, those of MLPs or experts, or of whole layers"
+    )
+    overlap_grad_reduce: bool = option(False, "gradients are reduced while the backward goes on")
+    overlap_param_gather: bool = option(
+        False, "weights that data-parallel ranks updated are gathered while the next mini-batch's forward goes on"
+    )
+    expert_dispatcher: Literal["alltoall", "flex"] = option(
+        "alltoall", "how tokens travel to experts; flex: by DeepEP's kernels"
+    )
+    fused_rope: bool = option(False, "rotary embeddings in one kernel; learner and engine drift apart further")
+    fused_swiglu: bool = option(False, "SwiGLU in one kernel; likewise")
+    old_logprobs: Literal["score", "rollout"] = option(
+        "score", "what the objective clips against: the learner's own pass over the batch, or the engine's log-probs"
     )
     without_effect = (
         NoEffect(("bf16_layers",), lambda c: not (c.precision or "").startswith("fp8"), "learner.precision is not FP8"),

@@ -26,6 +26,8 @@ RESUME_MAY_CHANGE = {
     ),
     *("data.cache",),
     *("cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
+    *("learner.recompute", "learner.overlap_grad_reduce", "learner.overlap_param_gather", "learner.expert_dispatcher"),
+    "optimizer.on_host",
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
     "reward.max_invalid_rate",
     *("trainer.steps", "trainer.max_empty_steps", "trainer.max_rejected_updates"),

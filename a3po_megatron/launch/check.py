@@ -31,6 +31,7 @@ from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
+from .check_learner import check_deep_ep, check_switches
 from .hardware import find_hardware
 
 
@@ -51,6 +52,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_profile(settings, backend)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
+    check_switches(settings, facts, backend)
     return settings
 
 
@@ -60,6 +62,7 @@ def check_machine(config: Config) -> Backend:
     if config.cluster.device != "cpu":
         ranks = topology_of(config.parallel, config.rollout.tensor).world
         check_hardware(config.learner.precision, find_hardware(), ranks)
+        check_deep_ep(config.learner.expert_dispatcher)
     return select_backend(config.cluster.device)
 
 

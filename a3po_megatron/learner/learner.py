@@ -19,11 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from ..algorithm.sums import Report, largest_of_each
@@ -47,6 +43,7 @@ from ..telemetry.clock import phase
 from ..weights.load import all_finite, load_shards
 from .micro_batch import MicroBatch, PromptAndResponse, micro_batch
 from .optimizer import optimizer_of, schedule_of
+from .overlap import data_parallel, gathering
 from .pipeline import Pipeline
 from .reference import Reference
 
@@ -80,17 +77,7 @@ class Learner:
         has_reference = config.regulariser.kl > 0
         if checkpoint is None or has_reference:
             self._read(Path(config.model.path), _named(chunks))
-        self.chunks = [
-            DistributedDataParallel(
-                settings,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
-                ),
-                chunk,
-                disable_bucketing=number > 0,
-            )
-            for number, chunk in enumerate(chunks)
-        ]
+        self.chunks = data_parallel(chunks, settings, config.learner, config.optimizer.distributed)
         self.optimizer = optimizer_of(self.chunks, config.optimizer, settings.params_dtype)
         prime(self.optimizer)
         self.schedule = schedule_of(self.optimizer, config.optimizer, config.lr_schedule, config.trainer.steps)
@@ -100,7 +87,8 @@ class Learner:
         self.pipeline = Pipeline(ranks, self.chunks, facts.vocab, self.replay)
         self.arena = Arena(self.chunks, self.optimizer, ranks.backend.local())
         self.reference = Reference(self.parameters()) if has_reference else None
-        wanted = (True, True, self.min_p > 0, has_reference)
+        self.scores_itself = config.learner.old_logprobs == "score"
+        wanted = (True, self.scores_itself, self.min_p > 0, has_reference)
         self.score_kinds = tuple(itertools.compress(SCORES, wanted))  # what `score` gives
         if checkpoint is not None:
             self._load(checkpoint)
@@ -168,10 +156,14 @@ class Learner:
         """Adds old log-probs and entropies [T] of the training engine to the batch, finite or not; and what shaping
         and the regulariser want beside them.
 
-        A batch that has them, from before an interruption, is left as it is.
+        A batch that has them, from before an interruption, is left as it is. With `learner.old_logprobs: rollout` the
+        engine's log-probs stand in their place, and nothing is computed.
         """
         with phase(Phase.SCORE):
             if batch.old_logprobs is not None:
+                return batch
+            if not self.scores_itself:
+                batch.old_logprobs = torch.where(batch.is_trained(), batch.rollout_logprobs, 0.0)
                 return batch
             micro_batches = self._micro_batches(batch, range(len(batch.rollouts)))
             rerouted = torch.zeros(len(batch.rollouts), dtype=torch.int64) if self.replay else None
@@ -222,7 +214,7 @@ class Learner:
 
         An update that is not finite on any rank is applied on none; `batch.rejected` names its mini-batch.
         """
-        with phase(Phase.UPDATE):
+        with phase(Phase.UPDATE), gathering(self.chunks):
             assert batch.old_logprobs is not None and batch.token_weights is not None, "score and shape the batch first"
             self.schedule.step(increment=1)
             whole, norms, held = Report(objective.metrics), [], 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -11,9 +13,16 @@ from ..config import AdamOptions, CosineSchedule, Optimizer, Schedule, SgdOption
 
 
 def optimizer_of(chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:
-    own: dict[str, float] = {}
+    own: dict[str, Any] = {}
     if isinstance(options, AdamOptions):
         own = {"adam_beta1": options.betas[0], "adam_beta2": options.betas[1], "adam_eps": options.eps}
+        if options.moment_dtype != "float32":
+            moments = getattr(torch, options.moment_dtype)
+            # Masters whole, not as what bf16 weights lack: a checkpoint holds what it holds without this.
+            own |= {"use_precision_aware_optimizer": True, "store_param_remainders": False}
+            own |= {"exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+        if options.on_host:  # compat/host_adam.py
+            own |= {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
     elif isinstance(options, SgdOptions):
         own = {"sgd_momentum": options.momentum}
     return get_megatron_optimizer(

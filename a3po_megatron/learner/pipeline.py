@@ -16,6 +16,7 @@ from ..ranks.groups import Ranks
 from ..telemetry.clock import CLOCK
 from .fused_head import logprob_and_entropy
 from .micro_batch import MicroBatch
+from .overlap import await_weight
 from .proxy import proxy_logprobs
 from .replay import ChunkReplay
 
@@ -116,6 +117,8 @@ class Pipeline:
             if replay is not None:
                 replay.load(batch, counting=rerouted is not None)
             hidden = model(batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+            if model.module.post_process:
+                await_weight(model, model.module.output_weight())
             if replay is not None:
                 replay.follow(batch, hidden)
                 if rerouted is not None:

@@ -188,7 +188,9 @@ class Arena:
         return [
             tensor
             for tensor in self._optimizer_tensors()
-            if id(tensor) not in parameters and not any(_is_in(tensor, storage) for storage in storages)
+            if tensor.device.type == self._device.type  # else on the host for good (compat/host_adam.py)
+            and id(tensor) not in parameters
+            and not any(_is_in(tensor, storage) for storage in storages)
         ]
 
     def _optimizer_tensors(self) -> list[Tensor]:

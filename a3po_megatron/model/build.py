@@ -88,7 +88,7 @@ def transformer_config(
         "use_cpu_initialization": backend.device == "cpu",
         # Packed micro-batches differ in length; Megatron ties that to this dispatcher even in dense models.
         "variable_seq_lengths": parallel.virtual == 1,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": learner.expert_dispatcher,
         # Where there are two stages with virtual ones, each is the other's previous and its next. Megatron's batched
         # exchange, and always its exchange of shapes, sends to the previous one first and receives from the previous
         # one first: activations and gradients change places, unnoticed where they are equally long. Unbatched they are
@@ -100,8 +100,8 @@ def transformer_config(
         "bias_dropout_fusion": False,
         # Fused, these two let learner and engine drift apart: others measured it on 6 % of the steps without them, and
         # on all steps with every fusion (NeMo-RL issue 1801).
-        "bias_activation_fusion": False,
-        "apply_rope_fusion": False,
+        "bias_activation_fusion": learner.fused_swiglu,
+        "apply_rope_fusion": learner.fused_rope,
         # Weight gradients are summed in float32: by Transformer Engine's products themselves, else by the hooks of
         # Megatron's buffers.
         "gradient_accumulation_fusion": backend.spec == "te",
@@ -111,6 +111,9 @@ def transformer_config(
     }
     if parallel.pipeline > 1:
         ours["pipeline_model_parallel_layout"] = _stages(facts, layout)
+    ours |= _recomputed(learner.recompute, facts.experts is not None)
+    if learner.expert_dispatcher == "flex":
+        ours["moe_flex_dispatcher_backend"] = "deepep"
     if facts.experts is not None:
         ours |= {
             "num_moe_experts": facts.experts.count,
@@ -129,6 +132,16 @@ def transformer_config(
         return TransformerConfig(**ours, **megatron.extra)
     except (AssertionError, TypeError, ValueError) as error:
         raise RequestError(f"megatron.extra: Megatron refuses this configuration: {error}") from error
+
+
+def _recomputed(what: str, experts: bool) -> dict[str, Any]:
+    """Megatron's settings for activations that are computed again. Attention is fused, and keeps little to begin with:
+    most of what a layer keeps is the MLP's."""
+    if what == "none":
+        return {}
+    if what == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective", "recompute_modules": ["moe" if experts else "mlp"]}
 
 
 def build_model(facts: ModelFacts, layout: Layout, config: TransformerConfig, backend: Backend = CPU) -> list[GPT]:

@@ -86,7 +86,7 @@ class Balance:
         found = [arrays for _, arrays in self._exchanged([([], arrays) for arrays in shares])]
         # Both sides have a replica's rollouts in the same order: by prompt and sample.
         rows = [[i for i, name in enumerate(self._last.order) if self._last.gone[name] == r] for r in range(len(found))]
-        for name in RESULTS:
+        for name in _known(batch):
             whole = torch.zeros_like(back.advantages if name == "advantages" else back.rollout_logprobs)
             for mine, arrays in zip(rows, found, strict=True):
                 places = (
@@ -148,7 +148,12 @@ def _columns(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
 
 def _results(batch: Batch, rows: Sequence[int]) -> dict[str, np.ndarray]:
     chosen, tokens = torch.tensor(rows, dtype=torch.int64), _tokens_of(batch.lengths, rows)
-    return {name: getattr(batch, name)[chosen if name == "advantages" else tokens].numpy() for name in RESULTS}
+    return {name: getattr(batch, name)[chosen if name == "advantages" else tokens].numpy() for name in _known(batch)}
+
+
+def _known(batch: Batch) -> list[str]:
+    """Returns those of RESULTS that the batch has, which are the same on all ranks."""
+    return [name for name in RESULTS if getattr(batch, name) is not None]
 
 
 def _joined(parts: list[_Share], before: Batch) -> Batch:

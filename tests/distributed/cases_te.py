@@ -76,10 +76,11 @@ CLIPPED = Clipped(ClippedOptions(clip_low=CLIP[0], clip_high=CLIP[1]), TisOption
 
 
 def options_for(folder: Path, tensor: int, data: int, precision: str = "bf16", **sections: dict[str, Any]) -> Settings:
+    switches = sections.pop("learner", {})
     parallel = {"sequence": tensor > 1, **sections.pop("parallel", {})}
     made = settings(folder, tensor, data, model={"dtype": "bfloat16"}, parallel=parallel, **sections)
     values = made.model_dump(mode="json")
-    values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, "bf16_layers": (0, 0)}
+    values["learner"] |= {"precision": precision, "micro_batch_tokens": 100, "bf16_layers": (0, 0), **switches}
     return resolved(Config.model_validate(values))
 
 
@@ -102,7 +103,13 @@ def literal_gradients(
 
 
 def one_update(
-    ranks: CaseRanks, kind: str, tensor: int, data: int, precision: str = "bf16", **parallel: Any
+    ranks: CaseRanks,
+    kind: str,
+    tensor: int,
+    data: int,
+    precision: str = "bf16",
+    switches: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> dict[str, Any]:
     """Of one update: the gradient's distance from float64, ours and that of rounding alone; how far the weights are
     from AdamW's in float64 along our own gradient; which products were computed in what."""
@@ -117,7 +124,9 @@ def one_update(
     plain = ranks.once(f"plain-{kind}-{precision}", lambda: literal_gradients(folder, collected, *noisy))
     optimizer = {"distributed": False, "clip_grad": 0.0}
     learner = Watched(
-        cluster, facts, options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer)
+        cluster,
+        facts,
+        options_for(folder, tensor, data, precision, parallel=parallel, optimizer=optimizer, learner=switches or {}),
     )
     mine = share(collected, cluster.coordinates.data, cluster.data)
     before = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}

@@ -72,6 +72,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
         super().exec_module(module)
         if module.__dict__.get("torch") is torch:
             module.__dict__["torch"] = _FACADE
+        if module.__name__ == "transformer_engine.pytorch.distributed":  # what is recomputed draws as it did
+            module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+            module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
         if module.__name__ == "transformer_engine.common":
             module.load_framework_extension = lambda framework: None  # the extension is a module of its own here
 

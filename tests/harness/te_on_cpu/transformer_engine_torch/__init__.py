@@ -106,6 +106,8 @@ from .quantised import dequantize as dequantize  # noqa: E402
 from .quantised import fp8_transpose as fp8_transpose  # noqa: E402
 from .quantised import quantize as quantize  # noqa: E402
 from .quantised import split_quantize as split_quantize  # noqa: E402
+from .rows import fused_rope_backward as fused_rope_backward  # noqa: E402
+from .rows import fused_rope_forward as fused_rope_forward  # noqa: E402
 from .rows import multi_tensor_adam as multi_tensor_adam  # noqa: E402
 from .rows import multi_tensor_l2norm as multi_tensor_l2norm  # noqa: E402
 from .rows import multi_tensor_scale as multi_tensor_scale  # noqa: E402

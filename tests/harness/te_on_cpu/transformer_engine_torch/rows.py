@@ -1,4 +1,4 @@
-"""Norms over rows, and the optimizer's functions over lists of tensors."""
+"""Norms over rows, rotary embeddings, and the optimizer's functions over lists of tensors."""
 
 from __future__ import annotations
 
@@ -36,17 +36,55 @@ def rmsnorm_bwd(
     return of_x.to(x.dtype), of_weight.to(weight.dtype)
 
 
+def fused_rope_forward(t: Tensor, freqs: Tensor, *of: Any) -> Tensor:
+    cos, sin = _angles(t, freqs, *of)
+    return (t.float() * cos + _turned(t.float()) * sin).to(t.dtype)
+
+
+def fused_rope_backward(gradient: Tensor, freqs: Tensor, *of: Any) -> Tensor:
+    cos, sin = _angles(gradient, freqs, *of)
+    return (gradient.float() * cos - _turned(gradient.float() * sin)).to(gradient.dtype)
+
+
+def _angles(
+    t: Tensor,  # [T, heads, d], sequences end to end
+    freqs: Tensor,  # [positions, 1, 1, d]
+    starts: None,
+    form: Any,
+    interleaved: bool,
+    ends: Tensor,  # [sequences + 1] int32
+    context: int,
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    assert form.name.endswith("THD") and starts is None and not interleaved and context == 1
+    assert freqs.dtype == torch.float32 and freqs.shape[3] == t.shape[2] and ends.dtype == torch.int32
+    lengths = ends.diff().tolist()
+    angles = torch.cat([freqs[:length, 0] for length in lengths])  # [T, 1, d]
+    assert len(angles) == len(t)
+    return angles.cos(), angles.sin()
+
+
+def _turned(t: Tensor) -> Tensor:
+    first, second = t.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
 def multi_tensor_adam(
     chunk: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], rate: float, beta1: float, beta2: float, eps: float,
     step: int, decoupled: int, correct: int, decay: float,
 ) -> None:  # fmt: skip
+    """Lists of gradients, parameters, moments, and, where the optimizer has them, float32 masters."""
     assert decoupled, "weight decay inside the gradient"
-    for gradient, parameter, first, second in zip(*lists, strict=True):
+    for gradient, parameter, first, second, *masters in zip(*lists, strict=True):
+        assert first.dtype == second.dtype == torch.float32 and len(masters) == (parameter.dtype != torch.float32)
         wide = gradient.float()
         first.mul_(beta1).add_(wide, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
         mean, square = (first / (1 - beta1**step), second / (1 - beta2**step)) if correct else (first, second)
-        parameter.sub_(rate * (mean / (square.sqrt() + eps) + decay * parameter))
+        main = masters[0] if masters else parameter
+        main.sub_(rate * (mean / (square.sqrt() + eps) + decay * main))
+        if masters:
+            parameter.copy_(main)
 
 
 def multi_tensor_l2norm(

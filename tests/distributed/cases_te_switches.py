@@ -1,0 +1,160 @@
+"""Cases for the throughput switches that Transformer Engine or DeepEP take, over their stand-ins
+(tests/test_switches.py)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+
+from a3po_megatron.learner.learner import Learner
+from a3po_megatron.model.read import read_facts
+from a3po_megatron.run.store import Saving
+from tests.distributed.cases_learner import LR, Watched, as_hf, batch_of, share
+from tests.distributed.cases_te import CLIPPED, GROUPS, SIZE, one_update, options_for
+from tests.harness.ranks import Case, CaseRanks
+from tests.harness.saves_at_once import write_whole
+from tests.harness.tiny_models import make_collected
+
+FUSED = {"fused_rope": True, "fused_swiglu": True}
+MOMENTS = {"moment_dtype": "bfloat16", "clip_grad": 0.0}
+
+
+def fused_rope_is_run(ranks: CaseRanks) -> int:
+    """How often Transformer Engine's rotary embedding is asked for in one update."""
+    asked, kernel = [], rope_utils.fused_apply_rotary_pos_emb_thd
+
+    def counted(*of: Any, **named: Any) -> Any:
+        asked.append(1)
+        return kernel(*of, **named)
+
+    rope_utils.fused_apply_rotary_pos_emb_thd = counted
+    try:
+        one_update(ranks, "dense", 1, 1, switches=FUSED)
+    finally:
+        rope_utils.fused_apply_rotary_pos_emb_thd = kernel
+    return len(asked)
+
+
+def flex(ranks: CaseRanks) -> dict[str, Any]:
+    """One update with DeepEP's dispatcher, and one with Megatron's own, in each layout of experts."""
+    found = {}
+    for name, tensor, data, layout in (
+        ("spread", 1, 2, {"expert": 2}),
+        ("cut", 2, 1, {"sequence": True}),
+    ):
+        for dispatcher in ("alltoall", "flex"):
+            learner = _case_of(tensor, data, layout, dispatcher)(ranks)
+            found[f"{name}, {dispatcher}"] = learner
+    return found
+
+
+def _case_of(tensor: int, data: int, layout: dict[str, Any], dispatcher: str) -> Case:
+    def case(ranks: CaseRanks) -> dict[str, Any]:
+        built: list[Any] = []
+        begin = MoEFlexTokenDispatcher.__init__
+
+        def noted(self: Any, *of: Any, **named: Any) -> None:
+            built.append(self)
+            begin(self, *of, **named)
+
+        MoEFlexTokenDispatcher.__init__ = noted
+        try:
+            switches = {"expert_dispatcher": dispatcher}
+            update = one_update(ranks, "experts", tensor, data, switches=switches, **layout)
+        finally:
+            MoEFlexTokenDispatcher.__init__ = begin
+        return update | {"flex": len(built)}
+
+    return case
+
+
+def moments_by_hand(ranks: CaseRanks) -> dict[str, float]:
+    """Two updates with moments in bf16, against AdamW in float64 whose moments are rounded between the two."""
+    folder = ranks.folder / "dense"
+    cluster, facts, collected = ranks.arrange(1), read_facts(folder), make_collected(groups=GROUPS, size=SIZE)
+    learner = Watched(cluster, facts, options_for(folder, 1, 1, optimizer=MOMENTS))
+    exact = {name: each.double() for name, each in as_hf(learner, learner.parameters()).items()}
+    for _ in range(2):
+        learner.update(batch_of(collected, share(collected, 0, 1)), CLIPPED)
+    moments = {name: (torch.zeros_like(each), torch.zeros_like(each)) for name, each in exact.items()}
+    for step, gradients in enumerate(learner.gradients, start=1):
+        for name, gradient in gradients.items():
+            first, second = (moment.bfloat16().double() for moment in moments[name])
+            first = 0.9 * first + 0.1 * gradient.double()
+            second = 0.95 * second + 0.05 * gradient.double() ** 2
+            moments[name] = first, second
+            exact[name] = exact[name] - LR * first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+    masters = _masters(learner)
+    held = {str(value.dtype) for state in _states(learner) for name, value in state.items() if name.startswith("exp")}
+    weights = as_hf(learner, learner.parameters())
+    return {
+        "masters": _apart(masters, exact),
+        "weights": float(all(torch.equal(weights[name].float(), m.bfloat16().float()) for name, m in masters.items())),
+        "held": float(held == {"torch.bfloat16"}),
+    }
+
+
+def _states(learner: Learner) -> list[dict[str, torch.Tensor]]:
+    return [state for each in learner.optimizer.chained_optimizers for state in each.optimizer.state.values()]
+
+
+def _masters(learner: Learner) -> dict[str, torch.Tensor]:
+    """Of one rank that holds everything: float32 masters as HF tensors."""
+    (optimizer,) = learner.optimizer.chained_optimizers
+    values = {}
+    for key, parameter in learner.parameters().items():
+        states = optimizer._get_main_param_and_optimizer_states(parameter)
+        values[key] = states["param"].view(parameter.shape)
+    return as_hf(learner, values)
+
+
+def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[name].double() - b[name]).abs().max()) for name in b)
+
+
+def moments_saved(ranks: CaseRanks) -> dict[str, bool]:
+    """A checkpoint of moments in bf16 comes back as it was, and trains on as it would have."""
+    folder, target = ranks.folder / "dense", ranks.folder / "moments"
+    cluster, facts = ranks.arrange(1, data=2), read_facts(folder)
+    collected, options = make_collected(groups=GROUPS, size=SIZE), options_for(folder, 1, 2, optimizer=MOMENTS)
+    batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
+    learner = Learner(cluster, facts, options)
+    learner.update(batch(), CLIPPED)
+    if ranks.rank == 0:
+        target.mkdir()
+    dist.barrier()
+    write_whole(Saving(learner.sharded_state(), target))
+    again = Learner(cluster, facts, options, target)
+    equal = {"states": _same(_states(learner), _states(again))}
+    for each in (learner, again):
+        each.update(batch(), CLIPPED)
+    return equal | {"after a further step": _same(_states(learner), _states(again))}
+
+
+def _same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
+    pairs = list(zip(a, b, strict=True))
+    return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
+
+
+def _recomputed(name: str, kind: str, what: str, precision: str) -> Case:
+    case: Case = functools.partial(one_update, kind=kind, tensor=1, data=1, precision=precision)
+    made: Case = functools.partial(case, switches={"recompute": what})
+    made.__qualname__, made.__module__ = name, __name__
+    globals()[name] = made
+    return made
+
+
+# What they recompute must be what the forward computed, quantised copies of weights included.
+RECOMPUTED = [
+    _recomputed("dense_full_fp8-blockwise", "dense", "full", "fp8-blockwise"),
+    _recomputed("all_experts_selective_fp8-blockwise", "all_experts", "selective", "fp8-blockwise"),
+]
+FUSED_CASE: Case = functools.partial(one_update, kind="dense", tensor=1, data=1, switches=FUSED)
+FUSED_CASE.__qualname__, FUSED_CASE.__module__ = "FUSED_CASE", __name__
+FUSED_EXPERTS: Case = functools.partial(one_update, kind="experts", tensor=1, data=1, switches=FUSED)
+FUSED_EXPERTS.__qualname__, FUSED_EXPERTS.__module__ = "FUSED_EXPERTS", __name__
