@@ -31,6 +31,7 @@ from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
+from ..telemetry.wandb_run import check_wandb
 from .hardware import find_hardware
 
 
@@ -49,6 +50,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_advantage(settings)
     _check_restraint(settings)
     _check_profile(settings, backend)
+    check_wandb(settings.telemetry)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     return settings

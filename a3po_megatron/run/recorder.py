@@ -30,6 +30,7 @@ from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
 from ..telemetry.rollouts import rollout_table, write_rollouts
 from ..telemetry.timeline import TimelineWriter
+from ..telemetry.wandb_run import WandbRun
 from .rejected import Rejected
 
 
@@ -57,9 +58,11 @@ class Recorder:
         self._said: set[str] = set()  # alerts
         self.alarm: str | None = None  # why the step that was written last ends the run (alerts.stop), on rank 0
         if ranks.rank == 0:
-            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, writer, first_step, further)
-            self._timeline = TimelineWriter(self._folder.timeline, writer)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
+            telemetry, shown = settings.telemetry, settings.model_dump(mode="json")
+            wandb = WandbRun(folder, telemetry, shown, self.say) if telemetry.wandb_project else None
+            self._metrics = MetricsWriter(folder, telemetry.tensorboard, writer, first_step, further, wandb)
+            self._timeline = TimelineWriter(self._folder.timeline, writer)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
             scale = Scale.of(settings)
             self._alerts = Alerts(settings.alerts, scale, *read_ends(folder, *rows_needed(settings.alerts, scale)))
@@ -153,9 +156,9 @@ class Recorder:
 
     def close(self) -> None:
         if self._ranks.rank == 0:
-            self._progress.close()
-            self._metrics.close()
             self._timeline.close()
+            self._metrics.close()  # which may have something to say
+            self._progress.close()
 
     def _peak_bytes(self) -> int:
         """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""
