@@ -29,6 +29,8 @@ from a3po_megatron.report import page
 from a3po_megatron.report.charts import CHARTS, chart_of, moving_mean
 from a3po_megatron.report.page import write_report
 from a3po_megatron.report.read import read_rollouts, read_run
+from a3po_megatron.report.timeline import VALUES
+from a3po_megatron.telemetry.timeline import timeline_row
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> <!-- &amp; {{ 7 * 7 }} \u2028 \"' \ud800"
 
@@ -99,6 +101,8 @@ def metrics_row(step: int, rate: float, rho: float, draw: random.Random) -> dict
         "startup/seconds": 31.5,
         "memory/peak_bytes": 1.6e9,
         "perf/tokens_per_second": 900 * noise,
+        "perf/engine_idle_share": 0.2 * noise,
+        "perf/learner_idle_share": 0.5 * noise,
     }
     for side in ("positive", "negative"):
         row[f"shaping/shaped_rate_{side}"] = 0.18 if shaped else 0.0
@@ -490,6 +494,62 @@ def test_what_a_run_evaluates_has_a_chart_of_its_own_whose_few_points_are_joined
     assert not chart_of("reward/mean").sparse
 
 
+def add_timeline(folder: Path, steps: int, world: int = 2) -> list[dict]:
+    """Writes a synthetic timeline: rank r samples r % 7 + 1 seconds of 9, waits for the rest of them, and learns 3."""
+    rows = []
+    for step in range(steps):
+        sampling = [float(rank % 7 + 1 + step) for rank in range(world)]
+        spent = [
+            {"rollout": 9.0 + step, "idle": 9.0 + step - s, "update": 3.0, "elapsed": 12.5 + step} for s in sampling
+        ]
+        rows.append(timeline_row(step, spent))
+    (folder / "timeline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_the_page_has_each_ranks_seconds_of_every_step_and_their_mean(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "one", steps=4), make_run(tmp_path / "before", name="begun-before")]
+    rows = add_timeline(folders[0], 4)
+    runs = page_data(write_report(folders))["runs"]
+    assert runs[1]["timeline"] is None, "a run that was begun before there was a timeline"
+    drawn = runs[0]["timeline"]
+    assert drawn["parts"] == ["rollout", "waiting", "update", "rest"], "parts that no rank ever had are left out"
+    assert [step["step"] for step in drawn["steps"]] == [0, 1, 2, 3]
+    for row, step in zip(rows, drawn["steps"], strict=True):
+        assert step["ranks"] == [0, 1] and (step["slowest"], step["fastest"]) == (1, 0)
+        assert [sum(values) for values in step["values"]] == pytest.approx([row["seconds"]] * 2, rel=2e-3)
+    assert drawn["mean"]["ranks"] == [0, 1]
+    mean = (0 + 1 + 2 + 3) / 4
+    assert drawn["mean"]["values"] == [[1 + mean, 8, 3, 0.5], [2 + mean, 7, 3, 0.5]]
+
+
+def test_a_long_timeline_of_many_ranks_keeps_the_page_small_and_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", groups=1)
+    add_timeline(folder, 500, world=1024)
+    report = write_report([folder])
+    drawn = page_data(report)["runs"][0]["timeline"]
+    stride = {b["step"] - a["step"] for a, b in itertools.pairwise(drawn["steps"])}
+    assert len(stride) == 1 and min(stride) > 1
+    assert len(json.dumps(drawn)) < 8 * VALUES
+    spread = drawn["mean"]["ranks"]
+    assert len(spread) >= 62 and {0, 1023} < set(spread)
+    text = Scripts(report.read_text("utf-8")).text
+    assert f"The timeline shows every {stride.pop()}th of 500 steps" in text and "of 1024 ranks" in text
+
+
+def test_a_timeline_that_is_cut_off_is_read_up_to_there_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", groups=1)
+    rows = add_timeline(folder, 3)
+    path = folder / "timeline.jsonl"
+    path.write_text(path.read_text()[:-30])
+    run = read_run(folder)
+    assert list(run.timeline) == [0, 1] and "timeline.jsonl, line 3" in run.notes[0]
+    for damaged in (rows[1] | {"update": [1.0]}, rows[1] | {"ranks": None}, {"step": 1}):
+        path.write_text("".join(json.dumps(row) + "\n" for row in (rows[0], damaged, rows[2])))
+        with pytest.raises(RequestError, match=re.escape(f"{path}, line 2: not a row of a timeline")):
+            read_run(folder)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="skipped: there is no chromium")
 def test_a_browser_draws_every_chart_and_an_evaluations_few_points_as_one_line(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=12)
@@ -498,6 +558,7 @@ def test_a_browser_draws_every_chart_and_an_evaluations_few_points_as_one_line(t
     for row in rows:
         row["eval/sums_avg"] = values.get(row["step"])
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    add_timeline(folder, 12)
     report = write_report([folder], None)
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000", "--dump-dom"]
     around = os.environ | {"HOME": str(tmp_path)}
@@ -506,3 +567,5 @@ def test_a_browser_draws_every_chart_and_an_evaluations_few_points_as_one_line(t
     chart = drawn.partition("eval/sums_avg</h")[2].partition("</svg>")[0]
     line = re.findall(r'd="(M[^"]+)"', chart)[-1]
     assert (line.count("M"), line.count("L")) == (1, len(values) - 1)
+    timeline = drawn.partition('id="t-runs"')[2].partition("</section>")[0]
+    assert timeline.count('class="rank"') == 2 and timeline.count("<rect") == 2 * 4, "a bar a rank, of four parts"

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from a3po_megatron.files.run_folder import RunFolder
 from tests.harness import interrupted_runs as tools
 from tests.harness.interrupted_runs import EVERY, LAYOUTS, STEPS, Ended, Interrupt
 
@@ -133,6 +134,8 @@ def test_an_interrupted_run_started_again_ends_bit_for_bit_as_an_undisturbed_one
     shown = tools.steps_shown(again)  # what lies in the newest checkpoint is not done again
     assert saved + 1 <= shown[0] and shown == list(range(shown[0], STEPS + 1)), again.all
     tools.assert_same_run(folder, wanted)
+    timeline = RunFolder(folder).timeline.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in timeline] == list(range(STEPS))
     assert_finished_work_is_taken_over(folder, interrupt, saved)
 
 

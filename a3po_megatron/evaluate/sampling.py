@@ -86,7 +86,7 @@ class Evaluation:
         finished.start(begun)
         store = self._ranks.store_of(f"evaluation/{begun}")  # no other evaluation of this start counts there
         progress = Progress(asked, len(done), self._ranks.rank == 0)
-        with phase(Phase.ROLLOUT), progress:
+        with phase(Phase.EVALUATE), progress:
             reason = self._sample(asked, missing, finished, store, progress)
             if reason := self._ranks.agree("evaluation ends", reason, first):
                 raise Interrupted(reason)
@@ -163,8 +163,8 @@ class Evaluation:
                 if self._ranks.any_of_engine(reason is not None):
                     reason = reason or "another rank of the engine"
                     break
-        with phase(Phase.REWARD):
-            settle(wait=True)
+        CLOCK.beat()
+        settle(wait=True)
         return reason
 
     def _pulled(self, store: Any, count: int) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """What lies where in a run folder, and how steps and ranks are written in names: said here, and nowhere else.
 
     config.yaml  provenance.json  identity.json  .lock     how the run was started, and whether it lives
-    metrics.jsonl  tensorboard/  report.html                one row a step, and what is drawn of it
+    metrics.jsonl  timeline.jsonl                           one row a step: of the run, of its ranks
+    tensorboard/  report.html  wandb/  wandb/id             what is drawn of them, and sent
     profile/step-00003.rank-0.trace.json                    chosen steps, looked at closely
     rollouts/step-00012.rank-0.parquet                      rejected/step-00012.mini-batch-1.rank-0.pt
     checkpoints/step-000012/  torn-step-000012/  latest     hf/step-000012/
@@ -42,6 +43,8 @@ class RunFolder:
         self.identity = path / "identity.json"  # options and inputs of the run, from its first start on
         self.lock = path / ".lock"
         self.metrics, self.tensorboard, self.report = path / "metrics.jsonl", path / "tensorboard", path / "report.html"
+        self.wandb_id = path / "wandb" / "id"  # of the run there; the folder is W&B's
+        self.timeline = path / "timeline.jsonl"
         self.rollouts, self.rejected = path / "rollouts", path / "rejected"
         self.checkpoints, self.journal, self.hf = path / "checkpoints", path / "journal", path / "hf"
         self.profile = path / "profile"

@@ -31,7 +31,11 @@ from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
+<<<<<<< HEAD
 from .check_learner import check_deep_ep, check_switches
+=======
+from ..telemetry.wandb_run import check_wandb
+>>>>>>> seeing
 from .hardware import find_hardware
 
 
@@ -50,6 +54,7 @@ def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settin
     _check_advantage(settings)
     _check_restraint(settings)
     _check_profile(settings, backend)
+    check_wandb(settings.telemetry)
     _check_layout(settings, facts)
     _check_device(settings, facts, backend)
     check_switches(settings, facts, backend)

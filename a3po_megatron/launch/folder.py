@@ -20,6 +20,7 @@ from ..files.replace import PARTIAL, move, partials, write_whole
 from ..files.run_folder import RunFolder, beat_files, step_files, step_folders, step_of
 from ..run.folder import name_latest, newest_whole, put_aside, save_resolved
 from ..run.manifest import FORMAT, inputs_of, other_format, read_manifest
+from ..telemetry.timeline import cut_timeline
 from ..telemetry.versions import installed
 
 
@@ -105,6 +106,7 @@ def _resume(folder: Path, settings: Settings) -> list[str]:
         remarks.append(f"goes on from {checkpoint.name}")
     if size:
         os.truncate(run.metrics, metrics_bytes)
+    cut_timeline(run.timeline, step)
     for path in [*step_files(run.rollouts), *step_files(run.rejected), *step_files(run.profile)]:
         if step_of(path) >= step or path.suffix == PARTIAL:  # an older version wrote these in the open
             path.unlink()

@@ -160,6 +160,12 @@ CHARTS = (
         "Tokens per second, as the run recorded it.",
         "tokens/s",
     ),
+    _percent(
+        COST,
+        "Idle shares",
+        "Of the seconds of sampling, the share in which an engine had nothing to sample; of the step's, the share in "
+        "which nothing was scored or learned.",
+    ),
     Chart(
         COST,
         "Sampled groups",

@@ -23,9 +23,10 @@ from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder, rollout_files
 
 from ..telemetry.alerts import ALERT, ALERTS, stretches
-from ..telemetry.catalogue import SECONDS, STEP
+from ..telemetry.catalogue import PARTS, SECONDS, STEP
 from .charts import CHARTS, Chart, chart_of, smoothing_window
 from .read import Record, Run, read_rollouts, read_run
+from .timeline import VALUES, timeline_of
 
 ROLLOUT_BYTES = 7_000_000  # of the page, for the rollouts of all runs together
 METRIC_VALUES = 150_000  # embedded at most, of all runs together; about 10 bytes each
@@ -72,16 +73,19 @@ def render(runs: Sequence[Run]) -> str:
             for name, series in run.metrics.items()
             if any(value is not None for value in series) and not name.startswith(ALERT)
         }
+        timeline, gaps = timeline_of(run.timeline, VALUES // len(runs))
         begins, alerts = _alerts(run)
         steps = run.steps[::stride]
-        data_runs.append({"label": label, "steps": steps, "metrics": metrics, "alerts": begins, "rollouts": rollouts})
-        notes += [(label, note) for note in dict.fromkeys([*alerts, *run.notes, *said])]
+        curves = {"label": label, "steps": steps, "metrics": metrics, "alerts": begins}
+        data_runs.append({**curves, "timeline": timeline, "rollouts": rollouts})
+        notes += [(label, note) for note in dict.fromkeys([*alerts, *run.notes, *said, *gaps])]
     window = smoothing_window(max(len(run["steps"]) for run in data_runs))
     data = {
         "runs": data_runs,
         "charts": [{**chart._asdict(), "lines": chart.lines, "alerts": _alerts_on(chart)} for chart in _charts(runs)],
         "phases": _phases(runs),
         "phasePrefix": SECONDS,
+        "parts": PARTS,
         "window": window,
         "open": _opening(data_runs),
     }

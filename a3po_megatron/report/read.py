@@ -3,10 +3,11 @@
     config.yaml       the resolved configuration, plain YAML
     provenance.json   versions, git, host, command
     metrics.jsonl     one object a step, flat `group/name` keys; null where a metric is undefined
+    timeline.jsonl    one object a step, of its ranks (telemetry/timeline.py); a run begun before there was one lacks it
     rollouts/         one row a rollout (telemetry/rollouts.py); a sample of them also with prompt, answer and pieces
 
-A run may be going on, or may have been killed in the middle of a write: an incomplete *last* line of metrics.jsonl is
-left out with a note. Any other damage is refused with file and line, because a curve with silently missing steps is a
+A run may be going on, or may have been killed in the middle of a write: an incomplete *last* line of either is left
+out with a note. Any other damage is refused with file and line, because a curve with silently missing steps is a
 wrong curve.
 """
 
@@ -26,6 +27,8 @@ import yaml
 from a3po_megatron.errors import RequestError
 from a3po_megatron.files.run_folder import RunFolder
 
+from ..telemetry.catalogue import PARTS
+
 Record = dict[str, Any]
 
 ROLLOUT_KEYS = ("prompt_id", "sample", "outcome", "reward", "finish", "tokens", "logprobs")
@@ -41,6 +44,7 @@ class Run:
     provenance: Record
     steps: list[int]  # ascending
     metrics: dict[str, list[float | None]]  # per metric one value a step; None: undefined or not written
+    timeline: dict[int, Record] = field(default_factory=dict)  # step → its row, ascending; of a run begun before: empty
     notes: list[str] = field(default_factory=list)  # what a reader of the report must know about this folder
 
     @property
@@ -69,7 +73,7 @@ def read_run(folder: Path) -> Run:
     rows = _rows(run.metrics, notes)
     names = dict.fromkeys(name for row in rows.values() for name in row)
     metrics = {name: [row.get(name) for row in rows.values()] for name in names}
-    return Run(folder, config, provenance, list(rows), metrics, notes)
+    return Run(folder, config, provenance, list(rows), metrics, _timeline(run.timeline, notes), notes)
 
 
 def read_rollouts(path: Path, columns: Sequence[str] | None = None, *, with_pieces: bool = False) -> Iterator[Record]:
@@ -147,6 +151,27 @@ def _rows(path: Path, notes: list[str]) -> dict[int, dict[str, float | None]]:
     if not rows:
         raise RequestError(f"{path}: no step has been recorded yet, so there is nothing to report.")
     return dict(sorted(rows.items()))
+
+
+def _timeline(path: Path, notes: list[str]) -> dict[int, Record]:
+    """Per step what its ranks did, steps ascending."""
+    rows: dict[int, Record] = {}
+    if not path.is_file():
+        return rows
+    with path.open("rb") as file:
+        for number, record in _json_lines(file, path, notes):
+            ranks = record.get("ranks")
+            lists = [ranks, *(record.get(name) for name in PARTS)]
+            numbers = [record.get(name) for name in ("step", "world", "slowest", "fastest")]
+            whole = isinstance(ranks, list) and ranks and all(type(value) is int for value in [*numbers, *ranks])
+            if not whole or not all(_is_numbers(values, len(ranks or [])) for values in lists):
+                raise RequestError(f"{path}, line {number}: not a row of a timeline. Delete the file to leave it out.")
+            rows[record["step"]] = record
+    return dict(sorted(rows.items()))
+
+
+def _is_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(type(value) in (int, float) for value in values)
 
 
 def _number(value: Any, where: str) -> float | None:

@@ -359,7 +359,7 @@ class Checkpoints:
             rejected = (path for path in step_files(run.rejected) if rank_of(path) == self._ranks.rank)
             yield from (path for path in rejected if step_of(path) in steps)
         yield from (path for path in [run.rollouts, run.rejected] if path.exists())
-        yield from (path for path in [run.metrics] if self._ranks.rank == 0 and path.exists())
+        yield from (path for path in [run.metrics, run.timeline] if self._ranks.rank == 0 and path.exists())
 
     def _save_manifest(self, boundary: _Boundary, folder: Path, files: list[Written]) -> None:
         copy_side_files(Path(self._settings.model.path), folder / HF, self._settings.model.dtype)

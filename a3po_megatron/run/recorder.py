@@ -1,6 +1,6 @@
 """What a step leaves behind for people: its row of metrics, its rollouts, the line of progress, warnings.
 
-Rank 0 writes metrics and shows progress; every engine's leaders write their share of its rollouts.
+Rank 0 writes metrics and the timeline and shows progress; every engine's leaders write their share of its rollouts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from ..files.writer import Writer
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
 from ..telemetry.alerts import Alerts, Scale, columns, rows_needed
-from ..telemetry.catalogue import RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
+from ..telemetry.catalogue import ELAPSED, RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
 from ..telemetry.rollouts import rollout_table, write_rollouts
+from ..telemetry.timeline import TimelineWriter
+from ..telemetry.wandb_run import WandbRun
 from .rejected import Rejected
 
 
@@ -56,8 +58,11 @@ class Recorder:
         self._said: set[str] = set()  # alerts
         self.alarm: str | None = None  # why the step that was written last ends the run (alerts.stop), on rank 0
         if ranks.rank == 0:
-            self._metrics = MetricsWriter(folder, settings.telemetry.tensorboard, writer, first_step, further)
             self._progress = ProgressLine(settings.trainer.steps, open_console(Handoff.of().console_fd), first_step)
+            telemetry, shown = settings.telemetry, settings.model_dump(mode="json")
+            wandb = WandbRun(folder, telemetry, shown, self.say) if telemetry.wandb_project else None
+            self._metrics = MetricsWriter(folder, telemetry.tensorboard, writer, first_step, further, wandb)
+            self._timeline = TimelineWriter(self._folder.timeline, writer)
             self._progress.recall(read_metric(folder, "task/stepwise_rate"))
             scale = Scale.of(settings)
             self._alerts = Alerts(settings.alerts, scale, *read_ends(folder, *rows_needed(settings.alerts, scale)))
@@ -92,11 +97,14 @@ class Recorder:
         self._rejected.keep(step, batch, self.say)
         # The rollouts were sampled by the weights of the publish *before* this step's receipt.
         sums = self._ranks.sum_over_data(batch_sums(batch, receipt.version - 1))
-        # A step's row is written before its own checkpoint: what it shows is the time of the one before.
-        seconds = self._ranks.agree(
-            "seconds", CLOCK.seconds | {Phase.CHECKPOINT: CLOCK.before.get(Phase.CHECKPOINT, 0.0)}, _slowest
-        )
-        elapsed = self._ranks.agree("step seconds", time.perf_counter() - CLOCK.begun, max)
+        by_rank: list[dict[str, float]] = []  # on rank 0, which hears all of them to decide
+
+        def slowest(spent: list[dict[str, float]]) -> dict[str, float]:
+            by_rank.extend(spent)
+            return _slowest(spent)
+
+        seconds = self._ranks.agree("seconds", CLOCK.spent(), slowest)
+        elapsed = seconds[ELAPSED]
         memory = self._ranks.agree("memory", CLOCK.bytes | {"peak": self._peak_bytes()}, _largest)
         if self._settings.telemetry.rollouts:
             sampled_here = self._home(batch)
@@ -130,6 +138,7 @@ class Recorder:
             }
             raised = self._alerts.judge(values)
             row = self._metrics.write(step, values | columns(raised))
+            self._timeline.write(step, by_rank)
             self._progress.step(step + 1, row)
             self._tell(step, raised)
         if self._rejected.too_many:
@@ -147,8 +156,9 @@ class Recorder:
 
     def close(self) -> None:
         if self._ranks.rank == 0:
+            self._timeline.close()
+            self._metrics.close()  # which may have something to say
             self._progress.close()
-            self._metrics.close()
 
     def _peak_bytes(self) -> int:
         """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""
@@ -189,4 +199,4 @@ def _largest(by_rank: list[dict[str, int]]) -> dict[str, int]:
 
 def _slowest(by_rank: list[dict[str, float]]) -> dict[str, float]:
     """A phase lasts as long as its slowest rank."""
-    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in STEP}
+    return {name: max(seconds.get(name, 0.0) for seconds in by_rank) for name in (*STEP, ELAPSED)}

@@ -22,6 +22,7 @@ class Phase(StrEnum):
     ENGINE = "engine"
     MODEL = "model"
     BETWEEN = "between phases"
+    EVALUATE = "evaluate"  # a run that evaluates itself, before the step's own rollout; `a3po eval`
     ROLLOUT = "rollout"
     REWARD = "reward"
     SCORE = "score"
@@ -30,9 +31,13 @@ class Phase(StrEnum):
     CHECKPOINT = "checkpoint"
 
 
-STEP = (Phase.ROLLOUT, Phase.REWARD, Phase.SCORE, Phase.UPDATE, Phase.PUBLISH, Phase.CHECKPOINT)  # of a step, in order
+_TRAINING = (Phase.REWARD, Phase.SCORE, Phase.UPDATE, Phase.PUBLISH, Phase.CHECKPOINT)
+STEP = (Phase.EVALUATE, Phase.ROLLOUT, *_TRAINING)  # phases of a step, in order
 STARTUP = (Phase.IMPORTS, Phase.GROUPS, Phase.ENGINE, Phase.MODEL, Phase.PUBLISH)  # of a start
 RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
+ELAPSED, IDLE = "elapsed", "idle"  # seconds of a rank's step; those of its phase rollout, with nothing to sample
+WAITING, REST = "waiting", "rest"  # what the timeline calls the idle ones, and those in no phase
+PARTS = (Phase.EVALUATE, Phase.ROLLOUT, WAITING, *_TRAINING, REST)  # that a rank's step is made of
 SECONDS = "perf/seconds_"  # before a phase's name: its seconds in a step
 
 
@@ -108,8 +113,8 @@ CATALOGUE = (
     Metric("perf/imbalance", "ratio", "heaviest replica's tokens over the mean, in the worst mini-batch"),
     Metric("perf/padding_share", "share", "of the tokens that the learner computed in updates, of no rollout"),
     Metric("perf/recalled_groups", "groups", "that a start of before had finished"),
-    Metric("perf/engine_idle_share", "share", "of the seconds of sampling, in which an engine had nothing to sample"),
-    Metric("perf/learner_idle_share", "share", "of the step's seconds, in which nothing was scored or learned"),
+    Metric("perf/engine_idle_share", "share", "of sampling, with nothing to sample", "Idle shares", "engines"),
+    Metric("perf/learner_idle_share", "share", "of the step, nothing scored or learned", "Idle shares", "learner"),
     *(Metric(f"{SECONDS}{phase}", "s", f"of the step's phase {phase}, on its slowest rank") for phase in STEP),
     Metric("startup/seconds", "s", "from the command to the first step"),
     *(Metric(f"startup/{phase}", "s", f"of the start's phase {phase}, on rank 0") for phase in STARTUP),

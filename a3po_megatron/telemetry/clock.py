@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .catalogue import Phase
+from .catalogue import ELAPSED, IDLE, Phase
 
 NOTE_BYTES = 64  # in the launcher's memory
 
@@ -84,6 +84,12 @@ class Clock:
         self.seconds.clear()
         self.idle = 0.0
         self._announce()
+
+    def spent(self) -> dict[str, float]:
+        """Returns the seconds of each phase of the step so far, all of them and the idle ones. Its own checkpoint comes
+        after its row is written: what counts for it is the one of the step before."""
+        spent = {**self.seconds, ELAPSED: time.perf_counter() - self.begun, IDLE: self.idle}
+        return spent | {str(Phase.CHECKPOINT): self.before.get(Phase.CHECKPOINT, 0.0)}
 
     def _announce(self) -> None:
         self.changes += 1

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` (one flat object a step, `step` first) and TensorBoard, written by rank 0.
+"""`metrics.jsonl` (one flat object a step, `step` first), TensorBoard and W&B, written by rank 0.
 
 Every metric of the catalogue stands in every row. A value that is not finite is an error here rather than invalid JSON
 in a file.
@@ -17,6 +17,7 @@ from ..errors import RunFailed
 from ..files.run_folder import RunFolder
 from ..files.writer import Writer
 from .catalogue import METRICS, Metric
+from .wandb_run import WandbRun
 
 
 def read_metric(folder: Path, name: str) -> list[float | None]:
@@ -48,9 +49,10 @@ class MetricsWriter:
         writer: Writer,
         first_step: int = 0,
         further: Sequence[Metric] = (),  # metrics beside the catalogue's, in every row behind them
+        wandb: WandbRun | None = None,
     ) -> None:
         run = RunFolder(folder)
-        self._writer, self._path = writer, run.metrics
+        self._writer, self._path, self._wandb = writer, run.metrics, wandb
         self._names = (*METRICS, *(metric.name for metric in further))
         self._file = run.metrics.open("a", encoding="utf-8")
         self._bytes = self._file.tell()
@@ -83,6 +85,8 @@ class MetricsWriter:
             for name in self._names:
                 if (value := row[name]) is not None:
                     self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.add(row)
 
     def bytes(self) -> int:
         """The size of metrics.jsonl with all rows that were given."""
@@ -93,3 +97,5 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
