@@ -31,11 +31,8 @@ from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
-<<<<<<< HEAD
-from .check_learner import check_deep_ep, check_switches
-=======
 from ..telemetry.wandb_run import check_wandb
->>>>>>> seeing
+from .check_learner import check_deep_ep, check_switches
 from .hardware import find_hardware
 
 
