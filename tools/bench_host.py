@@ -1,12 +1,14 @@
 """What a rank computes on the host in a step, beside the plain way of doing it, in one run.
 
-    python tools/bench_host.py [--tokens 1000000] [--json FILE]
+    python -m tools.bench_host [--tokens 1000000] [--model FOLDER] [--json FILE]
 
 micro-batches   packed from rollouts (learner/micro_batch.py), against lists that grow token by token
 balance         dealing a step's rollouts over replicas (schedule/balance.py); no other way
 parcel          rollouts as one tensor of bytes and back (rollout/parcel.py), against pickle
 rollouts saved  512 rollouts × 2,000 tokens as Parquet (telemetry/rollouts.py), of which the main thread only copies, a
                 thread beside it packs and writes; against lines of JSON, packed and written by the main thread
+publish planned with --model: who gives whom which experts at EP 64 × PP 2, bucket by bucket, in float32 and in bf16
+                (tools/bench_route.py); against asking all pairs. Seconds a publish
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from a3po_megatron.compat import prepare
 from a3po_megatron.rollout.parcel import pack, unpack
 from a3po_megatron.schedule.balance import costs_of, deal
 from a3po_megatron.telemetry.rollouts import rollout_table, write_rollouts
+from tools.bench_route import planning
 
 PROMPT = Prompt("p", "q", "a", tuple(range(200)), 0)
 
@@ -128,6 +131,7 @@ def saving_rollouts(count: int = 512, length: int = 2000) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="response tokens of a rank")
+    parser.add_argument("--model", type=Path, help="folder with a config.json, whose publish is planned")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     arguments = parser.parse_args()
     prepare()
@@ -158,6 +162,15 @@ def main() -> None:
     print(f"\nrollouts saved ({saved['rollouts']} of {saved['tokens']} tokens in all)   ours   the plain way")
     for name in ("main_thread_seconds", "cpu_seconds", "bytes"):
         print(f"  {name:22}{saved[name]:14.3f}{saved[f'plain_{name}']:14.3f}")
+    if arguments.model:
+        print("\npublish planned; engines take   bytes   buckets   once s   all pairs s   now s   ratio")
+        for row in (rows := planning(arguments.model)):
+            ratio = row["all_pairs_seconds"] / row["seconds"]
+            print(
+                f"{row['engines_take']:>29}{row['itemsize']:8}{row['buckets']:10}{row['plan_seconds']:9.2f}"
+                f"{row['all_pairs_seconds']:14.2f}{row['seconds']:8.3f}{ratio:8.0f}"
+            )
+        found += rows
     if arguments.json:
         arguments.json.write_text(json.dumps({"tokens": arguments.tokens, "rows": found}, indent=1) + "\n")
 

@@ -97,8 +97,8 @@ def sums(folder: Path) -> Path:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
-    """One round: seconds of each step, and of its phases."""
+def options_of(case: Case, model: Path, folder: Path) -> dict[str, Any]:
+    """Of a run that trains a case in one process."""
     options = {
         "parallel.data": 1,
         "model.path": str(model),
@@ -117,11 +117,16 @@ def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     if not case.extract:
         options |= {"reward.function": f"{Path(__file__).resolve()}:even", "data.grader": "function"}
         options["data.path"] = str(sums(folder))
+    return options
+
+
+def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
+    """One round: seconds of each step, and of its phases."""
     run = folder / "ours"
     shutil.rmtree(run, ignore_errors=True)
-    words = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
+    words = [word for name, value in options_of(case, model, folder).items() for word in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo-dapo.yaml", "--run-dir", str(run), *words]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=SIDE_SECONDS, stdout=subprocess.DEVNULL, env=_one_thread())
+    subprocess.run(command, cwd=ROOT, check=True, timeout=SIDE_SECONDS, stdout=subprocess.DEVNULL, env=one_thread())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
     seconds = [row["rollout/tokens"] / row["perf/tokens_per_second"] for row in rows]
     phases = [name for name in rows[0] if name.startswith("perf/seconds_")]
@@ -138,7 +143,7 @@ def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
 def theirs(case: Case, model: Path, folder: Path, trl: Path) -> dict[str, Any]:
     spec = folder / "trl.json"
     spec.write_text(json.dumps({"case": asdict(case), "model": str(model), "folder": str(folder / "trl")}))
-    environment = _one_thread() | {"PYTHONPATH": f"{trl.resolve()}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+    environment = one_thread() | {"PYTHONPATH": f"{trl.resolve()}:{ROOT}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(spec)]
     ended = subprocess.run(command, cwd=folder, timeout=SIDE_SECONDS, env=environment, capture_output=True, text=True)
     if ended.returncode:
@@ -232,7 +237,7 @@ def child(spec: dict[str, Any]) -> None:
 # --- both ---------------------------------------------------------------------------------------------------------
 
 
-def _one_thread() -> dict[str, str]:
+def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

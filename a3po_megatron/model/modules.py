@@ -6,6 +6,7 @@ parallelism; Transformer Engine's modules, which do both, need CUDA.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -17,6 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+SHORT = 16  # tokens: sequences up to this are attended to at once, whatever their lengths
 
 
 class GPT(GPTModel):  # type: ignore[misc]  # Megatron has no types
@@ -62,6 +65,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no types
     """Causal attention within each sequence of a packed micro-batch, by torch's scaled_dot_product_attention.
 
+    Sequences of about one length are attended to in one call, side by side: a call for each costs more than what it
+    computes where they are short. What stands behind a sequence's end, none of its positions sees.
+
     Under context parallelism (C ranks, rank c holds chunks c and 2 C - 1 - c of every sequence: learner/micro_batch.py)
     keys and values are gathered over the ranks, and each of the two chunks attends to all that comes before its end.
     """
@@ -93,12 +99,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
         ends = packed_seq_params.cu_seqlens_q.tolist()
         if self.context is not None:
             return self._over_ranks(query, key, value, ends)
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))  # [heads, T, head_dim]
+        beside, back = side_by_side(tuple(ends))
         outputs = [
-            self._attend(query[:, begin:end], key[:, begin:end], value[:, begin:end])
-            for begin, end in itertools.pairwise(ends)
+            self._attend(query[rows].transpose(1, 2), key[rows].transpose(1, 2), value[rows].transpose(1, 2))
+            for rows in beside
         ]
-        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+        # [rows of all, heads, head_dim], of which each token has one
+        laid = torch.cat([output.transpose(1, 2).flatten(0, 1) for output in outputs])
+        return laid[back].flatten(1)
 
     def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, ends: list[int]) -> Tensor:
         assert self.context is not None
@@ -114,18 +122,46 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # Megatron has no 
             for half, number in enumerate((rank, 2 * size - 1 - rank)):
                 asked = query[first + half * chunk : first + (half + 1) * chunk].transpose(0, 1)
                 known = whole[:, : (number + 1) * chunk]
-                outputs.append(self._attend(asked, known[:, :, :width], known[:, :, width:], number * chunk))
+                keys_and_values = known[None, :, :, :width], known[None, :, :, width:]
+                outputs.append(self._attend(asked[None], *keys_and_values, number * chunk)[0])
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, before: int = 0) -> Tensor:
-        """[heads, t, head_dim]: the queries are the last of the keys' positions; `before` keys lie before the first."""
+        """[b, heads, t, head_dim]: the queries are the last of the keys' positions; `before` keys lie before the
+        first."""
         mask = None
         if before:
-            positions = torch.arange(key.shape[1], device=key.device)
-            mask = positions <= before + torch.arange(query.shape[1], device=key.device)[:, None]
+            positions = torch.arange(key.shape[2], device=key.device)
+            mask = positions <= before + torch.arange(query.shape[2], device=key.device)[:, None]
         return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
-        )[0]
+            query, key, value, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+
+
+@functools.lru_cache(maxsize=64)  # of a micro-batch every layer asks, and its backward
+def side_by_side(ends: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """Returns which tokens stand in which row of what is attended to at once, a [sequences, longest] int64 for each, a
+    shorter sequence's last token again behind its end; and of all those rows, laid end to end, that of each token.
+
+    `ends`: where sequences begin and end among the tokens, from 0 on.
+    """
+    lengths = {begin: end - begin for begin, end in itertools.pairwise(ends)}
+    together: list[list[int]] = []  # begins of sequences
+    for begin in sorted(lengths, key=lambda begin: -lengths[begin]):
+        longest = lengths[together[-1][0]] if together else 0
+        if not together or (longest > SHORT and lengths[begin] < 0.75 * longest):
+            together.append([])
+        together[-1].append(begin)
+    beside, back, row = [], torch.empty(ends[-1], dtype=torch.int64), 0
+    for begins in together:
+        longest = lengths[begins[0]]
+        for number, begin in enumerate(begins):
+            first = row + number * longest
+            back[begin : begin + lengths[begin]] = torch.arange(first, first + lengths[begin])
+        last = torch.tensor([[begin + lengths[begin] - 1] for begin in begins])
+        beside.append(torch.minimum(torch.tensor(begins)[:, None] + torch.arange(longest), last))
+        row += len(begins) * longest
+    return beside, back
 
 
 class _GatherContext(torch.autograd.Function):

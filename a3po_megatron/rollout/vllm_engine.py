@@ -182,6 +182,7 @@ class VllmEngine:
                         stop_token_ids=self._stops,
                         detokenize=False,
                         output_kind=RequestOutputKind.FINAL_ONLY,
+                        skip_clone=True,  # made for this request alone
                     )
                     engine.add_request(str(taken), {"prompt_token_ids": list(request.prompt)}, parameters)
                     taken += 1
