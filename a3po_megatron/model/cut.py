@@ -223,6 +223,43 @@ def pieces(facts: ModelFacts, layout: Layout, place: Place) -> tuple[Piece, ...]
     return cut(facts, LearnerRank(layout, place))
 
 
+@dataclass(frozen=True)
+class Held:
+    """A parameter as one holder has it, padding of the vocabulary included."""
+
+    chunk: int
+    param: Param
+    elements: int
+
+
+def held(facts: ModelFacts, holder: Holder) -> tuple[Held, ...]:
+    """Returns every parameter of a holder, in the order in which Megatron registers them: what memory planning counts.
+
+    The same shares as `cut`, of which one layer's are those of all.
+    """
+    of_layer: dict[int, tuple[Held, ...]] = {}
+    found: list[Held] = []
+    for block in holder.blocks(facts):
+        if isinstance(block.where, int):
+            if block.chunk not in of_layer:
+                ordered = sorted(_held_block(block, holder), key=lambda each: dense.registered(each.param))
+                of_layer[block.chunk] = tuple(ordered)
+            found += of_layer[block.chunk]
+        else:
+            found += _held_block(block, holder)
+    return tuple(found)
+
+
+def _held_block(block: Block, holder: Holder) -> Iterator[Held]:
+    for _, param, number, _ in _each(block.params, holder.experts):
+        elements = 0
+        for turn in holder.share(param, number).turns:
+            for part, (of, _) in zip(param.parts, turn, strict=True):
+                rows = holder.padded(part.rows) if param.cut == "vocabulary" else part.rows
+                elements += rows * (param.width or 1) // of
+        yield Held(block.chunk, param, elements)
+
+
 def _cut_block(block: Block, holder: Holder, table: _Tensors) -> Iterator[Piece]:
     for index, param, number, expert in _each(block.params, holder.experts):
         share = holder.share(param, number)

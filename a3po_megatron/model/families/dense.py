@@ -14,7 +14,14 @@ from ..facts import Family, ModelFacts, Param, Part
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 # What stands before the names of a layer's parameters: by its number in the model, or in Megatron's model chunk.
 HF_LAYER, MEGATRON_LAYER, STORED_LAYER = "model.layers.{}.", "decoder.layers.{}.", "decoder.layers."
+# A layer's modules as Megatron registers them, which is the order of its buffers.
+REGISTERED = ("input_layernorm", "self_attention.linear_proj", "self_attention", "pre_mlp_layernorm", "mlp")
 DERIVED = "rotary_emb.inv_freq"  # old checkpoints store these frequencies, which follow from config.json
+
+
+def registered(param: Param) -> int:
+    """Returns which of REGISTERED a layer's parameter belongs to."""
+    return next(place for place, module in enumerate(REGISTERED) if param.learner.startswith(module))
 
 
 def first(facts: ModelFacts) -> tuple[Param, ...]:

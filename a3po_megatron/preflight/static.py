@@ -1,0 +1,141 @@
+"""What a rank of the learner holds all the time, in bytes: weights, gradients, the optimizer's state.
+
+Megatron-Core 0.16.1 lays the parameters of one model chunk that have one dtype into one buffer, those of experts into
+another, the last one first (distributed/param_and_grad_buffer.py). With the distributed optimizer
+
+    parameters     begin at multiples of 64 elements, and a bucket ends at one of lcm(ranks that share it, 128)
+    weights        the buffer in the parameters' dtype        gradients     the buffer in float32
+    optimizer      of each rank's share of the buffer, the parts that are parameters
+
+and without it nothing is padded, and every rank has all of the optimizer. Masters are float32 beside weights of another
+dtype; float32 weights are their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..config import AdamOptions, Settings
+from ..model.cut import LearnerRank, held
+from ..model.facts import ModelFacts
+from ..model.layout import layout_of
+from ..ranks.topology import Topology, topology_of
+
+PARAMETER_START, BUCKET_END = 64, 128  # elements
+LEAST_BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000  # elements, with learner.overlap_grad_reduce
+GRADIENT = 4  # bytes an element: sums of micro-batches and ranks are float32
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Static:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # on the device
+    host_optimizer: int = 0  # with optimizer.on_host
+
+    def __add__(self, other: Static) -> Static:
+        return Static(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.optimizer + other.optimizer,
+            self.host_optimizer + other.host_optimizer,
+        )
+
+
+def static_of(facts: ModelFacts, settings: Settings, rank: int) -> Static:
+    """Returns what a rank that learns holds."""
+    topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
+    layout, stage = layout_of(settings.parallel), topology.coordinates(rank).pipeline
+    parameters = held(facts, LearnerRank(layout, layout.place(stage, topology.within(rank))))
+    spread = layout.expert > 1  # else Megatron counts experts among the rest
+    by_buffer: dict[tuple[int, bool, str], list[_Parameter]] = {}
+    for each in parameters:
+        if not each.param.buffer:
+            key = each.chunk, spread and each.param.experts is not None, each.param.dtype or settings.model.dtype
+            # A tied embedding on two stages is a bucket of its own, so that both share it out alike.
+            alone = facts.tied and layout.pipeline > 1 and each.param.cut == "vocabulary"
+            by_buffer.setdefault(key, []).append(_Parameter(each.elements, alone))
+    total = Static(0, 0, 0)
+    for (chunk, experts, dtype), held_here in by_buffer.items():
+        ranks, which = _shares(topology, rank, experts)
+        bucket = max(LEAST_BUCKET, BUCKET_A_RANK * ranks) if chunk == stage == 0 else None
+        limit = bucket if settings.learner.overlap_grad_reduce else None
+        total += _of_buffer(held_here, dtype, settings, ranks, which, limit)
+    return total
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    elements: int
+    alone: bool  # in a bucket of its own
+
+
+def _shares(topology: Topology, rank: int, experts: bool) -> tuple[int, int]:
+    """How many ranks hold the same parameters, and which of them this is."""
+    if experts:
+        copies = topology.learning // topology.pipeline // (topology.expert * topology.expert_tensor)
+        return copies, topology.expert_coordinates(rank).copy
+    at = topology.coordinates(rank)
+    return topology.context * topology.data, at.context + topology.context * at.data
+
+
+def _of_buffer(
+    parameters: list[_Parameter], dtype: str, settings: Settings, ranks: int, which: int, limit: int | None
+) -> Static:
+    """`limit`: elements at which a bucket ends; None: all in one."""
+    optimizer, itemsize = settings.optimizer, BYTES[dtype]
+    if not optimizer.distributed:
+        size = sum(each.elements for each in parameters)
+        return Static(size * itemsize, size * GRADIENT, size * _state_bytes(settings, dtype))
+    size = mine = 0
+    for spans, end in _buckets(parameters, math.lcm(ranks, BUCKET_END), limit):
+        share = (end - size) // ranks
+        here = range(size + which * share, size + (which + 1) * share)
+        mine += sum(max(0, min(stop, here.stop) - max(start, here.start)) for start, stop in spans)
+        size = end
+    states = mine * _state_bytes(settings, dtype)
+    on_host = isinstance(optimizer, AdamOptions) and optimizer.on_host
+    return Static(size * itemsize, size * GRADIENT, 0 if on_host else states, states if on_host else 0)
+
+
+def _buckets(
+    parameters: list[_Parameter], multiple: int, limit: int | None
+) -> Iterator[tuple[list[tuple[int, int]], int]]:
+    """Yields where the parameters of each bucket begin and end in the buffer, and where the bucket ends."""
+    spans: list[tuple[int, int]] = []
+    begin = bucket = 0
+    for parameter in reversed(parameters):
+        begin = _up(begin, PARAMETER_START)
+        if parameter.alone and spans:
+            begin = bucket = _up(begin, multiple)
+            yield spans, bucket
+            spans = []
+        end = begin + parameter.elements
+        spans.append((begin, end))
+        begin = end
+        if parameter.alone or (limit is not None and end - bucket >= limit):
+            begin = bucket = _up(end, multiple)
+            yield spans, bucket
+            spans = []
+    if spans:
+        yield spans, _up(begin, multiple)
+
+
+def _state_bytes(settings: Settings, dtype: str) -> int:
+    """Of masters and moments, a parameter's element."""
+    optimizer = settings.optimizer
+    if not isinstance(optimizer, AdamOptions):
+        return (4 if optimizer.momentum else 0) + (0 if dtype == "float32" else 4)
+    moments = 2 * BYTES[optimizer.moment_dtype]
+    # Where the optimizer keeps masters by itself it has them of float32 weights, too.
+    own_masters = optimizer.on_host or optimizer.moment_dtype != "float32"
+    return moments + (0 if dtype == "float32" and not own_masters else 4)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
