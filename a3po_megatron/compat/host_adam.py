@@ -10,7 +10,7 @@
     master     p in float32, on the host, beside exp_avg and exp_avg_sq, float32, too
     step       gradient → host, AdamW there by torch's fused kernel, master → p in p's dtype
 
-What travels passes through two slots of pinned memory: while one parameter is updated, the next one's gradient comes.
+What travels passes through two slots of pinned memory, each as long as the longest parameter: while one parameter is updated, the next one's gradient comes.
 Gradients are read from `decoupled_grad`, as Megatron's precision-aware optimizers do: norm and clipping happen on the
 device, before.
 """  # noqa: E501
@@ -44,9 +44,9 @@ class HostAdam(torch.optim.Optimizer):
         """Masters of the weights as they are, moments of 0: before the first step or load."""
         for _, parameter in self._parameters():
             if parameter not in self.state:
-                pinned = parameter.is_cuda
-                master = torch.empty(parameter.shape, dtype=torch.float32, pin_memory=pinned).copy_(parameter.detach())
-                zeros = {name: torch.zeros(parameter.shape, pin_memory=pinned) for name in STATES}
+                # Ordinary memory: what travels passes through the slots.
+                master = torch.empty(parameter.shape, dtype=torch.float32).copy_(parameter.detach())
+                zeros = {name: torch.zeros(parameter.shape) for name in STATES}
                 self.state[parameter] = {"step": torch.tensor(0.0), "master_param": master, **zeros}
 
     @property
