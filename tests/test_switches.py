@@ -115,6 +115,7 @@ ASKED: list[tuple[Backend, dict[str, Any], str | None]] = [
     (CPU, BY_ROLLOUT, None),
     (CPU, UNCORRECTED | {"shaping": {"name": "none"}}, None),
     (CPU, UNCORRECTED | {"shaping": {"rho": 1.0}}, None),
+    (CPU, BY_ROLLOUT | {"regulariser": {"entropy": 0.01}}, None),
     (CPU, {"parallel": {"data": 1}, "learner": {"overlap_grad_reduce": True}}, "context = 1: there is nobody"),
     (CPU, {"learner": {"overlap_param_gather": True}}, "needs learner.overlap_grad_reduce: true"),
     (CPU, {"learner": GATHER, "optimizer": {"distributed": False}}, "needs optimizer.distributed: true"),
@@ -180,6 +181,7 @@ def test_a_run_by_the_engines_log_probs_overlapped_and_recomputed_trains_resumes
 ) -> None:
     run = tmp_path / "run"
     switches = ("learner.old_logprobs=rollout", "correction.name=none", "shaping.source=rollout")
+    switches += ("regulariser.entropy=0.001",)  # the update computes what it takes
     switches += ("learner.overlap_grad_reduce=true", "learner.overlap_param_gather=true", "learner.recompute=full")
     layout = (*tools.LAYOUTS["dp2"], "trainer.mini_batches=2", *switches)
     tools.trained_here(run, *layout, "trainer.steps=2")

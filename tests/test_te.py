@@ -163,7 +163,7 @@ def test_refused_token_counts_are_recorded_word_for_word(experiments: dict[str, 
 def switches(folder: Path) -> dict[str, Any]:
     alone = (switched.FUSED_CASE, switched.FUSED_EXPERTS, *switched.RECOMPUTED)
     cases = (*alone, switched.fused_rope_is_run, switched.moments_by_hand)
-    two = (switched.flex, switched.moments_saved)
+    two = (switched.flex, switched.moments_saved, switched.host_saved)
     return run_ranks(1, *cases, folder=folder, te=True) | run_ranks(2, *two, folder=folder, te=True)
 
 
@@ -193,3 +193,15 @@ def test_moments_in_bf16_are_adamws_rounded_between_steps_under_float32_masters(
 def test_moments_in_bf16_come_back_from_a_checkpoint_bit_for_bit(switches: dict[str, Any]) -> None:
     for found in switches["moments_saved"]:
         assert found == {"states": True, "after a further step": True}
+
+
+def test_an_optimizer_on_the_host_and_transformer_engines_take_up_each_others_checkpoints(
+    switches: dict[str, Any],
+) -> None:
+    for by_pair in switches["host_saved"]:
+        assert len(by_pair) == 4
+        for pair, found in by_pair.items():
+            assert found["counts"] == [2, 3], pair
+            before, _, after = pair.partition(" by ")
+            # One of steps of LR = 0.01, of another kernel, rounded to bf16 where weights are around 1.
+            assert found["apart"] <= (0.0 if before == after else 2**-7), pair

@@ -122,35 +122,43 @@ def test_steps_that_are_done_again_are_written_again_over_the_same_axis(tmp_path
     assert of_us(rows[1]) == of_us(more[0])
 
 
-KILLS_WANDB = """
+HITS_WANDB = """
+import signal
 import sys
 from pathlib import Path
 import psutil
 from tests.test_wandb import OFFLINE, AtOnce, MetricsWriter, WandbRun
 
-folder = Path(sys.argv[1])
+folder, hit, rows = Path(sys.argv[1]), signal.Signals[sys.argv[2]], int(sys.argv[3])
 metrics = MetricsWriter(folder, False, AtOnce(), wandb=WandbRun(folder, OFFLINE, {}, lambda text: print("said:", text)))
 metrics.write(0, {})
 helpers = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("wandb-")]
 assert helpers
 for helper in helpers:
-    helper.kill()
-psutil.wait_procs(helpers, timeout=10)
-for step in (1, 2):
+    helper.send_signal(hit)
+psutil.wait_procs(helpers, timeout=10 if hit == signal.SIGKILL else 0)
+for step in range(1, rows):
     metrics.write(step, {})
 metrics.close()
+for helper in helpers:
+    if helper.is_running():
+        helper.kill()
 """
 
 
+# Of a process that answers no more the pipe takes some hundred rows.
 @installed
-def test_a_wandb_that_fails_is_named_once_and_the_rows_are_written_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("hit", "rows"), [("SIGKILL", 3), ("SIGSTOP", 3000)])
+def test_a_wandb_that_dies_or_hangs_is_named_once_and_the_rows_are_written_all_the_same(
+    hit: str, rows: int, tmp_path: Path
+) -> None:
     # In a process of its own: W&B's helpers are one for all that a process begins there.
-    command = [sys.executable, "-c", KILLS_WANDB, str(tmp_path)]
+    command = [sys.executable, "-c", HITS_WANDB, str(tmp_path), hit, str(rows)]
     around = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     ended = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("said:") == ended.stdout.count("nothing more is sent") == 1
-    assert len(RunFolder(tmp_path).metrics.read_text().splitlines()) == 3
+    assert len(RunFolder(tmp_path).metrics.read_text().splitlines()) == rows
 
 
 @installed

@@ -132,10 +132,10 @@ class Regulariser:
 
     def _bonus(self, batch: Batch) -> float:
         """The weight of the bonus in this step; afterwards that of the next is known."""
-        assert batch.entropy is not None, "score the batch first"
         options, weight = self._options, self._entropy_weight
         if not options.entropy_target:
             return weight
+        assert batch.entropy is not None, "score the batch first"
         trained = batch.is_trained()
         entropy, tokens = self._total(torch.stack([batch.entropy[trained].double().sum(), trained.sum().double()]))
         if not tokens:  # an empty step says nothing of entropy

@@ -10,9 +10,9 @@
     master     p in float32, on the host, beside exp_avg and exp_avg_sq, float32, too
     step       gradient → host, AdamW there by torch's fused kernel, master → p in p's dtype
 
-What travels passes through two slots of pinned memory, each as long as the longest parameter: while one parameter is updated, the next one's gradient comes.
-Gradients are read from `decoupled_grad`, as Megatron's precision-aware optimizers do: norm and clipping happen on the
-device, before.
+What travels passes through two slots of pinned memory, each as long as the longest parameter: while one parameter is
+updated, the next one's gradient comes. Gradients are read from `decoupled_grad`, as Megatron's precision-aware
+optimizers do: norm and clipping happen on the device, before.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -37,7 +37,12 @@ class HostAdam(torch.optim.Optimizer):
         weight_decay: float,
         **_: Any,  # what Megatron's own would be told of devices
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # A fused Adam, which a checkpoint may be taken up by, asks each group for this.
+        defaults["bias_correction"] = True
+        # torch refuses parameters that are no leaves: Megatron's shards of float32 buffers are views.
+        super().__init__([torch.nn.Parameter(torch.empty(0))], defaults)
+        self.param_groups = [{**defaults, **group, "params": list(group["params"])} for group in params]
         self._slots: list[_Slot] = []
 
     def make_states(self) -> None:
@@ -104,6 +109,10 @@ class HostAdam(torch.optim.Optimizer):
                 maximize=False,
             )
             slot.send(state["master_param"], parameter)
+        # Where Transformer Engine is installed, Megatron stores the count of steps of the groups.
+        steps = int(self.state[work[0][1]]["step"])
+        for group in self.param_groups:
+            group["step"] = steps
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:

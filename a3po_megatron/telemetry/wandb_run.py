@@ -5,13 +5,16 @@ line of a log, no code. The step of a row is a value like the others, and what c
 does steps again, and W&B refuses rows whose own count goes back.
 
 A run folder has one id, made at its first start and kept in wandb/id, by which every later start resumes the same run
-of W&B. Rows go to a process of W&B's, which buffers them on the disk (wandb/) while its server cannot be reached.
-Should that process fail, nothing more is sent, which is said once, and the run goes on: metrics.jsonl has all.
+of W&B. A thread hands rows to a process of W&B's, which buffers them on the disk (wandb/) while its server cannot be
+reached. Should that process fail, or take no more rows, nothing more is sent, which is said once, and the run goes on:
+metrics.jsonl has all.
 """
 
 from __future__ import annotations
 
+import queue
 import secrets
+import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from ..errors import RequestError
 from ..files.replace import write_whole
 from ..files.run_folder import RunFolder
 
+WAITING_ROWS = 64  # that W&B has not taken yet; with more of them it counts as failed
 END_SECONDS = 10.0  # that the end of a run waits for what is still to be sent; a job that is interrupted has no more
 
 
@@ -71,22 +75,42 @@ class WandbRun:
             ) from error
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        self._rows: queue.Queue[dict[str, float] | None] = queue.Queue(WAITING_ROWS)
+        self._thread = threading.Thread(target=self._send, name="wandb", daemon=True)
+        self._thread.start()
 
     def add(self, row: Mapping[str, float | None]) -> None:
-        """Hands over a row of metrics, without those that are undefined."""
-        if not self._failed:
-            self._try(lambda: self._run.log({name: value for name, value in row.items() if value is not None}))
+        """Hands over a row of metrics, without those that are undefined. Never waits."""
+        self._put({name: value for name, value in row.items() if value is not None})
 
     def close(self) -> None:
+        """Waits for what is still to be sent, and not for long."""
+        self._put(None)
         if not self._failed:
-            self._try(self._run.finish)
+            self._thread.join(2 * END_SECONDS)  # of which W&B itself takes half at most
+            if self._thread.is_alive():
+                self._fail("its process does not answer")
 
-    def _try(self, send: Callable[[], Any]) -> None:
+    def _put(self, row: dict[str, float] | None) -> None:
+        if not self._failed:
+            try:
+                self._rows.put_nowait(row)
+            except queue.Full:
+                self._fail(f"{WAITING_ROWS} rows wait for its process")
+
+    def _send(self) -> None:
+        """Of the thread alone: until the run closes, or W&B fails."""
         try:
-            send()
+            while (row := self._rows.get()) is not None:
+                self._run.log(row)
+            self._run.finish()
         except self._failures as error:
+            self._fail(str(error))
+
+    def _fail(self, why: str) -> None:
+        if not self._failed:
             self._failed = True
-            self._say(f"W&B fails ({error}): nothing more is sent to it in this start; metrics.jsonl has every row")
+            self._say(f"W&B fails ({why}): nothing more is sent to it in this start; metrics.jsonl has every row")
 
 
 def run_id(folder: Path) -> str:

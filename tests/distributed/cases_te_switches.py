@@ -136,6 +136,46 @@ def moments_saved(ranks: CaseRanks) -> dict[str, bool]:
     return equal | {"after a further step": _same(_states(learner), _states(again))}
 
 
+def host_saved(ranks: CaseRanks) -> dict[str, Any]:
+    """A checkpoint of an optimizer on the host and one of Transformer Engine's Adam, taken up by each: counts of steps
+    before and after, and how far the next update leads from the one of who saved it."""
+    folder, found = ranks.folder / "dense", {}
+    cluster, facts = ranks.arrange(1, data=2), read_facts(folder)
+    collected = make_collected(groups=GROUPS, size=SIZE)
+    batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
+    options = {on: options_for(folder, 1, 2, optimizer={"on_host": on, "clip_grad": 0.0}) for on in (False, True)}
+    for before, made in options.items():
+        learner, target = Learner(cluster, facts, made), ranks.folder / f"host-{before}"
+        for _ in range(2):
+            learner.update(batch(), CLIPPED)
+        if ranks.rank == 0:
+            target.mkdir()
+        dist.barrier()
+        write_whole(Saving(learner.sharded_state(), target))
+        learner.update(batch(), CLIPPED)
+        for after, taken in options.items():
+            again = Learner(cluster, facts, taken, target)
+            counts = [_count(again)]
+            again.update(batch(), CLIPPED)
+            found[f"{before} by {after}"] = {
+                "counts": [*counts, _count(again)],
+                "apart": max(
+                    float((a.float() - b.float()).abs().max())
+                    for a, b in zip(learner.parameters().values(), again.parameters().values(), strict=True)
+                ),
+            }
+    return found
+
+
+def _count(learner: Learner) -> int:
+    """Updates that the optimizer says it made."""
+    (optimizer,) = learner.optimizer.chained_optimizers
+    groups = {int(group["step"]) for group in optimizer.optimizer.param_groups if group["params"]}
+    steps = {int(state["step"]) for state in optimizer.optimizer.state.values() if "step" in state}
+    (count,) = groups | steps
+    return count
+
+
 def _same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
     pairs = list(zip(a, b, strict=True))
     return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
