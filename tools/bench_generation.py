@@ -2,8 +2,9 @@
 
     python tools/bench_generation.py [--rounds 3] [--json FILE]
 
-in process    `a3po train` with a learning rate that moves no weight: tokens of a step by its seconds of rollout, which
+step          `a3po train` with a learning rate that moves no weight: tokens of a step by its seconds of rollout, which
               deals out prompts, grades, and writes the journal besides
+in process    the run's engine, beside its learner, asked for the same rollouts at once
 alone         vllm.LLM.generate in a process of its own, with the engine arguments, prompts and seeds of the run: its
               tokens must be the same
 
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,80 +43,110 @@ def in_process(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     return {row["step"]: row["rollout/tokens"] / row["perf/seconds_rollout"] for row in rows[SKIPPED:]}
 
 
-def alone(run: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.bench_generation", "--child", str(run)]
+def generated(run: Path, side: str) -> dict[str, Any]:
+    """Tokens a second of each step, generated again in a process of its own."""
+    command = [sys.executable, "-m", "tools.bench_generation", f"--{side}", str(run)]
     ended = subprocess.run(command, cwd=ROOT, timeout=SIDE_SECONDS, env=one_thread(), capture_output=True, text=True)
     if ended.returncode:
-        raise SystemExit(f"vLLM alone ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+        raise SystemExit(f"{side} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def child(run: Path) -> None:
-    """Generates what a run generated, and prints tokens a second of each step."""
-    import os
+def timed(run: Path, generate: Callable[[list[Any]], list[list[int]]], ask: Callable[[Any, int], Any]) -> None:
+    """Prints tokens a second of each step; `ask`: a request of a prompt's tokens and a seed."""
+    from a3po_megatron.config import load_resolved
+    from a3po_megatron.data.prompts import Prompts
+    from a3po_megatron.data.tokenizer import Tokenizer
+    from a3po_megatron.files.run_folder import RunFolder, rollout_files
+    from a3po_megatron.model.read import read_facts
+    from a3po_megatron.report.read import read_rollouts
 
+    settings = load_resolved(RunFolder(run).config)
+    facts, speeds = read_facts(settings.model.path), {}
+    tokenizer = Tokenizer.of(settings.data, Path(settings.model.path), facts.vocab, facts.eos)
+    prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, settings.rollout.max_prompt_tokens)
+    for step, files in rollout_files(run).items():
+        rollouts = [each for path in files for each in read_rollouts(path) if each["step"] == step]
+        asked = [ask(prompts.at(each["prompt_index"]).tokens, each["seed"]) for each in rollouts]
+        begin = time.perf_counter()
+        tokens = generate(asked)
+        seconds = time.perf_counter() - begin
+        assert tokens == [list(each["tokens"]) for each in rollouts], f"step {step}: other tokens"
+        speeds[step] = sum(map(len, tokens)) / seconds
+    print(json.dumps({step: speed for step, speed in speeds.items() if step >= SKIPPED}))
+
+
+def beside_learner(run: Path) -> None:
+    from a3po_megatron.rank import start
+
+    def loop(parts: Any) -> None:
+        from a3po_megatron.rollout.engine import Request, in_order
+
+        with parts.residency.publishing():
+            parts.publish()
+
+        def generate(asked: list[Any]) -> list[list[int]]:
+            parts.engine.forget()
+            return [completion.tokens.tolist() for completion in in_order(parts.engine.sample(asked))]
+
+        timed(run, generate, lambda tokens, seed: Request(tokens, seed))
+
+    start(run, loop)
+
+
+def alone(run: Path) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     import torch
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     from a3po_megatron.config import load_resolved
-    from a3po_megatron.data.prompts import Prompts
-    from a3po_megatron.data.tokenizer import Tokenizer
-    from a3po_megatron.files.run_folder import RunFolder, rollout_files
+    from a3po_megatron.files.run_folder import RunFolder
     from a3po_megatron.model.read import read_facts
     from a3po_megatron.ranks.backend import CPU
-    from a3po_megatron.report.read import read_rollouts
     from a3po_megatron.rollout.vllm_engine import engine_arguments
 
     settings = load_resolved(RunFolder(run).config)
     facts = read_facts(settings.model.path)
-    tokenizer = Tokenizer.of(settings.data, Path(settings.model.path), facts.vocab, facts.eos)
-    prompts = Prompts(settings.data, tokenizer, settings.trainer.seed, settings.rollout.max_prompt_tokens)
     arguments = engine_arguments(Path(settings.model.path), settings.rollout, torch.float32, CPU, facts.layers)
-    arguments |= {"load_format": "auto", "distributed_executor_backend": "uni"}
-    llm, speeds = LLM(**arguments), {}
-    for step, files in rollout_files(run).items():
-        rollouts = [each for path in files for each in read_rollouts(path) if each["step"] == step]
-        asked = [{"prompt_token_ids": list(prompts.at(each["prompt_index"]).tokens)} for each in rollouts]
-        how = [
-            SamplingParams(
-                temperature=1.0,
-                max_tokens=settings.rollout.max_tokens,
-                seed=each["seed"],
-                logprobs=0,
-                stop_token_ids=list(facts.eos),
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for each in rollouts
-        ]
+    llm = LLM(**arguments | {"load_format": "auto", "distributed_executor_backend": "uni"})
+
+    def ask(tokens: Any, seed: int) -> Any:
+        return {"prompt_token_ids": list(tokens)}, SamplingParams(
+            temperature=1.0,
+            max_tokens=settings.rollout.max_tokens,
+            seed=seed,
+            logprobs=0,
+            stop_token_ids=list(facts.eos),
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def generate(asked: list[Any]) -> list[list[int]]:
         llm.reset_prefix_cache()
-        begin = time.perf_counter()
-        outputs = llm.generate(asked, how, use_tqdm=False)
-        seconds = time.perf_counter() - begin
-        tokens = [list(output.outputs[0].token_ids) for output in outputs]
-        assert tokens == [list(each["tokens"]) for each in rollouts], f"step {step}: other tokens"
-        speeds[step] = sum(map(len, tokens)) / seconds
-    print(json.dumps({step: speed for step, speed in speeds.items() if step >= SKIPPED}))
+        prompts, how = zip(*asked, strict=True)
+        outputs = llm.generate(list(prompts), list(how), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    timed(run, generate, ask)
+
+
+SIDES: dict[str, Callable[[Path], None]] = {"beside-learner": beside_learner, "alone": alone}
 
 
 def compared(name: str, rounds: int) -> dict[str, Any]:
     case, found = CASES[name], []
     with tempfile.TemporaryDirectory(prefix="bench-generation-") as place:
         folder = Path(place)
-        model = model_of(name, folder / "model")
-        in_process(case, model, folder)  # the first round's tokens, for vLLM alone to begin with
+        step = in_process(case, model_of(name, folder / "model"), folder)
         for number in range(rounds):
-            if number % 2:
-                by_alone, by_run = alone(folder / "run"), in_process(case, model, folder)
-            else:
-                by_run, by_alone = in_process(case, model, folder), alone(folder / "run")
-            sides = [statistics.median(each.values()) for each in (by_run, by_alone)]
-            found.append(sides)
-            print(f"{name}: {sides[0]:.0f} tokens/s in process, {sides[1]:.0f} alone", flush=True)
-    ratios = [ours / theirs for ours, theirs in found]
-    return {"tokens_per_second": found, "ratios": ratios, "ratio": statistics.median(ratios)}
+            order = list(SIDES) if number % 2 == 0 else list(reversed(SIDES))
+            by_side = {side: statistics.median(generated(folder / "run", side).values()) for side in order}
+            found.append(by_side)
+            print(name, {side: round(speed) for side, speed in by_side.items()}, "tokens/s", flush=True)
+    ratios = [each["beside-learner"] / each["alone"] for each in found]
+    whole = statistics.median(step.values()) / statistics.median(each["alone"] for each in found)
+    return {"tokens_per_second": found, "ratios": ratios, "ratio": statistics.median(ratios), "step_ratio": whole}
 
 
 def main() -> None:
@@ -121,14 +154,19 @@ def main() -> None:
     parser.add_argument("--case", choices=[*CASES], action="append")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    for side in SIDES:
+        parser.add_argument(f"--{side}", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.child)
-        return
+    for side, begin in SIDES.items():
+        if run := getattr(options, side.replace("-", "_")):
+            begin(run)
+            return
     results = {name: compared(name, options.rounds) for name in options.case or CASES}
     for name, result in results.items():
-        print(f"{name}: in process {result['ratio']:.2f} of what vLLM generates alone")
+        print(
+            f"{name}: beside the learner {result['ratio']:.2f} of what vLLM generates alone, a step's rollout "
+            f"{result['step_ratio']:.2f}"
+        )
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -27,6 +27,7 @@ from a3po_megatron.cli import main
 from a3po_megatron.config import load_config
 from a3po_megatron.errors import RequestError
 from a3po_megatron.evaluate.result import read
+from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.launch import slurm as launched
 from a3po_megatron.telemetry.beats import read_beats
 from tests.harness import interrupted_runs as tools
@@ -111,9 +112,10 @@ def wait_done(*jobs: str, seconds: float = 200) -> None:
 
 
 def wait_for(folder: Path, step: int, seconds: float = 120) -> None:
-    """Until rank 0 has begun a step, in a rollout or later."""
-    deadline = time.monotonic() + seconds
-    while step_of_rank_0(folder) < step:
+    """Until rank 0 has begun a step: the row of the one before is written. Signs of life come up to 5 s late here, and
+    a step may take one."""
+    deadline, rows = time.monotonic() + seconds, RunFolder(folder).metrics
+    while not rows.exists() or rows.read_bytes().count(b"\n") < step:
         assert time.monotonic() < deadline, said(folder)
         time.sleep(0.02)
 
@@ -134,7 +136,9 @@ def wait_for_start(folder: Path, number: int, step: int) -> None:
     while (beat := read_beats(folder / "logs").get(0)) is None or beat[1].stat().st_mtime < began:
         assert time.monotonic() < deadline, said(folder)
         time.sleep(0.05)
-    wait_for(folder, step)
+    while step_of_rank_0(folder) < step:
+        assert time.monotonic() < deadline, said(folder)
+        time.sleep(0.02)
 
 
 def said(folder: Path) -> str:
