@@ -77,7 +77,19 @@ def timed(run: Path, generate: Callable[[list[Any]], list[list[int]]], ask: Call
 
 
 def beside_learner(run: Path) -> None:
+    import yaml
+
+    from a3po_megatron.files.run_folder import RunFolder
+    from a3po_megatron.launch.local import free_port
+    from a3po_megatron.launch.shell import LOOPBACK
     from a3po_megatron.rank import start
+
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(LOOPBACK | place | {"MASTER_PORT": str(free_port())})
+    path = RunFolder(run).config
+    settings = yaml.safe_load(path.read_text())
+    settings["trainer"]["steps"] += 1  # a run that has done its steps is not taken up
+    path.write_text(yaml.safe_dump(settings))
 
     def loop(parts: Any) -> None:
         from a3po_megatron.rollout.engine import Request, in_order
