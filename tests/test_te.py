@@ -161,16 +161,15 @@ def test_refused_token_counts_are_recorded_word_for_word(experiments: dict[str, 
 
 @pytest.fixture(scope="module")
 def switches(folder: Path) -> dict[str, Any]:
-    alone = (switched.FUSED_CASE, switched.FUSED_EXPERTS, *switched.RECOMPUTED)
-    cases = (*alone, switched.fused_rope_is_run, switched.moments_by_hand)
+    one = (*cases.SWITCHED, switched.fused_rope_is_run, switched.moments_by_hand)
     two = (switched.flex, switched.moments_saved, switched.host_saved)
-    return run_ranks(1, *cases, folder=folder, te=True) | run_ranks(2, *two, folder=folder, te=True)
+    return run_ranks(1, *one, folder=folder, te=True) | run_ranks(2, *two, folder=folder, te=True)
 
 
 def test_fused_rope_and_swiglu_and_recomputation_leave_the_gradient_within_the_rounding_of_its_precision(
     switches: dict[str, Any],
 ) -> None:
-    for case in (switched.FUSED_CASE, switched.FUSED_EXPERTS, *switched.RECOMPUTED):
+    for case in cases.SWITCHED:
         assert_gradient(switches[case.__qualname__])
         assert_masters(case.__qualname__, switches[case.__qualname__])
     (asked,) = switches["fused_rope_is_run"]

@@ -1,10 +1,10 @@
 """Generation in the learner's process beside vLLM alone: the same prompts, seeds, weights and threads, in turns.
 
-    python tools/bench_generation.py [--rounds 3] [--json FILE]
+    python -m tools.bench_generation [--case demo|ten_million] [--rounds 3] [--json FILE]
 
 step          `a3po train` with a learning rate that moves no weight: tokens of a step by its seconds of rollout, which
               deals out prompts, grades, and writes the journal besides
-in process    the run's engine, beside its learner, asked for the same rollouts at once
+beside        the run's engine, beside its learner, asked for the same rollouts at once
 alone         vllm.LLM.generate in a process of its own, with the engine arguments, prompts and seeds of the run: its
               tokens must be the same
 
@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,30 +24,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench_trl import CASES, ROOT, SIDE_SECONDS, SKIPPED, Case, model_of, one_thread, options_of
+from tools.bench_trl import CASES, ROOT, SKIPPED, Case, model_of, one_thread, options_of, said_by, trained
 
 STILL = 1e-38  # a learning rate whose product with anything is lost in float32
 
 
-def in_process(case: Case, model: Path, folder: Path) -> dict[str, Any]:
-    """One round; the run is left in `folder`/run."""
-    run = folder / "run"
-    shutil.rmtree(run, ignore_errors=True)
+def in_steps(case: Case, model: Path, folder: Path) -> list[float]:
+    """Tokens a second of each step's rollout; the run is left in `folder`/run."""
     options = options_of(case, model, folder) | {"optimizer.lr": STILL, "optimizer.weight_decay": 0}
-    words = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo-dapo.yaml", "--run-dir", str(run), *words]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=SIDE_SECONDS, stdout=subprocess.DEVNULL, env=one_thread())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["rollout/tokens"] / row["perf/seconds_rollout"] for row in rows[SKIPPED:]}
+    rows = trained(folder / "run", options)
+    return [row["rollout/tokens"] / row["perf/seconds_rollout"] for row in rows]
 
 
 def generated(run: Path, side: str) -> dict[str, Any]:
     """Tokens a second of each step, generated again in a process of its own."""
     command = [sys.executable, "-m", "tools.bench_generation", f"--{side}", str(run)]
-    ended = subprocess.run(command, cwd=ROOT, timeout=SIDE_SECONDS, env=one_thread(), capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"{side} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    return said_by(side, command, ROOT, one_thread())
 
 
 def timed(run: Path, generate: Callable[[list[Any]], list[list[int]]], ask: Callable[[Any, int], Any]) -> None:
@@ -150,14 +140,14 @@ def compared(name: str, rounds: int) -> dict[str, Any]:
     case, found = CASES[name], []
     with tempfile.TemporaryDirectory(prefix="bench-generation-") as place:
         folder = Path(place)
-        step = in_process(case, model_of(name, folder / "model"), folder)
+        steps = in_steps(case, model_of(name, folder / "model"), folder)
         for number in range(rounds):
             order = list(SIDES) if number % 2 == 0 else list(reversed(SIDES))
             by_side = {side: statistics.median(generated(folder / "run", side).values()) for side in order}
             found.append(by_side)
             print(name, {side: round(speed) for side, speed in by_side.items()}, "tokens/s", flush=True)
     ratios = [each["beside-learner"] / each["alone"] for each in found]
-    whole = statistics.median(step.values()) / statistics.median(each["alone"] for each in found)
+    whole = statistics.median(steps) / statistics.median(each["alone"] for each in found)
     return {"tokens_per_second": found, "ratios": ratios, "ratio": statistics.median(ratios), "step_ratio": whole}
 
 

@@ -120,14 +120,18 @@ def options_of(case: Case, model: Path, folder: Path) -> dict[str, Any]:
     return options
 
 
-def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
-    """One round: seconds of each step, and of its phases."""
-    run = folder / "ours"
+def trained(run: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a new run, without those of the first steps."""
     shutil.rmtree(run, ignore_errors=True)
-    words = [word for name, value in options_of(case, model, folder).items() for word in ("--set", f"{name}={value}")]
+    words = [word for name, value in options.items() for word in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "a3po_megatron", "train", "configs/demo-dapo.yaml", "--run-dir", str(run), *words]
     subprocess.run(command, cwd=ROOT, check=True, timeout=SIDE_SECONDS, stdout=subprocess.DEVNULL, env=one_thread())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][SKIPPED:]
+
+
+def ours(case: Case, model: Path, folder: Path) -> dict[str, Any]:
+    """One round: seconds of each step, and of its phases."""
+    rows = trained(folder / "ours", options_of(case, model, folder))
     seconds = [row["rollout/tokens"] / row["perf/tokens_per_second"] for row in rows]
     phases = [name for name in rows[0] if name.startswith("perf/seconds_")]
     return {
@@ -145,10 +149,7 @@ def theirs(case: Case, model: Path, folder: Path, trl: Path) -> dict[str, Any]:
     spec.write_text(json.dumps({"case": asdict(case), "model": str(model), "folder": str(folder / "trl")}))
     environment = one_thread() | {"PYTHONPATH": f"{trl.resolve()}:{ROOT}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(spec)]
-    ended = subprocess.run(command, cwd=folder, timeout=SIDE_SECONDS, env=environment, capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"TRL ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    return said_by("TRL", command, folder, environment)
 
 
 def child(spec: dict[str, Any]) -> None:
@@ -235,6 +236,14 @@ def child(spec: dict[str, Any]) -> None:
 
 
 # --- both ---------------------------------------------------------------------------------------------------------
+
+
+def said_by(name: str, command: list[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Returns the object in a process's last line."""
+    ended = subprocess.run(command, cwd=folder, timeout=SIDE_SECONDS, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{name} ended with {ended.returncode}:\n{ended.stderr[-3000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def one_thread() -> dict[str, str]:

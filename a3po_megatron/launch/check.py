@@ -32,6 +32,7 @@ from ..model.rope import Yarn
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
 from ..telemetry.wandb_run import check_wandb
+from ..weights.route import WIDTHS
 from .check_learner import check_deep_ep, check_switches
 from .hardware import find_hardware
 
@@ -274,8 +275,7 @@ def _check_layout(settings: Settings, facts: ModelFacts) -> None:
 
 def check_cache(settings: Settings, facts: ModelFacts, length: int, of: str = "") -> None:
     """Raises RequestError where the engine's cache does not hold one sequence of so many tokens; `of`: whose it is."""
-    itemsize = 2 if settings.model.dtype == "bfloat16" else 4
-    per_token = 2 * facts.layers * _engine_kv_heads(settings, facts) * facts.head_dim * itemsize
+    per_token = 2 * facts.layers * _engine_kv_heads(settings, facts) * facts.head_dim * WIDTHS[settings.model.dtype]
     if per_token * length > settings.rollout.kv_cache_bytes:
         raise RequestError(
             f"rollout.kv_cache_bytes = {settings.rollout.kv_cache_bytes} does not hold one sequence of {length} "

@@ -22,11 +22,11 @@ from ..model.cut import LearnerRank, held
 from ..model.facts import ModelFacts
 from ..model.layout import layout_of
 from ..ranks.topology import Topology, topology_of
+from ..weights.route import WIDTHS
 
 PARAMETER_START, BUCKET_END = 64, 128  # elements
 LEAST_BUCKET, BUCKET_A_RANK = 40_000_000, 1_000_000  # elements, with learner.overlap_grad_reduce
 GRADIENT = 4  # bytes an element: sums of micro-batches and ranks are float32
-BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _of_buffer(
     parameters: list[_Parameter], dtype: str, settings: Settings, ranks: int, which: int, limit: int | None
 ) -> Static:
     """`limit`: elements at which a bucket ends; None: all in one."""
-    optimizer, itemsize = settings.optimizer, BYTES[dtype]
+    optimizer, itemsize = settings.optimizer, WIDTHS[dtype]
     if not optimizer.distributed:
         size = sum(each.elements for each in parameters)
         return Static(size * itemsize, size * GRADIENT, size * _state_bytes(settings, dtype))
@@ -131,7 +131,7 @@ def _state_bytes(settings: Settings, dtype: str) -> int:
     optimizer = settings.optimizer
     if not isinstance(optimizer, AdamOptions):
         return (4 if optimizer.momentum else 0) + (0 if dtype == "float32" else 4)
-    moments = 2 * BYTES[optimizer.moment_dtype]
+    moments = 2 * WIDTHS[optimizer.moment_dtype]
     # Where the optimizer keeps masters by itself it has them of float32 weights, too.
     own_masters = optimizer.on_host or optimizer.moment_dtype != "float32"
     return moments + (0 if dtype == "float32" and not own_masters else 4)

@@ -5,7 +5,7 @@ A chart whose metrics a run lacks is drawn without that line; metrics that stand
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..telemetry.catalogue import CATALOGUE, EVALUATION, evaluation_metrics
 
@@ -219,3 +219,13 @@ def moving_mean(values: list[float | None], window: int) -> list[float | None]:
         near = [v for v in values[max(0, i - half) : i + half + 1] if v is not None]
         smooth.append(None if value is None else sum(near) / len(near))
     return smooth
+
+
+def short(value: Any, digits: int = 4) -> Any:
+    """Returns a number with few digits, as a whole one where it is one: the page's size is mostly numbers."""
+    if not isinstance(value, float):
+        return value
+    if value != value or value in (float("inf"), float("-inf")):
+        return None
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e9 else rounded

@@ -24,7 +24,7 @@ from a3po_megatron.files.run_folder import RunFolder, rollout_files
 
 from ..telemetry.alerts import ALERT, ALERTS, stretches
 from ..telemetry.catalogue import PARTS, SECONDS, STEP
-from .charts import CHARTS, Chart, chart_of, smoothing_window
+from .charts import CHARTS, Chart, chart_of, short, smoothing_window
 from .read import Record, Run, read_rollouts, read_run
 from .timeline import VALUES, timeline_of
 
@@ -69,7 +69,7 @@ def render(runs: Sequence[Run]) -> str:
         if stride > 1:
             said.append(f"Curves show every {stride}th of {len(run.steps)} recorded steps, to keep the page small.")
         metrics = {
-            name: [_short(value, 6) for value in series[::stride]]
+            name: [short(value, 6) for value in series[::stride]]
             for name, series in run.metrics.items()
             if any(value is not None for value in series) and not name.startswith(ALERT)
         }
@@ -270,7 +270,7 @@ def _sample(record: Record, notes: list[str]) -> Record:
     segments = record.get("segments") or []
     sampled, old = record["logprobs"][:end], (record.get("old_logprobs") or [])[:end]
     return {
-        **{key: _short(record.get(key)) for key in OF_SAMPLE},
+        **{key: short(record.get(key)) for key in OF_SAMPLE},
         "n": record["sample"],
         "seed": str(record.get("seed")),  # a 64-bit hash: more than a JavaScript number holds
         "versions": sorted({version for _, version, _ in segments}),
@@ -278,11 +278,11 @@ def _sample(record: Record, notes: list[str]) -> Record:
         "untrained": sum(length for length, _, trained in segments if not trained),
         "pieces": record["pieces"][:end],
         "ids": record["tokens"][:end],
-        "sampled": None if old else [_short(value) for value in sampled],
-        "old": [_short(value) for value in old] or None,
+        "sampled": None if old else [short(value) for value in sampled],
+        "old": [short(value) for value in old] or None,
         "gap": [_gap(a, b) for a, b in zip(old, sampled, strict=True)] if old else None,
-        "entropy": [_short(value) for value in (record.get("entropy") or [])[:end]] or None,
-        "weights": [_short(value) for value in (record.get("weights") or [])[:end]] or None,
+        "entropy": [short(value) for value in (record.get("entropy") or [])[:end]] or None,
+        "weights": [short(value) for value in (record.get("weights") or [])[:end]] or None,
     }
 
 
@@ -314,17 +314,7 @@ def _opening(runs: list[Record]) -> Record | None:
 
 
 def _gap(old: float | None, sampled: float | None) -> float | None:
-    return None if old is None or sampled is None else _short(old - sampled, 2)
-
-
-def _short(value: Any, digits: int = 4) -> Any:
-    """A number with few digits, as a whole one where it is one: the page's size is mostly numbers."""
-    if not isinstance(value, float):
-        return value
-    if value != value or value in (float("inf"), float("-inf")):
-        return None
-    rounded = float(f"{value:.{digits}g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e9 else rounded
+    return None if old is None or sampled is None else short(old - sampled, 2)
 
 
 def _script_json(data: Any) -> Markup:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..telemetry.catalogue import PARTS
+from .charts import short
 
+DIGITS = 3  # of a number of seconds
 VALUES = 60_000  # embedded at most, of all runs together; about 5 bytes each
 
 Row = Mapping[str, Any]
@@ -43,7 +45,7 @@ def timeline_of(rows: Mapping[int, Row], limit: int) -> tuple[dict[str, Any] | N
 
 def _drawn(row: Row, parts: list[str]) -> dict[str, Any]:
     """The ranks of a row, and of each its seconds, part by part."""
-    values = [[_short(seconds) for seconds in rank] for rank in zip(*(row[name] for name in parts), strict=True)]
+    values = [[short(seconds, DIGITS) for seconds in rank] for rank in zip(*(row[name] for name in parts), strict=True)]
     return {"ranks": row["ranks"], "values": values, "slowest": row["slowest"], "fastest": row["fastest"]}
 
 
@@ -55,11 +57,5 @@ def _mean(rows: Mapping[int, Row], parts: list[str]) -> dict[str, Any]:
         for rank, total in totals.items():
             for number, name in enumerate(parts):
                 total[number] += row[name][place[rank]]
-    values = [[_short(total / len(rows)) for total in totals[rank]] for rank in always]
+    values = [[short(total / len(rows), DIGITS) for total in totals[rank]] for rank in always]
     return {"ranks": always, "values": values}
-
-
-def _short(seconds: float) -> float | int:
-    """With three digits: the page's size is mostly numbers."""
-    rounded = float(f"{seconds:.3g}")
-    return int(rounded) if rounded.is_integer() else rounded

@@ -109,6 +109,18 @@ def batch_of(collected: Collected, mine: Collected, mini_batches: int = 1) -> Ba
     return shape(batch, STEP, Config.model_fields["shaping"].default)
 
 
+def as_sampled(mine: Collected, mini_batches: int) -> Batch:
+    """A replica's batch whose old log-probs are the sampler's."""
+    made = assemble(mine, Config.model_fields["advantage"].default, mini_batches)
+    made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
+    return shape(made, STEP, Config.model_fields["shaping"].default)
+
+
+def same_weights(a: Learner, b: Learner) -> bool:
+    theirs = b.parameters()
+    return all(torch.equal(p, theirs[key]) for key, p in a.parameters().items())
+
+
 def as_hf(learner: Learner, values: dict[tuple[int, str], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Per-parameter tensors of all ranks of a replica, laid out as HF tensors."""
     group = learner.ranks.replica_group
@@ -443,9 +455,7 @@ def _rejected(ranks: CaseRanks, faults: list[tuple[str, ...]]) -> dict[str, Any]
         mine = share(collected, cluster.coordinates.data, cluster.data)
 
         def batch(mine: Collected = mine) -> Batch:
-            made = assemble(mine, Config.model_fields["advantage"].default, 3)
-            made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
-            return shape(made, STEP, Config.model_fields["shaping"].default)
+            return as_sampled(mine, 3)
 
         for number, fault in enumerate(faults[at]):
             broken = (at + number) % 3

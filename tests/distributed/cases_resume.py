@@ -33,7 +33,7 @@ from a3po_megatron.run.store import Saving
 from a3po_megatron.run.streams import random_state
 from tests.distributed.cases_learner import as_hf, batch_of, settings, share
 from tests.harness.ranks import CaseRanks
-from tests.harness.saves_at_once import write_whole
+from tests.harness.saves_at_once import save, write_whole
 from tests.harness.tiny_models import CLIPPED, make_collected
 
 # name → (model, dtype, layout, optimizer): each way to keep an optimizer's state, and every kind of parallelism.
@@ -73,14 +73,6 @@ def _learner(ranks: CaseRanks, name: str, layout: dict[str, Any], checkpoint: Pa
 def _update(learner: Learner, collected: Collected) -> Update:
     mine = share(collected, learner.ranks.coordinates.data, learner.ranks.data)
     return learner.update(batch_of(collected, mine), CLIPPED)
-
-
-def save(learner: Learner, folder: Path) -> None:
-    """As a run does, all at once."""
-    if dist.get_rank() == 0:
-        os.makedirs(folder)
-    dist.barrier()
-    write_whole(Saving(learner.sharded_state(), folder))
 
 
 def goes_on(ranks: CaseRanks) -> dict[str, Any]:

@@ -10,22 +10,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import optimizer_config
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.shaping import shape
 from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
-from a3po_megatron.batch import Batch, Collected
+from a3po_megatron.batch import Collected
 from a3po_megatron.config import Config, Settings, ShapingOptions
 from a3po_megatron.learner import overlap
 from a3po_megatron.learner.learner import Learner, Update
 from a3po_megatron.model.read import read_facts
-from a3po_megatron.run.store import Saving
-from tests.distributed.cases_learner import LR, STEP, batch_of, settings, share
+from tests.distributed.cases_learner import LR, STEP, as_sampled, batch_of, same_weights, settings, share
 from tests.harness.ranks import CaseRanks
-from tests.harness.saves_at_once import write_whole
+from tests.harness.saves_at_once import save
 from tests.harness.tiny_models import CLIPPED, make_checkpoint, make_collected
 
 BUCKET = 4_000  # elements: several buckets, of which the last is the head's alone where the model has one
@@ -56,13 +54,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 def with_switches(made: Settings, **learner: Any) -> Settings:
     return made.model_copy(update={"learner": made.learner.model_copy(update=learner)})
-
-
-def scored(mine: Collected, mini_batches: int = MINI_BATCHES) -> Batch:
-    """A replica's batch, with the sampler's log-probs for old ones."""
-    made = assemble(mine, Config.model_fields["advantage"].default, mini_batches)
-    made.old_logprobs, made.entropy = made.rollout_logprobs.clone(), torch.zeros_like(made.rollout_logprobs)
-    return shape(made, STEP, Config.model_fields["shaping"].default)
 
 
 @contextmanager
@@ -119,12 +110,12 @@ def _switched(ranks: CaseRanks, layouts: Iterable[str], switches: Collection[str
 
 def _two_steps(learner: Learner, mine: Collected) -> tuple[list[torch.Tensor], list[Update]]:
     """Every weight, and the log-probs of a score between the steps."""
-    first = learner.update(scored(mine), CLIPPED)
-    fresh = scored(mine)
+    first = learner.update(as_sampled(mine, MINI_BATCHES), CLIPPED)
+    fresh = as_sampled(mine, MINI_BATCHES)
     fresh.old_logprobs = None
     between = learner.score(fresh).old_logprobs
     assert between is not None
-    second = learner.update(scored(mine), CLIPPED)
+    second = learner.update(as_sampled(mine, MINI_BATCHES), CLIPPED)
     return [*(p.detach().clone() for p in learner.parameters().values()), between], [first, second]
 
 
@@ -148,9 +139,10 @@ def on_host(ranks: CaseRanks) -> dict[str, Any]:
     checkpoint each takes up from the other."""
     kind, found = "qwen3", {}
     folder, collected = ranks.folder / kind, make_collected(groups=6, size=4)
-    for data, parallel in ((ranks.world, {}), (1, {"pipeline": ranks.world} if ranks.world > 1 else {})):
-        if data == ranks.world == 1 and found:
-            continue
+    layouts: list[tuple[int, dict[str, int]]] = [(ranks.world, {})]
+    if ranks.world > 1:
+        layouts.append((1, {"pipeline": ranks.world}))
+    for data, parallel in layouts:
         cluster, facts = ranks.arrange(1, data=data, **parallel), read_facts(folder)
         mine = share(collected, cluster.coordinates.data, cluster.data)
         options = {
@@ -165,24 +157,24 @@ def on_host(ranks: CaseRanks) -> dict[str, Any]:
             for on in (False, True)
         }
         learners = {on: Learner(cluster, facts, made) for on, made in options.items()}
-        updates = {on: [each.update(scored(mine), CLIPPED) for _ in range(2)] for on, each in learners.items()}
+        updates = {
+            on: [each.update(as_sampled(mine, MINI_BATCHES), CLIPPED) for _ in range(2)]
+            for on, each in learners.items()
+        }
         states = {on: _states(each) for on, each in learners.items()}
         target = ranks.folder / f"host-{ranks.world}-{data}"
         ends: dict[str, Any] = {}
         for on, learner in learners.items():
             place = target / str(on)
-            if ranks.rank == 0:
-                place.mkdir(parents=True)
-            dist.barrier()
-            write_whole(Saving(learner.sharded_state(), place))
-            learner.update(scored(mine), CLIPPED)
+            save(learner, place)
+            learner.update(as_sampled(mine, MINI_BATCHES), CLIPPED)
             for of, made in options.items():
                 again = Learner(cluster, facts, made, place)
                 taken = _states(again)
-                again.update(scored(mine), CLIPPED)
+                again.update(as_sampled(mine, MINI_BATCHES), CLIPPED)
                 ends[f"{on} by {of}"] = {
                     "taken": all(torch.equal(taken[name], value) for name, value in states[on].items()),
-                    "weights": _equal(learner, again),
+                    "weights": same_weights(learner, again),
                     "after": _apart(_states(learner), _states(again)),
                 }
         found[f"data {data} {parallel}"] = {
@@ -206,11 +198,6 @@ def _apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     apart = [float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp(min=1e-12)) for n in a if a[n].numel()]
     return max(apart, default=0.0)
-
-
-def _equal(a: Learner, b: Learner) -> bool:
-    theirs = b.parameters()
-    return all(torch.equal(p, theirs[key]) for key, p in a.parameters().items())
 
 
 def adam_by_hand(ranks: CaseRanks) -> dict[str, float]:
@@ -270,7 +257,7 @@ def unscored(ranks: CaseRanks) -> dict[str, Any]:
         "entropy": batch.entropy is None,
         "metrics": {n: metrics[n] for n in ("policy/entropy", "mismatch/logprob_abs_mean", "mismatch/kl_k3")},
         "mean": metrics["policy/old_logprob_mean"],
-        "weights": _equal(learner, other),
+        "weights": same_weights(learner, other),
         "told": told.reported == same.reported,
     }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from a3po_megatron.algorithm.advantage import assemble
@@ -20,7 +19,6 @@ from a3po_megatron.batch import Collected
 from a3po_megatron.config import ClippedOptions, Config, Settings, TisOptions
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
-from a3po_megatron.run.store import Saving
 from tests.distributed.cases_learner import (
     LR,
     TEMPERATURE,
@@ -29,12 +27,13 @@ from tests.distributed.cases_learner import (
     batch_of,
     literal_loss,
     literal_old,
+    same_weights,
     settings,
     share,
 )
 from tests.harness.fp8_rounding import quantised
 from tests.harness.ranks import Case, CaseRanks
-from tests.harness.saves_at_once import write_whole
+from tests.harness.saves_at_once import save
 from tests.harness.tiny_models import VOCAB, hf_logprobs, hf_model, hf_tensors_of, make_collected, resolved
 from tools.bringup.measure import relative
 from tools.bringup.rank import TINY, make_model
@@ -173,6 +172,19 @@ UPDATES = {
         _case("cut_experts", "experts", 2, 1, sequence=True),
     ],
 }
+# With switches on: what is recomputed must be what the forward computed, quantised copies of weights included.
+FUSED = {"fused_rope": True, "fused_swiglu": True}
+SWITCHED = [
+    _case("fused", "dense", 1, 1, switches=FUSED),
+    _case("fused_experts", "experts", 1, 1, switches=FUSED),
+    _case("recomputed_fp8-blockwise", "dense", 1, 1, precision="fp8-blockwise", switches={"recompute": "full"}),
+    _case(
+        "recomputed_experts_fp8-blockwise",
+        *("all_experts", 1, 1),
+        precision="fp8-blockwise",
+        switches={"recompute": "selective"},
+    ),
+]
 # What the others imply, each of whose dimensions one of them has: `make soak` runs these.
 IMPLIED = ("biased_untied", "experts", "dense_fp8-tensorwise", "all_experts_fp8-blockwise", "sequence", "data")
 
@@ -218,17 +230,9 @@ def saved(ranks: CaseRanks) -> dict[str, bool]:
     batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
     learner = Learner(cluster, facts, options_for(folder, 1, 2))
     learner.update(batch(), CLIPPED)
-    if ranks.rank == 0:
-        target.mkdir()
-    dist.barrier()
-    write_whole(Saving(learner.sharded_state(), target))
+    save(learner, target)
     again = Learner(cluster, facts, options_for(folder, 1, 2), target)
-    equal = {"weights": _equal(learner, again)}
+    equal = {"weights": same_weights(learner, again)}
     for each in (learner, again):
         each.update(batch(), CLIPPED)
-    return equal | {"after a further step": _equal(learner, again)}
-
-
-def _equal(a: Learner, b: Learner) -> bool:
-    theirs = b.parameters()
-    return all(torch.equal(p, theirs[key]) for key, p in a.parameters().items())
+    return equal | {"after a further step": same_weights(learner, again)}

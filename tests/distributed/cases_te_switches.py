@@ -1,76 +1,51 @@
 """Cases for the throughput switches that Transformer Engine or DeepEP take, over their stand-ins
-(tests/test_switches.py)."""
+(tests/test_te.py)."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 
 from a3po_megatron.learner.learner import Learner
 from a3po_megatron.model.read import read_facts
-from a3po_megatron.run.store import Saving
 from tests.distributed.cases_learner import LR, Watched, as_hf, batch_of, share
-from tests.distributed.cases_te import CLIPPED, GROUPS, SIZE, one_update, options_for
-from tests.harness.ranks import Case, CaseRanks
-from tests.harness.saves_at_once import write_whole
+from tests.distributed.cases_te import CLIPPED, FUSED, GROUPS, SIZE, one_update, options_for
+from tests.harness.ranks import CaseRanks
+from tests.harness.saves_at_once import save
 from tests.harness.tiny_models import make_collected
 
-FUSED = {"fused_rope": True, "fused_swiglu": True}
 MOMENTS = {"moment_dtype": "bfloat16", "clip_grad": 0.0}
 
 
 def fused_rope_is_run(ranks: CaseRanks) -> int:
     """How often Transformer Engine's rotary embedding is asked for in one update."""
-    asked, kernel = [], rope_utils.fused_apply_rotary_pos_emb_thd
-
-    def counted(*of: Any, **named: Any) -> Any:
-        asked.append(1)
-        return kernel(*of, **named)
-
-    rope_utils.fused_apply_rotary_pos_emb_thd = counted
-    try:
+    kernel = rope_utils.fused_apply_rotary_pos_emb_thd
+    with mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb_thd", side_effect=kernel) as asked:
         one_update(ranks, "dense", 1, 1, switches=FUSED)
-    finally:
-        rope_utils.fused_apply_rotary_pos_emb_thd = kernel
-    return len(asked)
+    return asked.call_count
 
 
 def flex(ranks: CaseRanks) -> dict[str, Any]:
-    """One update with DeepEP's dispatcher, and one with Megatron's own, in each layout of experts."""
-    found = {}
-    for name, tensor, data, layout in (
-        ("spread", 1, 2, {"expert": 2}),
-        ("cut", 2, 1, {"sequence": True}),
-    ):
+    """One update with DeepEP's dispatcher, and one with Megatron's own, in each layout of experts; and how many of
+    DeepEP's were built."""
+    found: dict[str, Any] = {}
+    layouts: dict[str, tuple[int, int, dict[str, Any]]] = {
+        "spread": (1, 2, {"expert": 2}),
+        "cut": (2, 1, {"sequence": True}),
+    }
+    for name, (tensor, data, layout) in layouts.items():
         for dispatcher in ("alltoall", "flex"):
-            learner = _case_of(tensor, data, layout, dispatcher)(ranks)
-            found[f"{name}, {dispatcher}"] = learner
+            begin = MoEFlexTokenDispatcher.__init__
+            with mock.patch.object(MoEFlexTokenDispatcher, "__init__", autospec=True, side_effect=begin) as built:
+                switches = {"expert_dispatcher": dispatcher}
+                update = one_update(ranks, "experts", tensor, data, switches=switches, **layout)
+            found[f"{name}, {dispatcher}"] = update | {"flex": built.call_count}
     return found
-
-
-def _case_of(tensor: int, data: int, layout: dict[str, Any], dispatcher: str) -> Case:
-    def case(ranks: CaseRanks) -> dict[str, Any]:
-        built: list[Any] = []
-        begin = MoEFlexTokenDispatcher.__init__
-
-        def noted(self: Any, *of: Any, **named: Any) -> None:
-            built.append(self)
-            begin(self, *of, **named)
-
-        MoEFlexTokenDispatcher.__init__ = noted
-        try:
-            switches = {"expert_dispatcher": dispatcher}
-            update = one_update(ranks, "experts", tensor, data, switches=switches, **layout)
-        finally:
-            MoEFlexTokenDispatcher.__init__ = begin
-        return update | {"flex": len(built)}
-
-    return case
 
 
 def moments_by_hand(ranks: CaseRanks) -> dict[str, float]:
@@ -125,10 +100,7 @@ def moments_saved(ranks: CaseRanks) -> dict[str, bool]:
     batch = functools.partial(batch_of, collected, share(collected, cluster.coordinates.data, 2))
     learner = Learner(cluster, facts, options)
     learner.update(batch(), CLIPPED)
-    if ranks.rank == 0:
-        target.mkdir()
-    dist.barrier()
-    write_whole(Saving(learner.sharded_state(), target))
+    save(learner, target)
     again = Learner(cluster, facts, options, target)
     equal = {"states": _same(_states(learner), _states(again))}
     for each in (learner, again):
@@ -148,10 +120,7 @@ def host_saved(ranks: CaseRanks) -> dict[str, Any]:
         learner, target = Learner(cluster, facts, made), ranks.folder / f"host-{before}"
         for _ in range(2):
             learner.update(batch(), CLIPPED)
-        if ranks.rank == 0:
-            target.mkdir()
-        dist.barrier()
-        write_whole(Saving(learner.sharded_state(), target))
+        save(learner, target)
         learner.update(batch(), CLIPPED)
         for after, taken in options.items():
             again = Learner(cluster, facts, taken, target)
@@ -179,22 +148,3 @@ def _count(learner: Learner) -> int:
 def _same(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]]) -> bool:
     pairs = list(zip(a, b, strict=True))
     return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in pairs)
-
-
-def _recomputed(name: str, kind: str, what: str, precision: str) -> Case:
-    case: Case = functools.partial(one_update, kind=kind, tensor=1, data=1, precision=precision)
-    made: Case = functools.partial(case, switches={"recompute": what})
-    made.__qualname__, made.__module__ = name, __name__
-    globals()[name] = made
-    return made
-
-
-# What they recompute must be what the forward computed, quantised copies of weights included.
-RECOMPUTED = [
-    _recomputed("dense_full_fp8-blockwise", "dense", "full", "fp8-blockwise"),
-    _recomputed("all_experts_selective_fp8-blockwise", "all_experts", "selective", "fp8-blockwise"),
-]
-FUSED_CASE: Case = functools.partial(one_update, kind="dense", tensor=1, data=1, switches=FUSED)
-FUSED_CASE.__qualname__, FUSED_CASE.__module__ = "FUSED_CASE", __name__
-FUSED_EXPERTS: Case = functools.partial(one_update, kind="experts", tensor=1, data=1, switches=FUSED)
-FUSED_EXPERTS.__qualname__, FUSED_EXPERTS.__module__ = "FUSED_EXPERTS", __name__

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from a3po_megatron.run.store import Saving, Share
+
+
+def save(learner: Any, folder: Path) -> None:
+    """A learner's weights and optimizer, as a run saves them; a collective. `folder` must not be there yet."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    write_whole(Saving(learner.sharded_state(), folder))
 
 
 def write_whole(saving: Saving) -> Share:
