@@ -1,0 +1,46 @@
+"""GPUs by name, and what of their memory a program can have."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from ..errors import RequestError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory: int  # bytes that CUDA reports as total
+    hopper: bool = True  # or newer
+
+
+def _gpus(*rows: tuple[str, float, bool]) -> dict[str, Gpu]:
+    return {name: Gpu(name, int(gib * GIB), hopper) for name, gib, hopper in rows}
+
+
+# As torch reports them (torch.cuda.mem_get_info): 80 GB cards have 79.1 to 79.2 GiB, H200 139.8.
+GPUS = _gpus(
+    ("a100-40gb", 39.4, False),
+    ("a100", 79.1, False),
+    ("h800", 79.1, True),
+    ("h100", 79.1, True),
+    ("h20", 95.0, True),
+    ("h100-96gb", 93.1, True),
+    ("gh200", 94.5, True),
+    ("h200", 139.8, True),
+    ("b200", 178.3, True),
+    ("b300", 267.6, True),
+)
+
+
+def gpu_of(name: str) -> Gpu:
+    """Raises RequestError for a name that nobody gave a GPU."""
+    known = name.lower().removeprefix("nvidia-")
+    if known in GPUS:
+        return GPUS[known]
+    near = difflib.get_close_matches(known, GPUS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise RequestError(f"no GPU is called {name!r}: {', '.join(GPUS)}{hint}")
