@@ -90,7 +90,7 @@ def out_of_memory(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return results
 
 
-# verl's and slime's vocab-parallel log-probs and entropy keep, in float32, what both were computed from, and the softmax.
+# verl's and slime's vocab-parallel log-probs and entropy keep, in float32, what both come from, and the softmax.
 ENTROPY_LOGIT = 2 + 3 * 4
 # Rows that ran out of memory leave much open. What is taken for it, from the sources that they name:
 OUT_OF_MEMORY: dict[str, dict[str, Any]] = {

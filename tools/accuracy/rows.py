@@ -113,8 +113,8 @@ def job_of(row: Row) -> Job:
 
 
 def _expert_tensor(row: Row, tensor: int, assumed: list[str]) -> int:
-    """The record has 1 where a test of Megatron-LM does not say; it is the tensor-parallel size then. Those that do have
-    it in their names."""
+    """The record has 1 where a test of Megatron-LM does not say; it is the tensor-parallel size then. Those that say it
+    have it in their names."""
     if row.get("family") == "mcore_golden" and "etp" not in str(row["id"]) and tensor > 1:
         if "num-experts" in (row.get("settings") or {}):
             assumed.append(f"experts over {tensor} tensor-parallel ranks")
@@ -154,7 +154,7 @@ def _own_shape(settings: Mapping[str, str], row: Row, assumed: list[str]) -> Sha
             number("qk-pos-emb-head-dim", 64),
             number("v-head-dim", 128),
         )
-    experts = number("num-experts", 0)
+    experts, rope = number("num-experts", 0), settings.get("position-embedding-type") == "rope"
     layers = number("num-layers", 0)
     dense = _dense_layers(settings.get("moe-layer-freq", "1"), layers) if experts else 0
     backend = settings.get("attention-backend", "").split(" ")[0]
@@ -178,14 +178,11 @@ def _own_shape(settings: Mapping[str, str], row: Row, assumed: list[str]) -> Sha
         dense_layers=dense,
         latent=latent,
         predicted=number("mtp-num-layers", 0),
-        learned_positions=0
-        if settings.get("position-embedding-type") == "rope"
-        else number("max-position-embeddings", 0),
+        learned_positions=0 if rope else number("max-position-embeddings", 0),
         gated=on("swiglu"),
         fused_gate=True,
-        rope=settings.get("position-embedding-type") == "rope",
-        fused_attention=backend in ("flash", "fused")
-        or (backend == "" and not (local and "memory_speed" not in row["id"])),
+        rope=rope,
+        fused_attention=backend in ("flash", "fused") or (backend == "" and not local),
         hidden_dropout=dropout,
         attention_dropout=settings.get("attention-dropout", "0.1" if dropout else "0.0") != "0.0",
         bias=not on("disable-bias-linear"),
