@@ -143,7 +143,7 @@ def _own_shape(settings: Mapping[str, str], row: Row, assumed: list[str]) -> Sha
     if "vocab-size" not in settings:
         assumed.append(f"a vocabulary of {GPT2_VOCABULARY}")
     # Tests without Transformer Engine say so in their names alone.
-    local = ("transformer-impl" in settings and settings["transformer-impl"] == "local") or "_te_" not in row["id"]
+    local = "uninstall_te" in row["id"] or ("mcore_tp" in row["id"] and "_te_" not in row["id"])
     dropout = settings.get("hidden-dropout", "0.1") != "0.0"
     latent = None
     if on("multi-latent-attention"):
