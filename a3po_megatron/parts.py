@@ -143,7 +143,18 @@ def build(
     further = evaluation_metrics([each.benchmark for each in asked])
     balance = Balance(ranks, prompts.at, attention_scale(facts))
     recorder = Recorder(
-        folder, settings, ranks, tokenizer, rejected, prompts.way_of, writer, started, first_step, further, balance.home
+        folder,
+        settings,
+        ranks,
+        tokenizer,
+        rejected,
+        prompts.way_of,
+        writer,
+        started,
+        first_step,
+        further,
+        balance.home,
+        predicted_bytes(facts, settings),
     )
     evaluation = functools.partial(
         Evaluation,

@@ -16,6 +16,7 @@ from .data import data_app
 from .doctor import doctor
 from .eval import evaluate
 from .options import options
+from .plan import plan
 from .report import report
 from .status import status
 from .submit import submit
@@ -47,7 +48,7 @@ def a3po(version: Version = False) -> None:
 
 
 app.command("eval")(evaluate)
-for _command in (train, submit, report, compare, status, options, doctor):
+for _command in (train, submit, plan, report, compare, status, options, doctor):
     app.command()(_command)
 app.add_typer(data_app, name="data")
 app.add_typer(convert_app, name="convert")

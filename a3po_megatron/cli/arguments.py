@@ -22,3 +22,4 @@ RunDir = Annotated[Path | None, path_option(help="Default: runs/<name>-<date>-<s
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override an option; repeatable.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Also where the plan of memory says that it does not fit.")]

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import RequestError
-from .arguments import Overrides, RunDir, path_argument, path_option
+from .arguments import Force, Overrides, RunDir, path_argument, path_option
 
 
 def submit(
@@ -30,6 +30,7 @@ def submit(
         typer.Option("--dry-run", help="Print what would be submitted, do nothing; weights and data are not read."),
     ] = False,
     write: Annotated[bool, typer.Option("--write", help="Make the run folder and its script; do not submit.")] = False,
+    force: Force = False,
 ) -> None:
     """Train through Slurm: the same run, queued, and back by itself after an interruption."""
     from ..config import load_config
@@ -42,7 +43,13 @@ def submit(
     for option, wanted in (("--export", export is not None), ("--eval", bool(evaluate))):
         if wanted and (sweep or configs[0].slurm.resume == "chain"):
             raise RequestError(f"{option} waits for one job: not with --sweep or slurm.resume chain")
-    plan = slurm.plan([slurm.settled(each) for each in configs], folder, bool(sweep))
+    runs = [slurm.settled(each) for each in configs]
+    if not force:
+        from ..launch.plan import check_memory
+
+        for each, run in zip(configs, runs, strict=True):
+            check_memory(each, run)
+    plan = slurm.plan(runs, folder, bool(sweep))
     if dry_run:
         sys.stdout.buffer.write(plan.script.encode())  # a file for sbatch, whatever the terminal knows
         return

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from .arguments import Overrides, RunDir, path_argument
+from .arguments import Force, Overrides, RunDir, path_argument
 
 
 def train(
     config: Annotated[Path, path_argument(help="A configuration file, such as configs/demo.yaml.")],
     run_dir: RunDir = None,
     set_: Overrides = None,
+    force: Force = False,
 ) -> None:
     """Train on this machine, with as many ranks as the layout needs."""
     started = time.time()
@@ -25,12 +26,17 @@ def train(
     from ..launch.check import check_machine, settle
     from ..launch.check_files import check_files
     from ..launch.folder import default_folder, prepare_folder
+    from ..launch.hardware import gpu_here
     from ..launch.local import rendezvous, run_local
+    from ..launch.plan import check_memory
     from ..report.page import write_report
 
     rendezvous(wanted.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(wanted)
-    settings = settle(wanted, backend)
+    gpu = gpu_here(wanted)
+    settings = settle(wanted, backend, gpu=gpu)
+    if not force:
+        check_memory(wanted, settings, gpu)
     for remark in check_files(settings, backend, here=True):
         print(f"data: {remark}")
     folder = run_dir or default_folder(settings.name)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from .section import Positive, PositiveFloat, Section, option, or_off
+from .section import NoEffect, Positive, PositiveFloat, Section, option, or_off
+from .slurm_forms import checked_text
 
 
 class ParallelOptions(Section):
+    layout: Literal["given", "auto"] = option(
+        "given",
+        "auto: the smallest layout that fits the GPUs (a3po plan) takes the place of tensor, pipeline, context, "
+        "expert, expert_tensor and sequence, and raises rollout.tensor where an engine needs more ranks",
+    )
     tensor: Positive = option(1, "ranks that share every layer (tensor parallelism)")
     pipeline: Positive = option(1, "ranks that share the layers by depth (pipeline parallelism)")
     context: Positive = option(1, "ranks that share the tokens of a sequence (context parallelism)")
@@ -23,6 +29,13 @@ class ParallelOptions(Section):
     sequence: bool = option(False, "split activations between layers along the tokens over the tensor ranks")
     data: Positive | None = option(
         None, "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need"
+    )
+    without_effect = (
+        NoEffect(
+            ("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual", "stages", "sequence", "data"),
+            lambda p: p.layout == "auto",
+            "parallel.layout is auto",
+        ),
     )
 
     def stage_ranks(self) -> int:
@@ -65,6 +78,11 @@ class ClusterOptions(Section):
         None,
         "what the ranks train on, which must be what they find; null: GPUs where there are any, and under Slurm where "
         "slurm.gpus_per_node asks for some",
+    )
+    gpu: Annotated[str, AfterValidator(checked_text)] = option(
+        "",
+        "GPU whose memory is planned for (a3po plan): h200, h100, …; empty: what slurm.gpus_per_node names, on this "
+        "machine what it has, else h200",
     )
     port: Annotated[int, Field(ge=0, le=65535), or_off(least=1024)] = option(
         0, "of the ranks' rendezvous; 0: a free one"

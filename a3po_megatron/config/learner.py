@@ -62,16 +62,20 @@ Precision = Literal["fp32", "bf16", "fp8-blockwise", "fp8-tensorwise"]
 class LearnerOptions(Section):
     """The throughput switches are off until they were measured on GPUs (docs/scaling.md)."""
 
-    micro_batch_tokens: Positive = option(
-        16384, "prompt and response tokens that are packed into one micro-batch, at most"
+    micro_batch_tokens: Positive | None = option(
+        None,
+        "prompt and response tokens that are packed into one micro-batch, at most; null: as the plan has room, on a "
+        "CPU 16,384",
     )
     precision: Precision | None = option(None, "what matrix products are computed in; null: model.dtype")
     bf16_layers: tuple[NonNegative, NonNegative] = option((0, 0), "with FP8: first and last layers that stay in bf16")
     offload: Literal["none", "optimizer", "all"] | None = option(
-        None, "what leaves the device while the engine samples, besides gradients; null: as docs/backends.md says"
+        None, "what leaves the device while the engine samples, besides gradients; null: as the plan needs it"
     )
-    recompute: Literal["none", "selective", "full"] = option(
-        "none", "activations that the backward computes again: none, those of MLPs or experts, or of whole layers"
+    recompute: Literal["none", "selective", "full"] | None = option(
+        None,
+        "activations that the backward computes again: none, those of MLPs or experts, or of whole layers; null: as "
+        "little as the plan needs, on a CPU none",
     )
     overlap_grad_reduce: bool = option(False, "gradients are reduced while the backward goes on")
     overlap_param_gather: bool = option(
@@ -91,5 +95,7 @@ class LearnerOptions(Section):
 
 
 class LearnerSettings(LearnerOptions):
+    micro_batch_tokens: Positive
+    recompute: Literal["none", "selective", "full"]
     precision: Precision
     offload: Literal["none", "optimizer", "all"]

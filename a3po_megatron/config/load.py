@@ -56,13 +56,14 @@ class Given(NamedTuple):
 Values = dict[str, Given]  # by dotted option
 
 
-def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration in `path` with `overrides` ("section.key=value", YAML values) on top.
+def load_config(path: Path | str, overrides: list[str] | tuple[str, ...] = (), must_exist: bool = True) -> Config:
+    """The configuration in `path` with `overrides` ("section.key=value", YAML values) on top. `must_exist`: the files
+    and folders that it names; a plan asks for none of them.
 
     Raises RequestError (exit 2) for an unreadable file, an unknown option (with the nearest valid one), a value of the
     wrong type or range, a missing model or data path, and an option that has no effect beside the others.
     """
-    return _checked(_read_file(Path(path), ()), overrides)
+    return _checked(_read_file(Path(path), ()), overrides, must_exist)
 
 
 def config_of_model(folder: str, overrides: Sequence[str] = ()) -> Config:
@@ -74,10 +75,10 @@ def config_of_model(folder: str, overrides: Sequence[str] = ()) -> Config:
     return _checked({"model.path": model, "data.path": data}, overrides)
 
 
-def _checked(values: Values, overrides: Sequence[str]) -> Config:
+def _checked(values: Values, overrides: Sequence[str], must_exist: bool = True) -> Config:
     for text in overrides:
         _override(text, values)
-    values = _located(_with_method(values))
+    values = _located(_with_method(values), must_exist)
     config = _validate(values)
     for section in SECTIONS:
         chosen = getattr(config, section)
@@ -123,12 +124,16 @@ def data_options(paths_: list[str], overrides: list[str]) -> DataOptions:
         if not option.startswith("data.") or option == "data.path":
             raise RequestError(f"{entry.where}: expected an option of the section data, but not its path")
     values["data.path"] = Given(paths_[0] if len(paths_) == 1 else paths_, "the command line", Path.cwd())
-    return _validate({**_located(values), "model.path": Given("none", "", Path.cwd())}).data
+    return _validate({**_located(values, must_exist=True), "model.path": Given("none", "", Path.cwd())}).data
 
 
 def resolved_text(settings: Settings) -> str:
     """Returns every option with its value as YAML, in the order of the sections."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    why = "".join(f"{REASON}{option}: {reason}\n" for option, reason in settings.reasons.items())
+    return why + yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+REASON = "# planned: "  # before an option that a plan filled in, and why
 
 
 def load_resolved(path: Path) -> Settings:
@@ -137,7 +142,10 @@ def load_resolved(path: Path) -> Settings:
     Raises RequestError, naming file and option, for what is none: cut off, or of a version with other options.
     """
     try:
-        return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        lines = [line.removeprefix(REASON) for line in text.splitlines() if line.startswith(REASON)]
+        reasons = {option: reason for option, _, reason in (line.partition(": ") for line in lines)}
+        return Settings.model_validate(yaml.safe_load(text)).because(reasons)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         words = " ".join(str(error).split())[:300]
         raise RequestError(f"{path}: this is not the configuration of a run: {words}") from error
@@ -150,13 +158,13 @@ def load_resolved(path: Path) -> Settings:
         ) from error
 
 
-def _located(values: Values) -> Values:
+def _located(values: Values, must_exist: bool) -> Values:
     """Without those that are as by default (null), and paths as they are meant."""
     values = {option: entry for option, entry in values.items() if entry.value is not None}
     for option in _PATHS:
         if option in values:
             entry = values[option]
-            values[option] = entry._replace(value=_path(option, entry.value, entry.where, entry.folder))
+            values[option] = entry._replace(value=_path(option, entry.value, entry.where, entry.folder, must_exist))
     return values
 
 
@@ -283,15 +291,16 @@ def _settled(option: str, value: Any, where: str) -> Any:
         raise RequestError(f"{where}: {option}: {error}") from error
 
 
-def _path(option: str, value: Any, where: str, folder: Path) -> Any:
+def _path(option: str, value: Any, where: str, folder: Path, must_exist: bool) -> Any:
     """The path that is meant; what is none is left to be refused for its type."""
     if isinstance(value, list):
-        return [_path(option, entry, where, folder) for entry in value]
+        return [_path(option, entry, where, folder, must_exist) for entry in value]
     if not isinstance(value, str) or value in ("", ARITHMETIC):
         return value
     if option == "data.path" and value.startswith("builtin:"):
         raise RequestError(f"{where}: {option}: there is no {value}; the built-in task is {ARITHMETIC}")
-    return _PATHS[option](option, value, where, folder)
+    kind = _PATHS[option]
+    return (paths.to_make if kind is paths.existing and not must_exist else kind)(option, value, where, folder)
 
 
 def _validate(values: Values) -> Config:

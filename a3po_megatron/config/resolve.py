@@ -5,6 +5,7 @@ Pure, and no check: what cannot work is refused by launch/check.py, which looks 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from .algorithm import ShapingOptions
@@ -32,9 +33,20 @@ class Device(Protocol):
     def offload(self) -> Literal["none", "optimizer", "all"]: ...
 
 
-def resolve(config: Config, facts: Facts, device: Device, ranks: int | None = None) -> Settings:
+# What a plan of memory would say (preflight/sizes.py) where memory is not short.
+SIZES: dict[str, Any] = {
+    "rollout.kv_cache_bytes": 256 << 20,
+    "rollout.max_sequences": 256,
+    "learner.micro_batch_tokens": 16384,
+    "learner.recompute": "none",
+}
+
+
+def resolve(
+    config: Config, facts: Facts, device: Device, ranks: int | None = None, sizes: Mapping[str, Any] = SIZES
+) -> Settings:
     """The settings of a run of this model on such devices. `ranks`: how many there will be; None, on one machine: as
-    few as the layout needs."""
+    few as the layout needs. `sizes`: by dotted option, of those that were left open."""
     parallel, shaping, rollout, trainer = config.parallel, config.shaping, config.rollout, config.trainer
     dtype = config.model.dtype or device.dtypes[0]
     precision = config.learner.precision or ("fp32" if dtype == "float32" else "bf16")
@@ -64,6 +76,10 @@ def resolve(config: Config, facts: Facts, device: Device, ranks: int | None = No
         answers["shaping"] = {"rho_negative": shaping.rho}
     if isinstance(config.objective, TokenObjective) and config.objective.constant is None:
         answers["objective"] = {"constant": rollout.max_tokens}  # Dr.GRPO's: the longest that a response can be
+    for option, value in sizes.items():
+        section, _, name = option.partition(".")
+        if getattr(getattr(config, section), name) is None:
+            answers[section][name] = value
     tree = config.model_dump()
     return Settings.model_validate({section: _with(values, answers.get(section)) for section, values in tree.items()})
 

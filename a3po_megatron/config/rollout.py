@@ -24,8 +24,12 @@ class RolloutOptions(Section):
     max_batches: Positive = option(
         4, "times trainer.prompts_per_step prompts that a step may sample to find enough groups"
     )
-    max_sequences: Positive = option(256, "rollouts that an engine decodes at once")
-    kv_cache_bytes: Positive = option(256 << 20, "of one engine's KV cache")
+    max_sequences: Positive | None = option(
+        None, "rollouts that an engine decodes at once; null: as many as its cache holds, on a CPU 256"
+    )
+    kv_cache_bytes: Positive | None = option(
+        None, "of the KV cache on each rank of an engine; null: what the plan leaves (a3po plan), on a CPU 256 MiB"
+    )
     quantization: Literal["none", "fp8_per_block"] = option(
         "none", "what the engine computes its linear layers in, output layer aside; none: model.dtype. fp8: GPUs only"
     )
@@ -46,3 +50,5 @@ class RolloutOptions(Section):
 
 class RolloutSettings(RolloutOptions):
     data: Positive
+    max_sequences: Positive
+    kv_cache_bytes: Positive

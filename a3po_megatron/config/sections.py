@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from .alerts import AlertsOptions
 from .algorithm import (
@@ -84,6 +84,18 @@ class Settings(Config):
     checkpoint: CheckpointSettings
     cluster: ClusterSettings
     slurm: SlurmSettings
+    _reasons: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why options have the values that a plan gave them, by dotted option."""
+        return self._reasons
+
+    def because(self, reasons: dict[str, str]) -> Settings:
+        """Returns the same with reasons."""
+        self._reasons.clear()
+        self._reasons.update(reasons)
+        return self
 
     @property
     def ranks(self) -> int:

@@ -44,6 +44,13 @@ def checked_memory(memory: object) -> object:
     return text
 
 
+def bytes_of_memory(text: str) -> int:
+    """Of a memory that `checked_memory` took; 0 where it is all of a node's, or not said."""
+    match = re.fullmatch(r"(\d*)([KMGT]?)B?", text, re.ASCII | re.IGNORECASE)
+    assert match is not None, text
+    return int(match[1] or 0) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[match[2].upper()]
+
+
 GPUS = re.compile(r"(?:gpu:)?(?:(?P<type>[A-Za-z0-9_.-]*[A-Za-z][A-Za-z0-9_.-]*):)?(?P<count>\d+)", re.ASCII)
 
 

@@ -20,7 +20,6 @@ from ..config import (
     ShapingOptions,
     Signed,
     VespoOptions,
-    resolve,
 )
 from ..errors import RequestError
 from ..model.cut import kv_heads_of_rank
@@ -29,6 +28,9 @@ from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
 from ..model.read import read_facts
 from ..model.rope import Yarn
+from ..preflight.gpus import Gpu, planned_gpu
+from ..preflight.layouts import with_layout
+from ..preflight.sizes import Sized
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
 from ..telemetry.wandb_run import check_wandb
@@ -37,14 +39,18 @@ from .check_learner import check_deep_ep, check_switches
 from .hardware import find_hardware
 
 
-def settle(config: Config, backend: Backend, ranks: int | None = None) -> Settings:
+def settle(config: Config, backend: Backend, ranks: int | None = None, gpu: Gpu | None = None) -> Settings:
     """What a run does that is asked for so, on such devices. `ranks`: how many there will be; None: as few as it needs.
+    `gpu`: whose memory is planned with; None: as `planned_gpu` says, on GPUs.
 
-    Raises RequestError with one clear message if such a run cannot work.
+    Raises RequestError with one clear message if such a run cannot work; whether it fits is `check_memory`'s to say.
     """
     facts = read_facts(config.model.path)
+    if backend.device == "cuda":
+        gpu = gpu or planned_gpu(config)
+    config = with_layout(config, facts, backend, ranks, gpu)
     _check_as_given(config, facts, ranks)
-    settings = resolve(config, facts, backend, ranks)
+    settings = Sized(config, facts, backend, ranks, gpu).settings
     _check_options(settings)
     _check_alerts(settings)
     _check_objective(settings)

@@ -36,6 +36,7 @@ from .check import settle
 
 PROGRAM = ("-m", "a3po_megatron.serve")
 PROGRAM_SECONDS = 180.0  # that all tests of one response may take, at least
+LEAST_CACHE = 256 << 20
 LONGEST = 8  # sequences of full length that the engine's cache has room for, at least
 
 
@@ -101,7 +102,7 @@ def plan_evaluation(
     rollout = {
         "max_tokens": response,
         "max_prompt_tokens": prompt,
-        "kv_cache_bytes": max(config.rollout.kv_cache_bytes, LONGEST * per_token * (prompt + response)),
+        "kv_cache_bytes": max(config.rollout.kv_cache_bytes or LEAST_CACHE, LONGEST * per_token * (prompt + response)),
     }
     pool = config.grader_pool
     if "code" in graders_in(asked):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
+from ..config import Config
 from ..errors import RequestError
 from ..model.precision import Hardware
+from ..preflight.gpus import Gpu, planned_gpu
 from . import environment
 from .doctor.probe import QUERY, installed, output, parse_gpus, torch_cuda
 
@@ -23,7 +26,17 @@ def find_hardware() -> Hardware:
         raise RequestError("there is a GPU, but nvidia-smi names none that is visible: see a3po doctor")
     cuda = _version(torch_cuda())
     engine = _version(installed("transformer-engine"))
-    return Hardware(min(gpu.capability for gpu in gpus), cuda and cuda[:2], engine, len(gpus))
+    memory = min(gpu.memory_mib for gpu in gpus) << 20
+    return Hardware(min(gpu.capability for gpu in gpus), cuda and cuda[:2], engine, len(gpus), memory)
+
+
+def gpu_here(config: Config) -> Gpu | None:
+    """Returns the GPU that a run on this machine is planned with; None on a CPU."""
+    memory = find_hardware().memory if config.cluster.device != "cpu" else 0
+    if not memory:
+        return None
+    known = planned_gpu(config, memory)
+    return known if config.cluster.gpu else replace(known, memory=memory)
 
 
 def _version(text: str | None) -> tuple[int, ...] | None:

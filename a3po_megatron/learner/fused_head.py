@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .chunks import CHUNK_BYTES
 from .rows import check, combine, gradient, in_slice, measure
 
-# Of float32 work space for one chunk's logits, when the caller does not say; on a CPU twice with entropy.
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 BLOCK_BYTES = 16 << 20  # of weights that are cast to float32 at once
 
 

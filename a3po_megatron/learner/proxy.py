@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .fused_head import CHUNK_BYTES, _chosen, _gather, _Work
+from .chunks import CHUNK_BYTES
+from .fused_head import _chosen, _gather, _Work
 from .rows import check, in_slice
 
 

@@ -111,7 +111,7 @@ def transformer_config(
     }
     if parallel.pipeline > 1:
         ours["pipeline_model_parallel_layout"] = _stages(facts, layout)
-    ours |= _recomputed(learner.recompute, facts.experts is not None)
+    ours |= _recomputed(learner.recompute or "none", facts.experts is not None)
     if learner.expert_dispatcher == "flex":
         ours["moe_flex_dispatcher_backend"] = "deepep"
     if facts.experts is not None:

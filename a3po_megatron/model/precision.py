@@ -40,6 +40,7 @@ class Hardware:
     cuda: tuple[int, ...] | None  # that torch is built for
     transformer_engine: tuple[int, ...] | None  # its version
     gpus: int = 1
+    memory: int = 0  # bytes of the smallest GPU
 
 
 def is_fp8(precision: str | None) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
+from ..config import Config
+from ..config.slurm_forms import gpu_counts
 from ..errors import RequestError
 
 GIB = 1 << 30
+USUAL = "h200"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,17 @@ GPUS = _gpus(
     ("b200", 178.3, True),
     ("b300", 267.6, True),
 )
+
+
+def planned_gpu(config: Config, here: int = 0) -> Gpu:
+    """Returns the GPU that a run is planned for: the one it names, the one of `here` bytes that this machine has, the
+    one whose type slurm.gpus_per_node asks for, else an H200. Raises RequestError for one that is not known."""
+    if config.cluster.gpu:
+        return gpu_of(config.cluster.gpu)
+    if here:
+        return min(GPUS.values(), key=lambda gpu: abs(gpu.memory - here))
+    kinds = [kind.lower() for kind in gpu_counts(str(config.slurm.gpus_per_node))]
+    return next((GPUS[kind] for kind in kinds if kind in GPUS), GPUS[USUAL])
 
 
 def gpu_of(name: str) -> Gpu:

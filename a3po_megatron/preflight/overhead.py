@@ -15,6 +15,9 @@ COMMUNICATOR = 512 * MIB  # of NCCL, for each group that a rank talks in (issues
 # What an engine that sleeps leaves behind: graphs, communicators, work space outside its pool. vLLM's log of a 4B on
 # one GPU has 1.2 GiB with the context; slime's authors saw 3 to 5 GB with their groups torn down.
 ASLEEP = 3 * GIB
+GRAPHS = 1 * GIB  # CUDA graphs of an engine, for its batch sizes (vLLM's log: 0.5 to 1.5 GiB)
+HOST_PROCESS = 5 * GIB  # of a rank: torch, Transformer Engine and vLLM, the context's mirror, rollouts of a step
+CPU_PROCESS = 1200 * MIB  # of a rank on a CPU: torch, Megatron and vLLM, as the demo's ranks have
 # Of what comes and goes, the allocator has more than is used: it cannot give back what lies between. Published pairs of
 # reserved and allocated: 45.6 and 44.3, 72.4 and 65.2, 69.7 and 65.2 GiB.
 GAPS = 0.15

@@ -24,7 +24,7 @@ from ..files.writer import Writer
 from ..ranks.groups import Ranks
 from ..ranks.handoff import Handoff
 from ..telemetry.alerts import Alerts, Scale, columns, rows_needed
-from ..telemetry.catalogue import ELAPSED, RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
+from ..telemetry.catalogue import ELAPSED, PLANNED, RESIDENCY, SECONDS, STARTUP, STEP, Metric, Phase
 from ..telemetry.clock import CLOCK
 from ..telemetry.metrics import MetricsWriter, read_ends, read_metric
 from ..telemetry.progress import ProgressLine, open_console
@@ -48,11 +48,12 @@ class Recorder:
         first_step: int = 0,
         further: Sequence[Metric] = (),  # metrics beside the catalogue's
         home: Callable[[Batch], Batch] = lambda batch: batch,  # of what was trained on, what was sampled here
+        predicted: Mapping[str, int] | None = None,  # bytes of the fullest rank by the plan, in the phases of PLANNED
     ) -> None:
         self._folder, self._settings, self._ranks = RunFolder(folder), settings, ranks
         self._tokenizer, self._rejected, self._way_of = tokenizer, rejected, way_of
         self._started, self._startup = started, 0.0
-        self._home, self._writer = home, writer
+        self._home, self._writer, self._predicted = home, writer, predicted or {}
         self._stages: dict[str, float] = {}
         self._peak = 0  # bytes of the device
         self._said: set[str] = set()  # alerts
@@ -134,6 +135,7 @@ class Recorder:
                 "startup/seconds": self._startup,
                 **self._stages,
                 **{f"memory/{name}_bytes": value for name, value in memory.items()},
+                **self._by_plan(memory),
                 **(evaluated or {}),
             }
             raised = self._alerts.judge(values)
@@ -159,6 +161,15 @@ class Recorder:
             self._timeline.close()
             self._metrics.close()  # which may have something to say
             self._progress.close()
+
+    def _by_plan(self, memory: Mapping[str, int]) -> dict[str, float | None]:
+        """What the plan says of memory, beside what was in use: a CPU's process holds much that is nobody's tensor."""
+        on_gpu = self._ranks.backend.device == "cuda"
+        row: dict[str, float | None] = {}
+        for phase, state in PLANNED.items():
+            row[f"memory/predicted_{phase}"] = self._predicted.get(phase)
+            row[f"memory/measured_{phase}"] = memory[state] if on_gpu else None
+        return row
 
     def _peak_bytes(self) -> int:
         """The most memory that was in use: of this process on a CPU, else of the device as far as it was looked at."""

@@ -34,6 +34,7 @@ class Phase(StrEnum):
 _TRAINING = (Phase.REWARD, Phase.SCORE, Phase.UPDATE, Phase.PUBLISH, Phase.CHECKPOINT)
 STEP = (Phase.EVALUATE, Phase.ROLLOUT, *_TRAINING)  # phases of a step, in order
 STARTUP = (Phase.IMPORTS, Phase.GROUPS, Phase.ENGINE, Phase.MODEL, Phase.PUBLISH)  # of a start
+PLANNED = {"publish": "publishing", "rollout": "rollout", "update": "training"}  # phases of a plan, and their state
 RESIDENCY = ("publishing", "rollout", "training")  # who is in device memory when (residency.py)
 ELAPSED, IDLE = "elapsed", "idle"  # seconds of a rank's step; those of its phase rollout, with nothing to sample
 WAITING, REST = "waiting", "rest"  # what the timeline calls the idle ones, and those in no phase
@@ -122,6 +123,14 @@ CATALOGUE = (
     Metric("memory/publishing_bytes", "bytes", "in use after publishing", "Peak memory", "while publishing"),
     Metric("memory/rollout_bytes", "bytes", "in use after sampling", "Peak memory", "while sampling"),
     Metric("memory/training_bytes", "bytes", "in use after training", "Peak memory", "while training"),
+    *(
+        Metric(f"memory/{kind}_{phase}", "bytes", meaning, "Memory by the plan", f"{phase}, {kind}")
+        for phase in PLANNED
+        for kind, meaning in (
+            ("predicted", f"of the fullest rank in its phase {phase}, by a3po plan"),
+            ("measured", f"in use on the fullest rank at the end of {phase}; null on a CPU"),
+        )
+    ),
     *(Metric(f"{ALERT}{alert.name}", "0 or 1", alert.meaning) for alert in ALERTS),
 )
 METRICS = tuple(metric.name for metric in CATALOGUE)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from a3po_megatron.learner import rows
-from a3po_megatron.learner.fused_head import CHUNK_BYTES
+from a3po_megatron.learner.chunks import CHUNK_BYTES
 from a3po_megatron.learner.fused_head import logprob_and_entropy as fused_head
 from a3po_megatron.learner.vocab_parallel import logprob_and_entropy as vocab_parallel
 

@@ -1,0 +1,309 @@
+"""What the ranks of a run need in each phase, by what holds it: bytes of the fullest rank, and of a node's memory.
+
+Weights, gradients and optimizer are exact (static.py); activations are formulas (activations.py); what libraries and
+the device take are estimates, each with its source (overhead.py). On a CPU, device and host are one: everything is of
+the rank's process, and nothing moves unless `learner.offload` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..config import LpReg, Settings
+from ..learner.chunks import CHUNK_BYTES
+from ..model.cut import EngineRank, held, kv_heads_of_rank
+from ..model.facts import ModelFacts
+from ..model.layout import layout_of, padded_vocab
+from ..model.precision import token_grain
+from ..ranks.topology import Topology, topology_of
+from ..schedule.packing import token_multiple
+from ..weights.route import WIDTHS
+from .activations import Share, in_flight, layer
+from .overhead import ASLEEP, COMMUNICATOR, CONTEXT, CPU_PROCESS, GAPS, GRAPHS, HOST_PROCESS, LIBRARIES
+from .shape import Shape, shape_of
+from .static import Static, static_of
+from .update import peak_of_update
+
+IMBALANCE = 1.5  # tokens of the busiest rank's experts over the mean; nothing is dropped
+PROFILED_TOKENS = 8192  # that vLLM takes in one step at least (rollout/vllm_engine.py)
+SAMPLER_COPIES = 4  # of the logits, in float32: as computed, at their temperature, log-probs, sorted
+BLOCK_TOKENS = {"cpu": 128, "cuda": 16}  # of vllm 0.32.0's cache
+
+
+class Phase(StrEnum):
+    START = "start"
+    ROLLOUT = "rollout"
+    SCORE = "score"
+    FIRST = "first update"  # like the others: moments are made at the start, with the optimizer (compat/megatron.py)
+    UPDATE = "update"
+    PUBLISH = "publish"
+    CHECKPOINT = "checkpoint"
+
+
+# What holds memory, and by which formula.
+PARTS: dict[str, str] = {
+    "weights": "static: Megatron's parameter buffers, with their padding",
+    "gradients": "static: float32, as the parameter buffers",
+    "optimizer": "static: masters and moments of this rank's share",
+    "activations": "activations: what layers keep, times the micro-batches that the schedule has in flight",
+    "loss": "fused head: one chunk of float32 logits and its gradient, hidden states, or one layer's work, if larger",
+    "engine weights": "engine: vLLM's parameters on this rank",
+    "KV cache": "engine: rollout.kv_cache_bytes",
+    "engine work": "engine: activations of the largest step",
+    "graphs, sampler": "engine: CUDA graphs, and float32 logits of rollout.max_sequences",
+    "buffers": "publish: buckets, and the layer that is reloaded; pipeline: what travels; FP8: quantised weights",
+    "overhead": "overhead: context, libraries, communicators, what a sleeping engine keeps, the allocator's gaps",
+}
+Need = Mapping[str, int]  # bytes by part
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`phases`: of the rank that needs most in each. `host`: bytes of a node, by what holds them; empty on a CPU."""
+
+    phases: Mapping[Phase, Need]
+    host: Mapping[str, int]
+
+    def total(self, phase: Phase) -> int:
+        return sum(self.phases[phase].values())
+
+
+def memory_of(facts: ModelFacts, settings: Settings, hopper: bool = True) -> Memory:
+    """Returns what a run of these settings needs."""
+    topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
+    stage_ranks = topology.learning // topology.pipeline
+    every = [_Rank(facts, settings, topology, stage * stage_ranks, hopper) for stage in range(topology.pipeline)]
+    phases: dict[Phase, Need] = {}
+    for phase in Phase:
+        needs = [rank.need(phase) for rank in every]
+        phases[phase] = max(needs, key=lambda need: sum(need.values()))
+    return Memory(phases, _host(settings, max((rank.static for rank in every), key=_of_host)))
+
+
+def predicted_bytes(facts: ModelFacts, settings: Settings) -> dict[str, int]:
+    """Returns what each phase needs, by its name."""
+    memory = memory_of(facts, settings)
+    return {str(phase): memory.total(phase) for phase in Phase}
+
+
+class _Rank:
+    """The first rank of a stage, whose share is one of the largest."""
+
+    def __init__(self, facts: ModelFacts, settings: Settings, topology: Topology, rank: int, hopper: bool) -> None:
+        self.facts, self.settings, self.topology = facts, settings, topology
+        self.on_gpu, self.stage = settings.cluster.device == "cuda", topology.coordinates(rank).pipeline
+        self.static: Static = static_of(facts, settings, rank)
+        self.shape: Shape = shape_of(facts, settings.learner)
+        self.share = share_of(facts, settings)
+        self.engine = engine_weights(facts, settings)
+        self.hopper = hopper
+
+    def need(self, phase: Phase) -> Need:
+        static, offload = self.static, self.settings.learner.offload
+        parts = dict.fromkeys(PARTS, 0)
+        here = phase not in (Phase.ROLLOUT, Phase.PUBLISH) or offload == "none"
+        if phase != Phase.ROLLOUT or offload != "all":
+            parts["weights"] = static.weights
+        if here:
+            parts |= {"gradients": static.gradients, "optimizer": static.optimizer}
+        if phase == Phase.START and offload != "none":
+            # The first journey lays masters and moments into one block (model/arena.py), the gradients being away.
+            parts |= {"gradients": 0, "optimizer": 2 * static.optimizer}
+        awake = phase in (Phase.ROLLOUT, Phase.PUBLISH) or not self.on_gpu
+        if awake:
+            parts |= self._awake()
+        if phase == Phase.PUBLISH:
+            parts["buffers"] = self._of_publish()
+        moving = 0
+        if phase in (Phase.SCORE, Phase.FIRST, Phase.UPDATE):
+            parts |= self._of_score() if phase == Phase.SCORE else self._of_update()
+            moving = parts["activations"] + parts["loss"]
+        parts["overhead"] = self._overhead(moving)
+        if phase == Phase.START and self.on_gpu:
+            return max(parts, self._engine_alone(), key=lambda need: sum(need.values()))
+        return parts
+
+    def _awake(self) -> dict[str, int]:
+        rollout = self.settings.rollout
+        sampler = SAMPLER_COPIES * 4 * rollout.max_sequences * self.facts.vocab
+        return {
+            "engine weights": self.engine,
+            "KV cache": rollout.kv_cache_bytes,
+            "engine work": engine_work(self.facts, self.settings),
+            "graphs, sampler": sampler + (GRAPHS if self.on_gpu else 0),
+        }
+
+    def _engine_alone(self) -> Need:
+        """It is built first, on an empty device."""
+        return dict.fromkeys(PARTS, 0) | self._awake() | {"overhead": self._overhead(0)}
+
+    def _of_update(self) -> dict[str, int]:
+        layout = layout_of(self.settings.parallel)
+        chunks = layout.chunk_layers(self.facts.layers, self.stage)
+        flight = in_flight(layout.pipeline, layout.virtual, self.stage, micro_batches_of(self.settings))
+        head = self._head(backward=True) if self.stage == layout.pipeline - 1 else 0
+        dense = [[self.facts.experts is None] * len(chunk) for chunk in chunks]
+        peak = peak_of_update(self.shape, self.share, dense, flight, head)
+        return {
+            "activations": round(peak.activations),
+            "loss": round(peak.head + peak.work),
+            "buffers": self._travels(),
+        }
+
+    def _of_score(self) -> dict[str, int]:
+        """A forward without gradients: one layer at a time."""
+        kept = layer(self.shape, self.share, dense=self.facts.experts is None)
+        head = self._head(backward=False) if self.stage == self.topology.pipeline - 1 else 0
+        return {"activations": round(kept.total + kept.work), "loss": head, "buffers": self._travels()}
+
+    def _head(self, backward: bool) -> int:
+        """Of learner/fused_head.py: a chunk of logits, its gradient in the weights' dtype, hidden states and theirs."""
+        facts, share = self.facts, self.share
+        rows = padded_vocab(facts.vocab, share.tensor) // share.tensor
+        whole = share.tokens * facts.hidden * share.itemsize
+        chunk = min(CHUNK_BYTES[self.settings.cluster.device], 4 * rows * share.tokens)
+        tokens = chunk // (4 * rows)
+        gathered = whole if share.spread > 1 else 0
+        statistics = 8 * 4 * share.tokens
+        if not backward:
+            return 2 * chunk + gathered + statistics
+        unread = rows * facts.hidden * share.itemsize  # stands for the weight's gradient
+        return 2 * chunk + gathered + whole + 4 * tokens * facts.hidden + unread + statistics
+
+    def _travels(self) -> int:
+        """Activations and gradients on their way between stages, and with FP8 weights in both of its layouts."""
+        share, facts = self.share, self.facts
+        between = 4 * share.itemsize * facts.hidden * share.tokens // share.spread if self.topology.pipeline > 1 else 0
+        quantised = 0
+        if share.fp8:
+            place = layout_of(self.settings.parallel)
+            from ..model.cut import LearnerRank
+
+            rank = LearnerRank(place, place.place(self.stage, 0))
+            quantised = 2 * sum(each.elements for each in held(facts, rank) if each.param.linear)
+        return between + quantised
+
+    def _of_publish(self) -> int:
+        """A bucket as it is sent, as it comes and as it is laid out; and of the engine the layer that is reloaded, as
+        it comes and as vLLM keeps it."""
+        layers = self.engine // max(1, self.facts.layers)
+        return 3 * min(self.settings.publish.bucket_bytes, self.engine) + 2 * layers
+
+    def _overhead(self, moving: int) -> int:
+        if not self.on_gpu:
+            return CPU_PROCESS
+        groups = [*_sizes(self.topology), self.topology.world]
+        talks = sum(size > 1 for size in groups) * COMMUNICATOR
+        kept = ASLEEP + (COMMUNICATOR if self.settings.rollout.tensor > 1 else 0)
+        libraries = LIBRARIES["hopper" if self.hopper else "older"]
+        return CONTEXT + libraries + talks + kept + round(GAPS * moving)
+
+
+def _sizes(topology: Topology) -> list[int]:
+    """Of the groups in which a rank's tensors travel."""
+    tokens = topology.context * topology.data
+    dense = [topology.tensor, topology.context, tokens, topology.pipeline]
+    copies = topology.tensor * tokens // (topology.expert * topology.expert_tensor)
+    return [
+        *dense,
+        *([topology.expert, topology.expert_tensor * topology.expert, copies] if topology.expert > 1 else []),
+    ]
+
+
+def share_of(facts: ModelFacts, settings: Settings) -> Share:
+    """Returns how the learner's fullest micro-batch lies on a rank: no packing is shorter than the longest sample."""
+    parallel, learner = settings.parallel, settings.learner
+    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    sequence = parallel.sequence and parallel.tensor > 1
+    multiple = token_multiple(token_grain(learner.precision), parallel.tensor, sequence)
+    tokens = -(-max(longest, learner.micro_batch_tokens) // parallel.context)
+    recompute = {"none": frozenset[str](), "selective": frozenset({_selected(facts)}), "full": frozenset({"full"})}
+    return Share(
+        tokens=-(-tokens // multiple) * multiple,
+        length=longest,
+        tensor=parallel.tensor,
+        sequence=sequence,
+        expert_tensor=parallel.expert_tensor,
+        itemsize=WIDTHS[settings.model.dtype],
+        fp8=learner.precision.startswith("fp8"),
+        recompute=recompute[learner.recompute],
+        imbalance=IMBALANCE if parallel.expert > 1 else 1.0,
+    )
+
+
+def _selected(facts: ModelFacts) -> str:
+    """What `learner.recompute: selective` computes again (model/build.py)."""
+    return "mlp" if facts.experts is None else "moe"
+
+
+def micro_batches_of(settings: Settings) -> int:
+    """Returns how many micro-batches of the largest kind a mini-batch may have on one replica."""
+    trainer, parallel = settings.trainer, settings.parallel
+    groups = -(-trainer.prompts_per_step // trainer.mini_batches)
+    rollouts = -(-groups * trainer.rollouts_per_prompt // parallel.data)
+    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    count = max(1, -(-rollouts * longest // max(longest, settings.learner.micro_batch_tokens)))
+    return -(-count // parallel.pipeline) * parallel.pipeline if parallel.virtual > 1 else count
+
+
+def engine_weights(facts: ModelFacts, settings: Settings) -> int:
+    """Returns bytes of vLLM's parameters on one rank of an engine."""
+    rollout, itemsize = settings.rollout, WIDTHS[settings.model.dtype]
+    count = facts.experts.count if facts.experts else 0
+    rank = EngineRank(rollout.tensor, 0, (0, count // rollout.expert))
+    every = held(facts, rank)
+    linear = sum(each.elements for each in every if each.param.linear)
+    plain = sum(each.elements for each in every) - linear
+    if rollout.quantization != "none":  # a byte, and a float32 scale for 128 x 128 of them
+        share = max(0, facts.layers - sum(rollout.bf16_layers)) / facts.layers
+        return round(plain * itemsize + linear * (share * (1 + 4 / 128**2) + (1 - share) * itemsize))
+    return (plain + linear) * itemsize
+
+
+def engine_work(facts: ModelFacts, settings: Settings) -> int:
+    """Returns bytes of vLLM's activations at its largest step, a prefill."""
+    rollout, itemsize = settings.rollout, WIDTHS[settings.model.dtype]
+    tokens = max(rollout.max_prompt_tokens + rollout.max_tokens, PROFILED_TOKENS)
+    queries = facts.heads * facts.head_dim + 2 * facts.kv_heads * facts.head_dim
+    widths = 4.0 * facts.hidden + 2 * queries / rollout.tensor
+    if facts.experts is None:
+        widths += 3 * facts.ffn / rollout.tensor
+    else:
+        ffn = facts.experts.ffn / (1 if rollout.expert > 1 else rollout.tensor)
+        rows = facts.experts.per_token * (IMBALANCE / rollout.expert if rollout.expert > 1 else 1)
+        widths += rows * (3 * ffn + facts.hidden)
+    return round(tokens * widths * itemsize)
+
+
+def cache_bytes_of_a_token(facts: ModelFacts, settings: Settings) -> int:
+    """Returns bytes of a token's keys and values on one rank of an engine."""
+    heads = kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
+    return 2 * facts.layers * heads * facts.head_dim * WIDTHS[settings.model.dtype]
+
+
+def cache_blocks(facts: ModelFacts, settings: Settings) -> int:
+    """Returns how many blocks vLLM's cache has."""
+    tokens = BLOCK_TOKENS[settings.cluster.device]
+    return settings.rollout.kv_cache_bytes // (tokens * cache_bytes_of_a_token(facts, settings))
+
+
+def _of_host(static: Static) -> int:
+    return static.optimizer + static.host_optimizer + static.weights
+
+
+def _host(settings: Settings, static: Static) -> dict[str, int]:
+    """Bytes of one node."""
+    if settings.cluster.device == "cpu":
+        return {}
+    ranks, offload = settings.slurm.tasks_per_node or settings.ranks, settings.learner.offload
+    states = static.host_optimizer + (static.optimizer if offload != "none" else 0)
+    reference = static.weights if settings.regulariser.kl > 0 or isinstance(settings.shaping, LpReg) else 0
+    return {
+        "processes": ranks * HOST_PROCESS,
+        "optimizer": ranks * states,
+        "weights": ranks * (static.weights if offload == "all" else 0),
+        "reference model": ranks * reference,
+        "checkpoint being written": ranks * (static.optimizer + static.host_optimizer),
+    }

@@ -1,0 +1,172 @@
+"""Whether a run fits its GPUs and its nodes, and where it does not, the cheapest changes with which it would.
+
+Changes are tried, not guessed: each is planned like the run itself, one after another and then in pairs, in the order
+of what they cost. None of them changes what is learned.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..config import AdamOptions, Config, Settings
+from ..config.slurm_forms import bytes_of_memory
+from ..errors import RequestError
+from ..model.facts import ModelFacts
+from .gpus import Gpu
+from .memory import Memory, Phase, memory_of
+from .verdict import Verdict, verdict_of
+
+GIB = 1 << 30
+NODE = 2000 * GIB  # host memory of a node, where slurm.memory does not say: what nodes of 8 H200 have
+CACHE_STEP = 256 << 20
+CHANGES = 3  # that are named
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options, as --set takes them, and what a plan says with them."""
+
+    overrides: tuple[str, ...]
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Plan:
+    settings: Settings
+    memory: Memory
+    capacity: int  # bytes of one device, or of this machine for one rank
+    node: int  # bytes of a node's memory
+    verdicts: dict[Phase, Verdict]
+    host: Verdict
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst."""
+        order = list(Verdict)
+        return max((*self.verdicts.values(), self.host), key=order.index)
+
+    def refusal(self, whose: str) -> str:
+        """Says where it does not fit, by how much, and what would help."""
+        lines = []
+        for phase, verdict in self.verdicts.items():
+            if verdict == Verdict.NO:
+                over = self.memory.total(phase) - self.capacity
+                lines.append(
+                    f"{phase} needs {_gib(self.memory.total(phase))} of {_gib(self.capacity)} on the fullest rank: "
+                    f"{_gib(over)} ({over} bytes) too much"
+                )
+        if self.host == Verdict.NO:
+            needed = sum(self.memory.host.values())
+            over = needed - self.node
+            lines.append(f"a node's memory: {_gib(needed)} of {_gib(self.node)}: {_gib(over)} ({over} bytes) too much")
+        text = f"{whose} does not fit: " + "; ".join(lines)
+        if self.changes:
+            options = [" ".join(f"--set {each}" for each in change.overrides) for change in self.changes]
+            text += ". With any of these it would: " + "; ".join(options)
+        else:
+            text += ". No change that was tried would make it fit: take more nodes, or larger GPUs"
+        return text
+
+
+def plan_of(
+    config: Config, settings: Settings, facts: ModelFacts, gpu: Gpu | None, settle: Callable[[Config], Settings]
+) -> Plan:
+    """`gpu`: None where the ranks are on a CPU, of which nothing is asked. `settle`: what a changed configuration would
+    do; raises RequestError where that cannot be."""
+    plan = _planned(settings, facts, gpu)
+    if plan.verdict != Verdict.NO:
+        return plan
+    found: list[Change] = []
+    awake = (Phase.START, Phase.ROLLOUT, Phase.PUBLISH)
+    over = max(plan.memory.total(phase) for phase in awake) - plan.capacity
+    for overrides in _tries(config, settings, facts, over):
+        if any(set(change.overrides) <= set(overrides) for change in found):
+            continue
+        try:
+            changed = _planned(settle(_with(config, overrides)), facts, gpu)
+        except RequestError:
+            continue
+        if changed.verdict != Verdict.NO:
+            found.append(Change(overrides, changed.verdict))
+        if len(found) == CHANGES:
+            break
+    return Plan(plan.settings, plan.memory, plan.capacity, plan.node, plan.verdicts, plan.host, changes=tuple(found))
+
+
+def _planned(settings: Settings, facts: ModelFacts, gpu: Gpu | None) -> Plan:
+    memory = memory_of(facts, settings, gpu is None or gpu.hopper)
+    node = bytes_of_memory(settings.slurm.memory) or NODE
+    if gpu is None:
+        fits = dict.fromkeys(Phase, Verdict.FITS)
+        return Plan(settings, memory, 0, node, fits, Verdict.FITS)
+    verdicts = {phase: verdict_of(memory.total(phase), gpu.memory) for phase in Phase}
+    return Plan(settings, memory, gpu.memory, node, verdicts, verdict_of(sum(memory.host.values()), node))
+
+
+def _tries(config: Config, settings: Settings, facts: ModelFacts, over: int) -> Iterator[tuple[str, ...]]:
+    """One change at a time, the cheapest first; then two; then ever more of them together."""
+    single = list(_single(config, settings, facts, over))
+    yield from single
+    for pair in itertools.combinations(single, 2):
+        names = [text.partition("=")[0] for text in itertools.chain(*pair)]
+        if len(set(names)) == len(names):
+            yield tuple(itertools.chain(*pair))
+
+
+def _single(config: Config, settings: Settings, facts: ModelFacts, over: int) -> Iterator[tuple[str, ...]]:
+    """In the order of what they cost: nothing, a copy, moments' precision, computing again, talking, machines. `over`:
+    bytes that the phase lacks in which the engine is awake."""
+    parallel, rollout, learner = settings.parallel, settings.rollout, settings.learner
+    spared = (rollout.kv_cache_bytes - over) // CACHE_STEP * CACHE_STEP
+    if config.rollout.kv_cache_bytes is not None and over > 0 and spared > 0:
+        yield (f"rollout.kv_cache_bytes={spared}",)
+    if config.rollout.max_sequences is not None and rollout.max_sequences > 16:
+        yield (f"rollout.max_sequences={rollout.max_sequences // 2}",)
+    longest = rollout.max_prompt_tokens + rollout.max_tokens
+    if learner.micro_batch_tokens > longest:
+        yield (f"learner.micro_batch_tokens={longest}",)
+    if learner.offload != "optimizer" and config.learner.offload == "none":
+        yield ("learner.offload=optimizer",)
+    if learner.offload != "all" and config.learner.offload is not None:
+        yield ("learner.offload=all",)
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield ("parallel.sequence=true",)
+    if config.learner.recompute is not None:
+        kinds = ("none", "selective", "full")
+        for kind in kinds[kinds.index(learner.recompute) + 1 :]:
+            yield (f"learner.recompute={kind}",)
+    if isinstance(settings.optimizer, AdamOptions) and settings.optimizer.moment_dtype == "float32":
+        yield ("optimizer.moment_dtype=bfloat16",)
+    for times in (2, 4):
+        if rollout.tensor * times <= 8:
+            yield (f"rollout.tensor={rollout.tensor * times}",)
+    if facts.experts is not None:
+        for times in (2, 4, 8):
+            yield (f"parallel.expert={parallel.expert * times}", "parallel.expert_tensor=1")
+    for times in (2, 4, 8):
+        if parallel.tensor * times <= 8:
+            yield (f"parallel.tensor={parallel.tensor * times}", "parallel.sequence=true")
+    for times in (2, 4):
+        yield (f"parallel.pipeline={parallel.pipeline * times}",)
+    for times in (2, 4):
+        yield (f"parallel.context={parallel.context * times}",)
+    if isinstance(settings.optimizer, AdamOptions) and not settings.optimizer.on_host:
+        yield ("optimizer.on_host=true",)
+    for times in (2, 4):
+        yield (f"slurm.nodes={settings.slurm.nodes * times}",)
+
+
+def _with(config: Config, overrides: tuple[str, ...]) -> Config:
+    tree = config.model_dump()
+    for text in overrides:
+        option, _, value = text.partition("=")
+        section, _, name = option.partition(".")
+        tree[section][name] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
+    return Config.model_validate(tree)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,143 @@
+"""Sizes that follow from memory: what a configuration leaves open is filled in from the plan, each with its reason.
+
+On GPUs, with a band of 8 % of the device left free:
+
+    learner.recompute           as little as the longest sample needs: none, selective, full
+    learner.micro_batch_tokens  4, 2 or 1 times the longest sample, the most that still fits, up to 65,536
+    learner.offload             none where that leaves a quarter of the device for the cache, or all that it wants; else
+                                optimizer, likewise, else all
+    rollout.kv_cache_bytes      what is left, up to what rollout.max_sequences of full length take
+    rollout.max_sequences       as many as the cache holds at a quarter of their full length, 8 to 512: vLLM puts off those
+                                for which there is no room
+
+On a CPU nothing is short: the values of config/resolve.py, but a cache that holds one sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import Config, Settings, resolve
+from ..config.resolve import SIZES
+from ..model.facts import ModelFacts
+from ..ranks.backend import Backend
+from .gpus import Gpu
+from .memory import Memory, Phase, cache_bytes_of_a_token, memory_of
+from .verdict import BAND
+
+MIB, GIB = 1 << 20, 1 << 30
+RECOMPUTE = ("none", "selective", "full")
+MOST_TOKENS = 65536  # of a micro-batch: longer ones gain nothing
+SEQUENCES = (8, 512)
+GUESSED = 256  # sequences, for the cache that a layout must leave room for
+
+SAMPLING = (Phase.ROLLOUT, Phase.PUBLISH, Phase.START)
+TRAINING = (Phase.SCORE, Phase.UPDATE)
+
+
+class Sized:
+    """Settings with sizes filled in, and why."""
+
+    def __init__(self, config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu | None) -> None:
+        self._config, self._facts, self._backend, self._ranks, self._gpu = config, facts, backend, ranks, gpu
+        self.reasons: dict[str, str] = {}
+        self._sizes = dict(SIZES)
+        if gpu is None:
+            self._for_a_cpu()
+        else:
+            self._for(gpu, (1 - BAND) * gpu.memory)
+        self.settings = self._resolve().because(self.reasons)
+
+    def _resolve(self) -> Settings:
+        offload = self._sizes.get("learner.offload")
+        config = self._config
+        if offload is not None and config.learner.offload is None:
+            config = config.model_copy(update={"learner": config.learner.model_copy(update={"offload": offload})})
+        sizes = {name: value for name, value in self._sizes.items() if name in SIZES}
+        return resolve(config, self._facts, self._backend, self._ranks, sizes)
+
+    def _open(self, option: str) -> bool:
+        section, _, name = option.partition(".")
+        return getattr(getattr(self._config, section), name) is None
+
+    def _set(self, option: str, value: Any, why: str) -> None:
+        if self._open(option):
+            self._sizes[option], self.reasons[option] = value, why
+
+    def _memory(self, **changes: Any) -> Memory:
+        """With these sizes for the time being."""
+        before = dict(self._sizes)
+        self._sizes |= {name.replace("__", "."): value for name, value in changes.items()}
+        try:
+            hopper = self._gpu is None or self._gpu.hopper
+            return memory_of(self._facts, self._resolve(), hopper)
+        finally:
+            self._sizes = before
+
+    def _for_a_cpu(self) -> None:
+        settings = self._resolve()
+        longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+        needed = cache_bytes_of_a_token(self._facts, settings) * longest
+        if needed > settings.rollout.kv_cache_bytes:
+            cache = -(-2 * needed // MIB) * MIB
+            self._set("rollout.kv_cache_bytes", cache, f"two sequences of {longest} tokens")
+
+    def _for(self, gpu: Gpu, room: float) -> None:
+        settings = self._resolve()
+        longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+        self._size_micro_batch(room, longest, f"of {_gib(gpu.memory)}, {BAND:.0%} left free")
+        self._size_engine(gpu, room, longest)
+
+    def _size_micro_batch(self, room: float, longest: int, of: str) -> None:
+        """The least recomputation with which the longest sample fits; then the largest micro-batch."""
+        needs: dict[tuple[str, int], float] = {}
+
+        def need(recompute: str, tokens: int) -> float:
+            if (recompute, tokens) not in needs:
+                memory = self._memory(learner__recompute=recompute, learner__micro_batch_tokens=tokens)
+                needs[recompute, tokens] = max(memory.total(phase) for phase in TRAINING)
+            return needs[recompute, tokens]
+
+        given = self._config.learner
+        least = given.micro_batch_tokens or longest
+        kinds: list[str] = [given.recompute] if given.recompute else list(RECOMPUTE)
+        chosen = next((kind for kind in kinds if need(kind, least) <= room), kinds[-1])
+        spared = "" if chosen == kinds[0] else f"; with {kinds[kinds.index(chosen) - 1]} it takes "
+        if spared:
+            spared += _gib(need(kinds[kinds.index(chosen) - 1], least))
+        self._set("learner.recompute", chosen, f"an update takes {_gib(need(chosen, least))} {of}{spared}")
+        chosen = given.recompute or chosen
+        sizes = [longest * times for times in (4, 2, 1) if times == 1 or longest * times <= MOST_TOKENS]
+        tokens = next((size for size in sizes if need(chosen, size) <= room), longest)
+        why = f"{tokens // longest} times the longest sample ({longest}): an update takes {_gib(need(chosen, tokens))}"
+        self._set("learner.micro_batch_tokens", tokens, f"{why} {of}")
+
+    def _size_engine(self, gpu: Gpu, room: float, longest: int) -> None:
+        sequences = self._config.rollout.max_sequences
+        token = cache_bytes_of_a_token(self._facts, self._resolve())
+        wanted = min(sequences or GUESSED, GUESSED) * longest * token // 2
+
+        def free(offload: str) -> int:
+            memory = self._memory(learner__offload=offload, rollout__kv_cache_bytes=1)
+            return int(room - max(memory.total(phase) for phase in SAMPLING))
+
+        if self._open("learner.offload"):
+            kinds = ("none", "optimizer", "all")
+            enough = self._config.rollout.kv_cache_bytes or min(wanted, gpu.memory // 4)
+            offload = next((kind for kind in kinds if free(kind) >= enough), "all")
+            why = f"leaves {_gib(max(0, free(offload)))} beside the engine for its cache"
+            self._set("learner.offload", offload, why)
+        offload = self._config.learner.offload or self._sizes["learner.offload"]
+        most = (sequences or SEQUENCES[1]) * longest * token
+        cache = max(longest * token, min(most, free(offload)))
+        cache = max(1, cache // (256 * MIB)) * 256 * MIB if cache >= 256 * MIB else cache
+        full = "all sequences at full length" if cache >= most // 2 and most <= free(offload) else "what is left"
+        why = f"{full}: {cache // token} tokens of {token} bytes on each rank"
+        self._set("rollout.kv_cache_bytes", cache, why)
+        held = (self._config.rollout.kv_cache_bytes or cache) // (token * max(1, longest // 4))
+        count = max(SEQUENCES[0], min(SEQUENCES[1], held // 8 * 8))
+        self._set("rollout.max_sequences", count, f"the cache holds {held} of a quarter of their full length")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
