@@ -30,6 +30,7 @@ from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
 from .model.read import read_facts
+from .preflight.memory import predicted_bytes
 from .ranks.groups import Ranks
 from .residency import Residency
 from .reward.graders import chosen

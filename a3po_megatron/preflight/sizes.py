@@ -7,8 +7,8 @@ On GPUs, with a band of 8 % of the device left free:
     learner.offload             none where that leaves a quarter of the device for the cache, or all that it wants; else
                                 optimizer, likewise, else all
     rollout.kv_cache_bytes      what is left, up to what rollout.max_sequences of full length take
-    rollout.max_sequences       as many as the cache holds at a quarter of their full length, 8 to 512: vLLM puts off those
-                                for which there is no room
+    rollout.max_sequences       as many as the cache holds at a quarter of their full length, 8 to 512: vLLM puts off
+                                those for which there is no room
 
 On a CPU nothing is short: the values of config/resolve.py, but a cache that holds one sequence.
 """
