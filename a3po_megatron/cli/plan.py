@@ -23,6 +23,7 @@ def plan(
     build: Annotated[
         str, typer.Option(metavar="first|middle|last|RANK", help="Build that rank's real model, without its memory.")
     ] = "",
+    world: Annotated[int | None, typer.Option(metavar="N", help="With --build: as --gpus.")] = None,
 ) -> None:
     """Say what a run needs in each phase, and whether it fits."""
     from ..config import load_config
@@ -33,13 +34,20 @@ def plan(
 
     if gpu is not None:
         gpu_of(gpu)
+    if world is not None and (not build or gpus is not None):
+        raise RequestError(
+            "--world says how many ranks --build builds one of, and --gpus how many are planned: one of them"
+        )
+    gpus = world if world is not None else gpus
     wanted, remark = with_known_model(on_gpus(load_config(config, set_ or [], must_exist=False), gpus, gpu))
     found = plan(wanted)
     built: dict[str, Any] | None = None
     if build:
-        from ..launch.build import built_rank
+        from ..model.read import read_facts
+        from ..preflight.dry_run import built_rank, number_of
 
-        built = built_rank(wanted, found.settings, build)
+        number = number_of(build, found.settings.ranks)
+        built = built_rank(read_facts(wanted.model.path), found, number)
     if as_json:
         print(json.dumps(as_tree(found) | ({"build": built} if built else {}), indent=1))
     else:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
+_HERE = [_CPU]  # what Megatron's modules get for a device named "cuda"
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "tensor", "as_tensor", "arange", "eye", "rand", "randn", "randint"),
     *("zeros_like", "ones_like", "empty_like", "full_like"),
@@ -53,7 +54,7 @@ class _CudaFacade(types.ModuleType):
         self.nvtx = types.SimpleNamespace(
             range_push=lambda *_: None, range_pop=lambda *_: None, range=lambda *_: contextlib.nullcontext()
         )
-        self.current_device = lambda: _CPU
+        self.current_device = lambda: _HERE[0]
         self.device_count = lambda: 1
         self.set_device = self.synchronize = self.empty_cache = lambda *_, **__: None
         self.current_stream = self.default_stream = lambda *_: stream
@@ -85,7 +86,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")  # a number is a CUDA device's
         if isinstance(device, int) or (device is not None and torch.device(device).type == "cuda"):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _HERE[0]
         kwargs.pop("pin_memory", None)  # it is CUDA that pins
         return factory(*args, **kwargs)
 
@@ -116,7 +117,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _rename_types(function: Any) -> None:
+def _rename_types(function: Any, names: dict[str, str] = _TYPE_NAMES) -> None:
     """Replaces the CUDA type names among a function's constants."""
     # Methods and decorated functions (torch.no_grad) hold the one whose code has the names.
     function = getattr(function, "__func__", function)
@@ -124,7 +125,7 @@ def _rename_types(function: Any) -> None:
 
     def swap(constant: Any) -> Any:
         if isinstance(constant, str):
-            return _TYPE_NAMES.get(constant, constant)
+            return names.get(constant, constant)
         if isinstance(constant, tuple | frozenset):  # what `in (…)` and `in {…}` are compiled to
             return type(constant)(swap(item) for item in constant)
         return constant
@@ -199,6 +200,27 @@ def _install_moe() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+@contextlib.contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Megatron's modules find this device in CUDA's place: `meta`, for a model without its memory."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    kinds = (
+        distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups,
+        optimizer.Float16OptimizerWithFloat16Params.__init__,
+    )
+    names = {own: own.replace("torch.", f"torch.{name}.") for own in _TYPE_NAMES.values()}
+    _HERE[0] = torch.device(name)
+    for kind in kinds:
+        _rename_types(kind, names)
+    try:
+        yield
+    finally:
+        _HERE[0] = _CPU
+        for kind in kinds:
+            _rename_types(kind, {there: own for own, there in names.items()})
 
 
 def install() -> None:

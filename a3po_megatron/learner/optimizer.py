@@ -12,7 +12,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ..config import AdamOptions, CosineSchedule, Optimizer, Schedule, SgdOptions
 
 
-def optimizer_of(chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype) -> MegatronOptimizer:
+def optimizer_of(
+    chunks: list[DistributedDataParallel], options: Optimizer, dtype: torch.dtype, gloo: bool = True
+) -> MegatronOptimizer:
+    """`gloo`: there are groups for the host's tensors, which saving needs."""
     own: dict[str, Any] = {}
     if isinstance(options, AdamOptions):
         own = {"adam_beta1": options.betas[0], "adam_beta2": options.betas[1], "adam_eps": options.eps}
@@ -37,6 +40,7 @@ def optimizer_of(chunks: list[DistributedDataParallel], options: Optimizer, dtyp
             bf16=dtype == torch.bfloat16,
         ),
         chunks,
+        use_gloo_process_groups=gloo,
     )
 
 

@@ -98,8 +98,29 @@ def _gib(size: float) -> str:
 
 def build_text(built: Mapping[str, Any]) -> str:
     """What --build found."""
-    lines = [f"built rank {built['rank']} of {built['world']} on the meta device:"]
+    lines = ["", f"rank {built['rank']} of {built['world']}, built on the meta device:"]
     for name in ("weights", "gradients", "optimizer"):
         planned, real = built[name]["planned"], built[name]["built"]
-        lines.append(f"  {name:<10} {real} bytes, {'as planned' if planned == real else f'planned {planned}'}")
+        said = "as planned" if planned == real else f"but {planned} were planned"
+        lines.append(
+            f"  {name:<10} {planned} bytes planned; to build it takes Transformer Engine, which needs a GPU"
+            if real is None
+            else f"  {name:<10} {real} bytes, {said}"
+        )
+    publish = built["publish"]
+    same = "one plan" if len(publish["digests"]) == 1 else f"{len(publish['digests'])} plans, by their engines' experts"
+    lines.append(f"  publish    {publish['replicas']} replicas, {same}: {', '.join(publish['digests'])}")
+    lines += ["", f"{'of a step, at most':<22}{'':<28}{'ranks':>7}{'times':>8}{'GiB each':>11}{'GiB':>12}"]
+    for each in built["collectives"]:
+        size, times = each["bytes"] / GIB, each["times"]
+        lines.append(
+            f"{each['what']:<22}{each['kind']:<28}{each['ranks']:>7}{times:>8}{size:>11.4f}{size * times:>12.1f}"
+        )
+    head = f"{'ranks':>7}{'optimizer, GiB':>17}{'most, GiB':>12}{'ranks of a gradient':>22}{'words of a decision':>22}"
+    lines += ["", "the same layout with more data-parallel ranks:", head]
+    for row in built["growth"]:
+        lines.append(
+            f"{row['ranks']:>7}{row['optimizer'] / GIB:>17.2f}{row['most'] / GIB:>12.1f}"
+            f"{row['gradient_ranks']:>22}{row['decision']:>22}"
+        )
     return "\n".join(lines)

@@ -192,6 +192,12 @@ def connect(
 
 def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed: int, store: dist.Store) -> Ranks:
     """Megatron's groups for `parallel` over the ranks that are connected already (tests lay them out many times)."""
+    megatron_groups(parallel, seed)
+    return Ranks(backend, parallel, engine_ranks, store)
+
+
+def megatron_groups(parallel: ParallelOptions, seed: int, gloo: bool = True) -> None:
+    """Makes Megatron's groups, and seeds what it draws. `gloo`: groups for the host's tensors, too."""
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
@@ -201,8 +207,8 @@ def arrange(backend: Backend, parallel: ParallelOptions, engine_ranks: int, seed
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
+        create_gloo_process_groups=gloo,
     )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-    return Ranks(backend, parallel, engine_ranks, store)
