@@ -5,7 +5,8 @@ Tried in this order, with sizes as sizes.py fills them in; the first whose every
     ranks that share a model     few before many: tensor x context x pipeline
     experts                      over few ranks before many; each expert is whole
     of equally many              tensor parallelism, within a node; then pipeline; then context
-    engine                       rollout.tensor as given, then doubled up to a node
+    engine                       rollout.tensor as given, then doubled up to a node, until an eighth of the device is
+                                 left for its cache; else the one that leaves most
 
 It is the smallest in memory, not the fastest: nothing here knows a second.
 """
@@ -16,17 +17,21 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from ..config import Config
+from ..config import AdamOptions, Config
+from ..config.slurm_forms import bytes_of_memory
 from ..errors import RequestError
+from ..model.cut import Stored, held
 from ..model.facts import ModelFacts
 from ..model.layout import check_layout, layout_of
 from ..ranks.backend import Backend
 from ..ranks.topology import topology_of
 from .gpus import Gpu
 from .memory import Phase, memory_of
+from .overhead import ASLEEP, CONTEXT, NODE
 from .sizes import Sized
 from .verdict import BAND
 
+PARAMETER, STATE = 6, 12  # bytes of an element: with its gradient; of masters and moments
 POWERS = tuple(2**power for power in range(8))
 
 
@@ -37,7 +42,13 @@ def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int 
     if gpu is None or ranks is None:
         raise RequestError("parallel.layout: auto plans GPUs' memory, and this run has none: give the layout")
     room, nearest = (1 - BAND) * gpu.memory, float("inf")
+    dense, experts = _elements(facts)
+    node = bytes_of_memory(config.slurm.memory) or NODE
     for parallel in _candidates(config, facts, ranks):
+        if (least := _least(dense, experts, parallel, ranks, config)) > room:
+            nearest = min(nearest, least)
+            continue
+        best: tuple[int, Config] | None = None
         for tensor in _engines(config, facts, ranks):
             asked = config.model_copy(
                 update={
@@ -50,15 +61,38 @@ def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int 
             sized = Sized(asked, facts, backend, ranks, gpu)
             memory = memory_of(facts, sized.settings, gpu.hopper)
             most = max(memory.total(phase) for phase in Phase)
-            if most <= room:
-                return asked
+            if most <= room and sum(memory.host.values()) <= node:
+                cache = sized.settings.rollout.kv_cache_bytes
+                best = max(best or (0, asked), (cache, asked), key=lambda each: each[0])
+                if config.rollout.kv_cache_bytes or cache >= gpu.memory // 8:
+                    break
+                continue
             nearest = min(nearest, most)
             if max(memory.total(phase) for phase in (Phase.SCORE, Phase.UPDATE)) > room:
                 break  # the learner's memory does not depend on the engine's ranks
+        if best is not None:
+            return best[1]
     raise RequestError(
         f"parallel.layout: auto: no layout of {ranks} {gpu.name} fits; the nearest needs {nearest / 2**30:.1f} GiB of "
         f"{room / 2**30:.1f} (with the band left free): ask for more nodes"
     )
+
+
+def _elements(facts: ModelFacts) -> tuple[int, int]:
+    """Returns the model's parameters outside experts, and within."""
+    every = [(each.elements, each.param.experts is not None) for each in held(facts, Stored())]
+    return sum(size for size, expert in every if not expert), sum(size for size, expert in every if expert)
+
+
+def _least(dense: int, experts: int, parallel: dict[str, Any], ranks: int, config: Config) -> float:
+    """Returns less than a rank needs at any time of an update: its parameters in the mean, with gradients and Adam's
+    state, and what is there without any. It costs nothing to know."""
+    tensor, pipeline = parallel["tensor"], parallel["pipeline"]
+    spread = parallel["expert"] * (parallel["expert_tensor"] or tensor)
+    own = dense / (tensor * pipeline) + experts / (spread * pipeline)
+    plain = isinstance(config.optimizer, AdamOptions) and config.optimizer.moment_dtype == "float32"
+    state = STATE if plain and not getattr(config.optimizer, "on_host", False) else 0
+    return PARAMETER * own + state * (dense + experts) / ranks + CONTEXT + ASLEEP
 
 
 def _candidates(config: Config, facts: ModelFacts, ranks: int) -> Iterator[dict[str, Any]]:

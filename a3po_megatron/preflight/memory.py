@@ -7,6 +7,7 @@ the rank's process, and nothing moves unless `learner.offload` says so.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -251,15 +252,20 @@ def micro_batches_of(settings: Settings) -> int:
 def engine_weights(facts: ModelFacts, settings: Settings) -> int:
     """Returns bytes of vLLM's parameters on one rank of an engine."""
     rollout, itemsize = settings.rollout, WIDTHS[settings.model.dtype]
-    count = facts.experts.count if facts.experts else 0
-    rank = EngineRank(rollout.tensor, 0, (0, count // rollout.expert))
-    every = held(facts, rank)
-    linear = sum(each.elements for each in every if each.param.linear)
-    plain = sum(each.elements for each in every) - linear
+    linear, plain = _engine_elements(facts, rollout.tensor, rollout.expert)
     if rollout.quantization != "none":  # a byte, and a float32 scale for 128 x 128 of them
         share = max(0, facts.layers - sum(rollout.bf16_layers)) / facts.layers
         return round(plain * itemsize + linear * (share * (1 + 4 / 128**2) + (1 - share) * itemsize))
     return (plain + linear) * itemsize
+
+
+@functools.lru_cache(maxsize=64)  # of a plan every stage asks, and every size that is tried
+def _engine_elements(facts: ModelFacts, tensor: int, expert: int) -> tuple[int, int]:
+    """Of a rank: those of linear layers, and the others."""
+    count = facts.experts.count if facts.experts else 0
+    every = held(facts, EngineRank(tensor, 0, (0, count // expert)))
+    linear = sum(each.elements for each in every if each.param.linear)
+    return linear, sum(each.elements for each in every) - linear
 
 
 def engine_work(facts: ModelFacts, settings: Settings) -> int:

@@ -16,10 +16,10 @@ from ..errors import RequestError
 from ..model.facts import ModelFacts
 from .gpus import Gpu
 from .memory import Memory, Phase, memory_of
+from .overhead import NODE
 from .verdict import Verdict, verdict_of
 
 GIB = 1 << 30
-NODE = 2000 * GIB  # host memory of a node, where slurm.memory does not say: what nodes of 8 H200 have
 CACHE_STEP = 256 << 20
 CHANGES = 3  # that are named
 

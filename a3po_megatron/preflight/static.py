@@ -13,11 +13,14 @@ dtype; float32 weights are their own.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config import AdamOptions, Settings
+from ..config.cluster import ParallelSettings
+from ..config.learner import Optimizer
 from ..model.cut import LearnerRank, held
 from ..model.facts import ModelFacts
 from ..model.layout import layout_of
@@ -49,14 +52,23 @@ class Static:
 
 def static_of(facts: ModelFacts, settings: Settings, rank: int) -> Static:
     """Returns what a rank that learns holds."""
-    topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
-    layout, stage = layout_of(settings.parallel), topology.coordinates(rank).pipeline
+    overlap = settings.learner.overlap_grad_reduce
+    return _static_of(facts, settings.parallel, settings.optimizer, settings.model.dtype, overlap, rank)
+
+
+@functools.lru_cache(maxsize=4096)  # sizes that are tried change nothing of it
+def _static_of(
+    facts: ModelFacts, parallel: ParallelSettings, optimizer: Optimizer, own: str, overlap: bool, rank: int
+) -> Static:
+    """`own`: the model's dtype."""
+    topology = topology_of(parallel, 1, parallel.ranks_of(parallel.data))
+    layout, stage = layout_of(parallel), topology.coordinates(rank).pipeline
     parameters = held(facts, LearnerRank(layout, layout.place(stage, topology.within(rank))))
     spread = layout.expert > 1  # else Megatron counts experts among the rest
     by_buffer: dict[tuple[int, bool, str], list[_Parameter]] = {}
     for each in parameters:
         if not each.param.buffer:
-            key = each.chunk, spread and each.param.experts is not None, each.param.dtype or settings.model.dtype
+            key = each.chunk, spread and each.param.experts is not None, each.param.dtype or own
             # A tied embedding on two stages is a bucket of its own, so that both share it out alike.
             alone = facts.tied and layout.pipeline > 1 and each.param.cut == "vocabulary"
             by_buffer.setdefault(key, []).append(_Parameter(each.elements, alone))
@@ -64,8 +76,7 @@ def static_of(facts: ModelFacts, settings: Settings, rank: int) -> Static:
     for (chunk, experts, dtype), held_here in by_buffer.items():
         ranks, which = _shares(topology, rank, experts)
         bucket = max(LEAST_BUCKET, BUCKET_A_RANK * ranks) if chunk == stage == 0 else None
-        limit = bucket if settings.learner.overlap_grad_reduce else None
-        total += _of_buffer(held_here, dtype, settings, ranks, which, limit)
+        total += _of_buffer(held_here, dtype, optimizer, ranks, which, bucket if overlap else None)
     return total
 
 
@@ -85,20 +96,20 @@ def _shares(topology: Topology, rank: int, experts: bool) -> tuple[int, int]:
 
 
 def _of_buffer(
-    parameters: list[_Parameter], dtype: str, settings: Settings, ranks: int, which: int, limit: int | None
+    parameters: list[_Parameter], dtype: str, optimizer: Optimizer, ranks: int, which: int, limit: int | None
 ) -> Static:
     """`limit`: elements at which a bucket ends; None: all in one."""
-    optimizer, itemsize = settings.optimizer, WIDTHS[dtype]
+    itemsize = WIDTHS[dtype]
     if not optimizer.distributed:
         size = sum(each.elements for each in parameters)
-        return Static(size * itemsize, size * GRADIENT, size * _state_bytes(settings, dtype))
+        return Static(size * itemsize, size * GRADIENT, size * _state_bytes(optimizer, dtype))
     size = mine = 0
     for spans, end in _buckets(parameters, math.lcm(ranks, BUCKET_END), limit):
         share = (end - size) // ranks
         here = range(size + which * share, size + (which + 1) * share)
         mine += sum(max(0, min(stop, here.stop) - max(start, here.start)) for start, stop in spans)
         size = end
-    states = mine * _state_bytes(settings, dtype)
+    states = mine * _state_bytes(optimizer, dtype)
     on_host = isinstance(optimizer, AdamOptions) and optimizer.on_host
     return Static(size * itemsize, size * GRADIENT, 0 if on_host else states, states if on_host else 0)
 
@@ -126,9 +137,8 @@ def _buckets(
         yield spans, _up(begin, multiple)
 
 
-def _state_bytes(settings: Settings, dtype: str) -> int:
+def _state_bytes(optimizer: Optimizer, dtype: str) -> int:
     """Of masters and moments, a parameter's element."""
-    optimizer = settings.optimizer
     if not isinstance(optimizer, AdamOptions):
         return (4 if optimizer.momentum else 0) + (0 if dtype == "float32" else 4)
     moments = 2 * WIDTHS[optimizer.moment_dtype]
