@@ -419,6 +419,13 @@ IDLE: list[tuple[str, Any, dict[str, Any]]] = [
     ("telemetry.profile_kind", "nsys", {}),
     ("telemetry.wandb_entity", "team", {}),
     ("telemetry.wandb_mode", "offline", {}),
+    *(
+        (f"parallel.{name}", value, {"parallel.layout": "auto"})
+        for name, value in {
+            **dict.fromkeys(("tensor", "pipeline", "context", "expert", "expert_tensor", "virtual", "data"), 2),
+            **{"stages": [1, 1], "sequence": True},
+        }.items()
+    ),
     ("regulariser.estimator", "k1", {}),
     ("regulariser.place", "reward", {}),
     ("regulariser.entropy_target", 0.5, {}),

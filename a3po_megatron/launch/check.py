@@ -114,6 +114,11 @@ def _check_as_given(config: Config, facts: ModelFacts, ranks: int | None) -> Non
             f"rollout.data = {config.rollout.data}, but {topology.world} ranks hold {topology.engines} engines"
         )
     check_layout(facts, layout_of(parallel))
+    tensor = config.rollout.tensor
+    if facts.heads % tensor:
+        raise RequestError(f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {facts.heads}")
+    _engine_kv_heads(config, facts)
+    _check_engine_experts(config, facts)
     if parallel.expert == 1 and parallel.expert_tensor not in (None, parallel.tensor):
         # Megatron then counts experts among the rest, of which tensor neighbours hold parts, not copies.
         raise RequestError(
@@ -270,12 +275,8 @@ def _check_layout(settings: Settings, facts: ModelFacts) -> None:
             f"rollout.max_prompt_tokens + rollout.max_tokens = {length} is more than the model's context of "
             f"{facts.max_positions} (max_position_embeddings{yarn})"
         )
-    _check_engine_experts(settings, facts)
     if settings.rollout.routing_replay:
         _check_replay(settings, facts)
-    tensor = settings.rollout.tensor
-    if facts.heads % tensor:
-        raise RequestError(f"rollout.tensor = {tensor} does not divide the model's num_attention_heads = {facts.heads}")
     check_cache(settings, facts, length)
 
 
@@ -289,7 +290,7 @@ def check_cache(settings: Settings, facts: ModelFacts, length: int, of: str = ""
         )
 
 
-def _engine_kv_heads(settings: Settings, facts: ModelFacts) -> int:
+def _engine_kv_heads(settings: Config, facts: ModelFacts) -> int:
     """KV heads on each rank of an engine."""
     try:
         return kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
@@ -330,7 +331,7 @@ def _check_quantization(settings: Settings, facts: ModelFacts, backend: Backend)
         raise RequestError(f"rollout.bf16_layers = {list(rollout.bf16_layers)}: the model has {facts.layers} layers")
 
 
-def _check_engine_experts(settings: Settings, facts: ModelFacts) -> None:
+def _check_engine_experts(settings: Config, facts: ModelFacts) -> None:
     tensor, expert, experts = settings.rollout.tensor, settings.rollout.expert, facts.experts
     if experts is None:
         if expert > 1:

@@ -29,6 +29,7 @@ MIB, GIB = 1 << 20, 1 << 30
 RECOMPUTE = ("none", "selective", "full")
 MOST_TOKENS = 65536  # of a micro-batch: longer ones gain nothing
 SEQUENCES = (8, 512)
+STEP = 256 * MIB  # of the cache
 GUESSED = 256  # sequences, for the cache that a layout must leave room for
 
 SAMPLING = (Phase.ROLLOUT, Phase.PUBLISH, Phase.START)
@@ -64,10 +65,10 @@ class Sized:
         if self._open(option):
             self._sizes[option], self.reasons[option] = value, why
 
-    def _memory(self, **changes: Any) -> Memory:
+    def _memory(self, sizes: dict[str, Any]) -> Memory:
         """With these sizes for the time being."""
         before = dict(self._sizes)
-        self._sizes |= {name.replace("__", "."): value for name, value in changes.items()}
+        self._sizes |= sizes
         try:
             hopper = self._gpu is None or self._gpu.hopper
             return memory_of(self._facts, self._resolve(), hopper)
@@ -94,7 +95,7 @@ class Sized:
 
         def need(recompute: str, tokens: int) -> float:
             if (recompute, tokens) not in needs:
-                memory = self._memory(learner__recompute=recompute, learner__micro_batch_tokens=tokens)
+                memory = self._memory({"learner.recompute": recompute, "learner.micro_batch_tokens": tokens})
                 needs[recompute, tokens] = max(memory.total(phase) for phase in TRAINING)
             return needs[recompute, tokens]
 
@@ -115,28 +116,34 @@ class Sized:
     def _size_engine(self, gpu: Gpu, room: float, longest: int) -> None:
         sequences = self._config.rollout.max_sequences
         token = cache_bytes_of_a_token(self._facts, self._resolve())
-        wanted = min(sequences or GUESSED, GUESSED) * longest * token // 2
+        guess = sequences or GUESSED
+        wanted = min(guess, GUESSED) * longest * token // 2
 
-        def free(offload: str) -> int:
-            memory = self._memory(learner__offload=offload, rollout__kv_cache_bytes=1)
-            return int(room - max(memory.total(phase) for phase in SAMPLING))
+        def free(offload: str, count: int) -> int:
+            """What is left for the cache where it lies beside something."""
+            options = {"learner.offload": offload, "rollout.kv_cache_bytes": 1, "rollout.max_sequences": count}
+            memory = self._memory(options)
+            beside = [phase for phase in SAMPLING if memory.phases[phase]["KV cache"]]
+            return int(room - max(memory.total(phase) for phase in beside))
+
+        def cache_of(offload: str, count: int) -> int:
+            cache = min((sequences or SEQUENCES[1]) * longest * token, free(offload, count))
+            return cache // STEP * STEP if cache >= STEP else max(longest * token, cache)
+
+        def held(cache: int) -> int:
+            """Sequences of a quarter of their full length."""
+            return (self._config.rollout.kv_cache_bytes or cache) // (token * max(1, longest // 4))
 
         if self._open("learner.offload"):
-            kinds = ("none", "optimizer", "all")
             enough = self._config.rollout.kv_cache_bytes or min(wanted, gpu.memory // 4)
-            offload = next((kind for kind in kinds if free(kind) >= enough), "all")
-            why = f"leaves {_gib(max(0, free(offload)))} beside the engine for its cache"
+            offload = next((kind for kind in ("none", "optimizer") if free(kind, guess) >= enough), "all")
+            why = f"leaves {_gib(max(0, free(offload, guess)))} beside the engine for its cache"
             self._set("learner.offload", offload, why)
         offload = self._config.learner.offload or self._sizes["learner.offload"]
-        most = (sequences or SEQUENCES[1]) * longest * token
-        cache = max(longest * token, min(most, free(offload)))
-        cache = max(1, cache // (256 * MIB)) * 256 * MIB if cache >= 256 * MIB else cache
-        full = "all sequences at full length" if cache >= most // 2 and most <= free(offload) else "what is left"
-        why = f"{full}: {cache // token} tokens of {token} bytes on each rank"
-        self._set("rollout.kv_cache_bytes", cache, why)
-        held = (self._config.rollout.kv_cache_bytes or cache) // (token * max(1, longest // 4))
-        count = max(SEQUENCES[0], min(SEQUENCES[1], held // 8 * 8))
-        self._set("rollout.max_sequences", count, f"the cache holds {held} of a quarter of their full length")
+        count = sequences or max(SEQUENCES[0], min(SEQUENCES[1], held(cache_of(offload, guess)) // 8 * 8))
+        cache = cache_of(offload, count)  # whose float32 logits are many
+        self._set("rollout.kv_cache_bytes", cache, f"{cache // token} tokens of {token} bytes on each rank")
+        self._set("rollout.max_sequences", count, f"the cache holds {held(cache)} of a quarter of their full length")
 
 
 def _gib(size: float) -> str:

@@ -185,6 +185,14 @@ CHARTS = (
         "GiB",
         2.0**-30,
     ),
+    Chart(
+        COST,
+        "Memory by the plan",
+        "What a3po plan says that the fullest rank needs in three phases of a step, and what was in use there; on a "
+        "CPU nothing is measured that could be held against it.",
+        "GiB",
+        2.0**-30,
+    ),
 )
 
 
