@@ -11,11 +11,13 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG = (
-    *("test_circle", "test_learner", "test_resume", "test_evaluate", "test_readback", "test_replay", "test_launch"),
-    *("test_te", "test_convert", "test_alerts_runs", "test_code", "test_convert_damage", "test_reload"),
-    *("test_bringup", "test_start_signals", "test_process", "test_convert_hostile", "test_sandbox", "test_transfer"),
-    *("test_arena", "test_config", "test_checkpoint", "test_mixed_run", "test_resume_faults", "test_regulariser"),
-    *("test_families", "test_engine_config", "test_requests", "test_doctor_gpu", "test_judge"),
+    *("test_launch", "test_evaluate", "test_learner", "test_circle", "test_code", "test_te", "test_readback"),
+    *("test_bringup", "test_convert_damage", "test_resume", "test_alerts_runs", "test_replay", "test_transfer"),
+    *("test_reload", "test_convert_hostile", "test_sandbox", "test_switches", "test_convert", "test_start_signals"),
+    *("test_resume_faults", "test_process", "test_worlds", "test_report", "test_checkpoint", "test_static"),
+    *("test_doctor_gpu", "test_fused_head", "test_engine_config", "test_files", "test_profile", "test_arena"),
+    *("test_regulariser", "test_mixed_run", "test_reward_field", "test_layout", "test_cluster", "test_config"),
+    *("test_families", "test_objectives", "test_rows_triton", "test_imports", "test_balance", "test_judge"),
 )
 
 

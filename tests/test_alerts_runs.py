@@ -59,7 +59,7 @@ def failing_run(tmp_path: Path, grader: str, *changes: str) -> tuple[list[dict[s
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in graded))
     ended = tools.trained_here(
         tmp_path / "run",
-        *tools.LAYOUTS["tp2"],
+        "parallel.tensor=1",  # one rank: what an alert looks at is the whole run's
         *(f"model.path={tmp_path}/model", f"data.path={tmp_path}/train.jsonl", "data.grader_field=grader"),
         *(f"reward.function={tmp_path}/graders.py:{grader}", "reward.extract=any", "trainer.prompts_per_step=8"),
         *("trainer.rollouts_per_prompt=8", "rollout.max_tokens=6", "rollout.max_batches=1", "alerts.window=2"),

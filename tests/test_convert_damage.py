@@ -485,7 +485,9 @@ def wait_for_bytes(folder: Path, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     ("how", "workers"),
     [
-        pytest.param(signal.SIGKILL, 2, id="killed"),
+        pytest.param(signal.SIGKILL, 1, id="killed"),
+        # whose processes end with it; tests/test_convert_hostile.py has them end at TERM
+        pytest.param(signal.SIGKILL, 2, id="killed, with workers", marks=pytest.mark.soak),
         # tests/test_convert_hostile.py ends one by TERM
         pytest.param(signal.SIGINT, 1, id="interrupted from the keyboard", marks=pytest.mark.soak),
     ],

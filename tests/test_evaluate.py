@@ -210,8 +210,8 @@ def test_an_evaluation_that_is_interrupted_again_and_again_goes_on_by_command_an
     assert 0 < finished[0] < finished[1] < PROBLEMS
     assert_goes_on(file, tmp_path, alone)
     assert list((folder / "partial").iterdir()) == [others]
-    ended = subprocess.run(command("compare", "a.json", "a.json"), cwd=tmp_path, env=AROUND, capture_output=True)
-    assert ended.returncode == 0 and b"B - A" in ended.stdout
+    ended = tools.main_here(["compare", *[str(tmp_path / "a.json")] * 2], pytest.fail)
+    assert ended.code == 0 and "B - A" in ended.out
 
 
 @pytest.mark.soak  # that an evaluation goes on from what was finished is shown above

@@ -25,6 +25,7 @@ from tests.harness.ranks import ROOT
 
 # Small steps: what is trained is not the subject.
 SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]
+SMALL += ["publish.witness_at_start=false", "publish.canary_tokens=4"]
 
 
 def words(folder: Path, *overrides: str) -> list[str]:
@@ -42,7 +43,7 @@ def wait_for_phase(folder: Path, rank: int, phases: tuple[str, ...], seconds: fl
     while time.monotonic() < deadline:
         if (found := phase_of(folder, rank)).partition(" ")[2] in phases:
             return found
-        time.sleep(0.02)
+        time.sleep(0.1)  # to look takes a few milliseconds, of a core that the ranks need
     raise AssertionError(f"rank {rank} did not come to {phases}: {found or 'it is not there'}")
 
 

@@ -44,7 +44,7 @@ def test_one_run_trains_on_maths_and_on_code(tmp_path: Path) -> None:
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tools.trained_here(
         tmp_path / "run",
-        *tools.LAYOUTS["tp2"],
+        "parallel.tensor=1",
         *(f"model.path={model}", f"data.path={tmp_path}/mixed.jsonl", "data.grader_field=grader"),
         *("trainer.steps=3", "trainer.rollouts_per_prompt=8", "rollout.max_tokens=3", "reward.extract=any"),
         *("grader_pool.timeout_seconds=60", "sandbox.wall_seconds=30"),

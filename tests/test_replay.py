@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm.engine.arg_utils import EngineArgs
 
 from a3po_megatron.algorithm.advantage import assemble
 from a3po_megatron.algorithm.statistics import batch_metrics, batch_sums
@@ -253,6 +252,8 @@ def test_routes_that_the_engine_cannot_have_chosen_end_the_run_by_name(routes: A
 
 
 def test_vllm_is_asked_for_routes_only_where_they_are_replayed() -> None:
+    from vllm.engine.arg_utils import EngineArgs  # takes seconds, which whoever runs other tests needs not spend
+
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     for replay in (False, True):
         options = RolloutOptions(routing_replay=replay)
@@ -272,6 +273,8 @@ def test_vllm_is_asked_for_routes_only_where_they_are_replayed() -> None:
 
 def test_the_cpu_record_says_what_vllm_says_itself(tmp_path: Path) -> None:
     """What vLLM refuses, it refuses when it is configured: before it loads anything."""
+    from vllm.engine.arg_utils import EngineArgs
+
     make_checkpoint(tmp_path / "wide", "qwen3_moe", hidden_size=128, moe_intermediate_size=64)
     options = RolloutOptions(routing_replay=True, max_tokens=8, max_prompt_tokens=8)
     arguments = engine_arguments(tmp_path / "wide", options, torch.float32, CPU, 2)

@@ -525,7 +525,7 @@ def test_the_page_has_each_ranks_seconds_of_every_step_and_their_mean(tmp_path: 
 
 def test_a_long_timeline_of_many_ranks_keeps_the_page_small_and_says_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", groups=1)
-    add_timeline(folder, 500, world=1024)
+    add_timeline(folder, 300, world=1024)
     report = write_report([folder])
     drawn = page_data(report)["runs"][0]["timeline"]
     stride = {b["step"] - a["step"] for a, b in itertools.pairwise(drawn["steps"])}
@@ -534,7 +534,7 @@ def test_a_long_timeline_of_many_ranks_keeps_the_page_small_and_says_so(tmp_path
     spread = drawn["mean"]["ranks"]
     assert len(spread) >= 62 and {0, 1023} < set(spread)
     text = Scripts(report.read_text("utf-8")).text
-    assert f"The timeline shows every {stride.pop()}th of 500 steps" in text and "of 1024 ranks" in text
+    assert f"The timeline shows every {stride.pop()}th of 300 steps" in text and "of 1024 ranks" in text
 
 
 def test_a_timeline_that_is_cut_off_is_read_up_to_there_and_a_damaged_one_refused(tmp_path: Path) -> None:

@@ -131,8 +131,10 @@ def experiments() -> dict[str, dict[str, Any]]:
     return {name: found for name, (found,) in by_name.items()}
 
 
-def test_the_learner_stands_against_the_oracle_as_the_experiment_asks(experiments: dict[str, dict[str, Any]]) -> None:
-    found = experiments["oracle_on_stand_in"]
+@pytest.mark.soak  # the gradient is held against float64 above, the oracle against transformers in test_bringup.py
+def test_the_learner_stands_against_the_oracle_as_the_experiment_asks() -> None:
+    ((found,),) = run_ranks(1, *(getattr(cases_bringup, name) for name in cases_bringup.ORACLE), te=True).values()
+    assert all(claim["holds"] for claim in found["claims"]), found["claims"]
     assert found["numbers"]["sequences, response tokens, micro-batches"] == [10, 505, 2]
     assert len(found["claims"]) == 6
 

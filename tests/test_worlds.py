@@ -13,8 +13,6 @@ from tests.distributed import cases_worlds as cases
 from tests.harness.ranks import run_ranks
 from tests.harness.worlds import end_worlds
 
-pytestmark = pytest.mark.alone
-
 
 def processes() -> list[int]:
     return [seen["process"] for seen in run_ranks(2, cases.seen)["seen"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -37,7 +38,8 @@ from tests.harness.tiny_models import make_checkpoint, resolved, save_tokenizer
 EXAMPLE = ROOT / "configs/arithmetic.yaml"
 FEW = "trainer.prompts_per_step=8"  # of 32, of which nothing here has need
 # Two mini-batches a step. A coin grades: every step has groups with spread, whatever the model says.
-SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8", "publish.witness_at_start=false")
+UNSEEN = ("publish.witness_at_start=false", "publish.canary_tokens=4")  # what the weights are is others' subject
+SHORT = ("trainer.prompts_per_step=4", "rollout.max_tokens=8", *UNSEEN)
 BRIEF = (*SHORT, "rollout.max_tokens=32")  # some responses end, others are cut off
 # Dropping a part of a fused tensor would leave that part uninitialised, and NaN in the engine's cache for good.
 STALE, DROPPED = "model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -116,7 +118,7 @@ def _publishes(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, Any
         wide = {"hidden_size": 128, "moe_intermediate_size": 64} if kind == "qwen3_moe" else {}
         make_checkpoint(folder, kind, num_hidden_layers=4, **wide)
     torch.distributed.barrier()
-    made = parts(ranks, 1, 1, *options, f"model.path={folder}")
+    made = parts(ranks, 1, 1, *options, f"model.path={folder}", "rollout.max_tokens=16")
     engine, learner, prompts = made.engine, made.learner, made.prompts
     found: dict[str, Any] = {"canary": [], "received": 0, "bytes": 0}
     for _ in range(3):
@@ -297,7 +299,7 @@ def one_slow_engine(ranks: CaseRanks) -> dict[str, Any]:
 
 def one_step_of_rollouts(ranks: CaseRanks, slow: int | None = None) -> dict[str, Any]:
     """Tokens of one step's rollouts by name; with one rank also in another order, again, and one by one."""
-    options = ["parallel.tensor=1", f"parallel.data={ranks.world}", FEW]
+    options = ["parallel.tensor=1", f"parallel.data={ranks.world}", FEW, *UNSEEN]
     made = built(ranks, f"sampled-{slow}", options, InProcess(grade), engine_of=Forgetful)
     engine = made.engine
     made.publish()
@@ -462,8 +464,10 @@ def score_never_finite(ranks: CaseRanks) -> dict[str, Any]:
 def gsm8k_through_the_loop(ranks: CaseRanks) -> dict[str, Any]:
     """Real text, a byte-pair tokenizer and random weights: one step with the real grader, one with spread."""
     data = Path(os.environ["A3PO_TEST_DATA"])
-    model = ranks.folder / "bpe-model"
+    model, rows = ranks.folder / "bpe-model", ranks.folder / "gsm8k_train.jsonl"
     if ranks.rank == 0:
+        with (data / "gsm8k_train.jsonl").open() as file:  # to tokenize all of them takes seconds
+            rows.write_text("".join(itertools.islice(file, 500)))
         vocab = 2020
         make_checkpoint(model, "qwen3", vocab_size=vocab, max_position_embeddings=1024)
         save_tokenizer(model, vocab)
@@ -472,7 +476,7 @@ def gsm8k_through_the_loop(ranks: CaseRanks) -> dict[str, Any]:
     torch.distributed.barrier()
     values = {
         "model": {"path": str(model)},
-        "data": {"path": str(data / "gsm8k_train.jsonl"), "template": "qwen", "drop_long_prompts": True},
+        "data": {"path": str(rows), "template": "qwen", "drop_long_prompts": True},
         "parallel": {"tensor": 2},
         "rollout": {"max_prompt_tokens": 400, "max_tokens": 24, "max_batches": 2},
         "trainer": {

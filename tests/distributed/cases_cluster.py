@@ -30,7 +30,7 @@ VALUES: tuple[tuple[Any, Any], ...] = (
 )
 OPERATIONS: tuple[Callable[[list[Any]], Any], ...] = (any, all, min, max, sum, list)
 ANYTHING = ("é", None, {"a": [1, {"b": 0.5}]}, [], 3)
-LATE = timedelta(seconds=1.5)
+LATE = timedelta(seconds=0.5)
 
 
 def failure(action: Callable[[], Any]) -> str:

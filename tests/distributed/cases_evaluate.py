@@ -9,9 +9,9 @@ from a3po_megatron.config import load_resolved
 from a3po_megatron.errors import Interrupted
 from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.parts import build_serving
-from a3po_megatron.reward.graders import graders_of
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.serve import serve
+from tests.distributed.cases_runs import graders_that_stay
 from tests.harness.ranks import CaseRanks
 
 FOLDER, STEPS = "A3PO_TEST_EVALUATION", "A3PO_TEST_STEPS"
@@ -39,10 +39,9 @@ def evaluates(ranks: CaseRanks) -> str:
     folder = Path(os.environ[FOLDER])
     settings = load_resolved(RunFolder(folder).config)
     interrupt = AfterSteps(int(os.environ[STEPS])) if STEPS in os.environ else Interrupt()
-    with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
-        made = ranks.arrange(**settings.parallel.model_dump(), engine_ranks=settings.rollout.tensor)
-        try:
-            serve(build_serving(folder, settings, made, graders, interrupt=interrupt))
-        except Interrupted as error:
-            return str(error)
+    made = ranks.arrange(**settings.parallel.model_dump(), engine_ranks=settings.rollout.tensor)
+    try:
+        serve(build_serving(folder, settings, made, graders_that_stay(settings), interrupt=interrupt))
+    except Interrupted as error:
+        return str(error)
     return ""

@@ -25,8 +25,10 @@ from a3po_megatron.model.facts import ModelFacts, Param, Part
 from a3po_megatron.model.families.moe import QWEN3_MOE
 from a3po_megatron.model.families.registry import FAMILIES
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.run.store import Saving
 from a3po_megatron.weights.publish import Publisher
 from tests.harness.ranks import CaseRanks
+from tests.harness.saves_at_once import write_whole
 from tests.harness.tiny_models import make_checkpoint, resolved
 
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -163,7 +165,7 @@ def _saved_otherwise(ranks: CaseRanks, name: str, learner: Learner) -> list[str]
     folder.mkdir(exist_ok=True)
     wanted = {key: value.detach().clone() for key, value in learner.parameters().items()}
     state = {part: value for part, value in learner.sharded_state().items() if part != "optimizer"}
-    dist_checkpointing.save(state, str(folder))
+    write_whole(Saving(state, folder))
     with torch.no_grad():
         for value in learner.parameters().values():
             value.fill_(7.0)

@@ -146,8 +146,8 @@ class Literal:
     second_loss: float  # after a step of AdamW with the gradient clipped to 1
 
 
-def literal_update(folder: Path, tools: bool) -> Literal:
-    collected, model = make_collected(groups=5, size=4), hf_model(folder)
+def literal_update(folder: Path, tools: bool, groups: int) -> Literal:
+    collected, model = make_collected(groups=groups, size=4), hf_model(folder)
     collected = with_tools(collected) if tools else collected
     whole = assemble(collected, Config.model_fields["advantage"].default, 1)
     old = list(literal_old(whole).split(whole.lengths.tolist()))
@@ -177,14 +177,14 @@ def padding_share(cluster: Ranks, collected: Collected, held: int) -> float:
 def one_update(ranks: CaseRanks, kind: str, tensor: int, data: int, **parallel: Any) -> dict[str, float]:
     """Differences of one layout's update from the reference."""
     folder = ranks.folder / kind
-    tools = parallel.pop("tools", False)
+    tools, groups = parallel.pop("tools", False), parallel.pop("groups", 3)
     layout = {name: value for name, value in parallel.items() if name != "micro_batch_tokens"}
     cluster = ranks.arrange(tensor, data=data, **layout)
     facts = read_facts(folder)
-    collected = make_collected(groups=5, size=4)
+    collected = make_collected(groups=groups, size=4)
     collected = with_tools(collected) if tools else collected
     mine = share(collected, cluster.coordinates.data, cluster.data)
-    exact = ranks.once(f"update-{kind}-{tools}", lambda: literal_update(folder, tools))
+    exact = ranks.once(f"update-{kind}-{tools}-{groups}", lambda: literal_update(folder, tools, groups))
     limit = {"micro_batch_tokens": parallel.pop("micro_batch_tokens", 64)}
 
     def learner_with(**optimizer: Any) -> Learner:
@@ -545,7 +545,7 @@ GRID: dict[int, dict[str, tuple[str, int, int, dict[str, Any]]]] = {
 
 # One batch, split over ranks and micro-batches: 1 to 8 of them on a rank.
 SPLITS = {
-    f"split_dp{data}_{limit}": ("qwen3", 1, data, {"micro_batch_tokens": limit})
+    f"split_dp{data}_{limit}": ("qwen3", 1, data, {"micro_batch_tokens": limit, "groups": 5})
     for data in (1, 2, 4)
     for limit in (100_000, 150, 80, 48)
 }
@@ -583,7 +583,7 @@ CROSSING = {
     ),
     4: (
         *("qwen3_cp4", "qwen3_tp2_cp2_sp", "qwen3_cp2_pp2_vp2", "qwen2_tp2_pp2_sp"),
-        *("moe_ep2_pp2_vp2", "moe_tp2_dp2_ep4_etp1_sp", "share_pp2_vp2_dp2"),
+        *("moe_ep2_pp2_vp2", "moe_tp2_dp2_ep4_etp1_sp"),
     ),
 }
 CASES = {

@@ -126,8 +126,8 @@ def _reads_back(ranks: CaseRanks, kind: str, options: list[str]) -> dict[str, st
         make_checkpoint(folder, kind, **sizes)
     torch.distributed.barrier()
     # The canary is not to find anything first: what it sees is tests/test_circle.py's subject.
-    asked = (f"model.path={folder}", "publish.canary_bound=1e9", "publish.witness_at_start=false")
-    made: Any = _parts(Readable, ranks, *options, *asked)
+    asked = (f"model.path={folder}", "publish.canary_bound=1e9", "publish.canary_tokens=1")
+    made: Any = _parts(Readable, ranks, *options, *asked, "publish.witness_at_start=false")
     engine, learner = made.engine, made.learner
     found: dict[str, str] = {}
 

@@ -384,7 +384,7 @@ def the_loop(ranks: CaseRanks) -> dict[str, Any]:
     model = ranks.folder / "wide"  # of sizes that vLLM's kernels take
     layout = ["parallel.tensor=1", "parallel.data=2", "parallel.expert=2", f"model.path={model}"]
     # They are sampled one by one.
-    few = ["trainer.rollouts_per_prompt=4", "checkpoint.every_steps=1", *SHORT]
+    few = ["trainer.rollouts_per_prompt=4", "checkpoint.every_steps=1", *SHORT, "trainer.prompts_per_step=2"]
     few += ["publish.canary_prompts=2", "publish.canary_tokens=4"]
     wanted = [*layout, "rollout.routing_replay=true", "trainer.steps=2", *few]
     config = resolved(load_config(EXAMPLE, wanted))

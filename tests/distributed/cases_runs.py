@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from a3po_megatron.config import load_resolved
+from a3po_megatron.config import Settings, load_resolved
 from a3po_megatron.files.run_folder import RunFolder
 from a3po_megatron.parts import build
+from a3po_megatron.reward.beside import Beside
 from a3po_megatron.reward.graders import graders_of
 from a3po_megatron.run.stop import Interrupt
 from a3po_megatron.train import train
@@ -17,6 +18,18 @@ from tests.harness.interrupting.sitecustomize import install
 from tests.harness.ranks import CaseRanks
 
 FOLDER, POINT = "A3PO_TEST_RUN", "A3PO_TEST_INTERRUPT"
+_graders: dict[str, Beside] = {}
+
+
+def graders_that_stay(settings: Settings) -> Beside:
+    """Those of the run before in this rank, where they are the same: their processes hold nothing between two
+    responses, and take a second to start."""
+    asked = settings.model_dump_json(include={"reward", "grader_pool", "sandbox"})
+    for other in _graders.keys() - {asked}:
+        _graders.pop(other).__exit__(None, None, None)
+    if asked not in _graders:
+        _graders[asked] = graders_of(settings.reward, settings.grader_pool, settings.sandbox).__enter__()
+    return _graders[asked]
 
 
 def trains(ranks: CaseRanks) -> None:
@@ -32,9 +45,8 @@ def trains(ranks: CaseRanks) -> None:
     if point and point["rank"] == ranks.rank:
         install(point)
     try:
-        with graders_of(settings.reward, settings.grader_pool, settings.sandbox) as graders:
-            layout = settings.parallel.model_dump()
-            made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
-            train(build(folder, settings, made, graders, interrupt=interrupt))
+        layout = settings.parallel.model_dump()
+        made = ranks.arrange(**layout, engine_ranks=settings.rollout.tensor, seed=settings.trainer.seed)
+        train(build(folder, settings, made, graders_that_stay(settings), interrupt=interrupt))
     finally:
         take_out()

@@ -66,11 +66,11 @@ def small_buckets() -> Iterator[None]:
 
 # What implies the others; `make soak` has every switch in every layout.
 CROSSING = {2: ("dp2 untied", "ep2"), 4: ("pp2 vp2 dp2",)}
-IMPLYING = ("reduce and gather", "selective", "all")
+IMPLYING = {2: ("reduce and gather", "selective", "all"), 4: ("all",)}
 
 
 def switched(ranks: CaseRanks) -> dict[str, Any]:
-    return _switched(ranks, CROSSING[ranks.world], IMPLYING)
+    return _switched(ranks, CROSSING[ranks.world], IMPLYING[ranks.world])
 
 
 def all_switched(ranks: CaseRanks) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tools.bringup.report import Refused, Report
 
@@ -85,9 +86,10 @@ def fp8_on_stand_in(report: Report) -> None:
 
 
 def traps_on_stand_in(report: Report) -> None:
-    from tools.bringup.traps import traps_on
+    from tools.bringup import traps
 
-    traps_on(report, _stand_in())
+    with mock.patch.object(traps, "LENGTHS", traps.LENGTHS[:5]):  # of two micro-batches
+        traps.traps_on(report, _stand_in())
 
 
 def alignment_on_stand_in(report: Report) -> None:
@@ -100,11 +102,12 @@ def learner_leaves_on_cpu(report: Report) -> None:
     import torch
 
     from a3po_megatron.ranks.backend import CPU
+    from tools.bringup import rank
     from tools.bringup.arena import whole_learner
-    from tools.bringup.rank import alone, make_learner, make_model
 
-    cluster, folder = alone(CPU), make_model()
-    whole_learner(report, lambda: make_learner(cluster, folder), torch.device("cpu"), cycles=3)
+    cluster, folder = rank.alone(CPU), rank.make_model()
+    with mock.patch.object(rank, "LENGTHS", rank.LENGTHS[:3]):  # to multiply in bf16 takes a CPU long
+        whole_learner(report, lambda: rank.make_learner(cluster, folder), torch.device("cpu"), cycles=3)
 
 
 def engine_cycles_on_cpu(report: Report) -> None:
@@ -118,7 +121,7 @@ def mismatch_on_cpu(report: Report) -> None:
     from a3po_megatron.ranks.backend import CPU
     from tools.bringup.engine import mismatch_on
 
-    mismatch_on(report, CPU, ["bf16"], None)
+    mismatch_on(report, CPU, ["bf16"], None, count=12)  # to multiply in bf16 takes a CPU long
 
 
 def standalone_on_cpu(report: Report) -> None:

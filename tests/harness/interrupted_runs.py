@@ -50,7 +50,7 @@ SMALL = (
     "telemetry.texts_per_step=1",
     "telemetry.tensorboard=false",
     "publish.witness_at_start=false",
-    "publish.canary_tokens=8",
+    "publish.canary_tokens=4",
 )
 LAYOUTS = {
     "tp2": ("parallel.tensor=2",),

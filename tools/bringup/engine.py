@@ -172,12 +172,15 @@ def gap(engine: Tensor, learner: Tensor) -> dict[str, float]:
     }
 
 
-def mismatch_on(report: Report, backend: Backend, precisions: Sequence[str], quantization: str | None) -> None:
+def mismatch_on(
+    report: Report, backend: Backend, precisions: Sequence[str], quantization: str | None, count: int = 64
+) -> None:
+    """Of so many requests."""
     rollout = {} if quantization is None else {"quantization": quantization}
     both = colocate(make_model(), backend, {"precision": precisions[0]}, **rollout)
     with both.residency.publishing():
         receipt = both.publish()
-    requests = requests_of(both.facts.vocab, 64)
+    requests = requests_of(both.facts.vocab, count)
     with both.residency.rollout():
         completions = both.sample(requests)
     engine, table = logprobs_of(completions), {}
