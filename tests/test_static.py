@@ -88,13 +88,13 @@ def layouts(facts: ModelFacts, draw: random.Random, count: int) -> list[Layout]:
     return found
 
 
-def test_over_the_ranks_of_a_replica_every_parameter_is_counted_once_in_hundreds_of_layouts(tmp_path: Path) -> None:
+def test_over_the_ranks_of_a_replica_every_parameter_is_counted_once_in_a_thousand_layouts(tmp_path: Path) -> None:
     models = [
         dataclasses.replace(published(tmp_path, name), layers=layers)
         for name, layers in (("Qwen3-30B-A3B", 4), ("Meta-Llama-3.1-8B", 6), ("Qwen2.5-Math-7B", 5), ("Qwen3-8B", 7))
     ]
     draw = random.Random(0)
-    for number in range(500):
+    for number in range(1000):
         facts = models[number % len(models)]
         (layout,) = layouts(facts, draw, 1)
         whole = sum(each.elements for each in held(facts, Stored()))
