@@ -1,6 +1,7 @@
 """How long the commands take that a person waits for, each in a fresh process.
 
-    python tools/bench_cli.py                     a3po --help, and submit --dry-run of configs/arithmetic.yaml
+    python tools/bench_cli.py                     a3po --help, submit --dry-run of configs/arithmetic.yaml, and plan for
+                                                  235 billion parameters on 1,024 ranks
     python tools/bench_cli.py --times 20 --json out.json
 
 Prints the median and the fastest of each, and the median as a ratio to that of an interpreter that does nothing: what a
@@ -22,6 +23,8 @@ NOTHING = [sys.executable, "-c", ""]
 COMMANDS = {
     "--help": ["--help"],
     "submit --dry-run": ["submit", str(ROOT / "configs/arithmetic.yaml"), "--dry-run"],
+    "plan": ["plan", str(ROOT / "configs/scale/qwen3-235b-a22b-32x8.yaml"), "--gpus", "1024"],
+    "plan --json": ["plan", str(ROOT / "configs/scale/qwen3-235b-a22b-32x8.yaml"), "--gpus", "1024", "--json"],
 }
 HEAVY = ("torch", "transformers", "vllm", "megatron")
 IMPORTED = """
@@ -35,7 +38,7 @@ print(*[name for name in {heavy} if name in sys.modules])
 
 def seconds(command: list[str]) -> float:
     begin = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 

@@ -13,6 +13,9 @@ keep them:
     experts     rows R = T x per_token / s x expert tensor x imbalance, for each b (hidden + (2 + 1) ffn / etp);
                 +2 ffn / etp where kernels are not fused (the activation, and it before its probability)
 
+Without Transformer Engine's kernels (model/modules.py) a norm also keeps what it scales, queries and keys that are
+normed likewise, and attention its values and its output once more.
+
 The formulas for dense layers are arXiv 2205.05198's without its assumptions (q = hidden, ffn = 4 hidden, GELU). What
 the public record says of them: tools/plan_accuracy.py.
 """
@@ -65,7 +68,7 @@ def layer(shape: Shape, share: Share, dense: bool) -> Kept:
     inputs = 1 if share.fp8 else share.itemsize  # bytes of what a linear layer keeps
     norm = share.itemsize * shape.hidden * here
     normed = 0 if "layernorm" in share.recompute else inputs * shape.hidden * here
-    saved = {"norms": 2 * (norm + normed), **_attention(shape, share)}
+    saved = {"norms": 2 * (norm + normed + (0 if shape.fused else norm)), **_attention(shape, share)}
     work = _work_of_attention(shape, share)
     if shape.hidden_dropout:
         saved["dropout"] = 2 * shape.hidden * here
@@ -98,6 +101,8 @@ def _attention(shape: Shape, share: Share) -> dict[str, float]:
     widths = shape.queries + shape.keys + shape.values
     if shape.rope:
         widths += shape.queries + shape.keys
+    if not shape.fused:
+        widths += shape.values + shape.outputs + (2 * (shape.queries + shape.keys) if shape.qk_norm else 0)
     saved["queries, keys, values"] = 0 if "mla_up_proj" in share.recompute else b * widths / t
     saved["attention"] = (b * shape.outputs + STATISTICS * shape.heads) / t + share.fp8 * shape.outputs / t
     if not shape.fused_attention and "core_attn" not in share.recompute:

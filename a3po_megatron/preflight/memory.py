@@ -96,7 +96,7 @@ class _Rank:
         self.facts, self.settings, self.topology = facts, settings, topology
         self.on_gpu, self.stage = settings.cluster.device == "cuda", topology.coordinates(rank).pipeline
         self.static: Static = static_of(facts, settings, rank)
-        self.shape: Shape = shape_of(facts, settings.learner)
+        self.shape: Shape = shape_of(facts, settings.learner, self.on_gpu)
         self.share = share_of(facts, settings)
         self.engine = engine_weights(facts, settings)
         self.hopper = hopper

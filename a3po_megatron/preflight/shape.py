@@ -58,6 +58,8 @@ class Shape:
     attention_dropout: bool = False
     bias: bool = False  # of linear layers
     norm_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = True  # Transformer Engine's kernels; False: torch's, step by step, as on a CPU
 
     @property
     def queries(self) -> int:
@@ -82,7 +84,7 @@ class Shape:
         return self.heads * (self.latent.value if self.latent is not None else self.head_dim)
 
 
-def shape_of(facts: ModelFacts, learner: LearnerOptions) -> Shape:
+def shape_of(facts: ModelFacts, learner: LearnerOptions, on_gpu: bool) -> Shape:
     """Returns the shape of a model of ours, as our learner computes it."""
     experts = facts.experts
     return Shape(
@@ -96,4 +98,6 @@ def shape_of(facts: ModelFacts, learner: LearnerOptions) -> Shape:
         tied=facts.tied,
         mixture=Mixture(experts.count, experts.per_token, experts.ffn) if experts else None,
         fused_gate=learner.fused_swiglu,
+        qk_norm=facts.qk_norm,
+        fused=on_gpu,
     )

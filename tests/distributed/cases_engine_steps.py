@@ -19,6 +19,7 @@ from a3po_megatron.model.read import read_facts
 from a3po_megatron.rollout import vllm_engine
 from a3po_megatron.rollout.engine import Request
 from a3po_megatron.rollout.vllm_engine import VllmEngine
+from tests.distributed.cases_learner import settings
 from tests.harness.ranks import CaseRanks
 
 STOP, OTHER = 2, 5
@@ -103,3 +104,16 @@ def _left(ranks: CaseRanks) -> dict[str, Any]:
         rounds.append([[completion.finish, len(completion.tokens)] for _, completion in done])
     in_flight = sum(entry[1].total_num_scheduled_tokens for entry in core.batch_queue)
     return {"rounds": rounds, "in_flight": in_flight, "requests": core.scheduler.has_requests()}
+
+
+def blocks(ranks: CaseRanks) -> dict[str, int]:
+    """How many blocks the engine's cache has, and how many are planned."""
+    from a3po_megatron.preflight.memory import cache_blocks
+
+    options = {"max_prompt_tokens": 16, "max_tokens": 16, "kv_cache_bytes": 5_000_000}
+    folder = ranks.folder / "m"
+    planned = settings(folder, 1, 1, rollout=options)
+    facts, backend = read_facts(folder), ranks.arrange().backend
+    engine = VllmEngine(folder, facts, [STOP], planned.rollout, torch.float32, backend)
+    real = engine._llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    return {"real": real, "predicted": cache_blocks(facts, planned)}

@@ -41,10 +41,10 @@ def settings(folder: Path, tensor: int, data: int, **changes: dict[str, Any]) ->
             "model": {"path": str(folder), **changes.get("model", {})},
             "data": {"path": "builtin:arithmetic"},
             "parallel": {"tensor": tensor, "data": data, **changes.get("parallel", {})},
-            "rollout": {"temperature": TEMPERATURE},
+            "rollout": {"temperature": TEMPERATURE, **changes.get("rollout", {})},
             "optimizer": {"lr": LR, "weight_decay": 0.0, **changes.get("optimizer", {})},
             # Small, so that every mini-batch takes several micro-batches.
-            "learner": {"micro_batch_tokens": changes.get("learner", {}).get("micro_batch_tokens", 64)},
+            "learner": {"micro_batch_tokens": 64, **changes.get("learner", {})},
             "trainer": {"steps": 10, "mini_batches": 1},
         }
     )

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from a3po_megatron.learner.learner import Learner
+from a3po_megatron.learner.micro_batch import micro_batch
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.preflight.activations import layer
+from a3po_megatron.preflight.memory import share_of
+from a3po_megatron.preflight.shape import shape_of
 from a3po_megatron.preflight.static import static_of
 from tests.distributed.cases_learner import settings
 from tests.harness.ranks import CaseRanks
@@ -59,3 +65,53 @@ def measured(ranks: CaseRanks) -> dict[str, Any]:
                 planned = asdict(static_of(facts, options, cluster.rank))
                 found[f"{kind} tp{tensor} dp{data} {parallel} {dtype} {name}"] = [holds, planned]
     return found
+
+
+def kept(ranks: CaseRanks) -> dict[str, Any]:
+    """Bytes that the backward of one layer waits for, measured and planned: of two depths, the difference."""
+    tensor = ranks.world
+    found: dict[str, Any] = {}
+    for kind, parallel in (("qwen3", {}), ("qwen3", {"sequence": True}), ("qwen3_moe", {"sequence": True})):
+        if tensor == 1 and parallel:
+            parallel = {}
+        for recompute in ("none", "selective", "full"):
+            sizes = []
+            for depth in (2, 4):
+                folder = ranks.folder / f"{kind}_{depth}"
+                cluster, facts = ranks.arrange(tensor, **parallel), read_facts(folder)
+                options = settings(
+                    folder,
+                    tensor,
+                    1,
+                    parallel=parallel,
+                    learner={"recompute": recompute, "micro_batch_tokens": TOKENS},
+                    rollout={"max_prompt_tokens": 1, "max_tokens": TOKENS - 1},
+                )
+                sizes.append(_saved(Learner(cluster, facts, options), TOKENS))
+            planned = layer(
+                shape_of(facts, options.learner, on_gpu=False), share_of(facts, options), dense=facts.experts is None
+            )
+            found[f"{kind} tp{tensor} {parallel} {recompute}"] = [(sizes[1] - sizes[0]) / 2, planned.total]
+    return found
+
+
+TOKENS = 96
+
+
+def _saved(learner: Learner, tokens: int) -> int:
+    """Bytes of all storages that a forward keeps for its backward, parameters aside."""
+    batch = micro_batch([([1] * 8, [2] * (tokens - 7))], [0])
+    own = {p.untyped_storage().data_ptr() for p in learner.parameters().values()}
+    storages: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # held, so that nobody else gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = learner.chunks[0](batch.tokens, batch.positions, None, packed_seq_params=batch.packing)
+    size = sum(storage.nbytes() for storage in storages.values())
+    del output
+    return size
