@@ -44,7 +44,7 @@ def submit(
         if wanted and (sweep or configs[0].slurm.resume == "chain"):
             raise RequestError(f"{option} waits for one job: not with --sweep or slurm.resume chain")
     runs = [slurm.settled(each) for each in configs]
-    if not force:
+    if not force and runs[0].cluster.device == "cuda":
         from ..launch.plan import check_memory
 
         for each, run in zip(configs, runs, strict=True):

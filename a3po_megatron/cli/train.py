@@ -28,14 +28,15 @@ def train(
     from ..launch.folder import default_folder, prepare_folder
     from ..launch.hardware import gpu_here
     from ..launch.local import rendezvous, run_local
-    from ..launch.plan import check_memory
     from ..report.page import write_report
 
     rendezvous(wanted.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(wanted)
     gpu = gpu_here(wanted)
     settings = settle(wanted, backend, gpu=gpu)
-    if not force:
+    if not force and gpu is not None:
+        from ..launch.plan import check_memory
+
         check_memory(wanted, settings, gpu)
     for remark in check_files(settings, backend, here=True):
         print(f"data: {remark}")

@@ -29,8 +29,7 @@ from ..model.precision import check_hardware, check_precision, is_fp8
 from ..model.read import read_facts
 from ..model.rope import Yarn
 from ..preflight.gpus import Gpu, planned_gpu
-from ..preflight.layouts import with_layout
-from ..preflight.sizes import Sized
+from ..preflight.on_cpu import sized_on_cpu
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
 from ..telemetry.wandb_run import check_wandb
@@ -47,10 +46,18 @@ def settle(config: Config, backend: Backend, ranks: int | None = None, gpu: Gpu 
     """
     facts = read_facts(config.model.path)
     if backend.device == "cuda":
+        from ..preflight.layouts import with_layout  # which the laptop's submission does not wait for
+        from ..preflight.sizes import Sized
+
         gpu = gpu or planned_gpu(config)
-    config = with_layout(config, facts, backend, ranks, gpu)
-    _check_as_given(config, facts, ranks)
-    settings = Sized(config, facts, backend, ranks, gpu).settings
+        config = with_layout(config, facts, backend, ranks, gpu)
+        _check_as_given(config, facts, ranks)
+        settings = Sized(config, facts, backend, ranks, gpu).settings
+    else:
+        if config.parallel.layout == "auto":
+            raise RequestError("parallel.layout: auto plans GPUs' memory, and this run is on CPUs: give the layout")
+        _check_as_given(config, facts, ranks)
+        settings = sized_on_cpu(config, facts, backend, ranks)
     _check_options(settings)
     _check_alerts(settings)
     _check_objective(settings)

@@ -32,15 +32,16 @@ from .sizes import Sized
 from .verdict import BAND
 
 PARAMETER, STATE = 6, 12  # bytes of an element: with its gradient; of masters and moments
+AUTO = "parallel.layout: auto"
 POWERS = tuple(2**power for power in range(8))
 
 
-def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu | None) -> Config:
+def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu) -> Config:
     """Returns the configuration with a layout in the place of `auto`. Raises RequestError where none fits."""
     if config.parallel.layout == "given":
         return config
-    if gpu is None or ranks is None:
-        raise RequestError("parallel.layout: auto plans GPUs' memory, and this run has none: give the layout")
+    if ranks is None:
+        raise RequestError(f"{AUTO} needs to know how many GPUs there are: say so in the section slurm")
     room, nearest = (1 - BAND) * gpu.memory, float("inf")
     dense, experts = _elements(facts)
     node = bytes_of_memory(config.slurm.memory) or NODE
@@ -73,7 +74,7 @@ def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int 
         if best is not None:
             return best[1]
     raise RequestError(
-        f"parallel.layout: auto: no layout of {ranks} {gpu.name} fits; the nearest needs {nearest / 2**30:.1f} GiB of "
+        f"{AUTO}: no layout of {ranks} {gpu.name} fits; the nearest needs {nearest / 2**30:.1f} GiB of "
         f"{room / 2**30:.1f} (with the band left free): ask for more nodes"
     )
 

@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from ..config import LpReg, Settings
 from ..learner.chunks import CHUNK_BYTES
-from ..model.cut import EngineRank, held, kv_heads_of_rank
+from ..model.cut import EngineRank, held
 from ..model.facts import ModelFacts
 from ..model.layout import layout_of, padded_vocab
 from ..model.precision import token_grain
@@ -30,7 +30,6 @@ from .update import peak_of_update
 IMBALANCE = 1.5  # tokens of the busiest rank's experts over the mean; nothing is dropped
 PROFILED_TOKENS = 8192  # that vLLM takes in one step at least (rollout/vllm_engine.py)
 SAMPLER_COPIES = 4  # of the logits, in float32: as computed, at their temperature, log-probs, sorted
-BLOCK_TOKENS = {"cpu": 128, "cuda": 16}  # of vllm 0.32.0's cache
 
 
 class Phase(StrEnum):
@@ -281,18 +280,6 @@ def engine_work(facts: ModelFacts, settings: Settings) -> int:
         rows = facts.experts.per_token * (IMBALANCE / rollout.expert if rollout.expert > 1 else 1)
         widths += rows * (3 * ffn + facts.hidden)
     return round(tokens * widths * itemsize)
-
-
-def cache_bytes_of_a_token(facts: ModelFacts, settings: Settings) -> int:
-    """Returns bytes of a token's keys and values on one rank of an engine."""
-    heads = kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
-    return 2 * facts.layers * heads * facts.head_dim * WIDTHS[settings.model.dtype]
-
-
-def cache_blocks(facts: ModelFacts, settings: Settings) -> int:
-    """Returns how many blocks vLLM's cache has."""
-    tokens = BLOCK_TOKENS[settings.cluster.device]
-    return settings.rollout.kv_cache_bytes // (tokens * cache_bytes_of_a_token(facts, settings))
 
 
 def _of_host(static: Static) -> int:

@@ -9,8 +9,6 @@ On GPUs, with a band of 8 % of the device left free:
     rollout.kv_cache_bytes      what is left, up to what rollout.max_sequences of full length take
     rollout.max_sequences       as many as the cache holds at a quarter of their full length, 8 to 512: vLLM puts off
                                 those for which there is no room
-
-On a CPU nothing is short: the values of config/resolve.py, but a cache that holds one sequence.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
+from .cache import cache_bytes_of_a_token
 from .gpus import Gpu
-from .memory import Memory, Phase, cache_bytes_of_a_token, memory_of
+from .memory import Memory, Phase, memory_of
 from .verdict import BAND
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -39,14 +38,11 @@ TRAINING = (Phase.SCORE, Phase.UPDATE)
 class Sized:
     """Settings with sizes filled in, and why."""
 
-    def __init__(self, config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu | None) -> None:
+    def __init__(self, config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu) -> None:
         self._config, self._facts, self._backend, self._ranks, self._gpu = config, facts, backend, ranks, gpu
         self.reasons: dict[str, str] = {}
         self._sizes = dict(SIZES)
-        if gpu is None:
-            self._for_a_cpu()
-        else:
-            self._for(gpu, (1 - BAND) * gpu.memory)
+        self._for(gpu, (1 - BAND) * gpu.memory)
         self.settings = self._resolve().because(self.reasons)
 
     def _resolve(self) -> Settings:
@@ -70,18 +66,9 @@ class Sized:
         before = dict(self._sizes)
         self._sizes |= sizes
         try:
-            hopper = self._gpu is None or self._gpu.hopper
-            return memory_of(self._facts, self._resolve(), hopper)
+            return memory_of(self._facts, self._resolve(), self._gpu.hopper)
         finally:
             self._sizes = before
-
-    def _for_a_cpu(self) -> None:
-        settings = self._resolve()
-        longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
-        needed = cache_bytes_of_a_token(self._facts, settings) * longest
-        if needed > settings.rollout.kv_cache_bytes:
-            cache = -(-2 * needed // MIB) * MIB
-            self._set("rollout.kv_cache_bytes", cache, f"two sequences of {longest} tokens")
 
     def _for(self, gpu: Gpu, room: float) -> None:
         settings = self._resolve()

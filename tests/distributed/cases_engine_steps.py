@@ -108,7 +108,7 @@ def _left(ranks: CaseRanks) -> dict[str, Any]:
 
 def blocks(ranks: CaseRanks) -> dict[str, int]:
     """How many blocks the engine's cache has, and how many are planned."""
-    from a3po_megatron.preflight.memory import cache_blocks
+    from a3po_megatron.preflight.cache import cache_blocks
 
     options = {"max_prompt_tokens": 16, "max_tokens": 16, "kv_cache_bytes": 5_000_000}
     folder = ranks.folder / "m"

@@ -1,0 +1,22 @@
+"""The engine's cache of keys and values, as vllm 0.32.0 lays it out."""
+
+from __future__ import annotations
+
+from ..config import Settings
+from ..model.cut import kv_heads_of_rank
+from ..model.facts import ModelFacts
+from ..weights.route import WIDTHS
+
+BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
+
+
+def cache_bytes_of_a_token(facts: ModelFacts, settings: Settings) -> int:
+    """Returns bytes of a token's keys and values on one rank of an engine."""
+    heads = kv_heads_of_rank(facts.kv_heads, settings.rollout.tensor)
+    return 2 * facts.layers * heads * facts.head_dim * WIDTHS[settings.model.dtype]
+
+
+def cache_blocks(facts: ModelFacts, settings: Settings) -> int:
+    """Returns how many blocks vLLM's cache has."""
+    tokens = BLOCK_TOKENS[settings.cluster.device]
+    return settings.rollout.kv_cache_bytes // (tokens * cache_bytes_of_a_token(facts, settings))
