@@ -18,7 +18,7 @@ from a3po_megatron.model.layout import Layout, check_layout
 from a3po_megatron.model.read import read_facts
 from a3po_megatron.preflight.flops import training_flops
 from tests.distributed import cases_static as cases
-from tests.harness.ranks import run_ranks
+from tests.harness.ranks import ROOT, run_ranks
 from tests.harness.tiny_models import make_checkpoint
 
 
@@ -30,6 +30,7 @@ def test_weights_gradients_and_optimizer_of_real_ranks_are_as_planned_to_the_byt
     for kind in ("qwen3", "qwen2", "qwen3_moe"):
         make_checkpoint(folder / kind, kind)
     make_checkpoint(folder / "qwen3_deep", "qwen3", num_hidden_layers=5)
+    (folder / "demo").symlink_to(ROOT / "configs/models/tiny-guesser")
     for by_layout in run_ranks(world, cases.measured, folder=folder)["measured"]:
         assert len(by_layout) == len(cases.LAYOUTS[world]) * 6
         for layout, (holds, planned) in by_layout.items():

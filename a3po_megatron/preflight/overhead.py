@@ -18,7 +18,7 @@ ASLEEP = 3 * GIB
 GRAPHS = 1 * GIB  # CUDA graphs of an engine, for its batch sizes (vLLM's log: 0.5 to 1.5 GiB)
 HOST_PROCESS = 5 * GIB  # of a rank: torch, Transformer Engine and vLLM, the context's mirror, rollouts of a step
 NODE = 2000 * GIB  # memory of a node, where slurm.memory does not say: what nodes of 8 H200 have
-CPU_PROCESS = 1200 * MIB  # of a rank on a CPU: torch, Megatron and vLLM, as the demo's ranks have
+CPU_PROCESS = 800 * MIB  # of a rank on a CPU: torch, Megatron and vLLM, as the demo's ranks have
 # Of what comes and goes, the allocator has more than is used: it cannot give back what lies between. Published pairs of
 # reserved and allocated: 45.6 and 44.3, 72.4 and 65.2, 69.7 and 65.2 GiB.
 GAPS = 0.15

@@ -26,6 +26,7 @@ LAYOUTS: dict[int, list[tuple[str, int, int, dict[str, Any]]]] = {
         ("qwen3", 1, 1, {"pipeline": 2}),
         ("qwen3", 1, 1, {"context": 2}),
         ("qwen3_moe", 1, 2, {"expert": 2}),
+        ("demo", 1, 2, {}),  # as configs/demo.yaml has it
     ],
     4: [
         ("qwen3_deep", 1, 2, {"pipeline": 2, "virtual": 2}),
