@@ -51,17 +51,22 @@ class Plan:
     def refusal(self, whose: str) -> str:
         """Says where it does not fit, by how much, and what would help."""
         lines = []
-        for phase, verdict in self.verdicts.items():
-            if verdict == Verdict.NO:
-                over = self.memory.total(phase) - self.capacity
-                lines.append(
-                    f"{phase} needs {_gib(self.memory.total(phase))} of {_gib(self.capacity)} on the fullest rank: "
-                    f"{_gib(over)} ({over} bytes) too much"
-                )
+        over = {phase: self.memory.total(phase) - self.capacity for phase in Phase}
+        large = [phase for phase, verdict in self.verdicts.items() if verdict == Verdict.NO]
+        if large:
+            worst = max(large, key=self.memory.total)
+            others = [str(phase) for phase in large if phase != worst]
+            lines.append(
+                f"{worst} needs {_gib(self.memory.total(worst))} of {_gib(self.capacity)} on the fullest rank: "
+                f"{_gib(over[worst])} ({over[worst]} bytes) too much"
+                + (f" ({', '.join(others)}: too much, too)" if others else "")
+            )
         if self.host == Verdict.NO:
             needed = sum(self.memory.host.values())
-            over = needed - self.node
-            lines.append(f"a node's memory: {_gib(needed)} of {_gib(self.node)}: {_gib(over)} ({over} bytes) too much")
+            lacks = needed - self.node
+            lines.append(
+                f"a node's memory: {_gib(needed)} of {_gib(self.node)}: {_gib(lacks)} ({lacks} bytes) too much"
+            )
         text = f"{whose} does not fit: " + "; ".join(lines)
         if self.changes:
             options = [" ".join(f"--set {each}" for each in change.overrides) for change in self.changes]
