@@ -6,6 +6,7 @@ of what they cost. None of them changes what is learned.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
+    facts: ModelFacts
     settings: Settings
     memory: Memory
     capacity: int  # bytes of one device, or of this machine for one rank
@@ -98,7 +100,7 @@ def plan_of(
             found.append(Change(overrides, changed.verdict))
         if len(found) == CHANGES:
             break
-    return Plan(plan.settings, plan.memory, plan.capacity, plan.node, plan.verdicts, plan.host, changes=tuple(found))
+    return dataclasses.replace(plan, changes=tuple(found))
 
 
 def _planned(settings: Settings, facts: ModelFacts, gpu: Gpu | None) -> Plan:
@@ -106,9 +108,9 @@ def _planned(settings: Settings, facts: ModelFacts, gpu: Gpu | None) -> Plan:
     node = bytes_of_memory(settings.slurm.memory) or NODE
     if gpu is None:
         fits = dict.fromkeys(Phase, Verdict.FITS)
-        return Plan(settings, memory, 0, node, fits, Verdict.FITS)
+        return Plan(facts, settings, memory, 0, node, fits, Verdict.FITS)
     verdicts = {phase: verdict_of(memory.total(phase), gpu.memory) for phase in Phase}
-    return Plan(settings, memory, gpu.memory, node, verdicts, verdict_of(sum(memory.host.values()), node))
+    return Plan(facts, settings, memory, gpu.memory, node, verdicts, verdict_of(sum(memory.host.values()), node))
 
 
 def _tries(config: Config, settings: Settings, facts: ModelFacts, over: int) -> Iterator[tuple[str, ...]]:

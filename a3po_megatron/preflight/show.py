@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..model.cut import Stored, held
+from .flops import training_flops
 from .memory import PARTS, Phase
 from .plan import Plan
 
@@ -16,6 +18,8 @@ def as_tree(plan: Plan) -> dict[str, Any]:
     settings, memory = plan.settings, plan.memory
     return {
         "verdict": str(plan.verdict),
+        "parameters": parameters(plan),
+        "flops_of_a_token": flops_of_a_token(plan),
         "ranks": settings.ranks,
         "device": settings.cluster.device,
         "capacity": plan.capacity,
@@ -42,6 +46,17 @@ def as_tree(plan: Plan) -> dict[str, Any]:
 def _value(plan: Plan, option: str) -> Any:
     section, _, name = option.partition(".")
     return getattr(getattr(plan.settings, section), name)
+
+
+def parameters(plan: Plan) -> int:
+    """Returns how many the model has; a tied head counts once."""
+    return sum(each.elements for each in held(plan.facts, Stored()))
+
+
+def flops_of_a_token(plan: Plan) -> float:
+    """Returns what training on one token of the longest sample takes, forward and backward."""
+    longest = plan.settings.rollout.max_prompt_tokens + plan.settings.rollout.max_tokens
+    return training_flops(plan.facts, [longest]) / longest
 
 
 def as_text(plan: Plan, explain: bool = False) -> str:
@@ -83,7 +98,8 @@ def _title(plan: Plan) -> str:
     words = " × ".join(f"{name} {size}" for name, size in layout.items() if size > 1) or "one"
     engines = f"{settings.rollout.data} engines of {settings.rollout.tensor}"
     return (
-        f"{settings.name}: {plan.verdict}. {settings.ranks} ranks ({words}; {engines}), {where}; "
+        f"{settings.name}: {plan.verdict}. {settings.ranks} ranks ({words}; {engines}), {where}\n"
+        f"{parameters(plan):,} parameters; {flops_of_a_token(plan) / 1e9:.1f} GFLOP a token of the longest sample. "
         "GiB of the fullest rank:"
     )
 
