@@ -34,13 +34,13 @@ def plan(
 
     if gpu is not None:
         gpu_of(gpu)
+    if world is not None and world < 1:
+        raise RequestError(f"--world {world}: a run has at least one rank")
     if world is not None and (not build or gpus is not None):
-        raise RequestError(
-            "--world says how many ranks --build builds one of, and --gpus how many are planned: one of them"
-        )
+        raise RequestError("--world says of how many ranks --build builds one: with it, and not beside --gpus")
     gpus = world if world is not None else gpus
     wanted, remark = with_known_model(on_gpus(load_config(config, set_ or [], must_exist=False), gpus, gpu))
-    found = plan(wanted)
+    found = plan(wanted, nodes_fixed=gpus is not None)
     built: dict[str, Any] | None = None
     if build:
         from ..model.read import read_facts

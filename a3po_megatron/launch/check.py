@@ -50,9 +50,10 @@ def settle(config: Config, backend: Backend, ranks: int | None = None, gpu: Gpu 
         from ..preflight.sizes import Sized
 
         gpu = gpu or planned_gpu(config)
-        config = with_layout(config, facts, backend, ranks, gpu)
+        config, reasons = with_layout(config, facts, backend, ranks, gpu)
         _check_as_given(config, facts, ranks)
         settings = Sized(config, facts, backend, ranks, gpu).settings
+        settings = settings.because(reasons | settings.reasons)
     else:
         if config.parallel.layout == "auto":
             raise RequestError("parallel.layout: auto plans GPUs' memory, and this run is on CPUs: give the layout")

@@ -48,8 +48,9 @@ def with_known_model(config: Config) -> tuple[Config, str]:
     return config.model_copy(update={"model": model}), f"{folder} is not there: planned with {known / 'config.json'}"
 
 
-def plan(config: Config) -> Plan:
-    """Raises RequestError where such a run cannot be, whatever memory it has."""
+def plan(config: Config, nodes_fixed: bool = False) -> Plan:
+    """`nodes_fixed`: more nodes are no change that would help. Raises RequestError where such a run cannot be, whatever
+    memory it has."""
     job = "slurm" in config.model_fields_set or config.cluster.device == "cuda"
     device = config.cluster.device or ("cuda" if job and config.slurm.gpus_per_node else "cpu")
 
@@ -58,7 +59,7 @@ def plan(config: Config) -> Plan:
 
     settings = settled_run(config)
     gpu = planned_gpu(config) if device == "cuda" else None
-    return plan_of(config, settings, read_facts(config.model.path), gpu, settled_run)
+    return plan_of(config, settings, read_facts(config.model.path), gpu, settled_run, nodes_fixed)
 
 
 def check_memory(config: Config, settings: Settings, here: Gpu | None = None) -> None:

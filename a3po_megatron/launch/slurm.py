@@ -74,6 +74,11 @@ def settled(config: Config) -> Settings:
             "(parallel.tensor × context × pipeline × data)"
         )
     device = config.cluster.device or ("cuda" if config.slurm.gpus_per_node else "cpu")
+    if device == "cuda" and config.slurm.ranks_per_node() > config.slurm.gpus():
+        raise RequestError(
+            f"slurm.tasks_per_node = {config.slurm.tasks_per_node}, but a node has {config.slurm.gpus()} GPUs "
+            "(slurm.gpus_per_node): every rank has one to itself"
+        )
     return settle(config, backend_of(device), ranks)
 
 

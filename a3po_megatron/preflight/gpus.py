@@ -46,8 +46,16 @@ def planned_gpu(config: Config, here: int = 0) -> Gpu:
         return gpu_of(config.cluster.gpu)
     if here:
         return min(GPUS.values(), key=lambda gpu: abs(gpu.memory - here))
-    kinds = [kind.lower() for kind in gpu_counts(str(config.slurm.gpus_per_node))]
-    return next((GPUS[kind] for kind in kinds if kind in GPUS), GPUS[USUAL])
+    kind = next(iter(gpu_counts(str(config.slurm.gpus_per_node))), "")
+    if not kind:
+        return GPUS[USUAL]
+    within = [name for name in GPUS if name in kind.lower()]  # nvidia_h200 is one
+    if not within:
+        raise RequestError(
+            f"slurm.gpus_per_node = {config.slurm.gpus_per_node}: how much memory a {kind} has is not known: say in "
+            f"cluster.gpu which of these it is: {', '.join(GPUS)}"
+        )
+    return GPUS[max(within, key=len)]
 
 
 def gpu_of(name: str) -> Gpu:

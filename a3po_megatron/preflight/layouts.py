@@ -17,7 +17,8 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from ..config import AdamOptions, Config
+from ..config import AdamOptions, Config, resolve
+from ..config.resolve import SIZES
 from ..config.slurm_forms import bytes_of_memory
 from ..errors import RequestError
 from ..model.cut import Stored, held
@@ -33,22 +34,26 @@ from .verdict import BAND
 
 PARAMETER, STATE = 6, 12  # bytes of an element: with its gradient; of masters and moments
 AUTO = "parallel.layout: auto"
+PIPELINE_RANKS, CONTEXT_RANKS = 32, 8  # at most: beyond that most of a pipeline waits, and of attention travels
 POWERS = tuple(2**power for power in range(8))
 
 
-def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu) -> Config:
-    """Returns the configuration with a layout in the place of `auto`. Raises RequestError where none fits."""
+def with_layout(
+    config: Config, facts: ModelFacts, backend: Backend, ranks: int | None, gpu: Gpu
+) -> tuple[Config, dict[str, str]]:
+    """Returns the configuration with a layout in the place of `auto`, and why it is that one: the first that fits, else
+    the one that needs least. Raises RequestError where no layout is possible."""
     if config.parallel.layout == "given":
-        return config
+        return config, {}
     if ranks is None:
         raise RequestError(f"{AUTO} needs to know how many GPUs there are: say so in the section slurm")
-    room, nearest = (1 - BAND) * gpu.memory, float("inf")
+    room, node = (1 - BAND) * gpu.memory, bytes_of_memory(config.slurm.memory) or NODE
     dense, experts = _elements(facts)
-    node = bytes_of_memory(config.slurm.memory) or NODE
+    nearest: tuple[float, Config] | None = None
+    hopeless: tuple[float, Config] | None = None
     for parallel in _candidates(config, facts, ranks):
-        if (least := _least(dense, experts, parallel, ranks, config)) > room:
-            nearest = min(nearest, least)
-            continue
+        # What costs nothing to know comes first.
+        least = _least(dense, experts, parallel, ranks, config)
         best: tuple[int, Config] | None = None
         for tensor in _engines(config, facts, ranks):
             asked = config.model_copy(
@@ -59,6 +64,13 @@ def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int 
             )
             if not _is_possible(asked, facts, ranks):
                 continue
+            if least > room:
+                hopeless = min(hopeless or (least, asked), (least, asked), key=lambda each: each[0])
+                continue
+            least = max(least, _least_update(asked, facts, backend, ranks, gpu))
+            if least > room:
+                nearest = min(nearest or (least, asked), (least, asked), key=lambda each: each[0])
+                break  # the learner's memory does not depend on the engine's ranks
             sized = Sized(asked, facts, backend, ranks, gpu)
             memory = memory_of(facts, sized.settings, gpu.hopper)
             most = max(memory.total(phase) for phase in Phase)
@@ -68,21 +80,35 @@ def with_layout(config: Config, facts: ModelFacts, backend: Backend, ranks: int 
                 if config.rollout.kv_cache_bytes or cache >= gpu.memory // 8:
                     break
                 continue
-            nearest = min(nearest, most)
-            if max(memory.total(phase) for phase in (Phase.SCORE, Phase.UPDATE)) > room:
-                break  # the learner's memory does not depend on the engine's ranks
+            nearest = min(nearest or (most, asked), (most, asked), key=lambda each: each[0])
         if best is not None:
-            return best[1]
-    raise RequestError(
-        f"{AUTO}: no layout of {ranks} {gpu.name} fits; the nearest needs {nearest / 2**30:.1f} GiB of "
-        f"{room / 2**30:.1f} (with the band left free): ask for more nodes"
-    )
+            return best[1], _reasons(config, best[1], "of the smallest layout that fits")
+    found = nearest or hopeless
+    if found is None:
+        raise RequestError(f"{AUTO}: this model divides by no layout of {ranks} ranks")
+    return found[1], _reasons(config, found[1], "of the layout that needs least: none fits")
+
+
+FILLED = ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence")
+
+
+def _reasons(config: Config, found: Config, why: str) -> dict[str, str]:
+    reasons = {f"parallel.{name}": why for name in FILLED if getattr(found.parallel, name) is not None}
+    if found.rollout.tensor != config.rollout.tensor:
+        reasons["rollout.tensor"] = "so that an engine's weights leave room for its cache"
+    return reasons
 
 
 def _elements(facts: ModelFacts) -> tuple[int, int]:
     """Returns the model's parameters outside experts, and within."""
     every = [(each.elements, each.param.experts is not None) for each in held(facts, Stored())]
     return sum(size for size, expert in every if not expert), sum(size for size, expert in every if expert)
+
+
+def _least_update(config: Config, facts: ModelFacts, backend: Backend, ranks: int, gpu: Gpu) -> float:
+    """Returns what an update needs that recomputes as much as it may, on one sample at a time."""
+    sizes = SIZES | {"learner.recompute": "full", "learner.micro_batch_tokens": 1}
+    return memory_of(facts, resolve(config, facts, backend, ranks, sizes), gpu.hopper).total(Phase.UPDATE)
 
 
 def _least(dense: int, experts: int, parallel: dict[str, Any], ranks: int, config: Config) -> float:
@@ -100,7 +126,10 @@ def _candidates(config: Config, facts: ModelFacts, ranks: int) -> Iterator[dict[
     node = config.slurm.ranks_per_node()
     experts = [1] if facts.experts is None else [n for n in POWERS if facts.experts.count % n == 0]
     sizes = [n for n in POWERS if n <= ranks]
-    shapes = itertools.product([n for n in sizes if n <= node], sizes, sizes, experts)
+    stages = [n for n in sizes if n <= min(facts.layers, PIPELINE_RANKS)]
+    shapes = itertools.product(
+        [n for n in sizes if n <= node], stages, [n for n in sizes if n <= CONTEXT_RANKS], experts
+    )
     for tensor, pipeline, context, expert in sorted(shapes, key=lambda s: (s[0] * s[1] * s[2], s[3], s[2], s[1])):
         if ranks % (tensor * pipeline * context) == 0 and expert <= ranks // pipeline:
             yield {

@@ -74,7 +74,7 @@ def memory_of(facts: ModelFacts, settings: Settings, hopper: bool = True) -> Mem
     """Returns what a run of these settings needs."""
     topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
     stage_ranks = topology.learning // topology.pipeline
-    every = [_Rank(facts, settings, topology, stage * stage_ranks, hopper) for stage in range(topology.pipeline)]
+    every = [_Rank(facts, settings, topology, stage * stage_ranks, hopper) for stage in _stages(facts, settings)]
     phases: dict[Phase, Need] = {}
     for phase in Phase:
         needs = [rank.need(phase) for rank in every]
@@ -86,6 +86,16 @@ def predicted_bytes(facts: ModelFacts, settings: Settings) -> dict[str, int]:
     """Returns what each phase needs, by its name."""
     memory = memory_of(facts, settings)
     return {str(phase): memory.total(phase) for phase in Phase}
+
+
+def _stages(facts: ModelFacts, settings: Settings) -> list[int]:
+    """Returns the stages of which one is the fullest: the ends, and of those with equally many layers the first, which
+    has the most micro-batches in flight."""
+    layout = layout_of(settings.parallel)
+    first: dict[tuple[int, ...], int] = {}
+    for stage in range(1, layout.pipeline - 1):
+        first.setdefault(tuple(map(len, layout.chunk_layers(facts.layers, stage))), stage)
+    return sorted({0, *first.values(), layout.pipeline - 1})
 
 
 class _Rank:

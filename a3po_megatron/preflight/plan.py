@@ -1,17 +1,17 @@
 """Whether a run fits its GPUs and its nodes, and where it does not, the cheapest changes with which it would.
 
-Changes are tried, not guessed: each is planned like the run itself, one after another and then in pairs, in the order
-of what they cost. None of them changes what is learned.
+Changes are tried, not guessed: each is planned like the run itself, one after another and, where none alone is enough,
+in pairs, in the order of what they cost. None of them changes what is learned.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..config import AdamOptions, Config, Settings
+from ..config import AdamOptions, Config, ParallelOptions, Settings
 from ..config.slurm_forms import bytes_of_memory
 from ..errors import RequestError
 from ..model.facts import ModelFacts
@@ -23,6 +23,7 @@ from .verdict import Verdict, verdict_of
 GIB = 1 << 30
 CACHE_STEP = 256 << 20
 CHANGES = 3  # that are named
+PAIRS = 100  # that are tried where no change alone is enough
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,11 @@ class Plan:
     def refusal(self, whose: str) -> str:
         """Says where it does not fit, by how much, and what would help."""
         lines = []
-        over = {phase: self.memory.total(phase) - self.capacity for phase in Phase}
         large = [phase for phase, verdict in self.verdicts.items() if verdict == Verdict.NO]
-        if large:
-            worst = max(large, key=self.memory.total)
-            others = [str(phase) for phase in large if phase != worst]
-            lines.append(
-                f"{worst} needs {_gib(self.memory.total(worst))} of {_gib(self.capacity)} on the fullest rank: "
-                f"{_gib(over[worst])} ({over[worst]} bytes) too much"
-                + (f" ({', '.join(others)}: too much, too)" if others else "")
-            )
+        for phase in sorted(large, key=self.memory.total, reverse=True):
+            needed = self.memory.total(phase)
+            lacks = needed - self.capacity
+            lines.append(f"{phase} needs {_gib(needed)} of {_gib(self.capacity)}: {lacks} bytes too much")
         if self.host == Verdict.NO:
             needed = sum(self.memory.host.values())
             lacks = needed - self.node
@@ -79,26 +75,36 @@ class Plan:
 
 
 def plan_of(
-    config: Config, settings: Settings, facts: ModelFacts, gpu: Gpu | None, settle: Callable[[Config], Settings]
+    config: Config,
+    settings: Settings,
+    facts: ModelFacts,
+    gpu: Gpu | None,
+    settle: Callable[[Config], Settings],
+    nodes_fixed: bool = False,
 ) -> Plan:
     """`gpu`: None where the ranks are on a CPU, of which nothing is asked. `settle`: what a changed configuration would
-    do; raises RequestError where that cannot be."""
+    do; raises RequestError where that cannot be. `nodes_fixed`: their number is not to be changed."""
     plan = _planned(settings, facts, gpu)
     if plan.verdict != Verdict.NO:
         return plan
-    found: list[Change] = []
     awake = (Phase.START, Phase.ROLLOUT, Phase.PUBLISH)
     over = max(plan.memory.total(phase) for phase in awake) - plan.capacity
-    for overrides in _tries(config, settings, facts, over):
-        if any(set(change.overrides) <= set(overrides) for change in found):
-            continue
-        try:
-            changed = _planned(settle(_with(config, overrides)), facts, gpu)
-        except RequestError:
-            continue
-        if changed.verdict != Verdict.NO:
-            found.append(Change(overrides, changed.verdict))
-        if len(found) == CHANGES:
+    # A layout helps the learner; an engine has its own.
+    anew = config.parallel == ParallelOptions() and plan.verdicts[Phase.UPDATE] == Verdict.NO
+    single = list(_single(config, settings, facts, over, anew))
+    single = [each for each in single if not (nodes_fixed and _asks_for_nodes(each))]
+    found: list[Change] = []
+    for tries in (single, itertools.islice(_pairs(single), PAIRS)):
+        for overrides in tries:
+            if len(found) == CHANGES or any(set(change.overrides) <= set(overrides) for change in found):
+                continue
+            try:
+                changed = _planned(settle(_with(config, overrides)), facts, gpu)
+            except RequestError:
+                continue
+            if changed.verdict != Verdict.NO:
+                found.append(Change(overrides, changed.verdict))
+        if found:
             break
     return dataclasses.replace(plan, changes=tuple(found))
 
@@ -113,25 +119,27 @@ def _planned(settings: Settings, facts: ModelFacts, gpu: Gpu | None) -> Plan:
     return Plan(facts, settings, memory, gpu.memory, node, verdicts, verdict_of(sum(memory.host.values()), node))
 
 
-def _tries(config: Config, settings: Settings, facts: ModelFacts, over: int) -> Iterator[tuple[str, ...]]:
-    """One change at a time, the cheapest first; then two; then ever more of them together."""
-    single = list(_single(config, settings, facts, over))
-    yield from single
+def _pairs(single: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Two changes of different options; none of which a layout is to be found anew."""
     for pair in itertools.combinations(single, 2):
         names = [text.partition("=")[0] for text in itertools.chain(*pair)]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and "parallel.layout" not in names:
             yield tuple(itertools.chain(*pair))
 
 
-def _single(config: Config, settings: Settings, facts: ModelFacts, over: int) -> Iterator[tuple[str, ...]]:
+def _asks_for_nodes(overrides: tuple[str, ...]) -> bool:
+    return any(text.startswith("slurm.nodes") for text in overrides)
+
+
+def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, anew: bool) -> Iterator[tuple[str, ...]]:
     """In the order of what they cost: nothing, a copy, moments' precision, computing again, talking, machines. `over`:
-    bytes that the phase lacks in which the engine is awake."""
+    bytes that the phase lacks in which the engine is awake. `anew`: a layout may be found in the place of none."""
     parallel, rollout, learner = settings.parallel, settings.rollout, settings.learner
     spared = (rollout.kv_cache_bytes - over) // CACHE_STEP * CACHE_STEP
     if config.rollout.kv_cache_bytes is not None and over > 0 and spared > 0:
         yield (f"rollout.kv_cache_bytes={spared}",)
     if config.rollout.max_sequences is not None and rollout.max_sequences > 16:
-        yield (f"rollout.max_sequences={rollout.max_sequences // 2}",)
+        yield (f"rollout.max_sequences={min(256, rollout.max_sequences // 2)}",)
     longest = rollout.max_prompt_tokens + rollout.max_tokens
     if learner.micro_batch_tokens > longest:
         yield (f"learner.micro_batch_tokens={longest}",)
@@ -147,9 +155,12 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int) ->
             yield (f"learner.recompute={kind}",)
     if isinstance(settings.optimizer, AdamOptions) and settings.optimizer.moment_dtype == "float32":
         yield ("optimizer.moment_dtype=bfloat16",)
-    for times in (2, 4):
-        if rollout.tensor * times <= 8:
+    for times in (2, 4, 8):
+        if rollout.tensor * times <= 16:
             yield (f"rollout.tensor={rollout.tensor * times}",)
+    if config.parallel.layout == "auto":
+        yield from _machines(settings, anew)
+        return
     if facts.experts is not None:
         for times in (2, 4, 8):
             yield (f"parallel.expert={parallel.expert * times}", "parallel.expert_tensor=1")
@@ -160,10 +171,20 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int) ->
         yield (f"parallel.pipeline={parallel.pipeline * times}",)
     for times in (2, 4):
         yield (f"parallel.context={parallel.context * times}",)
+    yield from _machines(settings, anew)
+
+
+def _machines(settings: Settings, anew: bool) -> Iterator[tuple[str, ...]]:
+    """Layouts that are found anew, the host's time, and more nodes."""
+    if anew:
+        yield ("parallel.layout=auto",)
     if isinstance(settings.optimizer, AdamOptions) and not settings.optimizer.on_host:
         yield ("optimizer.on_host=true",)
-    for times in (2, 4):
-        yield (f"slurm.nodes={settings.slurm.nodes * times}",)
+    for times in (2, 4, 8):
+        nodes = f"slurm.nodes={settings.slurm.nodes * times}"
+        yield (nodes,)
+        if anew:
+            yield nodes, "parallel.layout=auto"
 
 
 def _with(config: Config, overrides: tuple[str, ...]) -> Config:

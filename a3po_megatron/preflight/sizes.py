@@ -19,7 +19,7 @@ from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
-from .cache import cache_bytes_of_a_token
+from .cache import BLOCK_TOKENS, cache_bytes_of_a_token
 from .gpus import Gpu
 from .memory import Memory, Phase, memory_of
 from .verdict import BAND
@@ -114,8 +114,9 @@ class Sized:
             return int(room - max(memory.total(phase) for phase in beside))
 
         def cache_of(offload: str, count: int) -> int:
-            cache = min((sequences or SEQUENCES[1]) * longest * token, free(offload, count))
-            return cache // STEP * STEP if cache >= STEP else max(longest * token, cache)
+            whole = -(-longest // BLOCK_TOKENS["cuda"]) * BLOCK_TOKENS["cuda"] * token  # a sequence, in its blocks
+            most, left = (sequences or SEQUENCES[1]) * whole, free(offload, count)
+            return most if most <= left else max(whole, left // STEP * STEP)
 
         def held(cache: int) -> int:
             """Sequences of a quarter of their full length."""
