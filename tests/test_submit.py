@@ -338,7 +338,7 @@ batch*|4|(null)
         (["partition=mixed", "gpus_per_node=8", "nodes=3"], None),
         (["partition=mixed", "gpus_per_node=h100:8"], "(its GPUs: a100, h100)"),
         (["partition=mixed", "gpus_per_node=h100:4,a100:4", "nodes=2"], None),
-        (["gpus_per_node=1"], "partition batch has 0 such nodes"),
+        (["gpus_per_node=1", "tasks_per_node=1", "nodes=2"], "partition batch has 0 such nodes"),
         (["gpus_per_node=0", "nodes=4"], None),
     ],
 )
