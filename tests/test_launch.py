@@ -22,6 +22,7 @@ from a3po_megatron.telemetry.catalogue import METRICS
 from tests.harness import interrupted_runs as tools
 from tests.harness.interrupted_runs import phase_of
 from tests.harness.ranks import ROOT
+from tests.harness.tiny_models import resolved
 
 # Small steps: what is trained is not the subject.
 SMALL = ["trainer.prompts_per_step=4", "trainer.rollouts_per_prompt=4", "telemetry.texts_per_step=1"]
@@ -161,6 +162,7 @@ def test_a_signal_before_any_rank_exists_ends_the_launcher_with_85_and_the_folde
     assert f"{folder}: interrupted by SIGTERM before it started" in err
     assert not list((folder / "logs").glob("rank-*"))
     options = [*SMALL, "trainer.steps=2"]
-    lock, remarks = make_folder(folder, load_config(ROOT / "configs" / "arithmetic.yaml", options), ["a3po", "train"])
+    settings = resolved(load_config(ROOT / "configs" / "arithmetic.yaml", options))
+    lock, remarks = make_folder(folder, settings, ["a3po", "train"])
     lock.close()
     assert remarks == []

@@ -100,6 +100,8 @@ def metrics_row(step: int, rate: float, rho: float, draw: random.Random) -> dict
         "refit/bytes": 12_000_000,
         "startup/seconds": 31.5,
         "memory/peak_bytes": 1.6e9,
+        "memory/predicted_update": 1.5e9,
+        "memory/measured_update": None,  # as on a CPU
         "perf/tokens_per_second": 900 * noise,
         "perf/engine_idle_share": 0.2 * noise,
         "perf/learner_idle_share": 0.5 * noise,

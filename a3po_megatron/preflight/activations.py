@@ -41,7 +41,8 @@ class Share:
     expert_tensor: int = 1
     itemsize: int = 2
     fp8: bool = False  # inputs of linear layers are kept in 8 bits
-    recompute: frozenset[str] = frozenset()  # Megatron's names of modules, or "full"
+    # Megatron's names of modules, `latent` for what comes out of compressed vectors; or "full"
+    recompute: frozenset[str] = frozenset()
     imbalance: float = 1.0  # tokens of the busiest rank's experts over the mean
 
     @property
@@ -103,7 +104,7 @@ def _attention(shape: Shape, share: Share) -> dict[str, float]:
         widths += shape.queries + shape.keys
     if not shape.fused:
         widths += shape.values + shape.outputs + (2 * (shape.queries + shape.keys) if shape.qk_norm else 0)
-    saved["queries, keys, values"] = 0 if "mla_up_proj" in share.recompute else b * widths / t
+    saved["queries, keys, values"] = 0 if "latent" in share.recompute else b * widths / t
     saved["attention"] = (b * shape.outputs + STATISTICS * shape.heads) / t + share.fp8 * shape.outputs / t
     if not shape.fused_attention and "core_attn" not in share.recompute:
         saved["scores"] = _scores(shape, share)

@@ -201,7 +201,8 @@ def _recompute(said: str, settings: Mapping[str, str]) -> frozenset[str]:
         return frozenset({"full"})
     if said.startswith("selective"):
         modules = said.partition(":")[2] or settings.get("recompute-modules", "").strip("[]") or "core_attn"
-        return frozenset(re.split(r"[+, ]+", modules))
+        named = re.split(r"[+, ]+", modules)
+        return frozenset("latent" if name == "mla_up_proj" else name for name in named)
     return frozenset()
 
 
