@@ -25,7 +25,7 @@ RESUME_MAY_CHANGE = {
         "sandbox",
     ),
     *("data.cache",),
-    *("cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
+    *("cluster.gpu", "cluster.port", "cluster.timeout_seconds", "learner.micro_batch_tokens", "learner.offload"),
     *("learner.recompute", "learner.overlap_grad_reduce", "learner.overlap_param_gather", "learner.expert_dispatcher"),
     "optimizer.on_host",
     *("rollout.tensor", "rollout.expert", "rollout.data", "rollout.kv_cache_bytes", "rollout.max_sequences"),
