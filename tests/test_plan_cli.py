@@ -192,7 +192,7 @@ def about(number: float) -> object:
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64])
 def test_what_the_learner_of_a_dense_model_holds(plan: Plan, ranks: int) -> None:
     ended = plan(gpus=ranks)
-    for phase in ("score", "first update", "update", "checkpoint"):
+    for phase in ("score", "first update", "update"):
         assert ended.part("weights", phase) == about(2 * P)
         assert ended.part("gradients", phase) == about(4 * P)
         assert ended.part("optimizer", phase) == about(12 * P / ranks)
@@ -421,7 +421,6 @@ TOO_MUCH: dict[str, tuple[str | None, list[str]]] = {
     "experts": ("qwen3-30b-a3b-1x8.yaml", H100),
     "32B": ("qwen3-32b-1x8.yaml", H100),
     "70B": ("llama-3.1-70b-2x8.yaml", H100),
-    "235B": ("qwen3-235b-a22b-8x8.yaml", H100),
     "two options": ("llama-3.1-405b-16x8.yaml", H100),  # rollout.tensor=16 and optimizer.on_host=true
 }
 
@@ -453,7 +452,7 @@ def test_what_does_not_fit_names_phases_bytes_and_up_to_three_changes_with_which
 
 
 def test_auto_that_finds_nothing_says_phase_bytes_and_a_change_with_which_it_does(plan: Plan, minimal: Path) -> None:
-    asked = model("Qwen3-32B") | {"parallel.layout": "auto"}
+    asked = model("Llama-3.1-70B") | {"parallel.layout": "auto", "slurm.nodes": 1}
     assert plan(asked | {"optimizer.on_host": "true"}, gpu="h100").code == 0
     ended = a3po("plan", minimal, "--gpu", "h100", *overrides(asked))
     assert ended.code == 2

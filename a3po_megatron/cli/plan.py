@@ -53,6 +53,8 @@ def plan(
     else:
         if remark:
             print(remark, file=sys.stderr)
+        if found.settings.cluster.device == "cpu":
+            print("planned on CPUs, as the configuration asks for no GPU; --gpus N plans some", file=sys.stderr)
         print(as_text(found, explain))
         if built:
             from ..preflight.show import build_text

@@ -93,9 +93,9 @@ class Settings(Config):
 
     def because(self, reasons: dict[str, str]) -> Settings:
         """Returns the same with reasons."""
-        self._reasons.clear()
-        self._reasons.update(reasons)
-        return self
+        other = self.model_copy()
+        other._reasons = dict(reasons)
+        return other
 
     @property
     def ranks(self) -> int:

@@ -36,6 +36,7 @@ from .check import settle
 
 PROGRAM = ("-m", "a3po_megatron.serve")
 PROGRAM_SECONDS = 180.0  # that all tests of one response may take, at least
+SEQUENCES = 256  # at once, of which the cache holds as many as it does
 LEAST_CACHE = 256 << 20
 LONGEST = 8  # sequences of full length that the engine's cache has room for, at least
 
@@ -100,6 +101,7 @@ def plan_evaluation(
     heads = -(-facts.kv_heads // config.rollout.tensor)  # of each rank; whether they can be cut so, `settle` says
     per_token = 2 * facts.layers * heads * facts.head_dim * 4
     rollout = {
+        "max_sequences": config.rollout.max_sequences or SEQUENCES,
         "max_tokens": response,
         "max_prompt_tokens": prompt,
         "kv_cache_bytes": max(config.rollout.kv_cache_bytes or LEAST_CACHE, LONGEST * per_token * (prompt + response)),

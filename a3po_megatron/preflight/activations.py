@@ -162,12 +162,6 @@ def _experts(shape: Shape, share: Share) -> tuple[float, float, float]:
     return rows * kept + router, shared, work
 
 
-def logits(vocab_rows: int, tokens: int, itemsize: int = 2, losses: int = 1) -> float:
-    """Returns what an output layer and a cross entropy on it hold that are not one kernel (Megatron-Core's
-    vocab_parallel_cross_entropy): the logits, and a float32 copy for each loss. `vocab_rows`: of this rank."""
-    return vocab_rows * tokens * (itemsize + 4 * losses)
-
-
 def in_flight(pipeline: int, virtual: int, stage: int, micro_batches: int) -> list[int]:
     """Returns how many micro-batches of each of a stage's chunks await their backward at most, under Megatron-Core's
     1F1B and its interleaved schedule (pipeline_parallel/schedules.py)."""

@@ -151,7 +151,11 @@ def growth(facts: ModelFacts, settings: Settings) -> list[dict[str, int]]:
     for world in GROWTH:
         model = parallel.ranks_of(1)
         data = world // model
-        if world % model or (parallel.context * data) % (parallel.stage_ranks() // parallel.tensor):
+        if (
+            world % model
+            or world % settings.rollout.tensor
+            or (parallel.context * data) % (parallel.stage_ranks() // parallel.tensor)
+        ):
             continue
         rollout = settings.rollout.model_copy(update={"data": world // settings.rollout.tensor})
         other = settings.model_copy(update={"parallel": parallel.model_copy(update={"data": data}), "rollout": rollout})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from ..config import Config
@@ -49,11 +50,12 @@ def planned_gpu(config: Config, here: int = 0) -> Gpu:
     kind = next(iter(gpu_counts(str(config.slurm.gpus_per_node))), "")
     if not kind:
         return GPUS[USUAL]
-    within = [name for name in GPUS if name in kind.lower()]  # nvidia_h200 is one
+    said = kind.lower().replace("_", "-")
+    within = [name for name in GPUS if all(part in said for part in name.split("-"))]  # nvidia_h200 is one
     if not within:
         raise RequestError(
             f"slurm.gpus_per_node = {config.slurm.gpus_per_node}: how much memory a {kind} has is not known: say in "
-            f"cluster.gpu which of these it is: {', '.join(GPUS)}"
+            f"cluster.gpu, as 48G, or which of these it is: {', '.join(GPUS)}"
         )
     return GPUS[max(within, key=len)]
 
@@ -61,8 +63,10 @@ def planned_gpu(config: Config, here: int = 0) -> Gpu:
 def gpu_of(name: str) -> Gpu:
     """Raises RequestError for a name that nobody gave a GPU."""
     known = name.lower().removeprefix("nvidia-")
+    if re.fullmatch(r"\d+g", known):  # one that is not in the table, by its memory
+        return Gpu(name, int(known[:-1]) * GIB)
     if known in GPUS:
         return GPUS[known]
     near = difflib.get_close_matches(known, GPUS, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise RequestError(f"no GPU is called {name!r}: {', '.join(GPUS)}{hint}")
+    raise RequestError(f"no GPU is called {name!r}: {', '.join(GPUS)}, or its memory as 48G{hint}")

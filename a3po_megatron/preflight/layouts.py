@@ -46,7 +46,9 @@ def with_layout(
     if config.parallel.layout == "given":
         return config, {}
     if ranks is None:
-        raise RequestError(f"{AUTO} needs to know how many GPUs there are: say so in the section slurm")
+        raise RequestError(
+            f"{AUTO} takes a number of GPUs, which only a submitted run has: submit it, or give the layout"
+        )
     room, node = (1 - BAND) * gpu.memory, bytes_of_memory(config.slurm.memory) or NODE
     dense, experts = _elements(facts)
     nearest: tuple[float, Config] | None = None
@@ -133,6 +135,7 @@ def _candidates(config: Config, facts: ModelFacts, ranks: int) -> Iterator[dict[
     for tensor, pipeline, context, expert in sorted(shapes, key=lambda s: (s[0] * s[1] * s[2], s[3], s[2], s[1])):
         if ranks % (tensor * pipeline * context) == 0 and expert <= ranks // pipeline:
             yield {
+                "layout": "given",
                 "tensor": tensor,
                 "pipeline": pipeline,
                 "context": context,

@@ -8,15 +8,16 @@ the rank's process, and nothing moves unless `learner.offload` says so.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..config import LpReg, Settings
+from ..config import Settings
 from ..learner.chunks import CHUNK_BYTES
-from ..model.cut import EngineRank, held
+from ..model.cut import EngineRank, LearnerRank, Stored, held
 from ..model.facts import ModelFacts
-from ..model.layout import layout_of, padded_vocab
+from ..model.layout import Layout, layout_of, padded_vocab
 from ..model.precision import token_grain
 from ..ranks.topology import Topology, topology_of
 from ..schedule.packing import token_multiple
@@ -47,13 +48,13 @@ PARTS: dict[str, str] = {
     "weights": "static: Megatron's parameter buffers, with their padding",
     "gradients": "static: float32, as the parameter buffers",
     "optimizer": "static: masters and moments of this rank's share",
-    "activations": "activations: what layers keep, times the micro-batches that the schedule has in flight",
+    "activations": "activations: what layers keep (FP8: quantised weights, too), times the micro-batches in flight",
     "loss": "fused head: one chunk of float32 logits and its gradient, hidden states, or one layer's work, if larger",
     "engine weights": "engine: vLLM's parameters on this rank",
     "KV cache": "engine: rollout.kv_cache_bytes",
     "engine work": "engine: activations of the largest step",
     "graphs, sampler": "engine: CUDA graphs, and float32 logits of rollout.max_sequences",
-    "buffers": "publish: buckets, and the layer that is reloaded; pipeline: what travels; FP8: quantised weights",
+    "buffers": "publish: buckets, and the layer that is reloaded; pipeline: what travels; the head's unread gradient",
     "overhead": "overhead: context, libraries, communicators, what a sleeping engine keeps, the allocator's gaps",
 }
 Need = Mapping[str, int]  # bytes by part
@@ -61,10 +62,12 @@ Need = Mapping[str, int]  # bytes by part
 
 @dataclass(frozen=True)
 class Memory:
-    """`phases`: of the rank that needs most in each. `host`: bytes of a node, by what holds them; empty on a CPU."""
+    """`phases`: of the rank that needs most in each. `host`: bytes of a node, by what holds them; empty on a CPU.
+    `beside_cache`: the most that lies on a device while the engine's cache does."""
 
     phases: Mapping[Phase, Need]
     host: Mapping[str, int]
+    beside_cache: int
 
     def total(self, phase: Phase) -> int:
         return sum(self.phases[phase].values())
@@ -79,7 +82,8 @@ def memory_of(facts: ModelFacts, settings: Settings, hopper: bool = True) -> Mem
     for phase in Phase:
         needs = [rank.need(phase) for rank in every]
         phases[phase] = max(needs, key=lambda need: sum(need.values()))
-    return Memory(phases, _host(settings, max((rank.static for rank in every), key=_of_host)))
+    host = _host(settings, max((rank.static for rank in every), key=_of_host))
+    return Memory(phases, host, max(rank.beside_cache() for rank in every))
 
 
 def predicted_bytes(facts: ModelFacts, settings: Settings) -> dict[str, int]:
@@ -107,33 +111,53 @@ class _Rank:
         self.static: Static = static_of(facts, settings, rank)
         self.shape: Shape = shape_of(facts, settings.learner, self.on_gpu)
         self.share = share_of(facts, settings)
-        self.engine = engine_weights(facts, settings)
+        self.engine, self.offload = engine_weights(facts, settings), settings.learner.offload
+        self.linear = _linear(facts, layout_of(settings.parallel), self.stage) if self.share.fp8 else 0
         self.hopper = hopper
 
     def need(self, phase: Phase) -> Need:
-        static, offload = self.static, self.settings.learner.offload
-        parts = dict.fromkeys(PARTS, 0)
-        here = phase not in (Phase.ROLLOUT, Phase.PUBLISH) or offload == "none"
-        if phase != Phase.ROLLOUT or offload != "all":
-            parts["weights"] = static.weights
-        if here:
-            parts |= {"gradients": static.gradients, "optimizer": static.optimizer}
-        if phase == Phase.START and offload != "none":
-            # The first journey lays masters and moments into one block (model/arena.py), the gradients being away.
-            parts |= {"gradients": 0, "optimizer": 2 * static.optimizer}
-        awake = phase in (Phase.ROLLOUT, Phase.PUBLISH) or not self.on_gpu
-        if awake:
-            parts |= self._awake()
-        if phase == Phase.PUBLISH:
-            parts["buffers"] = self._of_publish()
-        moving = 0
-        if phase in (Phase.SCORE, Phase.FIRST, Phase.UPDATE):
-            parts |= self._of_score() if phase == Phase.SCORE else self._of_update()
-            moving = parts["activations"] + parts["loss"]
-        parts["overhead"] = self._overhead(moving)
-        if phase == Phase.START and self.on_gpu:
-            return max(parts, self._engine_alone(), key=lambda need: sum(need.values()))
-        return parts
+        """The worst of the moments that a phase has."""
+        return max(self._moments(phase), key=lambda need: sum(need.values()))
+
+    def beside_cache(self) -> int:
+        moments = itertools.chain.from_iterable(map(self._moments, Phase))
+        return max(sum(need.values()) - need["KV cache"] for need in moments if need["KV cache"])
+
+    def _moments(self, phase: Phase) -> Iterator[Need]:
+        if phase == Phase.START:  # the engine is built first, on an empty device
+            yield self._with(self._learner("none"), {} if self.on_gpu else self._awake())
+            yield self._with(self._awake())
+        elif phase in (Phase.SCORE, Phase.FIRST, Phase.UPDATE):
+            work = self._of_score() if phase == Phase.SCORE else self._of_update()
+            moving = work["activations"] + work["loss"]
+            yield self._with(self._learner("none"), {} if self.on_gpu else self._awake(), work, moving=moving)
+        else:
+            # A checkpoint is written from the host, while the engine samples on.
+            beside = self._learner(self.offload if phase == Phase.ROLLOUT or self.offload == "none" else "optimizer")
+            if phase == Phase.PUBLISH:
+                weights = {"engine weights": self.engine, "buffers": self._of_publish() + beside["buffers"]}
+                yield self._with(beside, weights, {} if self.on_gpu else self._awake())
+                canary = self._of_score() if self.settings.publish.canary_prompts else {}
+                yield self._with(beside, self._awake(), canary)
+            else:
+                yield self._with(beside, self._awake())
+
+    def _with(self, *parts: Mapping[str, int], moving: int = 0) -> Need:
+        need = dict.fromkeys(PARTS, 0)
+        for each in parts:
+            need |= each
+        return need | {"overhead": self._overhead(moving)}
+
+    def _learner(self, offload: str) -> dict[str, int]:
+        """What is there of the learner; of the head also what stands for its weight's gradient, for good."""
+        static, last = self.static, self.stage == self.topology.pipeline - 1
+        rows = padded_vocab(self.facts.vocab, self.share.tensor) // self.share.tensor
+        here = {"buffers": rows * self.facts.hidden * self.share.itemsize if last else 0}
+        if offload != "all":
+            here["weights"] = static.weights
+        if offload == "none":
+            here |= {"gradients": static.gradients, "optimizer": static.optimizer}
+        return here
 
     def _awake(self) -> dict[str, int]:
         rollout = self.settings.rollout
@@ -145,10 +169,6 @@ class _Rank:
             "graphs, sampler": sampler + (GRAPHS if self.on_gpu else 0),
         }
 
-    def _engine_alone(self) -> Need:
-        """It is built first, on an empty device."""
-        return dict.fromkeys(PARTS, 0) | self._awake() | {"overhead": self._overhead(0)}
-
     def _of_update(self) -> dict[str, int]:
         layout = layout_of(self.settings.parallel)
         chunks = layout.chunk_layers(self.facts.layers, self.stage)
@@ -156,17 +176,31 @@ class _Rank:
         head = self._head(backward=True) if self.stage == layout.pipeline - 1 else 0
         dense = [[self.facts.experts is None] * len(chunk) for chunk in chunks]
         peak = peak_of_update(self.shape, self.share, dense, flight, head)
+        waiting = sum(count * len(chunk) for count, chunk in zip(flight, chunks, strict=True))
+        quantised = self._quantised(1 if self.settings.learner.recompute == "full" else waiting)
         return {
-            "activations": round(peak.activations),
+            "activations": round(peak.activations) + quantised,
             "loss": round(peak.head + peak.work),
-            "buffers": self._travels(),
+            "buffers": self._learner("all")["buffers"] + self._travels(),
         }
+
+    def _quantised(self, layers: int) -> int:
+        """With FP8 every micro-batch has its own quantised weights, in both layouts, until its backward: they are not
+        kept from one to the next (model/build.py)."""
+        if not self.share.fp8:
+            return 0
+        chunks = layout_of(self.settings.parallel).chunk_layers(self.facts.layers, self.stage)
+        return round(2 * self.linear * layers / sum(map(len, chunks)))
 
     def _of_score(self) -> dict[str, int]:
         """A forward without gradients: one layer at a time."""
         kept = layer(self.shape, self.share, dense=self.facts.experts is None)
         head = self._head(backward=False) if self.stage == self.topology.pipeline - 1 else 0
-        return {"activations": round(kept.total + kept.work), "loss": head, "buffers": self._travels()}
+        return {
+            "activations": round(kept.total + kept.work) + self._quantised(1),
+            "loss": head,
+            "buffers": self._learner("all")["buffers"] + self._travels(),
+        }
 
     def _head(self, backward: bool) -> int:
         """Of learner/fused_head.py: a chunk of logits, its gradient in the weights' dtype, hidden states and theirs."""
@@ -179,27 +213,24 @@ class _Rank:
         statistics = 8 * 4 * share.tokens
         if not backward:
             return 2 * chunk + gathered + statistics
-        unread = rows * facts.hidden * share.itemsize  # stands for the weight's gradient
-        return 2 * chunk + gathered + whole + 4 * tokens * facts.hidden + unread + statistics
+        return 2 * chunk + gathered + whole + 4 * tokens * facts.hidden + statistics
 
     def _travels(self) -> int:
-        """Activations and gradients on their way between stages, and with FP8 weights in both of its layouts."""
-        share, facts = self.share, self.facts
-        between = 4 * share.itemsize * facts.hidden * share.tokens // share.spread if self.topology.pipeline > 1 else 0
-        quantised = 0
-        if share.fp8:
-            place = layout_of(self.settings.parallel)
-            from ..model.cut import LearnerRank
-
-            rank = LearnerRank(place, place.place(self.stage, 0))
-            quantised = 2 * sum(each.elements for each in held(facts, rank) if each.param.linear)
-        return between + quantised
+        """Activations and gradients on their way between stages."""
+        share = self.share
+        width = 4 * share.itemsize * self.facts.hidden
+        return width * share.tokens // share.spread if self.topology.pipeline > 1 else 0
 
     def _of_publish(self) -> int:
-        """A bucket as it is sent, as it comes and as it is laid out; and of the engine the layer that is reloaded, as
-        it comes and as vLLM keeps it."""
-        layers = self.engine // max(1, self.facts.layers)
-        return 3 * min(self.settings.publish.bucket_bytes, self.engine) + 2 * layers
+        """A bucket, or the largest tensor, as it is sent and as it comes; the layer of experts that an engine takes
+        whole; and of the engine the layer that is reloaded, as it comes and as vLLM keeps it."""
+        facts, itemsize = self.facts, self.share.itemsize
+        model = sum(each.elements for each in held(facts, Stored())) * itemsize
+        largest = max(facts.vocab * facts.hidden * itemsize, min(self.settings.publish.bucket_bytes, model))
+        fused = 0
+        if facts.experts is not None and self.settings.rollout.expert == 1:
+            fused = 3 * facts.experts.count * facts.experts.ffn * facts.hidden * itemsize
+        return 2 * largest + fused + 2 * (self.engine // facts.layers)
 
     def _overhead(self, moving: int) -> int:
         if not self.on_gpu:
@@ -209,6 +240,13 @@ class _Rank:
         kept = ASLEEP + (COMMUNICATOR if self.settings.rollout.tensor > 1 else 0)
         libraries = LIBRARIES["hopper" if self.hopper else "older"]
         return CONTEXT + libraries + talks + kept + round(GAPS * moving)
+
+
+@functools.lru_cache(maxsize=256)
+def _linear(facts: ModelFacts, layout: Layout, stage: int) -> int:
+    """Elements of the linear layers' weights on a rank of a stage."""
+    every = held(facts, LearnerRank(layout, layout.place(stage, 0)))
+    return sum(each.elements for each in every if each.param.linear)
 
 
 def _sizes(topology: Topology) -> list[int]:
@@ -254,7 +292,7 @@ def micro_batches_of(settings: Settings) -> int:
     groups = -(-trainer.prompts_per_step // trainer.mini_batches)
     rollouts = -(-groups * trainer.rollouts_per_prompt // parallel.data)
     longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
-    count = max(1, -(-rollouts * longest // max(longest, settings.learner.micro_batch_tokens)))
+    count = max(1, -(-rollouts // max(1, settings.learner.micro_batch_tokens // longest)))  # none is split
     return -(-count // parallel.pipeline) * parallel.pipeline if parallel.virtual > 1 else count
 
 
@@ -300,9 +338,9 @@ def _host(settings: Settings, static: Static) -> dict[str, int]:
     """Bytes of one node."""
     if settings.cluster.device == "cpu":
         return {}
-    ranks, offload = settings.slurm.tasks_per_node or settings.ranks, settings.learner.offload
+    ranks, offload = min(settings.slurm.tasks_per_node, settings.ranks), settings.learner.offload
     states = static.host_optimizer + (static.optimizer if offload != "none" else 0)
-    reference = static.weights if settings.regulariser.kl > 0 or isinstance(settings.shaping, LpReg) else 0
+    reference = static.weights if settings.regulariser.kl > 0 else 0
     return {
         "processes": ranks * HOST_PROCESS,
         "optimizer": ranks * states,

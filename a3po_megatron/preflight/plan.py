@@ -132,7 +132,7 @@ def _asks_for_nodes(overrides: tuple[str, ...]) -> bool:
 
 
 def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, anew: bool) -> Iterator[tuple[str, ...]]:
-    """In the order of what they cost: nothing, a copy, moments' precision, computing again, talking, machines. `over`:
+    """In the order of what they cost: nothing, a copy, computing again, talking, machines. `over`:
     bytes that the phase lacks in which the engine is awake. `anew`: a layout may be found in the place of none."""
     parallel, rollout, learner = settings.parallel, settings.rollout, settings.learner
     spared = (rollout.kv_cache_bytes - over) // CACHE_STEP * CACHE_STEP
@@ -153,8 +153,6 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, an
         kinds = ("none", "selective", "full")
         for kind in kinds[kinds.index(learner.recompute) + 1 :]:
             yield (f"learner.recompute={kind}",)
-    if isinstance(settings.optimizer, AdamOptions) and settings.optimizer.moment_dtype == "float32":
-        yield ("optimizer.moment_dtype=bfloat16",)
     for times in (2, 4, 8):
         if rollout.tensor * times <= 16:
             yield (f"rollout.tensor={rollout.tensor * times}",)

@@ -31,7 +31,6 @@ SEQUENCES = (8, 512)
 STEP = 256 * MIB  # of the cache
 GUESSED = 256  # sequences, for the cache that a layout must leave room for
 
-SAMPLING = (Phase.ROLLOUT, Phase.PUBLISH, Phase.START)
 TRAINING = (Phase.SCORE, Phase.UPDATE)
 
 
@@ -109,9 +108,7 @@ class Sized:
         def free(offload: str, count: int) -> int:
             """What is left for the cache where it lies beside something."""
             options = {"learner.offload": offload, "rollout.kv_cache_bytes": 1, "rollout.max_sequences": count}
-            memory = self._memory(options)
-            beside = [phase for phase in SAMPLING if memory.phases[phase]["KV cache"]]
-            return int(room - max(memory.total(phase) for phase in beside))
+            return int(room - self._memory(options).beside_cache)
 
         def cache_of(offload: str, count: int) -> int:
             whole = -(-longest // BLOCK_TOKENS["cuda"]) * BLOCK_TOKENS["cuda"] * token  # a sequence, in its blocks
