@@ -46,11 +46,13 @@ def settle(config: Config, backend: Backend, ranks: int | None = None, gpu: Gpu 
     """
     facts = read_facts(config.model.path)
     if backend.device == "cuda":
-        from ..preflight.layouts import with_layout  # which the laptop's submission does not wait for
-        from ..preflight.sizes import Sized
+        from ..preflight.sizes import Sized  # for which a run on CPUs does not wait
 
-        gpu = gpu or planned_gpu(config)
-        config, reasons = with_layout(config, facts, backend, ranks, gpu)
+        gpu, reasons = gpu or planned_gpu(config), dict[str, str]()
+        if config.parallel.layout == "auto":
+            from ..preflight.layouts import with_layout
+
+            config, reasons = with_layout(config, facts, backend, ranks, gpu)
         _check_as_given(config, facts, ranks)
         settings = Sized(config, facts, backend, ranks, gpu).settings
         settings = settings.because(reasons | settings.reasons)

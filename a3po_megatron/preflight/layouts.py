@@ -43,8 +43,6 @@ def with_layout(
 ) -> tuple[Config, dict[str, str]]:
     """Returns the configuration with a layout in the place of `auto`, and why it is that one: the first that fits, else
     the one that needs least. Raises RequestError where no layout is possible."""
-    if config.parallel.layout == "given":
-        return config, {}
     if ranks is None:
         raise RequestError(
             f"{AUTO} takes a number of GPUs, which only a submitted run has: submit it, or give the layout"
