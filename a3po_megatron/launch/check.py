@@ -28,12 +28,12 @@ from ..model.layout import check_layout, layout_of
 from ..model.precision import check_hardware, check_precision, is_fp8
 from ..model.read import read_facts
 from ..model.rope import Yarn
+from ..preflight.cache import cache_bytes_of_a_token
 from ..preflight.gpus import Gpu, planned_gpu
 from ..preflight.on_cpu import sized_on_cpu
 from ..ranks.backend import Backend, select_backend
 from ..ranks.topology import topology_of
 from ..telemetry.wandb_run import check_wandb
-from ..weights.route import WIDTHS
 from .check_learner import check_deep_ep, check_switches
 from .hardware import find_hardware
 
@@ -292,7 +292,7 @@ def _check_layout(settings: Settings, facts: ModelFacts) -> None:
 
 def check_cache(settings: Settings, facts: ModelFacts, length: int, of: str = "") -> None:
     """Raises RequestError where the engine's cache does not hold one sequence of so many tokens; `of`: whose it is."""
-    per_token = 2 * facts.layers * _engine_kv_heads(settings, facts) * facts.head_dim * WIDTHS[settings.model.dtype]
+    per_token = cache_bytes_of_a_token(facts, settings)
     if per_token * length > settings.rollout.kv_cache_bytes:
         raise RequestError(
             f"rollout.kv_cache_bytes = {settings.rollout.kv_cache_bytes} does not hold one sequence of {length} "

@@ -7,6 +7,7 @@ from ..model.cut import kv_heads_of_rank
 from ..model.facts import ModelFacts
 from ..weights.route import WIDTHS
 
+STEP = 256 << 20  # of a cache whose size is chosen, bytes
 BLOCK_TOKENS = {"cpu": 128, "cuda": 16}
 
 

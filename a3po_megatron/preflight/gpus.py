@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..config import Config
 from ..config.slurm_forms import gpu_counts
 from ..errors import RequestError
+from .overhead import GIB
 
-GIB = 1 << 30
 USUAL = "h200"
 
 

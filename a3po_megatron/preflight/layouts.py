@@ -21,13 +21,12 @@ from ..config import AdamOptions, Config, resolve
 from ..config.resolve import SIZES
 from ..config.slurm_forms import bytes_of_memory
 from ..errors import RequestError
-from ..model.cut import Stored, held
 from ..model.facts import ModelFacts
 from ..model.layout import check_layout, layout_of
 from ..ranks.backend import Backend
 from ..ranks.topology import topology_of
 from .gpus import Gpu
-from .memory import Phase, memory_of
+from .memory import Phase, elements_of, memory_of
 from .overhead import ASLEEP, CONTEXT, NODE
 from .sizes import Sized
 from .verdict import BAND
@@ -48,7 +47,7 @@ def with_layout(
             f"{AUTO} takes a number of GPUs, which only a submitted run has: submit it, or give the layout"
         )
     room, node = (1 - BAND) * gpu.memory, bytes_of_memory(config.slurm.memory) or NODE
-    dense, experts = _elements(facts)
+    dense, experts = elements_of(facts)
     nearest: tuple[float, Config] | None = None
     hopeless: tuple[float, Config] | None = None
     for parallel in _candidates(config, facts, ranks):
@@ -99,12 +98,6 @@ def _reasons(config: Config, found: Config, why: str) -> dict[str, str]:
     return reasons
 
 
-def _elements(facts: ModelFacts) -> tuple[int, int]:
-    """Returns the model's parameters outside experts, and within."""
-    every = [(each.elements, each.param.experts is not None) for each in held(facts, Stored())]
-    return sum(size for size, expert in every if not expert), sum(size for size, expert in every if expert)
-
-
 def _least_update(config: Config, facts: ModelFacts, backend: Backend, ranks: int, gpu: Gpu) -> float:
     """Returns what an update needs that recomputes as much as it may, on one sample at a time."""
     sizes = SIZES | {"learner.recompute": "full", "learner.micro_batch_tokens": 1}
@@ -117,8 +110,9 @@ def _least(dense: int, experts: int, parallel: dict[str, Any], ranks: int, confi
     tensor, pipeline = parallel["tensor"], parallel["pipeline"]
     spread = parallel["expert"] * (parallel["expert_tensor"] or tensor)
     own = dense / (tensor * pipeline) + experts / (spread * pipeline)
-    plain = isinstance(config.optimizer, AdamOptions) and config.optimizer.moment_dtype == "float32"
-    state = STATE if plain and not getattr(config.optimizer, "on_host", False) else 0
+    adam = config.optimizer
+    plain = isinstance(adam, AdamOptions) and adam.moment_dtype == "float32" and not adam.on_host
+    state = STATE if plain else 0
     return PARAMETER * own + state * (dense + experts) / ranks + CONTEXT + ASLEEP
 
 

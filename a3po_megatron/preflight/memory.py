@@ -18,7 +18,7 @@ from ..learner.chunks import CHUNK_BYTES
 from ..model.cut import EngineRank, LearnerRank, Stored, held
 from ..model.facts import ModelFacts
 from ..model.layout import Layout, layout_of, padded_vocab
-from ..model.precision import token_grain
+from ..model.precision import is_fp8, token_grain
 from ..ranks.topology import Topology, topology_of
 from ..schedule.packing import token_multiple
 from ..weights.route import WIDTHS
@@ -110,24 +110,27 @@ class _Rank:
         self.on_gpu, self.stage = settings.cluster.device == "cuda", topology.coordinates(rank).pipeline
         self.static: Static = static_of(facts, settings, rank)
         self.shape: Shape = shape_of(facts, settings.learner, self.on_gpu)
-        self.share = share_of(facts, settings)
+        self.share, self.layout = share_of(facts, settings), layout_of(settings.parallel)
+        self.vocab_rows = padded_vocab(facts.vocab, self.share.tensor) // self.share.tensor
         self.engine, self.offload = engine_weights(facts, settings), settings.learner.offload
-        self.linear = _linear(facts, layout_of(settings.parallel), self.stage) if self.share.fp8 else 0
+        self.linear = _linear(facts, self.layout, self.stage) if self.share.fp8 else 0
         self.hopper = hopper
+        every = {phase: tuple(self._moments(phase)) for phase in Phase if phase != Phase.FIRST}
+        self._every: dict[Phase, tuple[Need, ...]] = every | {Phase.FIRST: every[Phase.UPDATE]}
 
     def need(self, phase: Phase) -> Need:
         """The worst of the moments that a phase has."""
-        return max(self._moments(phase), key=lambda need: sum(need.values()))
+        return max(self._every[phase], key=lambda need: sum(need.values()))
 
     def beside_cache(self) -> int:
-        moments = itertools.chain.from_iterable(map(self._moments, Phase))
+        moments = itertools.chain.from_iterable(self._every.values())
         return max(sum(need.values()) - need["KV cache"] for need in moments if need["KV cache"])
 
     def _moments(self, phase: Phase) -> Iterator[Need]:
         if phase == Phase.START:  # the engine is built first, on an empty device
             yield self._with(self._learner("none"), {} if self.on_gpu else self._awake())
             yield self._with(self._awake())
-        elif phase in (Phase.SCORE, Phase.FIRST, Phase.UPDATE):
+        elif phase in (Phase.SCORE, Phase.UPDATE):
             work = self._of_score() if phase == Phase.SCORE else self._of_update()
             moving = work["activations"] + work["loss"]
             yield self._with(self._learner("none"), {} if self.on_gpu else self._awake(), work, moving=moving)
@@ -151,8 +154,7 @@ class _Rank:
     def _learner(self, offload: str) -> dict[str, int]:
         """What is there of the learner; of the head also what stands for its weight's gradient, for good."""
         static, last = self.static, self.stage == self.topology.pipeline - 1
-        rows = padded_vocab(self.facts.vocab, self.share.tensor) // self.share.tensor
-        here = {"buffers": rows * self.facts.hidden * self.share.itemsize if last else 0}
+        here = {"buffers": self.vocab_rows * self.facts.hidden * self.share.itemsize if last else 0}
         if offload != "all":
             here["weights"] = static.weights
         if offload == "none":
@@ -170,8 +172,7 @@ class _Rank:
         }
 
     def _of_update(self) -> dict[str, int]:
-        layout = layout_of(self.settings.parallel)
-        chunks = layout.chunk_layers(self.facts.layers, self.stage)
+        layout, chunks = self.layout, self.layout.chunk_layers(self.facts.layers, self.stage)
         flight = in_flight(layout.pipeline, layout.virtual, self.stage, micro_batches_of(self.settings))
         head = self._head(backward=True) if self.stage == layout.pipeline - 1 else 0
         dense = [[self.facts.experts is None] * len(chunk) for chunk in chunks]
@@ -189,7 +190,7 @@ class _Rank:
         kept from one to the next (model/build.py)."""
         if not self.share.fp8:
             return 0
-        chunks = layout_of(self.settings.parallel).chunk_layers(self.facts.layers, self.stage)
+        chunks = self.layout.chunk_layers(self.facts.layers, self.stage)
         return round(2 * self.linear * layers / sum(map(len, chunks)))
 
     def _of_score(self) -> dict[str, int]:
@@ -204,8 +205,7 @@ class _Rank:
 
     def _head(self, backward: bool) -> int:
         """Of learner/fused_head.py: a chunk of logits, its gradient in the weights' dtype, hidden states and theirs."""
-        facts, share = self.facts, self.share
-        rows = padded_vocab(facts.vocab, share.tensor) // share.tensor
+        facts, share, rows = self.facts, self.share, self.vocab_rows
         whole = share.tokens * facts.hidden * share.itemsize
         chunk = min(CHUNK_BYTES[self.settings.cluster.device], 4 * rows * share.tokens)
         tokens = chunk // (4 * rows)
@@ -225,7 +225,7 @@ class _Rank:
         """A bucket, or the largest tensor, as it is sent and as it comes; the layer of experts that an engine takes
         whole; and of the engine the layer that is reloaded, as it comes and as vLLM keeps it."""
         facts, itemsize = self.facts, self.share.itemsize
-        model = sum(each.elements for each in held(facts, Stored())) * itemsize
+        model = sum(elements_of(facts)) * itemsize
         largest = max(facts.vocab * facts.hidden * itemsize, min(self.settings.publish.bucket_bytes, model))
         fused = 0
         if facts.experts is not None and self.settings.rollout.expert == 1:
@@ -240,6 +240,13 @@ class _Rank:
         kept = ASLEEP + (COMMUNICATOR if self.settings.rollout.tensor > 1 else 0)
         libraries = LIBRARIES["hopper" if self.hopper else "older"]
         return CONTEXT + libraries + talks + kept + round(GAPS * moving)
+
+
+@functools.lru_cache(maxsize=8)
+def elements_of(facts: ModelFacts) -> tuple[int, int]:
+    """Returns the model's parameters outside experts, and within; a tied head counts once."""
+    every = [(each.elements, each.param.experts is not None) for each in held(facts, Stored())]
+    return sum(size for size, expert in every if not expert), sum(size for size, expert in every if expert)
 
 
 @functools.lru_cache(maxsize=256)
@@ -275,7 +282,7 @@ def share_of(facts: ModelFacts, settings: Settings) -> Share:
         sequence=sequence,
         expert_tensor=parallel.expert_tensor,
         itemsize=WIDTHS[settings.model.dtype],
-        fp8=learner.precision.startswith("fp8"),
+        fp8=is_fp8(learner.precision),
         recompute=recompute[learner.recompute],
         imbalance=IMBALANCE if parallel.expert > 1 else 1.0,
     )

@@ -7,8 +7,8 @@ from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
 from .cache import cache_bytes_of_a_token
+from .overhead import MIB
 
-MIB = 1 << 20
 OPTION = "rollout.kv_cache_bytes"
 
 

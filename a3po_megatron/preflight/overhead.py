@@ -24,6 +24,5 @@ CPU_PROCESS = 800 * MIB  # of a rank on a CPU: torch, Megatron and vLLM, as the 
 GAPS = 0.15
 
 
-def reserved(allocated: float, moving: float) -> float:
-    """Returns what the allocator has, of `allocated` bytes of which so many come and go."""
-    return allocated + GAPS * moving
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -15,13 +15,13 @@ from ..config import AdamOptions, Config, ParallelOptions, Settings
 from ..config.slurm_forms import bytes_of_memory
 from ..errors import RequestError
 from ..model.facts import ModelFacts
+from .cache import STEP
 from .gpus import Gpu
 from .memory import Memory, Phase, memory_of
-from .overhead import NODE
+from .overhead import NODE, gib
+from .sizes import RECOMPUTE
 from .verdict import Verdict, verdict_of
 
-GIB = 1 << 30
-CACHE_STEP = 256 << 20
 CHANGES = 3  # that are named
 PAIRS = 100  # that are tried where no change alone is enough
 
@@ -58,13 +58,11 @@ class Plan:
         for phase in sorted(large, key=self.memory.total, reverse=True):
             needed = self.memory.total(phase)
             lacks = needed - self.capacity
-            lines.append(f"{phase} needs {_gib(needed)} of {_gib(self.capacity)}: {lacks} bytes too much")
+            lines.append(f"{phase} needs {gib(needed)} of {gib(self.capacity)}: {lacks} bytes too much")
         if self.host == Verdict.NO:
             needed = sum(self.memory.host.values())
             lacks = needed - self.node
-            lines.append(
-                f"a node's memory: {_gib(needed)} of {_gib(self.node)}: {_gib(lacks)} ({lacks} bytes) too much"
-            )
+            lines.append(f"a node's memory: {gib(needed)} of {gib(self.node)}: {gib(lacks)} ({lacks} bytes) too much")
         text = f"{whose} does not fit: " + "; ".join(lines)
         if self.changes:
             options = [" ".join(f"--set {each}" for each in change.overrides) for change in self.changes]
@@ -135,7 +133,7 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, an
     """In the order of what they cost: nothing, a copy, computing again, talking, machines. `over`:
     bytes that the phase lacks in which the engine is awake. `anew`: a layout may be found in the place of none."""
     parallel, rollout, learner = settings.parallel, settings.rollout, settings.learner
-    spared = (rollout.kv_cache_bytes - over) // CACHE_STEP * CACHE_STEP
+    spared = (rollout.kv_cache_bytes - over) // STEP * STEP
     if config.rollout.kv_cache_bytes is not None and over > 0 and spared > 0:
         yield (f"rollout.kv_cache_bytes={spared}",)
     if config.rollout.max_sequences is not None and rollout.max_sequences > 16:
@@ -150,8 +148,7 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, an
     if parallel.tensor > 1 and not parallel.sequence:
         yield ("parallel.sequence=true",)
     if config.learner.recompute is not None:
-        kinds = ("none", "selective", "full")
-        for kind in kinds[kinds.index(learner.recompute) + 1 :]:
+        for kind in RECOMPUTE[RECOMPUTE.index(learner.recompute) + 1 :]:
             yield (f"learner.recompute={kind}",)
     for times in (2, 4, 8):
         if rollout.tensor * times <= 16:
@@ -192,7 +189,3 @@ def _with(config: Config, overrides: tuple[str, ...]) -> Config:
         section, _, name = option.partition(".")
         tree[section][name] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
     return Config.model_validate(tree)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

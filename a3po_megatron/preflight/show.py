@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..model.cut import Stored, held
 from .flops import training_flops
-from .memory import PARTS, Phase
+from .memory import PARTS, Phase, elements_of
+from .overhead import GIB, MIB, gib
 from .plan import Plan
-
-MIB, GIB = 1 << 20, 1 << 30
 
 
 def as_tree(plan: Plan) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def _value(plan: Plan, option: str) -> Any:
 
 def parameters(plan: Plan) -> int:
     """Returns how many the model has; a tied head counts once."""
-    return sum(each.elements for each in held(plan.facts, Stored()))
+    return sum(elements_of(plan.facts))
 
 
 def flops_of_a_token(plan: Plan) -> float:
@@ -74,7 +72,7 @@ def as_text(plan: Plan, explain: bool = False) -> str:
         lines.append(f"{'of the device':<{width}}" + "".join(f"{share:>14}" for share in shares))
         lines.append(f"{'':<{width}}" + "".join(f"{plan.verdicts[phase]:>14}" for phase in phases))
         needed = ", ".join(f"{name} {_cell(size)}" for name, size in memory.host.items() if size)
-        host = f"{_gib(sum(memory.host.values()))} of {_gib(plan.node)} ({plan.host})"
+        host = f"{gib(sum(memory.host.values()))} of {gib(plan.node)} ({plan.host})"
         lines += ["", f"a node's memory: {host}: {needed}"]
     if settings.reasons:
         lines += ["", "filled in:"]
@@ -87,7 +85,7 @@ def as_text(plan: Plan, explain: bool = False) -> str:
 
 def _title(plan: Plan) -> str:
     settings, parallel = plan.settings, plan.settings.parallel
-    where = f"{_gib(plan.capacity)} each" if plan.capacity else "on a CPU, of which nothing is asked"
+    where = f"{gib(plan.capacity)} each" if plan.capacity else "on a CPU, of which nothing is asked"
     layout = {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,
@@ -106,10 +104,6 @@ def _title(plan: Plan) -> str:
 
 def _cell(size: float) -> str:
     return "-" if not size else f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / MIB:.1f} MiB"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
 
 
 def build_text(built: Mapping[str, Any]) -> str:

@@ -19,16 +19,15 @@ from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
-from .cache import BLOCK_TOKENS, cache_bytes_of_a_token
+from .cache import BLOCK_TOKENS, STEP, cache_bytes_of_a_token
 from .gpus import Gpu
 from .memory import Memory, Phase, memory_of
+from .overhead import gib
 from .verdict import BAND
 
-MIB, GIB = 1 << 20, 1 << 30
 RECOMPUTE = ("none", "selective", "full")
 MOST_TOKENS = 65536  # of a micro-batch: longer ones gain nothing
 SEQUENCES = (8, 512)
-STEP = 256 * MIB  # of the cache
 GUESSED = 256  # sequences, for the cache that a layout must leave room for
 
 TRAINING = (Phase.SCORE, Phase.UPDATE)
@@ -45,12 +44,7 @@ class Sized:
         self.settings = self._resolve().because(self.reasons)
 
     def _resolve(self) -> Settings:
-        offload = self._sizes.get("learner.offload")
-        config = self._config
-        if offload is not None and config.learner.offload is None:
-            config = config.model_copy(update={"learner": config.learner.model_copy(update={"offload": offload})})
-        sizes = {name: value for name, value in self._sizes.items() if name in SIZES}
-        return resolve(config, self._facts, self._backend, self._ranks, sizes)
+        return resolve(self._config, self._facts, self._backend, self._ranks, self._sizes)
 
     def _open(self, option: str) -> bool:
         section, _, name = option.partition(".")
@@ -72,7 +66,7 @@ class Sized:
     def _for(self, gpu: Gpu, room: float) -> None:
         settings = self._resolve()
         longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
-        self._size_micro_batch(room, longest, f"of {_gib(gpu.memory)}, {BAND:.0%} left free")
+        self._size_micro_batch(room, longest, f"of {gib(gpu.memory)}, {BAND:.0%} left free")
         self._size_engine(gpu, room, longest)
 
     def _size_micro_batch(self, room: float, longest: int, of: str) -> None:
@@ -91,12 +85,12 @@ class Sized:
         chosen = next((kind for kind in kinds if need(kind, least) <= room), kinds[-1])
         spared = "" if chosen == kinds[0] else f"; with {kinds[kinds.index(chosen) - 1]} it takes "
         if spared:
-            spared += _gib(need(kinds[kinds.index(chosen) - 1], least))
-        self._set("learner.recompute", chosen, f"an update takes {_gib(need(chosen, least))} {of}{spared}")
+            spared += gib(need(kinds[kinds.index(chosen) - 1], least))
+        self._set("learner.recompute", chosen, f"an update takes {gib(need(chosen, least))} {of}{spared}")
         chosen = given.recompute or chosen
         sizes = [longest * times for times in (4, 2, 1) if times == 1 or longest * times <= MOST_TOKENS]
         tokens = next((size for size in sizes if need(chosen, size) <= room), longest)
-        why = f"{tokens // longest} times the longest sample ({longest}): an update takes {_gib(need(chosen, tokens))}"
+        why = f"{tokens // longest} times the longest sample ({longest}): an update takes {gib(need(chosen, tokens))}"
         self._set("learner.micro_batch_tokens", tokens, f"{why} {of}")
 
     def _size_engine(self, gpu: Gpu, room: float, longest: int) -> None:
@@ -122,14 +116,10 @@ class Sized:
         if self._open("learner.offload"):
             enough = self._config.rollout.kv_cache_bytes or min(wanted, gpu.memory // 4)
             offload = next((kind for kind in ("none", "optimizer") if free(kind, guess) >= enough), "all")
-            why = f"leaves {_gib(max(0, free(offload, guess)))} beside the engine for its cache"
+            why = f"leaves {gib(max(0, free(offload, guess)))} beside the engine for its cache"
             self._set("learner.offload", offload, why)
         offload = self._config.learner.offload or self._sizes["learner.offload"]
         count = sequences or max(SEQUENCES[0], min(SEQUENCES[1], held(cache_of(offload, guess)) // 8 * 8))
         cache = cache_of(offload, count)  # whose float32 logits are many
         self._set("rollout.kv_cache_bytes", cache, f"{cache // token} tokens of {token} bytes on each rank")
         self._set("rollout.max_sequences", count, f"the cache holds {held(cache)} of a quarter of their full length")
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"

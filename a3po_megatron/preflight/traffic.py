@@ -55,7 +55,7 @@ def collectives(facts: ModelFacts, settings: Settings, static: Static) -> list[C
         add("experts, forward", "all-to-all", ranks, 2 * layers * forwards, rows)
         add("experts, backward", "all-to-all", ranks, 2 * layers * passes, rows)
     keys = 2 * facts.kv_heads * facts.head_dim / share.tensor * share.tokens * share.itemsize
-    add("attention", "send, receive", share_context(settings), layers * (forwards + 2 * passes), keys)
+    add("attention", "send, receive", parallel.context, layers * (forwards + 2 * passes), keys)
     add("stages", "send, receive", parallel.pipeline, (forwards + passes) * parallel.virtual, hidden / share.spread)
     copies = topology.context * topology.data
     reduce = "reduce-scatter" if settings.optimizer.distributed else "all-reduce"
@@ -64,11 +64,6 @@ def collectives(facts: ModelFacts, settings: Settings, static: Static) -> list[C
         add("weights", "all-gather", copies, updates, static.weights / max(1, copies))
     add("weights, published", "all-gather", _replica(topology), 1, static.weights)
     return found
-
-
-def share_context(settings: Settings) -> int:
-    """Returns how many ranks share a sequence."""
-    return settings.parallel.context
 
 
 def _replica(topology: Topology) -> int:

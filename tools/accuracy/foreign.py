@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from a3po_megatron.preflight.activations import in_flight
-from a3po_megatron.preflight.overhead import LIBRARIES, reserved
+from a3po_megatron.preflight.overhead import GAPS, LIBRARIES
 from a3po_megatron.preflight.shape import Shape
 from a3po_megatron.preflight.update import Peak, peak_of_update
 
@@ -55,7 +55,7 @@ def _of_stage(job: Job, stage: int) -> Answer:
     moving = peak.activations + peak.head + peak.work
     first, most = weights + masters + libraries + moving, static + moving
     if job.reserved:
-        first, most = reserved(first, moving), reserved(most, moving)
+        first, most = first + GAPS * moving, most + GAPS * moving
     return Answer(static / GIB, first / GIB, most / GIB)
 
 
