@@ -18,10 +18,14 @@ from a3po_megatron.config import load_config, load_resolved
 from a3po_megatron.errors import RequestError
 from a3po_megatron.launch.plan import check_memory, on_gpus, plan, with_known_model
 from a3po_megatron.model.read import read_facts
+from a3po_megatron.preflight import layouts
 from a3po_megatron.preflight.activations import in_flight
-from a3po_megatron.preflight.memory import Phase
+from a3po_megatron.preflight.gpus import gpu_of
+from a3po_megatron.preflight.memory import Phase, memory_of
 from a3po_megatron.preflight.plan import Plan
+from a3po_megatron.preflight.sizes import Sized
 from a3po_megatron.preflight.verdict import BAND, Verdict, verdict_of
+from a3po_megatron.ranks.backend import backend_of
 from a3po_megatron.run.folder import save_resolved
 from tests.distributed import cases_static as cases
 from tests.harness.ranks import ROOT, run_ranks
@@ -135,6 +139,37 @@ def test_auto_takes_the_first_layout_in_its_order_that_fits(model: str, nodes: i
         except RequestError:
             continue
         assert other.verdict != Verdict.FITS, given
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "gpu"), [("Qwen3-8B-Base", 2, "24G"), ("Qwen3-30B-A3B", 2, "120G"), ("Llama-3.1-8B", 2, "20G")]
+)
+def test_bounds_that_spare_the_search_for_a_layout_time_change_nothing_of_what_it_finds(
+    model: str, nodes: int, gpu: str, tmp_path: Path
+) -> None:
+    """Against every candidate and every engine planned in full."""
+    path = minimal(tmp_path, model, nodes)
+    config, _ = with_known_model(on_gpus(load_config(path, ["parallel.layout=auto"], must_exist=False), 8 * nodes, gpu))
+    facts, backend, device = read_facts(config.model.path), backend_of("cuda"), gpu_of(gpu)
+    room = (1 - BAND) * device.memory
+    expected: tuple[dict[str, Any], int] | None = None
+    for parallel in layouts._candidates(config, facts, 8 * nodes):
+        caches: dict[int, int] = {}
+        for tensor in (1, 2, 4, 8):
+            asked = layouts._with(config, parallel, tensor)
+            if not layouts._is_possible(asked, facts, 8 * nodes):
+                continue
+            settings = Sized(asked, facts, backend, 8 * nodes, device).settings
+            memory = memory_of(facts, settings)
+            if max(map(memory.total, Phase)) <= room and sum(memory.host.values()) <= 2000 * GIB:
+                caches[tensor] = settings.rollout.kv_cache_bytes
+        if caches:
+            large = [tensor for tensor, cache in caches.items() if cache >= device.memory // 8]
+            expected = parallel, large[0] if large else max(caches, key=lambda tensor: caches[tensor])
+            break
+    assert expected is not None, "a case in which none fits says nothing"
+    found, _ = layouts.with_layout(config, facts, backend, 8 * nodes, device)
+    assert (found.parallel.model_dump(include=set(expected[0])), found.rollout.tensor) == expected
 
 
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_make_it_fit(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ..model.layout import check_layout, layout_of
 from ..ranks.backend import Backend
 from ..ranks.topology import topology_of
 from .gpus import Gpu
-from .memory import Phase, elements_of, memory_of
+from .memory import Phase, elements_of, least_of_engine, memory_of, needed
 from .overhead import ASLEEP, CONTEXT, NODE
 from .sizes import Sized
 from .verdict import BAND
@@ -35,6 +35,9 @@ PARAMETER, STATE = 6, 12  # bytes of an element: with its gradient; of masters a
 AUTO = "parallel.layout: auto"
 PIPELINE_RANKS, CONTEXT_RANKS = 32, 8  # at most: beyond that most of a pipeline waits, and of attention travels
 POWERS = tuple(2**power for power in range(8))
+
+# One that does not fit: whether it is known by a bound alone, what it needs, and itself
+_Layout = tuple[bool, float, Config]
 
 
 def with_layout(
@@ -48,44 +51,59 @@ def with_layout(
         )
     room, node = (1 - BAND) * gpu.memory, bytes_of_memory(config.slurm.memory) or NODE
     dense, experts = elements_of(facts)
-    nearest: tuple[float, Config] | None = None
-    hopeless: tuple[float, Config] | None = None
+    engines = _engines(config, facts, ranks)
+    alone: dict[int, int] = {}  # what an engine of so many ranks needs by itself
+    nearest: _Layout | None = None
     for parallel in _candidates(config, facts, ranks):
-        # What costs nothing to know comes first.
-        least = _least(dense, experts, parallel, ranks, config)
+        asked = [each for tensor in engines if _is_possible(each := _with(config, parallel, tensor), facts, ranks)]
+        if not asked:
+            continue
+        # What is quickly known comes first.
+        least, exact = _least(dense, experts, parallel, ranks, config), False
+        if least <= room:
+            least, exact = _least_update(asked[0], facts, backend, ranks, gpu), True
+        if least > room:
+            nearest = _nearer(nearest, (not exact, least, asked[-1]))
+            continue
+        for each in asked:
+            if each.rollout.tensor not in alone:
+                alone[each.rollout.tensor] = least_of_engine(facts, resolve(each, facts, backend, ranks))
+        fitting = [each for each in asked if alone[each.rollout.tensor] <= room]
+        if not fitting:  # in no other layout either
+            return asked[-1], _reasons(config, asked[-1], "of the smallest layout in which the learner fits: no engine")
         best: tuple[int, Config] | None = None
-        for tensor in _engines(config, facts, ranks):
-            asked = config.model_copy(
-                update={
-                    "parallel": config.parallel.model_copy(update=parallel),
-                    "rollout": config.rollout.model_copy(update={"tensor": tensor}),
-                }
-            )
-            if not _is_possible(asked, facts, ranks):
-                continue
-            if least > room:
-                hopeless = min(hopeless or (least, asked), (least, asked), key=lambda each: each[0])
-                continue
-            least = max(least, _least_update(asked, facts, backend, ranks, gpu))
-            if least > room:
-                nearest = min(nearest or (least, asked), (least, asked), key=lambda each: each[0])
-                break  # the learner's memory does not depend on the engine's ranks
-            sized = Sized(asked, facts, backend, ranks, gpu)
+        for each in fitting:
+            sized = Sized(each, facts, backend, ranks, gpu)
             memory = memory_of(facts, sized.settings, gpu.hopper)
             most = max(memory.total(phase) for phase in Phase)
-            if most <= room and sum(memory.host.values()) <= node:
-                cache = sized.settings.rollout.kv_cache_bytes
-                best = max(best or (0, asked), (cache, asked), key=lambda each: each[0])
-                if config.rollout.kv_cache_bytes or cache >= gpu.memory // 8:
-                    break
+            if most > room or sum(memory.host.values()) > node:
+                nearest = _nearer(nearest, (False, most, each))
                 continue
-            nearest = min(nearest or (most, asked), (most, asked), key=lambda each: each[0])
+            cache = sized.settings.rollout.kv_cache_bytes
+            best = max(best or (0, each), (cache, each), key=lambda found: found[0])
+            if config.rollout.kv_cache_bytes or cache >= gpu.memory // 8:
+                break
         if best is not None:
             return best[1], _reasons(config, best[1], "of the smallest layout that fits")
-    found = nearest or hopeless
-    if found is None:
+    if nearest is None:
         raise RequestError(f"{AUTO}: this model divides by no layout of {ranks} ranks")
-    return found[1], _reasons(config, found[1], "of the layout that needs least: none fits")
+    return nearest[2], _reasons(config, nearest[2], "of the layout that needs least: none fits")
+
+
+def _nearer(
+    nearest: tuple[bool, float, Config] | None, other: tuple[bool, float, Config]
+) -> tuple[bool, float, Config]:
+    """Of two layouts that do not fit: whether that is a bound alone, what it needs, and itself."""
+    return min(nearest or other, other, key=lambda each: each[:2])
+
+
+def _with(config: Config, parallel: dict[str, Any], tensor: int) -> Config:
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=parallel),
+            "rollout": config.rollout.model_copy(update={"tensor": tensor}),
+        }
+    )
 
 
 FILLED = ("tensor", "pipeline", "context", "expert", "expert_tensor", "sequence")
@@ -101,7 +119,7 @@ def _reasons(config: Config, found: Config, why: str) -> dict[str, str]:
 def _least_update(config: Config, facts: ModelFacts, backend: Backend, ranks: int, gpu: Gpu) -> float:
     """Returns what an update needs that recomputes as much as it may, on one sample at a time."""
     sizes = SIZES | {"learner.recompute": "full", "learner.micro_batch_tokens": 1}
-    return memory_of(facts, resolve(config, facts, backend, ranks, sizes), gpu.hopper).total(Phase.UPDATE)
+    return needed(facts, resolve(config, facts, backend, ranks, sizes), [Phase.UPDATE], gpu.hopper)
 
 
 def _least(dense: int, experts: int, parallel: dict[str, Any], ranks: int, config: Config) -> float:

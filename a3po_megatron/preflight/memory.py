@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -75,15 +75,22 @@ class Memory:
 
 def memory_of(facts: ModelFacts, settings: Settings, hopper: bool = True) -> Memory:
     """Returns what a run of these settings needs."""
-    topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
-    stage_ranks = topology.learning // topology.pipeline
-    every = [_Rank(facts, settings, topology, stage * stage_ranks, hopper) for stage in _stages(facts, settings)]
+    every = _fullest(facts, settings, hopper)
     phases: dict[Phase, Need] = {}
     for phase in Phase:
-        needs = [rank.need(phase) for rank in every]
-        phases[phase] = max(needs, key=lambda need: sum(need.values()))
+        phases[phase] = max((rank.need(phase) for rank in every), key=_together)
     host = _host(settings, max((rank.static for rank in every), key=_of_host))
     return Memory(phases, host, max(rank.beside_cache() for rank in every))
+
+
+def needed(facts: ModelFacts, settings: Settings, phases: Sequence[Phase], hopper: bool = True) -> int:
+    """Returns the most that some phases need, as `memory_of` says it of all."""
+    every = _fullest(facts, settings, hopper)
+    return max(_together(rank.need(phase)) for rank in every for phase in phases)
+
+
+def _together(need: Need) -> int:
+    return sum(need.values())
 
 
 def predicted_bytes(facts: ModelFacts, settings: Settings) -> dict[str, int]:
@@ -92,13 +99,20 @@ def predicted_bytes(facts: ModelFacts, settings: Settings) -> dict[str, int]:
     return {str(phase): memory.total(phase) for phase in Phase}
 
 
-def _stages(facts: ModelFacts, settings: Settings) -> list[int]:
+def _fullest(facts: ModelFacts, settings: Settings, hopper: bool) -> list[_Rank]:
+    topology = topology_of(settings.parallel, settings.rollout.tensor, settings.ranks)
+    stage_ranks = topology.learning // topology.pipeline
+    stages = _stages(facts.layers, layout_of(settings.parallel))
+    return [_Rank(facts, settings, topology, stage * stage_ranks, hopper) for stage in stages]
+
+
+@functools.lru_cache(maxsize=256)
+def _stages(layers: int, layout: Layout) -> list[int]:
     """Returns the stages of which one is the fullest: the ends, and of those with equally many layers the first, which
     has the most micro-batches in flight."""
-    layout = layout_of(settings.parallel)
     first: dict[tuple[int, ...], int] = {}
     for stage in range(1, layout.pipeline - 1):
-        first.setdefault(tuple(map(len, layout.chunk_layers(facts.layers, stage))), stage)
+        first.setdefault(tuple(map(len, layout.chunk_layers(layers, stage))), stage)
     return sorted({0, *first.values(), layout.pipeline - 1})
 
 
@@ -115,16 +129,21 @@ class _Rank:
         self.engine, self.offload = engine_weights(facts, settings), settings.learner.offload
         self.linear = _linear(facts, self.layout, self.stage) if self.share.fp8 else 0
         self.hopper = hopper
-        every = {phase: tuple(self._moments(phase)) for phase in Phase if phase != Phase.FIRST}
-        self._every: dict[Phase, tuple[Need, ...]] = every | {Phase.FIRST: every[Phase.UPDATE]}
+        self._known: dict[Phase, tuple[Need, ...]] = {}
 
     def need(self, phase: Phase) -> Need:
         """The worst of the moments that a phase has."""
-        return max(self._every[phase], key=lambda need: sum(need.values()))
+        return max(self._every(phase), key=_together)
 
     def beside_cache(self) -> int:
-        moments = itertools.chain.from_iterable(self._every.values())
-        return max(sum(need.values()) - need["KV cache"] for need in moments if need["KV cache"])
+        moments = itertools.chain.from_iterable(self._every(phase) for phase in Phase)
+        return max(_together(need) - need["KV cache"] for need in moments if need["KV cache"])
+
+    def _every(self, phase: Phase) -> tuple[Need, ...]:
+        like = Phase.UPDATE if phase == Phase.FIRST else phase
+        if like not in self._known:
+            self._known[like] = tuple(self._moments(like))
+        return self._known[like]
 
     def _moments(self, phase: Phase) -> Iterator[Need]:
         if phase == Phase.START:  # the engine is built first, on an empty device
@@ -320,6 +339,11 @@ def _engine_elements(facts: ModelFacts, tensor: int, expert: int) -> tuple[int, 
     every = held(facts, EngineRank(tensor, 0, (0, count // expert)))
     linear = sum(each.elements for each in every if each.param.linear)
     return linear, sum(each.elements for each in every) - linear
+
+
+def least_of_engine(facts: ModelFacts, settings: Settings) -> int:
+    """Returns what an engine takes that is awake, without its cache, and with no learner beside it."""
+    return engine_weights(facts, settings) + engine_work(facts, settings) + GRAPHS + CONTEXT + ASLEEP
 
 
 def engine_work(facts: ModelFacts, settings: Settings) -> int:

@@ -13,6 +13,7 @@ On GPUs, with a band of 8 % of the device left free:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from ..config import Config, Settings, resolve
@@ -21,7 +22,7 @@ from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
 from .cache import BLOCK_TOKENS, STEP, cache_bytes_of_a_token
 from .gpus import Gpu
-from .memory import Memory, Phase, memory_of
+from .memory import Phase, memory_of, needed
 from .overhead import gib
 from .verdict import BAND
 
@@ -40,6 +41,7 @@ class Sized:
         self._config, self._facts, self._backend, self._ranks, self._gpu = config, facts, backend, ranks, gpu
         self.reasons: dict[str, str] = {}
         self._sizes = dict(SIZES)
+        self._base = self._resolve()
         self._for(gpu, (1 - BAND) * gpu.memory)
         self.settings = self._resolve().because(self.reasons)
 
@@ -54,55 +56,56 @@ class Sized:
         if self._open(option):
             self._sizes[option], self.reasons[option] = value, why
 
-    def _memory(self, sizes: dict[str, Any]) -> Memory:
-        """With these sizes for the time being."""
-        before = dict(self._sizes)
-        self._sizes |= sizes
-        try:
-            return memory_of(self._facts, self._resolve(), self._gpu.hopper)
-        finally:
-            self._sizes = before
+    def _with(self, sizes: dict[str, Any]) -> Settings:
+        """With these sizes, where they are open, for the time being: resolving anew for every size that is tried would
+        be most of a plan's time."""
+        changed: dict[str, dict[str, Any]] = {}
+        for option, value in (self._sizes | sizes).items():
+            section, _, name = option.partition(".")
+            if self._open(option):
+                changed.setdefault(section, {})[name] = value
+        sections = {name: getattr(self._base, name).model_copy(update=values) for name, values in changed.items()}
+        return self._base.model_copy(update=sections)
 
     def _for(self, gpu: Gpu, room: float) -> None:
-        settings = self._resolve()
-        longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+        longest = self._base.rollout.max_prompt_tokens + self._base.rollout.max_tokens
         self._size_micro_batch(room, longest, f"of {gib(gpu.memory)}, {BAND:.0%} left free")
         self._size_engine(gpu, room, longest)
 
     def _size_micro_batch(self, room: float, longest: int, of: str) -> None:
         """The least recomputation with which the longest sample fits; then the largest micro-batch."""
-        needs: dict[tuple[str, int], float] = {}
 
+        @functools.cache
         def need(recompute: str, tokens: int) -> float:
-            if (recompute, tokens) not in needs:
-                memory = self._memory({"learner.recompute": recompute, "learner.micro_batch_tokens": tokens})
-                needs[recompute, tokens] = max(memory.total(phase) for phase in TRAINING)
-            return needs[recompute, tokens]
+            sizes = {"learner.recompute": recompute, "learner.micro_batch_tokens": tokens}
+            return needed(self._facts, self._with(sizes), TRAINING, self._gpu.hopper)
 
         given = self._config.learner
         least = given.micro_batch_tokens or longest
         kinds: list[str] = [given.recompute] if given.recompute else list(RECOMPUTE)
-        chosen = next((kind for kind in kinds if need(kind, least) <= room), kinds[-1])
-        spared = "" if chosen == kinds[0] else f"; with {kinds[kinds.index(chosen) - 1]} it takes "
-        if spared:
-            spared += gib(need(kinds[kinds.index(chosen) - 1], least))
-        self._set("learner.recompute", chosen, f"an update takes {gib(need(chosen, least))} {of}{spared}")
-        chosen = given.recompute or chosen
+        hopeless = need(kinds[-1], least) > room  # asked first, so that a plan of what does not fit is quickly made
+        chosen = kinds[-1] if hopeless else next(kind for kind in kinds if need(kind, least) <= room)
+        why = f"an update takes {gib(need(chosen, least))} {of}"
+        if chosen != kinds[0] and not hopeless:
+            before = kinds[kinds.index(chosen) - 1]
+            why += f"; with {before} it takes {gib(need(before, least))}"
+        self._set("learner.recompute", chosen, why)
         sizes = [longest * times for times in (4, 2, 1) if times == 1 or longest * times <= MOST_TOKENS]
-        tokens = next((size for size in sizes if need(chosen, size) <= room), longest)
+        tokens = longest if hopeless else next((size for size in sizes if need(chosen, size) <= room), longest)
         why = f"{tokens // longest} times the longest sample ({longest}): an update takes {gib(need(chosen, tokens))}"
         self._set("learner.micro_batch_tokens", tokens, f"{why} {of}")
 
     def _size_engine(self, gpu: Gpu, room: float, longest: int) -> None:
         sequences = self._config.rollout.max_sequences
-        token = cache_bytes_of_a_token(self._facts, self._resolve())
+        token = cache_bytes_of_a_token(self._facts, self._base)
         guess = sequences or GUESSED
         wanted = min(guess, GUESSED) * longest * token // 2
 
+        @functools.cache
         def free(offload: str, count: int) -> int:
             """What is left for the cache where it lies beside something."""
             options = {"learner.offload": offload, "rollout.kv_cache_bytes": 1, "rollout.max_sequences": count}
-            return int(room - self._memory(options).beside_cache)
+            return int(room - memory_of(self._facts, self._with(options), self._gpu.hopper).beside_cache)
 
         def cache_of(offload: str, count: int) -> int:
             whole = -(-longest // BLOCK_TOKENS["cuda"]) * BLOCK_TOKENS["cuda"] * token  # a sequence, in its blocks

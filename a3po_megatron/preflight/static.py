@@ -13,15 +13,17 @@ dtype; float32 weights are their own.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import AdamOptions, Settings
 from ..config.cluster import ParallelSettings
 from ..config.learner import Optimizer
-from ..model.cut import LearnerRank, held
+from ..model.cut import Held, LearnerRank, held
 from ..model.facts import ModelFacts
 from ..model.layout import layout_of
 from ..ranks.topology import Topology, topology_of
@@ -63,27 +65,42 @@ def _static_of(
     """`own`: the model's dtype."""
     topology = topology_of(parallel, 1, parallel.ranks_of(parallel.data))
     layout, stage = layout_of(parallel), topology.coordinates(rank).pipeline
-    parameters = held(facts, LearnerRank(layout, layout.place(stage, topology.within(rank))))
-    spread = layout.expert > 1  # else Megatron counts experts among the rest
-    by_buffer: dict[tuple[int, bool, str], list[_Parameter]] = {}
-    for each in parameters:
-        if not each.param.buffer:
-            key = each.chunk, spread and each.param.experts is not None, each.param.dtype or own
-            # A tied embedding on two stages is a bucket of its own, so that both share it out alike.
-            alone = facts.tied and layout.pipeline > 1 and each.param.cut == "vocabulary"
-            by_buffer.setdefault(key, []).append(_Parameter(each.elements, alone))
     total = Static(0, 0, 0)
-    for (chunk, experts, dtype), held_here in by_buffer.items():
-        ranks, which = _shares(topology, rank, experts)
-        bucket = max(LEAST_BUCKET, BUCKET_A_RANK * ranks) if chunk == stage == 0 else None
-        total += _of_buffer(held_here, dtype, optimizer, ranks, which, bucket if overlap else None)
+    for buffer in _buffers(facts, LearnerRank(layout, layout.place(stage, topology.within(rank))), own):
+        ranks, which = _shares(topology, rank, buffer.experts)
+        limit = max(LEAST_BUCKET, BUCKET_A_RANK * ranks) if overlap and buffer.chunk == stage == 0 else None
+        total += _of_buffer(buffer, optimizer, ranks, which, limit)
     return total
 
 
 @dataclass(frozen=True)
-class _Parameter:
-    elements: int
-    alone: bool  # in a bucket of its own
+class _Buffer:
+    chunk: int
+    experts: bool
+    dtype: str
+    sizes: tuple[int, ...]  # elements of each parameter, in the buffer's order
+    alone: frozenset[int]  # which of them are buckets of their own
+
+
+@functools.lru_cache(maxsize=256)  # more replicas change nothing of it
+def _buffers(facts: ModelFacts, holder: LearnerRank, own: str) -> tuple[_Buffer, ...]:
+    layout = holder.layout
+    spread = layout.expert > 1  # else Megatron counts experts among the rest
+    by_buffer: dict[tuple[int, bool, str], list[Held]] = {}
+    for each in reversed(held(facts, holder)):
+        if not each.param.buffer:
+            key = each.chunk, spread and each.param.experts is not None, each.param.dtype or own
+            by_buffer.setdefault(key, []).append(each)
+    # A tied embedding on two stages is a bucket of its own, so that both share it out alike.
+    apart = facts.tied and layout.pipeline > 1
+    return tuple(
+        _Buffer(
+            *key,
+            sizes=tuple(each.elements for each in parameters),
+            alone=frozenset(n for n, each in enumerate(parameters) if apart and each.param.cut == "vocabulary"),
+        )
+        for key, parameters in by_buffer.items()
+    )
 
 
 def _shares(topology: Topology, rank: int, experts: bool) -> tuple[int, int]:
@@ -95,46 +112,50 @@ def _shares(topology: Topology, rank: int, experts: bool) -> tuple[int, int]:
     return topology.context * topology.data, at.context + topology.context * at.data
 
 
-def _of_buffer(
-    parameters: list[_Parameter], dtype: str, optimizer: Optimizer, ranks: int, which: int, limit: int | None
-) -> Static:
+def _of_buffer(buffer: _Buffer, optimizer: Optimizer, ranks: int, which: int, limit: int | None) -> Static:
     """`limit`: elements at which a bucket ends; None: all in one."""
-    itemsize = WIDTHS[dtype]
+    itemsize = WIDTHS[buffer.dtype]
     if not optimizer.distributed:
-        size = sum(each.elements for each in parameters)
-        return Static(size * itemsize, size * GRADIENT, size * _state_bytes(optimizer, dtype))
+        size = sum(buffer.sizes)
+        return Static(size * itemsize, size * GRADIENT, size * _state_bytes(optimizer, buffer.dtype))
     size = mine = 0
-    for spans, end in _buckets(parameters, math.lcm(ranks, BUCKET_END), limit):
-        share = (end - size) // ranks
-        here = range(size + which * share, size + (which + 1) * share)
-        mine += sum(max(0, min(stop, here.stop) - max(start, here.start)) for start, stop in spans)
-        size = end
-    states = mine * _state_bytes(optimizer, dtype)
+    for sizes in _buckets(buffer, limit):
+        padded = {size: _up(size, PARAMETER_START) for size in set(sizes)}  # of tens of thousands, a few differ
+        starts = [0, *itertools.accumulate(map(padded.__getitem__, sizes))]
+        bucket = _up(starts[-2] + sizes[-1], math.lcm(ranks, BUCKET_END))
+        share = bucket // ranks
+        mine += _elements(sizes, starts, (which + 1) * share) - _elements(sizes, starts, which * share)
+        size += bucket
+    states = mine * _state_bytes(optimizer, buffer.dtype)
     on_host = isinstance(optimizer, AdamOptions) and optimizer.on_host
     return Static(size * itemsize, size * GRADIENT, 0 if on_host else states, states if on_host else 0)
 
 
-def _buckets(
-    parameters: list[_Parameter], multiple: int, limit: int | None
-) -> Iterator[tuple[list[tuple[int, int]], int]]:
-    """Yields where the parameters of each bucket begin and end in the buffer, and where the bucket ends."""
-    spans: list[tuple[int, int]] = []
-    begin = bucket = 0
-    for parameter in reversed(parameters):
-        begin = _up(begin, PARAMETER_START)
-        if parameter.alone and spans:
-            begin = bucket = _up(begin, multiple)
-            yield spans, bucket
-            spans = []
-        end = begin + parameter.elements
-        spans.append((begin, end))
-        begin = end
-        if parameter.alone or (limit is not None and end - bucket >= limit):
-            begin = bucket = _up(end, multiple)
-            yield spans, bucket
-            spans = []
-    if spans:
-        yield spans, _up(begin, multiple)
+def _elements(sizes: Sequence[int], starts: Sequence[int], end: int) -> int:
+    """Returns how many elements of a bucket's parameters lie before `end`."""
+    last = min(bisect.bisect_right(starts, end), len(sizes)) - 1
+    return sum(sizes[:last]) + min(sizes[last], end - starts[last])
+
+
+def _buckets(buffer: _Buffer, limit: int | None) -> Iterator[Sequence[int]]:
+    """Yields the sizes of each bucket's parameters."""
+    if limit is None and not buffer.alone:
+        yield buffer.sizes
+        return
+    bucket: list[int] = []
+    end = 0
+    for number, size in enumerate(buffer.sizes):
+        alone = number in buffer.alone
+        if alone and bucket:
+            yield bucket
+            bucket, end = [], 0
+        bucket.append(size)
+        end = _up(end, PARAMETER_START) + size
+        if alone or (limit is not None and end >= limit):
+            yield bucket
+            bucket, end = [], 0
+    if bucket:
+        yield bucket
 
 
 def _state_bytes(optimizer: Optimizer, dtype: str) -> int:

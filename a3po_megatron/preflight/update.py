@@ -6,6 +6,7 @@ works with most. At both, the activations of all micro-batches lie there that Me
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ def peak_of_update(
     flight: Sequence[int],  # micro-batches of each chunk that await their backward
     head: float = 0.0,  # what output layer and loss hold at the loss
 ) -> Peak:
-    kept = {dense: layer(shape, share, dense) for chunk in chunks for dense in chunk}
+    kept = {dense: layer(shape, share, dense) for dense in set(itertools.chain(*chunks))}
     saved = sum(count * sum(kept[dense].total for dense in chunk) for count, chunk in zip(flight, chunks, strict=True))
     if head:  # the final norm's input and output
         saved += 2 * share.itemsize * shape.hidden / share.spread * share.tokens
