@@ -25,7 +25,7 @@ from .evaluate.request import graders_in
 from .evaluate.sampling import Evaluation
 from .evaluate.training import WhileTraining, asked_of_run, engine_length
 from .files.run_folder import RunFolder, step_of
-from .files.writer import BesideRun
+from .files.writer import AtOnce, BesideRun
 from .learner.learner import Learner
 from .model.build import DTYPES
 from .model.facts import ModelFacts
@@ -165,9 +165,10 @@ def build(
         graders,
         interrupt,
         max_sequences=settings.rollout.max_sequences,
+        writer=writer,
     )
     numerics = [str(dtype), settings.rollout.quantization]
-    evaluating = WhileTraining(folder, settings.evaluation, asked, evaluation, numerics, recorder.say)
+    evaluating = WhileTraining(folder, settings.evaluation, asked, evaluation, numerics, recorder.say, writer)
     publisher = _publisher(settings, ranks, facts, learner, prompts)
     publish = Publish(publisher, learner, engine, journal, model, dtype, place.witness, recorder.say)
     checkpoints = Checkpoints(
@@ -222,7 +223,7 @@ def build(
         publish=publish,
         evaluate=evaluate,
         recorder=recorder,
-        profile=Profile(place.profile, settings.telemetry, ranks.rank),
+        profile=Profile(place.profile, settings.telemetry, ranks.rank, writer),
         checkpoints=checkpoints,
         stop=stop,
     )
@@ -259,7 +260,7 @@ def build_serving(
     with phase(Phase.ENGINE):
         engine = engine_of(model, facts, tokenizer.stops, settings.rollout, DTYPES[settings.model.dtype], ranks.backend)
     sequences = settings.rollout.max_sequences
-    evaluation = Evaluation(ranks, engine, tokenizer, graders, interrupt, folder, sequences)
+    evaluation = Evaluation(ranks, engine, tokenizer, graders, interrupt, folder, sequences, AtOnce())
     return Serving(folder, settings, ranks, facts, engine, evaluation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -205,7 +206,12 @@ def test_a_launcher_opens_one_file_of_a_journal(tmp_path: Path) -> None:
 def test_the_main_thread_of_a_rank_writes_nothing_between_a_steps_start_and_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = functools.partial(tools.trained_here, tmp_path / "run", *tools.LAYOUTS["dp2"], "trainer.steps=2")
+    """Also not what an evaluation finds and what a profile sees."""
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"problem": f"{n}+1=", "answer": str(n + 1)}) + "\n" for n in range(6)))
+    asked = ("evaluation.every_steps=1", f"evaluation.benchmarks=[{file}]", "evaluation.samples=1")
+    asked += ("evaluation.keep_best=sums", "checkpoint.every_steps=1", "telemetry.profile_steps=[0,1]")
+    found = functools.partial(tools.trained_here, tmp_path / "run", *tools.LAYOUTS["dp2"], "trainer.steps=2", *asked)
     monkeypatch.setattr(tools.cases_runs, "trains", cases_files.trains_heard)
     found()
     run = RunFolder((tmp_path / "run").resolve())
@@ -215,5 +221,5 @@ def test_the_main_thread_of_a_rank_writes_nothing_between_a_steps_start_and_its_
         assert not by_main, by_main
         threads = {line[0] for line in written}
         assert "writer" in threads  # the hook hears: it is the writer who writes
-        for part in ("journal", "rollouts"):
+        for part in ("journal", "rollouts", "evaluations", *(["profile"] if rank == 0 else [])):
             assert any(str(getattr(run, part)) in line[2] for line in written), part

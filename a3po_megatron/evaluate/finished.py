@@ -3,12 +3,14 @@
     partial/<version>-<identity>/rank-0.jsonl      a line a problem: its number, its samples, and when
 
 A line is written whole when the last sample of its problem has its verdict; one that was cut off does not count. The
+writer beside the run appends it, so that no engine waits for a disk. The
 identity is that of everything that a sample follows from: other weights, another file or another seed find nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from typing import Any
 from blake3 import blake3
 
 from ..files.run_folder import rank_file
+from ..files.writer import Writer
 from .request import Asked
 from .result import Sample
 
@@ -25,12 +28,11 @@ from .result import Sample
 class Finished:
     """One rank's share of it."""
 
-    def __init__(self, folder: Path, asked: Asked, numerics: Sequence[str], rank: int) -> None:
+    def __init__(self, folder: Path, asked: Asked, numerics: Sequence[str], rank: int, writer: Writer) -> None:
         """`numerics`: the digest of the weights, and what else decides what these weights say."""
         whole = [asked.version, asked.seed, asked.file.digest, len(asked.problems), *numerics]
         self.folder = folder / "partial" / f"{asked.version}-{blake3(json.dumps(whole).encode()).hexdigest()[:16]}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._path = rank_file(self.folder, rank, "jsonl")
+        self._path, self._writer = rank_file(self.folder, rank, "jsonl"), writer
         self._start = time.time()
 
     def read(self) -> tuple[dict[int, tuple[Sample, ...]], float]:
@@ -54,12 +56,17 @@ class Finished:
             self._append(b"")
 
     def add(self, problem: int, samples: Sequence[Sample]) -> None:
-        """Writes down a problem."""
+        """Has a problem written down."""
         row: dict[str, Any] = {"problem": problem, "samples": [dataclasses.asdict(sample) for sample in samples]}
         row |= {"start": self._start, "seconds": time.time() - self._start}
         self._append(json.dumps(row).encode())
 
     def _append(self, line: bytes) -> None:
+        self._writer.put(self._path, functools.partial(self._write, line))
+
+    def _write(self, line: bytes) -> None:
+        """Of the writer's thread alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(line + b"\n")
 
@@ -67,4 +74,5 @@ class Finished:
         """Removes what all ranks wrote, once the result is there."""
         for path in self.folder.glob("rank-*.jsonl"):
             path.unlink()
-        self.folder.rmdir()
+        if self.folder.exists():
+            self.folder.rmdir()

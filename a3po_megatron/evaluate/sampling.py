@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from .. import __version__
 from ..batch import Answered, Verdict
 from ..data.tokenizer import Tokenizer
 from ..errors import Interrupted, RequestError
+from ..files.writer import Writer
 from ..ranks.agree import first
 from ..ranks.groups import Ranks
 from ..reward.grader import grader_of
@@ -60,14 +62,15 @@ class Evaluation:
         interrupt: Interrupt,
         folder: Path,
         max_sequences: int,  # rollout.max_sequences
+        writer: Writer,
     ) -> None:
         self._ranks, self._engine, self._tokenizer = ranks, engine, tokenizer
         self._graders, self._interrupt, self._folder = graders, interrupt, folder
-        self._max_sequences = max_sequences
+        self._max_sequences, self._writer = max_sequences, writer
         self._leads = ranks.engine_rank == 0  # the rank of an engine that keeps and grades what it samples
 
     def run(self, asked: Asked, source: Source, weights: str, numerics: Sequence[str]) -> Result | None:
-        """Samples and grades what is missing, and writes the result, which rank 0 returns. Collective.
+        """Samples and grades what is missing, and has the result written, which rank 0 returns. Collective.
 
         weights: their digest
         numerics: what else decides what the engine says: dtype, quantisation
@@ -78,7 +81,7 @@ class Evaluation:
         if self._ranks.agree("evaluated before", before is not None, lambda values: values[0]):
             with Progress(asked, len(asked.problems), self._ranks.rank == 0):
                 return before
-        finished = Finished(self._folder, asked, [weights, *numerics], self._ranks.rank)
+        finished = Finished(self._folder, asked, [weights, *numerics], self._ranks.rank, self._writer)
         done, _ = finished.read()
         missing = [number for number in range(len(asked.problems)) if number not in done]
         missing = self._ranks.agree("problems that are left", missing, lambda values: values[0])
@@ -88,6 +91,7 @@ class Evaluation:
         progress = Progress(asked, len(done), self._ranks.rank == 0)
         with phase(Phase.EVALUATE), progress:
             reason = self._sample(asked, missing, finished, store, progress)
+            self._writer.drain()  # what rank 0 reads, and what a start after this one takes over
             if reason := self._ranks.agree("evaluation ends", reason, first):
                 raise Interrupted(reason)
             progress.show(len(missing))
@@ -107,8 +111,9 @@ class Evaluation:
             problems=tuple(problems),
             format=FORMAT,
         )
-        write(Path(asked.result), result)
-        finished.forget()
+        path = Path(asked.result)
+        self._writer.put(path, functools.partial(write, path, result))
+        self._writer.put(path, finished.forget)
         return result
 
     def _result(self, asked: Asked, weights: str) -> Result | None:

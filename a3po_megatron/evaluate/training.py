@@ -10,6 +10,7 @@ in that step's row of metrics. Where it is interrupted, what was finished is tak
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..config import Config, EvaluationOptions, Settings
 from ..errors import RequestError
 from ..files.replace import write_whole
 from ..files.run_folder import RunFolder, step_folder
+from ..files.writer import Writer
 from ..model.facts import ModelFacts
 from ..telemetry.catalogue import EVALUATION
 from .ask import Wishes, ask
@@ -81,9 +83,10 @@ class WhileTraining:
         evaluation: Callable[[Path], Evaluation],  # in a folder for what is unfinished
         numerics: Sequence[str],
         say: Callable[[str], None],
+        writer: Writer,
     ) -> None:
         self._run, self._options, self._asked = RunFolder(folder), options, asked
-        self._evaluation, self._numerics, self._say = evaluation, numerics, say
+        self._evaluation, self._numerics, self._say, self._writer = evaluation, numerics, say, writer
 
     def __call__(self, step: int, weights: str) -> dict[str, float | None]:
         """Returns the metrics of the step that begins; none where no evaluation is due. Collective.
@@ -107,14 +110,19 @@ class WhileTraining:
 
     def best(self) -> int | None:
         """Returns the step that is best so far on the benchmark of `keep_best`; None: there is none."""
+        best = self._best
+        return int(best["step"]) if best and best["benchmark"] == self._options.keep_best else None
+
+    @functools.cached_property
+    def _best(self) -> dict[str, str | float] | None:
+        """What stands in best.json, or is about to; None: nothing."""
         try:
-            best = json.loads(self._best.read_bytes())
+            return dict(json.loads(self._best_file.read_bytes()))
         except (OSError, ValueError):
             return None
-        return int(best["step"]) if best["benchmark"] == self._options.keep_best else None
 
     @property
-    def _best(self) -> Path:
+    def _best_file(self) -> Path:
         return self._run.evaluations / "best.json"
 
     def _tell(self, step: int, result: Result) -> None:
@@ -132,7 +140,9 @@ class WhileTraining:
                     "file": result.file.name,
                 }
                 best |= {"step": step, "value": average.value, "note": "chosen by this file: selection on it"}
-                write_whole(self._best, json.dumps(best, indent=1) + "\n")
+                self._best = best
+                text = json.dumps(best, indent=1) + "\n"
+                self._writer.put(self._best_file, functools.partial(write_whole, self._best_file, text))
                 words += f": the best so far, kept (selection on {result.file.name})"
         self._say(words)
 
