@@ -93,9 +93,11 @@ class Engine:
         return number
 
 
-def through(speeds: list[float], verdicts: list[bool], seed: int, leaves: int | None = None) -> list[list[int]]:
+def through(
+    speeds: list[float], verdicts: list[bool], seed: int, leaves: int | None = None, at_once: int = 1
+) -> list[list[int]]:
     """What each engine takes of one step: who acts next is drawn, by their speeds; an engine takes what it can get, and
-    finishes one prompt of those that it holds. One may leave with its first prompt unfinished."""
+    finishes up to `at_once` of those that it holds. One may leave with its first prompt unfinished."""
     engines, store, draw = len(speeds), dist.HashStore(), random.Random(seed)
     boards = [Board(Engine(n, engines), store, FIRST, Refill(12, 16, 64, Share(4, 8))) for n in range(engines)]
     took: list[list[int]] = [[] for _ in speeds]
@@ -112,8 +114,9 @@ def through(speeds: list[float], verdicts: list[bool], seed: int, leaves: int | 
             boards[engine].leave()
             at_work.remove(engine)
         elif held[engine]:
-            done = held[engine].pop(draw.randrange(len(held[engine])))
-            boards[engine].say(FIRST + done, verdicts[done])
+            count = min(draw.randint(1, at_once), len(held[engine]))
+            done = [held[engine].pop(draw.randrange(len(held[engine]))) for _ in range(count)]
+            boards[engine].say({FIRST + number: verdicts[number] for number in done})
             idle = 0
         elif index == NO_MORE:
             at_work.remove(engine)
@@ -126,7 +129,7 @@ def through(speeds: list[float], verdicts: list[bool], seed: int, leaves: int | 
 @pytest.mark.parametrize("speeds", [[1.0], [1.0, 1.0], [1.0, 0.1], [1.0, 0.02, 0.3, 1.0]])
 def test_engines_take_every_released_prompt_once_however_fast_each_is(speeds: list[float], seed: int) -> None:
     verdicts = [random.Random(f"{seed} {number}").random() < 0.4 for number in range(64)]
-    took = through(speeds, verdicts, seed)
+    took = through(speeds, verdicts, seed, at_once=3)
     wanted = released_by_the_rule(verdicts, 12, 16, 64, Share(4, 8))
     assert sorted(number for each in took for number in each) == list(range(wanted))
 

@@ -2,7 +2,7 @@
 
     next of an engine   how many of its own prompts are taken           a counter in the store
     verdicts            "3+,0-,7+,…": whose groups count or do not      text that is appended to
-    said                how many were appended                          a counter: whether there is anything new
+    said                how often was appended                          a counter: whether there is anything new
 
 Prompt n is the own one of engine n mod engines. An engine takes its own ones first; when none of them is left and it
 holds less than half of an engine's share, it takes those that others have not come to.
@@ -14,6 +14,7 @@ and nothing else is: who trains on it follows from whose own it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..ranks.groups import Ranks
@@ -94,9 +95,12 @@ class Board:
     def _next(self, engine: int) -> str:
         return f"{self._first}/next/{engine}"
 
-    def say(self, index: int, counts: bool) -> None:
-        """Says of a prompt whether its group counts: one rank does, once."""
-        self._append(f"{index - self._first}{'+' if counts else '-'}")
+    def say(self, verdicts: Mapping[int, bool]) -> None:
+        """Says of prompts, by index, whether their groups count: of each one rank does, once."""
+        if verdicts:
+            self._append(
+                ",".join(f"{index - self._first}{'+' if counts else '-'}" for index, counts in verdicts.items())
+            )
 
     def leave(self) -> None:
         """Says that this engine stops, so that no other one waits for its verdicts."""

@@ -125,7 +125,7 @@ class Sampling:
         self.recalled += 1
         self._finished[group.prompt.index] = group
         if graded:
-            self._say(group)
+            self._say([group])
         else:
             self._submit(group)
 
@@ -168,11 +168,10 @@ class Sampling:
                 length = len(rollout.tokens)
                 rollout.reward = score(length, rollout.finish, verdict, self._by.reward, self._by.rollout.max_tokens)
         self._by.journal.add_verdicts(self._step, done)
-        for group in done:
-            self._say(group)
+        self._say(done)
 
-    def _say(self, group: Group) -> None:
-        self._board.say(group.prompt.index, self._counts(group))
+    def _say(self, groups: Sequence[Group]) -> None:
+        self._board.say({group.prompt.index: self._counts(group) for group in groups})
 
     def _wait(self) -> None:
         """There is nothing to sample: verdicts are missing, of this rank or of others."""
