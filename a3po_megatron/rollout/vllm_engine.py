@@ -13,6 +13,7 @@ until a reload has written it anew: hence the reload of whole layers, the receip
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -160,6 +161,18 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        asked = SamplingParams(
+            temperature=how.temperature,
+            top_p=how.top_p,
+            top_k=how.top_k,
+            max_tokens=how.max_tokens,
+            seed=0,  # in each request's place
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=self._stops,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # every request has its own
+        )
         devices = [torch.cuda.current_device()] if self._backend.device == "cuda" else []
         coming, taken, ended = iter(requests), 0, False
         try:
@@ -172,18 +185,8 @@ class VllmEngine:
                         break
                     if request is None:
                         break
-                    parameters = SamplingParams(
-                        temperature=how.temperature,
-                        top_p=how.top_p,
-                        top_k=how.top_k,
-                        max_tokens=how.max_tokens,
-                        seed=request.seed,
-                        logprobs=0,  # of the sampled token alone
-                        stop_token_ids=self._stops,
-                        detokenize=False,
-                        output_kind=RequestOutputKind.FINAL_ONLY,
-                        skip_clone=True,  # made for this request alone
-                    )
+                    parameters = copy.copy(asked)  # building it anew takes ten times as long
+                    parameters.seed = request.seed
                     engine.add_request(str(taken), {"prompt_token_ids": list(request.prompt)}, parameters)
                     taken += 1
                 if not engine.has_unfinished_requests():
