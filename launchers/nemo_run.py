@@ -1,6 +1,6 @@
 """A run through nemo-run: the same ranks, the same folder, one srun task a rank and no torchrun in between.
 
-    NEMO/bin/python launchers/nemo_run.py CONFIG --run-dir DIR [--set section.key=value]… [--dry-run]
+    NEMO/bin/python launchers/nemo_run.py CONFIG --run-dir DIR [--set section.key=value]… [--dry-run] [--force]
 
 nemo-run lives in an environment of its own, since its pins conflict with ours:
 
@@ -68,11 +68,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     parser.add_argument("--dry-run", action="store_true", help="print what nemo-run would submit")
     parser.add_argument("--detach", action="store_true", help="do not wait for the job")
+    parser.add_argument("--force", action="store_true", help="also where the plan of memory says that it does not fit")
     parser.add_argument("--a3po-python", default=str(ROOT / ".venv/bin/python"))
     options = parser.parse_args()
     folder = options.run_dir.resolve()
     words = [options.a3po_python, "-m", "a3po_megatron", "submit", str(options.config), "--run-dir", str(folder)]
-    made = subprocess.run([*words, "--write", *(w for o in options.overrides for w in ("--set", o))])
+    words += ["--write", *(["--force"] if options.force else [])]
+    made = subprocess.run([*words, *(w for o in options.overrides for w in ("--set", o))])
     if made.returncode:
         sys.exit(made.returncode)
     config = yaml.safe_load((folder / "config.yaml").read_text())

@@ -24,6 +24,7 @@ from a3po_megatron.preflight.gpus import gpu_of
 from a3po_megatron.preflight.memory import Phase, memory_of
 from a3po_megatron.preflight.plan import Plan
 from a3po_megatron.preflight.sizes import Sized
+from a3po_megatron.preflight.traffic import Collective, collectives
 from a3po_megatron.preflight.verdict import BAND, Verdict, verdict_of
 from a3po_megatron.ranks.backend import backend_of
 from a3po_megatron.run.folder import save_resolved
@@ -209,6 +210,26 @@ def test_one_rank_of_a_thousand_built_for_real_holds_what_is_planned(tmp_path: P
     assert built["publish"]["replicas"] == 16 and len(built["publish"]["digests"]) == 1
     assert [row["ranks"] for row in built["growth"]] == [64, 256, 1024]
     assert {each["what"] for each in built["collectives"]} >= {"experts, forward", "stages", "gradients"}
+
+
+def test_gradients_travel_among_those_that_hold_the_same_and_recomputation_sends_experts_tokens_once_more(
+    tmp_path: Path,
+) -> None:
+    """Counted by hand: 16 ranks, 8 experts' shares, 128 experts of 48 layers with 128 × 3 × 2048 × 768 elements."""
+    path = minimal(tmp_path, "Qwen3-30B-A3B", 2, "parallel: {expert: 8, expert_tensor: 1}\n")
+    sent: dict[str, dict[str, list[Collective]]] = {}
+    for kind in ("none", "selective"):
+        found = planned(path, f"learner.recompute={kind}", "learner.micro_batch_tokens=9216")
+        sent[kind] = {}
+        for each in collectives(found.facts, found.settings, 0):
+            sent[kind].setdefault(each.what, []).append(each)
+    experts = 48 * 16 * 3 * 2048 * 768  # elements of 16 of them
+    by_ranks = {each.ranks: each.bytes for each in sent["none"]["gradients"]}
+    assert by_ranks.keys() == {2, 16} and 4 * experts <= by_ranks[2] <= 4 * (experts + 64 * 2 * 16 * 48)
+    assert by_ranks[16] + by_ranks[2] == found.memory.phases[Phase.UPDATE]["gradients"]
+    (before,), (after,) = (sent[kind]["experts, forward"] for kind in sent)
+    (backward,) = sent["none"]["experts, backward"]
+    assert after.times - before.times == backward.times > 0  # a micro-batch's backward runs its experts' forward again
 
 
 def test_the_record_of_measurements_is_met() -> None:

@@ -474,6 +474,12 @@ def test_submit_refuses_what_does_not_fit_unless_it_is_forced(minimal: Path) -> 
 
 
 STARTED = "the ranks would start now"
+AUTO = """
+model: {{path: {model}}}
+data: {{path: "builtin:arithmetic", template: raw}}
+rollout: {{max_prompt_tokens: 32, max_tokens: 96}}
+parallel: {{layout: auto}}
+"""
 
 
 def test_train_refuses_on_a_gpu_unless_it_is_forced_and_on_a_cpu_never(
@@ -492,6 +498,12 @@ def test_train_refuses_on_a_gpu_unless_it_is_forced_and_on_a_cpu_never(
     assert "does not fit" in refused.err
     forced = a3po(*huge, "--run-dir", tmp_path / "gpu", "--force")
     assert (forced.code, STARTED in forced.err) == (1, True)
+    # A layout that is to be found takes all GPUs of the machine.
+    config = tmp_path / "auto.yaml"
+    config.write_text(AUTO.format(model=ROOT / "configs/models/tiny-arithmetic"))
+    found_here = a3po("train", config, "--run-dir", tmp_path / "auto")
+    assert (found_here.code, STARTED in found_here.err) == (1, True), found_here.err
+    assert "starting 2 ranks" in found_here.out
 
 
 # --- nonsense ------------------------------------------------------------------------------------------------------

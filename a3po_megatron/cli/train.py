@@ -15,7 +15,7 @@ def train(
     set_: Overrides = None,
     force: Force = False,
 ) -> None:
-    """Train on this machine, with as many ranks as the layout needs."""
+    """Train on this machine, with as many ranks as the layout needs; with parallel.layout auto, on all of its GPUs."""
     started = time.time()
     from ..launch.signals import Signals
 
@@ -26,14 +26,15 @@ def train(
     from ..launch.check import check_machine, settle
     from ..launch.check_files import check_files
     from ..launch.folder import default_folder, prepare_folder
-    from ..launch.hardware import gpu_here
+    from ..launch.hardware import gpu_here, gpus_here
     from ..launch.local import rendezvous, run_local
     from ..report.page import write_report
 
     rendezvous(wanted.cluster.port).close()  # a port that is taken is named before anything is made
     backend = check_machine(wanted)
     gpu = gpu_here(wanted)
-    settings = settle(wanted, backend, gpu=gpu)
+    whole = wanted.parallel.layout == "auto" and gpu is not None
+    settings = settle(wanted, backend, gpus_here() if whole else None, gpu)
     if not force and gpu is not None:
         from ..launch.plan import check_memory
 

@@ -39,5 +39,10 @@ def gpu_here(config: Config) -> Gpu | None:
     return known if config.cluster.gpu else replace(known, memory=memory)
 
 
+def gpus_here() -> int:
+    """Returns how many GPUs of this machine a run may take."""
+    return find_hardware().gpus
+
+
 def _version(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else tuple(int(number) for number in re.findall(r"\d+", text.partition("+")[0])[:3])

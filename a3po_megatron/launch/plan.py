@@ -12,6 +12,7 @@ from ..preflight.plan import Plan, plan_of
 from ..preflight.verdict import Verdict
 from ..ranks.backend import backend_of
 from .check import settle
+from .hardware import gpus_here
 from .slurm import settled
 
 MODELS = Path(__file__).resolve().parents[2] / "configs/models"  # config.json files of models, by their names
@@ -67,10 +68,17 @@ def check_memory(config: Config, settings: Settings, here: Gpu | None = None) ->
     if settings.cluster.device == "cpu":
         return
     backend = backend_of(settings.cluster.device)
+    gpus = gpus_here() if here else 0
 
     def settled_run(changed: Config) -> Settings:
-        return settle(changed, backend, gpu=here) if here else settled(changed)
+        if here is None:
+            return settled(changed)
+        found = settle(changed, backend, gpus if changed.parallel.layout == "auto" else None, here)
+        if found.ranks > gpus:
+            raise RequestError(f"the layout has {found.ranks} ranks, and this machine {gpus} GPUs")
+        return found
 
-    found = plan_of(config, settings, read_facts(config.model.path), here or planned_gpu(config), settled_run)
+    gpu, facts = here or planned_gpu(config), read_facts(config.model.path)
+    found = plan_of(config, settings, facts, gpu, settled_run, nodes_fixed=here is not None)
     if found.verdict == Verdict.NO:
         raise RequestError(f"{found.refusal(settings.name)}. a3po plan shows all of it; --force tries it all the same")

@@ -38,7 +38,7 @@ def built_rank(facts: ModelFacts, plan: Plan, rank: int) -> dict[str, Any]:
         "rank": rank,
         "world": topology.world,
         **{name: {"planned": getattr(planned, name), "built": size} for name, size in built.items()},
-        "collectives": [vars(each) for each in collectives(facts, settings, planned)],
+        "collectives": [vars(each) for each in collectives(facts, settings, rank)],
         "publish": {"replicas": len(topology.groups("replica")), "digests": digests},
         "growth": growth(facts, settings),
     }

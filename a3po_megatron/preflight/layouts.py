@@ -46,9 +46,7 @@ def with_layout(
     """Returns the configuration with a layout in the place of `auto`, and why it is that one: the first that fits, else
     the one that needs least. Raises RequestError where no layout is possible."""
     if ranks is None:
-        raise RequestError(
-            f"{AUTO} takes a number of GPUs, which only a submitted run has: submit it, or give the layout"
-        )
+        raise RequestError(f"{AUTO} takes a number of GPUs, and there is none: submit the run, or give the layout")
     room, node = (1 - BAND) * gpu.memory, bytes_of_memory(config.slurm.memory) or NODE
     dense, experts = elements_of(facts)
     engines = _engines(config, facts, ranks)

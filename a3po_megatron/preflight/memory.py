@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..config import Settings
+from ..config import AdamOptions, Settings
 from ..learner.chunks import CHUNK_BYTES
 from ..model.cut import EngineRank, LearnerRank, Stored, held
 from ..model.facts import ModelFacts
@@ -361,6 +361,14 @@ def engine_work(facts: ModelFacts, settings: Settings) -> int:
     return round(tokens * widths * itemsize)
 
 
+def _saved(settings: Settings, static: Static) -> int:
+    """Bytes of the copy that a checkpoint is written from: Megatron hands out narrower moments as float32."""
+    own, optimizer = static.optimizer + static.host_optimizer, settings.optimizer
+    if not isinstance(optimizer, AdamOptions) or optimizer.moment_dtype == "float32":
+        return own
+    return own * 12 // (4 + 2 * WIDTHS[optimizer.moment_dtype])
+
+
 def _of_host(static: Static) -> int:
     return static.optimizer + static.host_optimizer + static.weights
 
@@ -377,5 +385,5 @@ def _host(settings: Settings, static: Static) -> dict[str, int]:
         "optimizer": ranks * states,
         "weights": ranks * (static.weights if offload == "all" else 0),
         "reference model": ranks * reference,
-        "checkpoint being written": ranks * (static.optimizer + static.host_optimizer),
+        "checkpoint being written": ranks * _saved(settings, static),
     }

@@ -54,23 +54,28 @@ class Static:
 
 def static_of(facts: ModelFacts, settings: Settings, rank: int) -> Static:
     """Returns what a rank that learns holds."""
+    return sum((each for _, each in shared_out(facts, settings, rank)), Static(0, 0, 0))
+
+
+def shared_out(facts: ModelFacts, settings: Settings, rank: int) -> tuple[tuple[int, Static], ...]:
+    """Returns the same buffer by buffer, each with the number of ranks that hold the same parameters."""
     overlap = settings.learner.overlap_grad_reduce
-    return _static_of(facts, settings.parallel, settings.optimizer, settings.model.dtype, overlap, rank)
+    return _shared_out(facts, settings.parallel, settings.optimizer, settings.model.dtype, overlap, rank)
 
 
 @functools.lru_cache(maxsize=4096)  # sizes that are tried change nothing of it
-def _static_of(
+def _shared_out(
     facts: ModelFacts, parallel: ParallelSettings, optimizer: Optimizer, own: str, overlap: bool, rank: int
-) -> Static:
+) -> tuple[tuple[int, Static], ...]:
     """`own`: the model's dtype."""
     topology = topology_of(parallel, 1, parallel.ranks_of(parallel.data))
     layout, stage = layout_of(parallel), topology.coordinates(rank).pipeline
-    total = Static(0, 0, 0)
+    found: list[tuple[int, Static]] = []
     for buffer in _buffers(facts, LearnerRank(layout, layout.place(stage, topology.within(rank))), own):
         ranks, which = _shares(topology, rank, buffer.experts)
         limit = max(LEAST_BUCKET, BUCKET_A_RANK * ranks) if overlap and buffer.chunk == stage == 0 else None
-        total += _of_buffer(buffer, optimizer, ranks, which, limit)
-    return total
+        found.append((ranks, _of_buffer(buffer, optimizer, ranks, which, limit)))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
