@@ -123,6 +123,20 @@ def test_a_config_of_model_data_and_nodes_gets_every_size_with_its_reason_in_the
     assert again == found.settings and again.reasons == found.settings.reasons
 
 
+def test_what_a_run_asks_itself_may_be_longer_than_what_it_trains_on_and_the_engine_is_planned_for_that(
+    tmp_path: Path,
+) -> None:
+    path = minimal(tmp_path)
+    asks = ["evaluation.every_steps=1", "evaluation.benchmarks=[aime24]", "evaluation.data=/data"]
+    plain, asking = planned(path), planned(path, *asks)
+    prompt, trained = plain.settings.rollout.max_prompt_tokens, plain.settings.rollout.max_tokens
+    work = [each.memory.phases[Phase.ROLLOUT]["engine work"] for each in (plain, asking)]
+    assert prompt + trained < 8192, "vLLM's steps take that many tokens at least"
+    assert work[1] / work[0] == pytest.approx((prompt + 32768) / 8192, rel=1e-6)  # AIME's responses, by its protocol
+    starved = planned(path, *asks, "evaluation.max_tokens=30000", gpus=1, gpu="70G")
+    assert starved.settings.rollout.kv_cache_bytes >= (prompt + 30000) * 147456  # of 36 layers, 8 heads of 128, bf16
+
+
 @pytest.mark.parametrize(("model", "nodes"), [("Qwen3-8B-Base", 1), ("Qwen3-32B", 2), ("Qwen3-235B-A22B", 16)])
 def test_auto_takes_the_first_layout_in_its_order_that_fits(model: str, nodes: int, tmp_path: Path) -> None:
     found = planned(minimal(tmp_path, model, nodes, "parallel: {layout: auto}\n"))

@@ -17,6 +17,19 @@ def cache_bytes_of_a_token(facts: ModelFacts, settings: Settings) -> int:
     return 2 * facts.layers * heads * facts.head_dim * WIDTHS[settings.model.dtype]
 
 
+def longest_sequence(settings: Settings) -> int:
+    """Returns the tokens of the longest sequence that an engine must take: training's, or one of the benchmarks that a
+    run asks itself, whose prompts are taken to be as long as training's may be."""
+    rollout, evaluation = settings.rollout, settings.evaluation
+    responses = [rollout.max_tokens]
+    if evaluation.every_steps:
+        from ..evaluate.benchmarks import benchmark_of  # for which a run without does not wait
+
+        every = [benchmark_of(name, settings) for name in evaluation.benchmarks]
+        responses += [evaluation.max_tokens or each.max_tokens for each in every]
+    return rollout.max_prompt_tokens + max(responses)
+
+
 def cache_blocks(facts: ModelFacts, settings: Settings) -> int:
     """Returns how many blocks vLLM's cache has."""
     tokens = BLOCK_TOKENS[settings.cluster.device]

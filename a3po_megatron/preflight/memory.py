@@ -23,6 +23,7 @@ from ..ranks.topology import Topology, topology_of
 from ..schedule.packing import token_multiple
 from ..weights.route import WIDTHS
 from .activations import Share, in_flight, layer
+from .cache import longest_sequence
 from .overhead import ASLEEP, COMMUNICATOR, CONTEXT, CPU_PROCESS, GAPS, GRAPHS, HOST_PROCESS, LIBRARIES
 from .shape import Shape, shape_of
 from .static import Static, static_of
@@ -349,7 +350,7 @@ def least_of_engine(facts: ModelFacts, settings: Settings) -> int:
 def engine_work(facts: ModelFacts, settings: Settings) -> int:
     """Returns bytes of vLLM's activations at its largest step, a prefill."""
     rollout, itemsize = settings.rollout, WIDTHS[settings.model.dtype]
-    tokens = max(rollout.max_prompt_tokens + rollout.max_tokens, PROFILED_TOKENS)
+    tokens = max(longest_sequence(settings), PROFILED_TOKENS)
     queries = facts.heads * facts.head_dim + 2 * facts.kv_heads * facts.head_dim
     widths = 4.0 * facts.hidden + 2 * queries / rollout.tensor
     if facts.experts is None:

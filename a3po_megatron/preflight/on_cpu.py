@@ -6,7 +6,7 @@ from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
-from .cache import cache_bytes_of_a_token
+from .cache import cache_bytes_of_a_token, longest_sequence
 from .overhead import MIB
 
 OPTION = "rollout.kv_cache_bytes"
@@ -14,7 +14,7 @@ OPTION = "rollout.kv_cache_bytes"
 
 def sized_on_cpu(config: Config, facts: ModelFacts, backend: Backend, ranks: int | None) -> Settings:
     settings = resolve(config, facts, backend, ranks)
-    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    longest = longest_sequence(settings)
     needed = cache_bytes_of_a_token(facts, settings) * longest
     if config.rollout.kv_cache_bytes is not None or needed <= settings.rollout.kv_cache_bytes:
         return settings

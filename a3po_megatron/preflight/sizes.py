@@ -20,7 +20,7 @@ from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
 from ..ranks.backend import Backend
-from .cache import BLOCK_TOKENS, STEP, cache_bytes_of_a_token
+from .cache import BLOCK_TOKENS, STEP, cache_bytes_of_a_token, longest_sequence
 from .gpus import Gpu
 from .memory import Phase, memory_of, needed
 from .overhead import gib
@@ -101,6 +101,11 @@ class Sized:
         guess = sequences or GUESSED
         wanted = min(guess, GUESSED) * longest * token // 2
 
+        def of_sequences(length: int, count: int = 1) -> int:
+            return count * -(-length // BLOCK_TOKENS["cuda"]) * BLOCK_TOKENS["cuda"] * token  # in their blocks
+
+        least = of_sequences(longest_sequence(self._base))
+
         @functools.cache
         def free(offload: str, count: int) -> int:
             """What is left for the cache where it lies beside something."""
@@ -108,9 +113,8 @@ class Sized:
             return int(room - memory_of(self._facts, self._with(options), self._gpu.hopper).beside_cache)
 
         def cache_of(offload: str, count: int) -> int:
-            whole = -(-longest // BLOCK_TOKENS["cuda"]) * BLOCK_TOKENS["cuda"] * token  # a sequence, in its blocks
-            most, left = (sequences or SEQUENCES[1]) * whole, free(offload, count)
-            return most if most <= left else max(whole, left // STEP * STEP)
+            most, left = of_sequences(longest, sequences or SEQUENCES[1]), free(offload, count)
+            return max(least, most if most <= left else left // STEP * STEP)
 
         def held(cache: int) -> int:
             """Sequences of a quarter of their full length."""
