@@ -133,7 +133,7 @@ def test_what_a_run_asks_itself_may_be_longer_than_what_it_trains_on_and_the_eng
     work = [each.memory.phases[Phase.ROLLOUT]["engine work"] for each in (plain, asking)]
     assert prompt + trained < 8192, "vLLM's steps take that many tokens at least"
     assert work[1] / work[0] == pytest.approx((prompt + 32768) / 8192, rel=1e-6)  # AIME's responses, by its protocol
-    starved = planned(path, *asks, "evaluation.max_tokens=30000", gpus=1, gpu="70G")
+    starved = planned(path, *asks, "evaluation.max_tokens=30000", gpus=1, gpu="24G")
     assert starved.settings.rollout.kv_cache_bytes >= (prompt + 30000) * 147456  # of 36 layers, 8 heads of 128, bf16
 
 
