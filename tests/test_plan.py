@@ -187,6 +187,33 @@ def test_bounds_that_spare_the_search_for_a_layout_time_change_nothing_of_what_i
     assert (found.parallel.model_dump(include=set(expected[0])), found.rollout.tensor) == expected
 
 
+def test_where_no_layout_leaves_the_band_free_the_smallest_that_is_tight_is_taken(tmp_path: Path) -> None:
+    """Of a 70B on 512 small GPUs the bound for an update admits layouts that do not fit in other phases."""
+    path = minimal(tmp_path, "Llama-3.1-70B", 64, "parallel: {layout: auto}\n")
+    found = planned(path, gpu="28G")
+    assert found.verdict == Verdict.TIGHT
+    assert found.settings.reasons["parallel.tensor"] == "of the smallest layout that is tight"
+    none = planned(path, gpu="27G")
+    assert none.verdict == Verdict.NO and "none fits" in none.settings.reasons["parallel.tensor"]
+
+
+def test_with_fp8_a_larger_micro_batch_is_tried_where_the_smallest_leaves_too_little(tmp_path: Path) -> None:
+    """Every micro-batch in flight has its own quantised weights: two longer ones may need less than eight."""
+    layout = "parallel: {tensor: 2, pipeline: 4, sequence: true}\n"
+    layout += "learner: {precision: fp8-blockwise, recompute: selective}\n"
+    batch = ["trainer.prompts_per_step=8", "trainer.mini_batches=8", "trainer.rollouts_per_prompt=8"]
+    found = planned(minimal(tmp_path, "Qwen3-32B", 1, layout), *batch, gpu="122G")
+    room, tokens = (1 - BAND) * 122 * GIB, found.settings.learner.micro_batch_tokens
+    longest = found.settings.rollout.max_prompt_tokens + found.settings.rollout.max_tokens
+    every = [
+        planned(tmp_path / "run.yaml", *batch, f"learner.micro_batch_tokens={longest * times}", gpu="122G")
+        for times in (4, 2, 1)
+    ]
+    fitting = [each for each in every if max(map(each.memory.total, (Phase.SCORE, Phase.UPDATE))) <= room]
+    assert fitting and fitting[0].settings.learner.micro_batch_tokens == tokens > longest
+    assert every[-1] not in fitting, "the smallest fits: nothing was tested"
+
+
 def test_a_run_that_does_not_fit_is_refused_with_changes_that_make_it_fit(tmp_path: Path) -> None:
     path = minimal(tmp_path, "Llama-3.1-70B", 2, "parallel: {tensor: 4, sequence: true}\nrollout: {tensor: 8}\n")
     config, _ = with_known_model(load_config(path, must_exist=False))

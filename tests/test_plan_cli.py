@@ -501,9 +501,10 @@ def test_train_refuses_on_a_gpu_unless_it_is_forced_and_on_a_cpu_never(
     # A layout that is to be found takes all GPUs of the machine.
     config = tmp_path / "auto.yaml"
     config.write_text(AUTO.format(model=ROOT / "configs/models/tiny-arithmetic"))
-    found_here = a3po("train", config, "--run-dir", tmp_path / "auto")
-    assert (found_here.code, STARTED in found_here.err) == (1, True), found_here.err
-    assert "starting 2 ranks" in found_here.out
+    for number, more in enumerate(([], ["--set", "rollout.tensor=2"])):
+        found_here = a3po("train", config, "--run-dir", tmp_path / f"auto-{number}", *more)
+        assert (found_here.code, STARTED in found_here.err) == (1, True), found_here.err
+        assert "starting 2 ranks" in found_here.out
 
 
 # --- nonsense ------------------------------------------------------------------------------------------------------

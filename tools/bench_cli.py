@@ -53,6 +53,7 @@ def imported(words: list[str]) -> list[str]:
     """Which heavy packages a command had imported when it was done."""
     code = IMPORTED.format(heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert not done.stderr.startswith("Traceback"), done.stderr
     return done.stdout.split()
 
 

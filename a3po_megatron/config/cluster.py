@@ -28,7 +28,9 @@ class ParallelOptions(Section):
     )
     sequence: bool = option(False, "split activations between layers along the tokens over the tensor ranks")
     data: Positive | None = option(
-        None, "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need"
+        None,
+        "data-parallel ranks; null: from the number of ranks, on one machine as few as the experts need (layout auto: "
+        "over all of its GPUs)",
     )
     without_effect = (
         NoEffect(

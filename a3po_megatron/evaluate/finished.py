@@ -2,9 +2,9 @@
 
     partial/<version>-<identity>/rank-0.jsonl      a line a problem: its number, its samples, and when
 
-A line is written whole when the last sample of its problem has its verdict; one that was cut off does not count. The
-writer beside the run appends it, so that no engine waits for a disk. The
-identity is that of everything that a sample follows from: other weights, another file or another seed find nothing.
+A line is written whole when the last sample of its problem has its verdict; one that was cut off does not count. While
+a run trains, a thread beside it appends it (files/writer.py): no engine waits for a disk. The identity is that of
+everything that a sample follows from: other weights, another file or another seed find nothing.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Finished:
     def start(self, when: float) -> None:
         """Counts seconds from `when` on, the same on all ranks; ends a line that was cut off."""
         self._start = when
+        # On every rank: a shared file system may go on saying to one that looked before that there is no such folder.
+        self._writer.put(self.folder, functools.partial(self.folder.mkdir, parents=True, exist_ok=True))
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             self._append(b"")
 
@@ -66,7 +68,6 @@ class Finished:
 
     def _write(self, line: bytes) -> None:
         """Of the writer's thread alone."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(line + b"\n")
 
@@ -74,5 +75,4 @@ class Finished:
         """Removes what all ranks wrote, once the result is there."""
         for path in self.folder.glob("rank-*.jsonl"):
             path.unlink()
-        if self.folder.exists():
-            self.folder.rmdir()
+        self.folder.rmdir()

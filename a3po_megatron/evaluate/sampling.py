@@ -21,7 +21,7 @@ from typing import Any
 from .. import __version__
 from ..batch import Answered, Verdict
 from ..data.tokenizer import Tokenizer
-from ..errors import Interrupted, RequestError
+from ..errors import Interrupted, RequestError, RunFailed
 from ..files.writer import Writer
 from ..ranks.agree import first
 from ..ranks.groups import Ranks
@@ -98,6 +98,10 @@ class Evaluation:
         if self._ranks.rank:
             return None
         done, seconds = finished.read()
+        if lost := len(asked.problems) - len(done):
+            raise RunFailed(
+                f"{finished.folder}: {lost} of {len(asked.problems)} problems are missing, which ranks wrote"
+            )
         problems = [graded(problem, done[number]) for number, problem in enumerate(asked.problems)]
         result = Result(
             benchmark=asked.benchmark,
@@ -113,7 +117,7 @@ class Evaluation:
         )
         path = Path(asked.result)
         self._writer.put(path, functools.partial(write, path, result))
-        self._writer.put(path, finished.forget)
+        self._writer.put(finished.folder, finished.forget)
         return result
 
     def _result(self, asked: Asked, weights: str) -> Result | None:

@@ -87,6 +87,7 @@ class WhileTraining:
     ) -> None:
         self._run, self._options, self._asked = RunFolder(folder), options, asked
         self._evaluation, self._numerics, self._say, self._writer = evaluation, numerics, say, writer
+        self._best = self._read_best() if options.keep_best else None  # what best.json says, or is about to
 
     def __call__(self, step: int, weights: str) -> dict[str, float | None]:
         """Returns the metrics of the step that begins; none where no evaluation is due. Collective.
@@ -113,9 +114,7 @@ class WhileTraining:
         best = self._best
         return int(best["step"]) if best and best["benchmark"] == self._options.keep_best else None
 
-    @functools.cached_property
-    def _best(self) -> dict[str, str | float] | None:
-        """What stands in best.json, or is about to; None: nothing."""
+    def _read_best(self) -> dict[str, str | float] | None:
         try:
             return dict(json.loads(self._best_file.read_bytes()))
         except (OSError, ValueError):
@@ -147,6 +146,7 @@ class WhileTraining:
         self._say(words)
 
     def _value(self, step: int | None) -> float | None:
+        """Of an earlier step, whose result was written before the samples of this one were read."""
         if step is None:
             return None
         try:

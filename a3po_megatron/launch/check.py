@@ -79,7 +79,8 @@ def check_machine(config: Config) -> Backend:
     """What this machine trains on. Raises RequestError where its GPU, torch or Transformer Engine cannot do what is
     asked for."""
     if config.cluster.device != "cpu":
-        ranks = topology_of(config.parallel, config.rollout.tensor).world
+        auto = config.parallel.layout == "auto"  # over the GPUs that there are
+        ranks = 1 if auto else topology_of(config.parallel, config.rollout.tensor).world
         check_hardware(config.learner.precision, find_hardware(), ranks)
         check_deep_ep(config.learner.expert_dispatcher)
     return select_backend(config.cluster.device)

@@ -6,7 +6,8 @@ On GPUs, with a band of 8 % of the device left free:
     learner.micro_batch_tokens  4, 2 or 1 times the longest sample, the most that still fits, up to 65,536
     learner.offload             none where that leaves a quarter of the device for the cache, or all that it wants; else
                                 optimizer, likewise, else all
-    rollout.kv_cache_bytes      what is left, up to what rollout.max_sequences of full length take
+    rollout.kv_cache_bytes      what is left, up to what rollout.max_sequences of full length take, and at least what
+                                the longest sequence takes, of benchmarks that a run asks itself, too
     rollout.max_sequences       as many as the cache holds at a quarter of their full length, 8 to 512: vLLM puts off
                                 those for which there is no room
 """
@@ -14,11 +15,13 @@ On GPUs, with a band of 8 % of the device left free:
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import Config, Settings, resolve
 from ..config.resolve import SIZES
 from ..model.facts import ModelFacts
+from ..model.precision import is_fp8
 from ..ranks.backend import Backend
 from .cache import BLOCK_TOKENS, STEP, cache_bytes_of_a_token, longest_sequence
 from .gpus import Gpu
@@ -32,6 +35,23 @@ SEQUENCES = (8, 512)
 GUESSED = 256  # sequences, for the cache that a layout must leave room for
 
 TRAINING = (Phase.SCORE, Phase.UPDATE)
+
+
+def with_sizes(config: Config, settings: Settings, sizes: Mapping[str, Any]) -> Settings:
+    """Returns the settings of a configuration with other sizes where it leaves them open. Resolving it anew for every
+    size that is tried would be most of a plan's time."""
+    changed: dict[str, dict[str, Any]] = {}
+    for option, value in sizes.items():
+        section, _, name = option.partition(".")
+        if _is_open(config, option):
+            changed.setdefault(section, {})[name] = value
+    sections = {name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
+    return settings.model_copy(update=sections)
+
+
+def _is_open(config: Config, option: str) -> bool:
+    section, _, name = option.partition(".")
+    return getattr(getattr(config, section), name) is None
 
 
 class Sized:
@@ -48,24 +68,13 @@ class Sized:
     def _resolve(self) -> Settings:
         return resolve(self._config, self._facts, self._backend, self._ranks, self._sizes)
 
-    def _open(self, option: str) -> bool:
-        section, _, name = option.partition(".")
-        return getattr(getattr(self._config, section), name) is None
-
     def _set(self, option: str, value: Any, why: str) -> None:
-        if self._open(option):
+        if _is_open(self._config, option):
             self._sizes[option], self.reasons[option] = value, why
 
     def _with(self, sizes: dict[str, Any]) -> Settings:
-        """With these sizes, where they are open, for the time being: resolving anew for every size that is tried would
-        be most of a plan's time."""
-        changed: dict[str, dict[str, Any]] = {}
-        for option, value in (self._sizes | sizes).items():
-            section, _, name = option.partition(".")
-            if self._open(option):
-                changed.setdefault(section, {})[name] = value
-        sections = {name: getattr(self._base, name).model_copy(update=values) for name, values in changed.items()}
-        return self._base.model_copy(update=sections)
+        """With these sizes for the time being."""
+        return with_sizes(self._config, self._base, self._sizes | sizes)
 
     def _for(self, gpu: Gpu, room: float) -> None:
         longest = self._base.rollout.max_prompt_tokens + self._base.rollout.max_tokens
@@ -83,15 +92,16 @@ class Sized:
         given = self._config.learner
         least = given.micro_batch_tokens or longest
         kinds: list[str] = [given.recompute] if given.recompute else list(RECOMPUTE)
-        hopeless = need(kinds[-1], least) > room  # asked first, so that a plan of what does not fit is quickly made
-        chosen = kinds[-1] if hopeless else next(kind for kind in kinds if need(kind, least) <= room)
+        chosen = next((kind for kind in kinds if need(kind, least) <= room), kinds[-1])
         why = f"an update takes {gib(need(chosen, least))} {of}"
-        if chosen != kinds[0] and not hopeless:
+        if chosen != kinds[0]:
             before = kinds[kinds.index(chosen) - 1]
             why += f"; with {before} it takes {gib(need(before, least))}"
         self._set("learner.recompute", chosen, why)
         sizes = [longest * times for times in (4, 2, 1) if times == 1 or longest * times <= MOST_TOKENS]
-        tokens = longest if hopeless else next((size for size in sizes if need(chosen, size) <= room), longest)
+        # With FP8 alone a larger micro-batch may need less: fewer of them keep fewer quantised weights.
+        tried = sizes if need(chosen, least) <= room or is_fp8(self._base.learner.precision) else []
+        tokens = next((size for size in tried if need(chosen, size) <= room), longest)
         why = f"{tokens // longest} times the longest sample ({longest}): an update takes {gib(need(chosen, tokens))}"
         self._set("learner.micro_batch_tokens", tokens, f"{why} {of}")
 
@@ -120,7 +130,7 @@ class Sized:
             """Sequences of a quarter of their full length."""
             return (self._config.rollout.kv_cache_bytes or cache) // (token * max(1, longest // 4))
 
-        if self._open("learner.offload"):
+        if _is_open(self._config, "learner.offload"):
             enough = self._config.rollout.kv_cache_bytes or min(wanted, gpu.memory // 4)
             offload = next((kind for kind in ("none", "optimizer") if free(kind, guess) >= enough), "all")
             why = f"leaves {gib(max(0, free(offload, guess)))} beside the engine for its cache"
