@@ -47,6 +47,11 @@ class RolloutOptions(Section):
         NoEffect(("bf16_layers",), lambda r: r.quantization == "none", "rollout.quantization is not set"),
     )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, prompt and response."""
+        return self.max_prompt_tokens + self.max_tokens
+
 
 class RolloutSettings(RolloutOptions):
     data: Positive

@@ -67,9 +67,8 @@ def engine_length(settings: Settings, asked: Sequence[Asked], counts: Callable[[
 
     counts: the lengths of prompts in tokens
     """
-    rollout = settings.rollout
     lengths = [max(counts(each.prompts)) + each.sampling.max_tokens for each in asked]
-    return max([rollout.max_prompt_tokens + rollout.max_tokens, *lengths])
+    return max([settings.rollout.longest, *lengths])
 
 
 class WhileTraining:

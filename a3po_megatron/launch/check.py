@@ -279,7 +279,7 @@ def _check_layout(settings: Settings, facts: ModelFacts) -> None:
         )
     if settings.parallel.sequence and settings.parallel.tensor == 1:
         raise RequestError("parallel.sequence has no effect at parallel.tensor = 1: remove it")
-    length = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    length = settings.rollout.longest
     if length > facts.max_positions:
         yarn = ", or YaRN's factor × original_max_position_embeddings" if isinstance(facts.rope_scaling, Yarn) else ""
         raise RequestError(

@@ -120,7 +120,7 @@ class _Search:
         """Returns the least that an update needs, whatever is computed again and however samples are packed, or
         something that `room` holds: with FP8 larger micro-batches, which are fewer, keep fewer quantised weights."""
         settings = resolve(config, self._facts, self._backend, self._ranks)
-        longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+        longest = settings.rollout.longest
         least = math.inf
         for times in (1, 2, 4) if is_fp8(settings.learner.precision) else (1,):
             for kind in reversed(RECOMPUTE):  # the last one is nearly always the least

@@ -290,7 +290,7 @@ def _sizes(topology: Topology) -> list[int]:
 def share_of(facts: ModelFacts, settings: Settings) -> Share:
     """Returns how the learner's fullest micro-batch lies on a rank: no packing is shorter than the longest sample."""
     parallel, learner = settings.parallel, settings.learner
-    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    longest = settings.rollout.longest
     sequence = parallel.sequence and parallel.tensor > 1
     multiple = token_multiple(token_grain(learner.precision), parallel.tensor, sequence)
     tokens = -(-max(longest, learner.micro_batch_tokens) // parallel.context)
@@ -318,7 +318,7 @@ def micro_batches_of(settings: Settings) -> int:
     trainer, parallel = settings.trainer, settings.parallel
     groups = -(-trainer.prompts_per_step // trainer.mini_batches)
     rollouts = -(-groups * trainer.rollouts_per_prompt // parallel.data)
-    longest = settings.rollout.max_prompt_tokens + settings.rollout.max_tokens
+    longest = settings.rollout.longest
     count = max(1, -(-rollouts // max(1, settings.learner.micro_batch_tokens // longest)))  # none is split
     return -(-count // parallel.pipeline) * parallel.pipeline if parallel.virtual > 1 else count
 

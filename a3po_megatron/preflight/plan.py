@@ -138,7 +138,7 @@ def _single(config: Config, settings: Settings, facts: ModelFacts, over: int, an
         yield (f"rollout.kv_cache_bytes={spared}",)
     if config.rollout.max_sequences is not None and rollout.max_sequences > 16:
         yield (f"rollout.max_sequences={min(256, rollout.max_sequences // 2)}",)
-    longest = rollout.max_prompt_tokens + rollout.max_tokens
+    longest = rollout.longest
     if learner.micro_batch_tokens > longest:
         yield (f"learner.micro_batch_tokens={longest}",)
     if learner.offload != "optimizer" and config.learner.offload == "none":

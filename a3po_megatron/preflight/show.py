@@ -53,7 +53,7 @@ def parameters(plan: Plan) -> int:
 
 def flops_of_a_token(plan: Plan) -> float:
     """Returns what training on one token of the longest sample takes, forward and backward."""
-    longest = plan.settings.rollout.max_prompt_tokens + plan.settings.rollout.max_tokens
+    longest = plan.settings.rollout.longest
     return training_flops(plan.facts, [longest]) / longest
 
 

@@ -77,7 +77,7 @@ class Sized:
         return with_sizes(self._config, self._base, self._sizes | sizes)
 
     def _for(self, gpu: Gpu, room: float) -> None:
-        longest = self._base.rollout.max_prompt_tokens + self._base.rollout.max_tokens
+        longest = self._base.rollout.longest
         self._size_micro_batch(room, longest, f"of {gib(gpu.memory)}, {BAND:.0%} left free")
         self._size_engine(gpu, room, longest)
 

@@ -233,7 +233,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """What vLLM is built with. Raises RequestError for an entry of `rollout.engine_args` that it does not know, or that
     follows from other options."""
-    length = length or options.max_prompt_tokens + options.max_tokens
+    length = length or options.longest
     ours: dict[str, Any] = {
         "model": str(folder),
         "load_format": "dummy",
